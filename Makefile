@@ -1,0 +1,68 @@
+# make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=10")
+# make test     install the test tools too; lint, types, tests    (PYTEST_ARGS="-k model")
+# make lint     ruff and pyright alone
+# make lock     renew locks/*.txt from pyproject.toml             (LOCK_ARGS=--upgrade)
+# make clean    remove .venv and caches; never runs/
+
+CONFIG ?= configs/base.py
+ARGS ?=
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+
+# The first that runs and is 3.11 or newer. 3.13 is the newest that TensorFlow, which reads the data, is built for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+RUN_LOCK := locks/$(if $(GPU),cuda12,run).txt
+RUN_STAMP := $(VENV)/.$(if $(GPU),cuda12,run)
+TEST_STAMP := $(VENV)/.test
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: help train test lint lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+train: $(RUN_STAMP)
+	@$(BIN)/python -m jaxlm.main --config $(CONFIG) $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_STAMP)
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m pyright
+
+lock:
+	@tools/lock.sh $(LOCK_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	find jaxlm configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is as new as the last installation: another lock, pyproject.toml or interpreter means installing again.
+$(RUN_STAMP): $(RUN_LOCK) locks/build.txt pyproject.toml $(BIN)/python
+	@echo "installing $(RUN_LOCK) into $(VENV): a minute or a few, the first time"
+	@$(PIP) --require-hashes -r locks/build.txt
+	@$(PIP) --no-build-isolation --require-hashes -r $(RUN_LOCK)
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(TEST_STAMP): locks/test.txt locks/build.txt pyproject.toml $(BIN)/python $(if $(GPU),$(RUN_STAMP))
+	@echo "installing locks/test.txt into $(VENV): a minute or a few, the first time"
+	@$(PIP) --require-hashes -r locks/build.txt
+	@$(PIP) --no-build-isolation --require-hashes -r locks/test.txt
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: jaxlm needs Python 3.11, 3.12 or 3.13, and none was found; name one with PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "make: jaxlm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d" % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) lacks venv; install it (Debian and Ubuntu: apt install python3-venv), or name another with PYTHON=" >&2; exit 2; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }

@@ -1,0 +1,89 @@
+"""Every key with its default: a small model of Python source that trains in minutes on a laptop's CPU.
+
+`jaxlm/config.py` says what each key may be. Other configurations import this one and change a few lines.
+How this recipe was found: docs/recipe.md.
+"""
+
+from jaxlm.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        seed=0,  # of initial weights, data order and dropout
+        deterministic=False,  # CPU is always deterministic
+        steps=1700,  # about 0.9 epochs
+        batch_size=8,
+        seq_len=256,
+        model=ModelConfig(
+            num_layers=4,
+            d_model=192,
+            num_heads=3,  # heads of 64
+            num_kv_heads=0,  # as many as query heads
+            d_ff=0,  # 4 * d_model
+            activation="relu2",  # cheapest on CPU, and better than GELU here
+            norm="rmsnorm",
+            position="rope",
+            rope_theta=10_000.0,
+            use_bias=False,
+            tie_embeddings=False,
+            dropout=0.0,  # less than one epoch: nothing to regularize
+            logit_softcap=0.0,
+            qk_norm=True,
+            value_embed=False,
+            dtype="float32",  # bfloat16 is for GPUs; on CPU it is no faster
+            param_dtype="float32",
+            attention="auto",  # cudnn where it can, else xla
+            remat="none",
+            scan_unroll=0,  # unrolled runs fastest, a rolled loop (1) compiles fastest
+        ),
+        loss=LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0),
+        optim=OptimConfig(
+            name="muon",
+            lr=0.02,  # of the hidden matrices
+            adam_lr=0.004,  # of the rest
+            schedule="wsd",  # flat, then linear to min_lr_ratio
+            warmup_steps=20,
+            decay_fraction=0.4,
+            min_lr_ratio=0.0,
+            weight_decay=0.0,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            momentum=0.95,
+            clip_norm=1.0,
+            accum_steps=1,
+            ema_decay=0.0,
+        ),
+        data=DataConfig(
+            source="stdlib",  # the source of the running Python's standard library
+            path="",
+            val_path="",
+            text_key="text",
+            tfds_name="",
+            split="train",
+            val_split="",
+            val_fraction=0.05,  # of the files
+            tokenizer="sentencepiece",
+            tokenizer_path="",  # trained on the corpus
+            vocab_size=2048,
+            cache_dir="",  # ~/.cache/jaxlm
+            packing="concat",
+        ),
+        parallel=ParallelConfig(
+            devices=0,  # all
+            reduce="pmean",  # lax.pmean, an NCCL all-reduce on GPUs
+        ),
+        checkpoint=CheckpointConfig(every_steps=500, keep=2, keep_best=1, resume="auto"),
+        eval=EvalConfig(every_steps=500, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),
+        log=LogConfig(every_steps=10, tensorboard=True, wandb=False, profile_steps=0),
+    )

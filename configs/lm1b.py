@@ -1,0 +1,27 @@
+"""One billion words (Chelba et al.) from TFDS: --config.data.path=DATA_DIR where it is prepared already.
+
+A decoder the size of the flax lm1b example's: 6 layers of 512.
+"""
+
+from configs import base
+from jaxlm.config import Config
+
+
+def get_config() -> Config:
+    c = base.get_config()
+    c.steps = 500_000
+    c.batch_size = 256
+    c.seq_len = 128
+    m = c.model
+    m.num_layers, m.d_model, m.num_heads, m.d_ff = 6, 512, 8, 2048
+    m.dtype = "bfloat16"
+    m.scan_unroll = 1
+    o = c.optim
+    o.name, o.lr, o.weight_decay = "adamw", 1.6e-3, 0.1
+    o.schedule, o.warmup_steps = "rsqrt", 1000
+    c.data.source = "tfds"
+    c.data.tfds_name, c.data.split, c.data.val_split = "lm1b", "train", "test"
+    c.data.vocab_size = 30_000
+    c.eval.every_steps, c.eval.batches, c.eval.baselines = 1000, 20, False
+    c.checkpoint.every_steps = 1000
+    return c

@@ -1,0 +1,378 @@
+"""The configuration: what each key means, what it may be, and whether a whole of them makes sense.
+
+Types and meanings are declared here; the default values are in `configs/base.py`. Nothing in this file
+imports jax or the rest of jaxlm, so a wrong configuration is refused in milliseconds.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class UserError(ValueError):
+    """Something a user can mend: one line that names the key or file, the value found and what is allowed.
+
+    Command lines print it and leave with exit code 2, without a traceback.
+    """
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A pre-norm Transformer decoder."""
+
+    num_layers: int
+    d_model: int  # width of the residual stream
+    num_heads: int  # query heads; must divide d_model
+    num_kv_heads: int  # key/value heads; must divide num_heads; 0 = num_heads
+    d_ff: int  # hidden width of the MLP; 0 = 4 * d_model
+    activation: Literal["gelu", "relu", "swiglu", "geglu", "relu2"]  # relu2 = squared ReLU
+    norm: Literal["layernorm", "rmsnorm"]
+    position: Literal["rope", "learned", "sinusoidal"]
+    rope_theta: float  # base of RoPE's wavelengths
+    use_bias: bool  # biases in linear layers and layernorms
+    tie_embeddings: bool  # output layer = transposed token embedding
+    dropout: float  # of embeddings and residual branches, in training only
+    logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
+    qk_norm: bool  # RMS-normalize queries and keys of each head
+    value_embed: bool  # a token embedding mixed into every layer's values, with a learned weight
+    dtype: Dtype  # of the computation
+    param_dtype: Literal["float32", "bfloat16"]  # of the master weights
+    attention: Literal["auto", "xla", "cudnn"]
+    remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
+    scan_unroll: int  # layers per iteration of the scan over layers; 0 = all
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LossConfig:
+    label_smoothing: float  # weight of the uniform distribution in the target, in [0, 1)
+    z_loss: float  # weight of log(Z)^2 (PaLM, section 5); 0 = off
+    chunk: int  # tokens per chunk of the output layer, to bound the logits' memory; 0 = no chunks
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+    lr: float  # peak learning rate; with muon that of the hidden matrices
+    adam_lr: float  # with muon: peak learning rate of AdamW for embeddings, norms and biases
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]
+    warmup_steps: int  # linear from 0 to the peak
+    decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
+    min_lr_ratio: float  # final learning rate / peak
+    weight_decay: float  # decoupled, times the learning rate, on matrices only
+    b1: float  # first-moment decay of adamw and lion
+    b2: float  # second-moment decay of adamw, adafactor and lion
+    eps: float
+    momentum: float  # of muon and sgd (Nesterov)
+    clip_norm: float  # largest global gradient norm; 0 = off
+    accum_steps: int  # micro-batches per optimizer step
+    ema_decay: float  # moving average of the parameters, used to evaluate and sample; 0 = off
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DataConfig:
+    source: Literal["stdlib", "text", "tfds", "tokens", "synthetic"]
+    path: str  # text: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
+    val_path: str  # held-out data of `text` and `tokens`; "" = a part of `path`
+    text_key: str  # tfds: the text feature
+    tfds_name: str  # tfds: builder, `name[/config][:version]`
+    split: str  # tfds
+    val_split: str  # tfds; "" = a part of `split`
+    val_fraction: float  # held out where no validation data is named
+    tokenizer: Literal["sentencepiece", "bytes", "chars"]
+    tokenizer_path: str  # a sentencepiece .model; "" = train one on the corpus
+    vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
+    cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
+    packing: Literal["concat"]  # documents run on, one after the other
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    devices: int  # per host; 0 = all; on CPU one per core, as many as the batch divides over
+    reduce: Literal["pmean"]  # how gradients are averaged over devices
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every_steps: int  # 0 = only at the end
+    keep: int  # newest checkpoints kept
+    keep_best: int  # besides those, the best by validation loss
+    resume: str  # auto | never | a workdir to take weights from
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    every_steps: int  # 0 = only at the end
+    batches: int  # 0 = the whole validation set
+    sample_tokens: int  # length of the sample shown after an evaluation; 0 = none
+    sample_prompt: str  # what it starts from
+    baselines: bool  # print what gzip, xz and a unigram model reach on the same held-out bytes
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LogConfig:
+    every_steps: int
+    tensorboard: bool
+    wandb: bool  # Weights & Biases; project and key come from its own environment variables
+    profile_steps: int  # steps traced with jax.profiler into WORKDIR/profile; 0 = off
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+    seed: int
+    deterministic: bool  # bit-identical reductions on GPU, at some cost in speed
+    steps: int  # optimizer steps of the whole run
+    batch_size: int  # sequences per optimizer step over ALL devices and hosts, accumulation included
+    seq_len: int  # tokens per sequence
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
+    log: LogConfig
+
+
+# Keys that a run may go on with although they changed: they do not change what the steps so far meant.
+CHANGEABLE = (
+    r"steps|deterministic|optim\.(?!name$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
+    r"|model\.(dtype|dropout|remat|attention|scan_unroll)|data\.cache_dir"
+)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{'model.d_model': 128, ...} of a (nested) configuration."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """{'model.d_model': int, ...}: every key with its type."""
+    types = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            types |= key_types(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            types[prefix + field.name] = field.type
+    return types
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+
+
+def _unknown_key(key: str, where: str) -> UserError:
+    sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+    if key in sections:
+        inside = ", ".join(k for k in key_types() if k.startswith(key + "."))
+        return UserError(f"{where}: '{key}' is a section; its keys: {inside}")
+    known = [*key_types(), *sections]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section
+        near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"; did you mean '{near[0]}'?" if near else f"; sections: {', '.join(sections)}"
+    return UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _check_type(key: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        fits = value in get_args(kind)
+    elif kind is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise UserError(f"{key} is {value!r}; allowed: {_describe(kind)}")
+
+
+def validate(c: Config) -> Config:
+    """Checks every value and how they go together; returns the same configuration.
+
+    Raises:
+      UserError: names the key, the value found and what is allowed.
+    """
+    types = key_types()
+    for key, value in flatten(c).items():
+        _check_type(key, value, types[key])
+
+    def require(ok: bool, key: str, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"{key} is {flatten(c)[key]!r}; allowed: {allowed}")
+
+    positive = ("steps batch_size seq_len model.num_layers model.d_model model.num_heads optim.accum_steps "
+                "optim.lr optim.eps log.every_steps checkpoint.keep model.rope_theta")  # fmt: skip
+    for key in positive.split():
+        require(flatten(c)[key] > 0, key, "more than 0")
+    for key, value in flatten(c).items():
+        if types[key] in (int, float) and key != "seed":
+            require(value >= 0, key, "0 or more")
+    for key in "model.dropout loss.label_smoothing optim.b1 optim.b2 optim.momentum optim.ema_decay".split():
+        require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
+    for key in "optim.min_lr_ratio optim.decay_fraction".split():
+        require(flatten(c)[key] <= 1, key, "0 to 1")
+
+    m, o, d = c.model, c.optim, c.data
+    require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
+    kv_heads = m.num_kv_heads or m.num_heads
+    require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
+    if m.position == "rope":
+        require((m.d_model // m.num_heads) % 2 == 0, "model.num_heads",
+                f"with position=rope, one that leaves an even head size of d_model = {m.d_model}")  # fmt: skip
+    if m.position == "sinusoidal":
+        require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
+    require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
+    if o.name == "muon":
+        require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
+    require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
+    if d.source in ("text", "tokens"):
+        require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
+    if d.source == "tfds":
+        require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
+        require(bool(d.split), "data.split", "the name of a split")
+    if not (d.val_path if d.source in ("text", "tokens") else d.val_split if d.source == "tfds" else ""):
+        require(0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named")
+    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or d.source in ("tokens", "synthetic"):
+        floor = 2 if d.source in ("tokens", "synthetic") else 300  # 256 bytes, special and some learned pieces
+        require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
+    require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
+    return c
+
+
+def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
+    """The configuration that `dataclasses.asdict` gave, checked.
+
+    Raises:
+      UserError: a key is unknown, missing, or of the wrong type.
+    """
+
+    def build(cls: type, sub: Any, prefix: str) -> Any:
+        names = {f.name: f.type for f in dataclasses.fields(cls)}
+        if not isinstance(sub, dict):
+            raise UserError(f"{where}: '{prefix.rstrip('.')}' is {sub!r}; allowed: an object of keys")
+        if extra := sorted(set(sub) - set(names)):
+            raise _unknown_key(prefix + extra[0], where)
+        if missing := sorted(set(names) - set(sub)):
+            raise UserError(f"{where}: key '{prefix}{missing[0]}' is missing")
+        return cls(**{n: build(t, sub[n], f"{prefix}{n}.") if dataclasses.is_dataclass(t) else sub[n]  # type: ignore[arg-type]
+                      for n, t in names.items()})  # fmt: skip
+
+    return validate(build(Config, tree, ""))
+
+
+def _load_file(path: Path) -> Config:
+    """Runs a configuration file and returns what its `get_config()` gives."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    spec = importlib.util.spec_from_file_location("jaxlm_user_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {path}: not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    # `from configs import base` works from any folder: the repository's root comes first, then the user's.
+    roots = [str(Path(__file__).resolve().parents[1]), str(path.resolve().parents[1])]
+    sys.path[:0] = roots
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # any error of the user's own code
+        typo = re.fullmatch(r"'\w+' object has no attribute '(\w+)'.*", str(error))
+        if isinstance(error, AttributeError) and typo:
+            raise _unknown_key(typo[1], f"--config {path}") from error
+        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+    finally:
+        for root in roots:
+            sys.path.remove(root)
+    if not isinstance(config, Config):
+        raise UserError(f"--config {path}: get_config() returned {type(config).__name__}; allowed: jaxlm.config.Config")
+    return config
+
+
+def apply_overrides(config: Config, overrides: list[str]) -> Config:
+    """`['--config.optim.lr=3e-4', '--config.model.remat', 'full']` set on the configuration, then checked.
+
+    Raises:
+      UserError: an argument is not an override, its key is unknown, or its value has the wrong type.
+    """
+    types = key_types()
+    for argument in overrides:
+        if not argument.startswith("--") or argument == "--":
+            continue  # the value of `--config.key value`; a stray one is reported below
+        key = argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+        if not re.match(r"--(no)?config\.", argument):
+            raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
+        if key not in types:
+            raise _unknown_key(key, "command line")
+    for kind in {k for k in types.values() if get_origin(k) is Literal}:
+        config_flags.register_flag_parser_for_type(kind, flags.EnumParser([str(v) for v in get_args(kind)]))
+    values = flags.FlagValues()
+    argv = ["jaxlm", *overrides]
+    config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)
+    except flags.IllegalFlagValueError as error:
+        found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if not found:
+            raise UserError(f"command line: {error}") from error
+        raise UserError(f"{found[1]} is '{found[2]}'; allowed: {_describe(types[found[1]])}") from error
+    except flags.Error as error:
+        raise UserError(f"command line: {' '.join(str(error).split())}") from error
+    if len(rest) > 1:
+        raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
+    return validate(values["config"].value)  # a copy with the overrides set
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The checked configuration of a file with command-line overrides."""
+    return apply_overrides(_load_file(Path(path)), overrides or [])
+
+
+def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
+    """The configuration that a run saved in its workdir, with command-line overrides."""
+    path = Path(workdir) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error})") from error
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
+    return apply_overrides(from_dict(saved["config"], str(path)), overrides or [])
+
+
+def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+    """Keys whose value differs, as {key: (old, new)}: those a run may go on with, and those it may not."""
+    a, b = flatten(old), flatten(new)
+    differ = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
+    free = {k: v for k, v in differ.items() if re.fullmatch(CHANGEABLE, k)}
+    return free, {k: v for k, v in differ.items() if k not in free}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,45 @@
+"""The validation loss, exact whatever the number of devices: sums over all targets, divided once."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.model import Params
+
+
+def evaluate(
+    eval_step: Callable[[Params, Any], Any],
+    params: Params,
+    batches: Iterable[dict[str, np.ndarray]],
+    bytes_per_token: np.ndarray | None,
+) -> dict[str, float | int | None]:
+    """Scores of the parameters over the batches.
+
+    Args:
+      eval_step: from `step.pmap_eval_step`.
+      batches: of `[local_devices, B, T]`; padding has weight 0.
+      bytes_per_token: UTF-8 bytes of text behind each token, `[V]`; None where there is no text.
+
+    Returns:
+      `eval_loss` in nats per target token, `eval_perplexity`, `eval_bits_per_byte` (None where there is no text),
+      `eval_accuracy`, `eval_tokens`.
+    """
+    table = np.zeros(0, np.int32) if bytes_per_token is None else bytes_per_token
+    sums = []
+    for batch in batches:
+        counted = table[batch["targets"]] * batch["weights"] if table.size else np.zeros_like(batch["weights"])
+        sums.append(eval_step(params, batch | {"bytes": counted.astype(np.float32)}))
+        if len(sums) > 2:
+            jax.block_until_ready(sums[-2])  # batches do not pile up on the devices
+    total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}  # in float64
+    loss = total["nll"] / total["weight"]
+    return {
+        "eval_loss": loss,
+        "eval_perplexity": math.exp(min(loss, 700.0)),
+        "eval_bits_per_byte": total["nll"] / math.log(2) / total["bytes"] if total["bytes"] else None,
+        "eval_accuracy": total["correct"] / total["weight"],
+        "eval_tokens": int(total["weight"]),
+    }

@@ -1,0 +1,90 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases; and what a device could do at most."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, UserError, flatten
+
+Metrics = dict[str, Any]
+Writer = Callable[[Metrics], None]  # each is given {'step': N, ...}
+
+# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is part of JAX's device_kind.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
+    "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of the 16-bit matrix units; None where it is not known (all CPUs)."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class JsonLines:
+    """Appends one object a line to metrics.jsonl; what a resumed run is going to repeat is dropped first."""
+
+    def __init__(self, path: Path, resume_step: int):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+        self._file = open(path, "a")  # noqa: SIM115  closed at the end of the run
+
+    def __call__(self, metrics: Metrics) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a killed run did not finish
+
+
+def tensorboard(folder: Path, resume_step: int) -> Writer:
+    """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventFileWriter(str(folder))
+    if resume_step:
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=resume_step, session_log=start))
+
+    def write(metrics: Metrics) -> None:
+        import time
+
+        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, (int, float))}
+        group = "eval" if "eval_loss" in metrics else "train"
+        values = [Summary.Value(tag=f"{group}/{k.removeprefix('eval_')}", simple_value=v) for k, v in numbers.items()]
+        writer.add_event(Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=values)))
+        writer.flush()
+
+    return write
+
+
+def wandb_writer(config: Config, workdir: Path) -> Writer:
+    """Weights & Biases; the id is kept in the workdir, so that a resumed run goes on in the same chart.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("log.wandb is True; the package is missing: pip install 'jaxlm[wandb]'") from None
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "jaxlm"), name=workdir.name, id=id_file.read_text(), resume="allow",
+        dir=workdir, config=flatten(config),
+    )  # fmt: skip
+    return lambda metrics: run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])

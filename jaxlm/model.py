@@ -1,0 +1,313 @@
+"""The Transformer decoder: the only file that knows Flax. It knows no device axis, no mesh and no training.
+
+Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
+H query heads, K key/value heads, C size of a head, V vocabulary, L layers.
+
+Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[B, T]`. On CPU that makes the
+gradient of a small model a third faster than `[B, T, D]`, and on GPU it is the same matrix product.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+
+Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for decoding."""
+
+    k: jax.Array  # [L, B, S, K, C]
+    v: jax.Array  # [L, B, S, K, C]
+
+
+class Model(NamedTuple):
+    """A decoder as pure functions."""
+
+    init: Callable[[jax.Array], Params]  # (key) -> params
+    hidden: Callable[..., jax.Array]  # (params, tokens_BT, dropout_keys_B=None) -> final states x_ND
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
+    apply: Callable[[Params, jax.Array], jax.Array]  # (params, tokens_BT) -> float32 logits_BTV
+    init_cache: Callable[[int, int], Cache]  # (B, S)
+    # (params, tokens_BT, cache, start) -> (logits_BTV, cache): tokens stand at positions start, start + 1, ...
+    decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+
+
+def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
+    """The functions of a decoder over `vocab_size` tokens, trained on sequences of `max_len`.
+
+    When it decodes more than that, a token sees the last `max_len` tokens; learned positions end there.
+    """
+    decoder = Decoder(config, vocab_size, max_len)
+
+    def init(key: jax.Array) -> Params:
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return nn.meta.unbox(decoder.init(key, tokens_BT))["params"]
+
+    def hidden(params: Params, tokens_BT: jax.Array, dropout_keys_B: jax.Array | None = None) -> jax.Array:
+        return decoder.apply({"params": params}, tokens_BT, dropout_keys_B, method="hidden")[0]  # type: ignore[index]
+
+    def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
+        return decoder.apply({"params": params}, x_ND, method="unembed")  # type: ignore[return-value]
+
+    def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
+        return decoder.apply({"params": params}, tokens_BT)  # type: ignore[return-value]
+
+    def init_cache(batch: int, length: int) -> Cache:
+        head = config.d_model // config.num_heads
+        shape = (config.num_layers, batch, length, config.num_kv_heads or config.num_heads, head)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        x_ND, cache = decoder.apply(  # type: ignore[misc]
+            {"params": params}, tokens_BT, None, cache, start, method="hidden"
+        )
+        return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
+
+    return Model(init, hidden, unembed, apply, init_cache, decode)
+
+
+def num_params(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
+    """Floating-point operations of one training token, forward and backward (PaLM, appendix B).
+
+    6 for each parameter that multiplies, which excludes embedding look-ups, plus 12 * L * D * T for attention.
+    """
+    lookups = [params.get("embed"), params.get("positions"), params.get("value_embed")]
+    multiplied = num_params(params) - num_params(lookups)
+    if config.tie_embeddings:
+        multiplied += num_params(params["embed"])
+    return 6 * multiplied + 12 * config.num_layers * config.d_model * seq_len
+
+
+class Decoder(nn.Module):
+    """Token and position embedding, L blocks, final norm, output layer."""
+
+    config: ModelConfig
+    vocab_size: int
+    max_len: int
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = nn.Embed(
+            self.vocab_size, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+        )
+        if c.position == "learned":
+            self.positions = nn.Embed(
+                self.max_len, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+            )
+        if c.value_embed:
+            size = c.d_model // c.num_heads * (c.num_kv_heads or c.num_heads)
+            self.value_embed = nn.Embed(
+                self.vocab_size, size, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+            )
+        block: Any = Block
+        unroll = c.scan_unroll or c.num_layers
+        if c.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            # In an unrolled scan XLA would find the recomputation to be the same as the first one, and drop it.
+            block = nn.remat(Block, policy=dots if c.remat == "dots" else None, prevent_cse=unroll > 1)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.num_layers,
+            unroll=unroll,
+        )(c, self.max_len)
+        self.final_norm = _norm(c)
+        if not c.tie_embeddings:
+            self.head = nn.Dense(
+                self.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
+                kernel_init=nn.initializers.normal(0.02),
+            )  # fmt: skip
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """States after the final norm, `[N, D]`, and the cache with this call's keys and values in it."""
+        c = self.config
+        B, T = tokens_BT.shape
+        tokens_N = tokens_BT.reshape(-1)
+        positions_T = start + jnp.arange(T)
+        x_ND = self.embed(tokens_N)
+        if c.position != "rope":
+            table = self.positions(positions_T) if c.position == "learned" else _sinusoids(positions_T, c.d_model)
+            x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
+        x_ND = _dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
+        shared = Shared(
+            dropout_keys_B,
+            _rope_tables(positions_T, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
+            self.value_embed(tokens_N) if c.value_embed else None,
+            None if cache is None else jnp.asarray(start),
+            (B, T),
+        )
+        x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
+        return self.final_norm(x_ND), cache
+
+    def unembed(self, x_ND: jax.Array) -> jax.Array:
+        """Logits `[N, V]` in float32."""
+        c = self.config
+        logits_NV = (self.embed.attend(x_ND) if c.tie_embeddings else self.head(x_ND)).astype(jnp.float32)
+        if c.logit_softcap:
+            logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
+        return logits_NV
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_ND, _ = self.hidden(tokens_BT)
+        return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
+
+
+class Shared:
+    """What every layer is given alike; a pytree whose shape (B, T) is static."""
+
+    def __init__(self, dropout_keys_B, rope, value_embed_N, start, shape):  # noqa: D107
+        self.dropout_keys_B, self.rope, self.value_embed_N, self.start = dropout_keys_B, rope, value_embed_N, start
+        self.shape = shape
+
+
+jax.tree_util.register_pytree_node(
+    Shared,
+    lambda s: ((s.dropout_keys_B, s.rope, s.value_embed_N, s.start), s.shape),
+    lambda shape, leaves: Shared(*leaves, shape),
+)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); signature of a scan's body."""
+
+    config: ModelConfig
+    window: int  # tokens that a decoded token sees, itself included
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: Shared) -> Any:
+        c = self.config
+        a_ND, cache = Attention(c, self.window, name="attention")(_norm(c, "attention_norm")(x_ND), cache, shared)
+        x_ND += _dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
+        m_ND = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x_ND))
+        x_ND += _dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
+        return x_ND, cache
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; with fewer key/value heads, each serves a group of query heads."""
+
+    config: ModelConfig
+    window: int
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: Shared) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        B, T = shared.shape
+        head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads
+        q_BTHC = _linear(c, c.num_heads * head, "query")(x_ND).reshape(B, T, c.num_heads, head)
+        k_BTKC = _linear(c, kv_heads * head, "key")(x_ND).reshape(B, T, kv_heads, head)
+        v_ND = _linear(c, kv_heads * head, "value")(x_ND)
+        if shared.value_embed_N is not None:
+            mix = self.param("value_mix", nn.initializers.constant(0.5), (1,), c.param_dtype)
+            v_ND += mix.astype(c.dtype) * shared.value_embed_N
+        v_BTKC = v_ND.reshape(B, T, kv_heads, head)
+        if c.qk_norm:
+            q_BTHC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="query_norm")(q_BTHC)
+            k_BTKC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_BTKC)
+        if shared.rope is not None:
+            q_BTHC, k_BTKC = _rotate(q_BTHC, shared.rope), _rotate(k_BTKC, shared.rope)
+        if cache is None:
+            o_BTHC = jax.nn.dot_product_attention(
+                q_BTHC, k_BTKC, v_BTKC, is_causal=True, implementation=_attention_kernel(c, head)
+            )
+        else:
+            at = (0, shared.start, 0, 0)
+            cache = Cache(
+                jax.lax.dynamic_update_slice(cache.k, k_BTKC, at), jax.lax.dynamic_update_slice(cache.v, v_BTKC, at)
+            )
+            age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
+            visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
+            o_BTHC = jax.nn.dot_product_attention(q_BTHC, cache.k, cache.v, mask=visible_TS[None, None])
+        out = _linear(c, c.d_model, "out", residual=True)
+        return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        width = c.d_ff or 4 * c.d_model
+        h_NF = _linear(c, width, "up")(x_ND)
+        if c.activation in ("swiglu", "geglu"):  # Shazeer, GLU Variants Improve Transformer
+            gate_NF = _linear(c, width, "gate")(x_ND)
+            h_NF *= nn.silu(gate_NF) if c.activation == "swiglu" else nn.gelu(gate_NF)
+        elif c.activation == "relu2":  # So et al., Primer
+            h_NF = jnp.square(nn.relu(h_NF))
+        else:
+            h_NF = nn.relu(h_NF) if c.activation == "relu" else nn.gelu(h_NF)
+        return _linear(c, c.d_model, "down", residual=True)(h_NF)
+
+
+def _linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
+    """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3)."""
+    scale = 1 / (2 * c.num_layers) if residual else 1.0
+    return nn.Dense(
+        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name,
+        kernel_init=nn.initializers.variance_scaling(scale, "fan_in", "normal"),
+    )  # fmt: skip
+
+
+def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:
+    """Statistics in float32, whatever the computation's dtype."""
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+    return nn.LayerNorm(
+        epsilon=1e-5, use_bias=c.use_bias, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype, name=name
+    )
+
+
+def _dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
+    """Inverted dropout with a key per sequence, so that the mask does not depend on how the batch is split."""
+    if rate == 0.0 or keys_B is None:
+        return x_ND
+    x_BX = x_ND.reshape(keys_B.shape[0], -1)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BX.shape[1:]))(keys_B)
+    return jnp.where(keep, x_BX / (1 - rate), 0).reshape(x_ND.shape)
+
+
+def _sinusoids(positions_T: jax.Array, dim: int) -> jax.Array:
+    """Vaswani et al., section 3.5: `[T, D]`, sines in the first half, cosines in the second."""
+    angles = positions_T[:, None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def _rope_tables(positions_T: jax.Array, head: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[T, 1, C / 2]` in float32."""
+    angles = positions_T[:, None, None] * theta ** (-jnp.arange(0, head, 2) / head)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Su et al., RoFormer; pairs are (i, i + C / 2), as in Llama's Hugging Face weights."""
+    cos, sin = rope
+    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def _attention_kernel(c: ModelConfig, head: int) -> Any:
+    """cuDNN's fused attention where it exists (GPU, 16-bit, heads of at most 128), else XLA's."""
+    if c.attention != "auto":
+        return c.attention
+    fused = jax.default_backend() == "gpu" and c.dtype != "float32" and head % 8 == 0 and head <= 128
+    return "cudnn" if fused else "xla"

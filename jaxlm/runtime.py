@@ -1,0 +1,127 @@
+"""What must be decided before JAX starts: memory pages, XLA flags, CPU devices, other hosts.
+
+Nothing here imports jax at module level, so that a program can still start itself anew.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from jaxlm.config import Config, UserError
+
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def on_cpu() -> bool:
+    """Whether JAX is going to run on CPU: it was told to, or there is no accelerator's device file."""
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    if wanted:
+        return wanted == "cpu"
+    return not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+
+
+def relaunch_with_huge_pages() -> None:
+    """On CPU, starts this program again with transparent huge pages for malloc.
+
+    XLA takes its buffers from malloc anew for every step, and each of their 4 KB pages costs a page fault: a quarter
+    of a step of a small model. glibc (2.35 and later) reads the setting when a process starts, so it can't be made
+    from inside. `GLIBC_TUNABLES` in the environment, even empty, keeps this from happening.
+    """
+    libc, version = platform.libc_ver()
+    recent = libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+    if not recent or not on_cpu() or "GLIBC_TUNABLES" in os.environ:
+        return
+    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def configure_jax(config: Config, processes: int) -> None:
+    """Settings of JAX for a run; before any device is touched.
+
+    On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
+    the batch divides over: for small models that is the largest gain of all.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.deterministic and not on_cpu() and "deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "warn")
+    if not on_cpu():
+        return
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", config.parallel.devices or _cpu_devices(config, processes))
+
+
+def _cpu_devices(config: Config, processes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows = config.batch_size // config.optim.accum_steps
+    return next((n for n in range(cores, 1, -1) if rows % (n * processes) == 0), 1)
+
+
+def check_batch(config: Config, devices: int, processes: int) -> None:
+    """Raises UserError unless every device gets the same number of sequences in every micro-batch."""
+    parts = devices * processes * config.optim.accum_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size is {config.batch_size}; allowed: a multiple of {parts}"
+            f" = {devices} devices * {processes} hosts * {config.optim.accum_steps} optim.accum_steps"
+        )
+
+
+def choose_devices(config: Config) -> list:
+    """The devices of the run over all processes, the same number of each; the first call that touches a device."""
+    import jax
+
+    local = jax.local_device_count()
+    count = config.parallel.devices or local
+    if count > local:
+        raise UserError(f"parallel.devices is {count}; allowed: at most the {local} that this host has, or 0 for all")
+    check_batch(config, count, jax.process_count())
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"model.attention is 'cudnn'; allowed on {jax.default_backend()}: auto, xla")
+    by_process: dict[int, list] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [d for process in sorted(by_process) for d in by_process[process][:count]]
+
+
+def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
+    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
+    Kubernetes' indexed jobs), else 1.
+
+    Raises:
+      UserError: the three values do not go together.
+    """
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
+        return num_processes
+    if not coordinator is num_processes is process_id is None:
+        raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
+    for count, together_with in (
+        ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX"),
+    ):
+        if together_with in os.environ and os.environ.get(count, "").isdigit():
+            return int(os.environ[count])
+    return 1
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Connects to the other processes; with no address given, JAX reads it from the launcher's environment.
+
+    Raises:
+      UserError: the coordinator is not reached in time.
+    """
+    import jax
+
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=120)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--coordinator {coordinator}: cannot join the other processes: {error}") from error

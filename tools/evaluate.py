@@ -1,0 +1,33 @@
+"""Scores a checkpoint on its whole validation set; the last line of output is one JSON object."""
+
+import json
+import sys
+from pathlib import Path
+
+from jaxlm import config as configs
+from jaxlm import runtime
+from jaxlm.main import exit_code
+
+
+def main() -> int:
+    parser = configs.Parser(
+        description=__doc__, allow_abbrev=False, epilog="--config.data.… scores other data with the run's tokenizer."
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    args, overrides = parser.parse_known_args()
+    config = configs.load_workdir(args.workdir, overrides)
+    config.eval.batches = 0
+    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.configure_jax(config, 1)
+
+    from jaxlm.restore import open_run, score
+
+    run = open_run(args.workdir, args.step)
+    print(json.dumps({"step": run.step, **score(run, config)}))
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.relaunch_with_huge_pages()
+    sys.exit(exit_code(main))

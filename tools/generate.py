@@ -1,0 +1,64 @@
+"""Samples text from a checkpoint."""
+
+import sys
+from pathlib import Path
+
+from jaxlm import config as configs
+from jaxlm.main import exit_code
+
+
+def main() -> int:
+    parser = configs.Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
+    parser.add_argument("--prompt", default="", help="what the text starts from (default: the start of a document)")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the most probable token")
+    parser.add_argument("--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample among the tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    args = parser.parse_args()
+
+    for name, ok, allowed in (
+        ("num_samples", args.num_samples >= 1, "1 or more"),
+        ("max_new_tokens", args.max_new_tokens >= 1, "1 or more"),
+        ("temperature", args.temperature >= 0, "0 or more"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "more than 0, at most 1"),
+    ):
+        if not ok:
+            raise configs.UserError(f"--{name} is {getattr(args, name)}; allowed: {allowed}")
+
+    from jaxlm.restore import open_run
+
+    run = open_run(args.workdir, args.step)
+    tokenizer = run.tokenizer
+    if tokenizer is None:
+        raise configs.UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
+    import jax
+    import numpy as np
+
+    from jaxlm.generate import generate
+
+    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode([args.prompt])[0]]).astype(np.int32)
+    seq_len, position = run.config.seq_len, run.config.model.position
+    if position != "rope" and len(prompt) + args.max_new_tokens > seq_len:
+        raise configs.UserError(
+            f"--max_new_tokens is {args.max_new_tokens}; allowed: at most {seq_len - len(prompt)}, since the prompt has"
+            f" {len(prompt)} tokens and model.position={position} ends at seq_len = {seq_len}"
+        )
+    tokens = generate(
+        run.model, run.params, np.tile(prompt, (args.num_samples, 1)), jax.random.key(args.seed),
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    )  # fmt: skip
+    for i, row in enumerate(np.asarray(tokens)):
+        if args.num_samples > 1:
+            print(f"--- sample {i + 1} ---")
+        text = tokenizer.decode(np.concatenate([prompt[1:], row]))
+        sys.stdout.write(text.encode(errors="replace").decode() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
