@@ -26,18 +26,23 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """The `checkpoints` folder of a workdir."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
         newest = LatestN(config.keep)
         best = BestN(
             get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
         )
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").resolve(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy([newest, best])),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None if read_only else AnyPreservationPolicy([newest, best]), read_only=read_only
+            ),
         )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,22 +52,25 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
     """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter  # TensorBoard's own EventFileWriter imports TensorFlow
 
     folder.mkdir(parents=True, exist_ok=True)
-    writer = EventFileWriter(str(folder))
+    file = open(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}", "wb")  # noqa: SIM115
+    records = RecordWriter(file)
+
+    def add(**fields: Any) -> None:
+        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        records.flush()
+
+    add(file_version="brain.Event:2")
     if resume_step:
-        start = SessionLog(status=SessionLog.START)
-        writer.add_event(Event(step=resume_step, session_log=start))
+        add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(metrics: Metrics) -> None:
-        import time
-
         numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, (int, float))}
         group = "eval" if "eval_loss" in metrics else "train"
         values = [Summary.Value(tag=f"{group}/{k.removeprefix('eval_')}", simple_value=v) for k, v in numbers.items()]
-        writer.add_event(Event(wall_time=time.time(), step=metrics["step"], summary=Summary(value=values)))
-        writer.flush()
+        add(step=metrics["step"], summary=Summary(value=values))
 
     return write
 

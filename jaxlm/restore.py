@@ -51,7 +51,7 @@ def open_run(workdir: Path, step: int | None) -> Run:
 
 def score(run: Run, config: Config) -> dict[str, Any]:
     """The scores of a run on the validation data of `config`, tokenized as the run's was."""
-    corpus = data.prepare(config, tokenizer=run.tokenizer)
+    corpus = data.prepare(config)
     devices = runtime.choose_devices(config)
     mesh = Mesh(np.array(devices), (steps.AXIS,))
     params = jax.device_put(run.params, NamedSharding(mesh, PartitionSpec()))

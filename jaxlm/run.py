@@ -163,8 +163,11 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         f" · {human(per_step)} tokens per step · {c.steps} steps = {human(c.steps * per_step)} tokens"
         f" ({epochs:.2f} epochs of {c.data.source}) · {parts.workdir}"
     )
-    if facts:
-        parts.reporter.say("data · " + " · ".join(f"{k} {human(v) if isinstance(v, int) else v}" for k, v in facts.items()))
+    sizes = [
+        f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in ("documents", "bytes", "tokens") if k in facts[split])
+        for split in ("train", "val") if split in facts
+    ]  # fmt: skip
+    parts.reporter.say(f"{c.data.source} · " + " · ".join(sizes))
     if start:
         parts.reporter.say(f"goes on after step {start}")
 
@@ -197,6 +200,8 @@ def make_on_step(parts: Parts, write: metrics.Writer, start: int, num_flops: flo
         nonlocal last_step, last_seconds
         parts.reporter.progress(done.step)
         if not (done.step in (1, c.steps) or done.step % c.log.every_steps == 0):
+            if done.step == start + 1:  # it was compiled in this one: no measure of the others
+                last_step, last_seconds = done.step, done.seconds
             return
         seconds = (done.seconds - last_seconds) / (done.step - last_step)
         last_step, last_seconds = done.step, done.seconds

@@ -48,7 +48,6 @@ def configure_jax(config: Config, processes: int) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     import jax
 
-    jax.config.update("jax_numpy_rank_promotion", "warn")
     if not on_cpu():
         return
     if processes > 1:

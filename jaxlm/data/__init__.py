@@ -1,0 +1,25 @@
+"""Data, in the order it flows: sources -> tokenizers -> store -> order -> stream.
+
+`prepare` turns what `data.*` names into a `Corpus` of token ids, once; `train_stream` and `eval_batches` cut batches
+out of it. Importing this package imports none of tensorflow, tensorflow_datasets, sentencepiece and jax.
+"""
+
+from jaxlm.data.baselines import compression_baselines
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.order import batch_at
+from jaxlm.data.store import open_store, prepare
+from jaxlm.data.stream import TrainStream, eval_batches, train_stream
+from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Corpus",
+    "Tokenizer",
+    "TrainStream",
+    "batch_at",
+    "compression_baselines",
+    "eval_batches",
+    "load_tokenizer",
+    "open_store",
+    "prepare",
+    "train_stream",
+]

@@ -1,0 +1,37 @@
+"""Progress of a long job on stderr: a bar on a terminal, else a line at its start and its end."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Progress(NamedTuple):
+    advance: Callable[[int], None]  # by a number of bytes
+
+
+@contextmanager
+def track(what: str, num_bytes: int, show: bool) -> Iterator[Progress]:
+    """Shows how much of `num_bytes` (0 = unknown) is done."""
+    if not show:
+        yield Progress(lambda n: None)
+    elif sys.stderr.isatty():
+        import rich.console
+        import rich.progress as rp
+
+        columns = (rp.TextColumn(what), rp.BarColumn(), rp.DownloadColumn(), rp.TransferSpeedColumn(),
+                   rp.TimeRemainingColumn())  # fmt: skip
+        with rp.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=num_bytes or None)
+            yield Progress(lambda n: bar.update(task, advance=n))
+    else:
+        start, done = time.monotonic(), 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+
+        print(f"{what} {num_bytes / 1e6:.1f} MB" if num_bytes else what, file=sys.stderr, flush=True)
+        yield Progress(advance)
+        print(f"{what}: {done / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,225 @@
+"""Documents: where the text comes from, and which of it is held out.
+
+A source can be read again and again, and gives the same documents in the same order each time. Train and
+validation never share a document.
+"""
+
+import codecs
+import dataclasses
+import glob
+import hashlib
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.config import DataConfig, UserError
+
+Split = Literal["train", "val"]
+
+BLOCK = 1 << 23  # bytes read at a time
+HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+    first: bool = True  # False: goes on where the document before it stopped; a long file comes in parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    key: dict[str, Any]  # JSON; all that shapes the documents
+    documents: Callable[[Split], Iterator[Document]]
+    num_bytes: int  # of all documents; 0 = unknown
+    skipped: int = 0  # files that are not UTF-8
+
+
+def open_source(data: DataConfig) -> Source:
+    """The documents that `data.source`, one of stdlib, text and tfds, names.
+
+    Raises:
+      UserError: there are none, or they cannot be read.
+    """
+    if data.source == "stdlib":
+        return _stdlib(data)
+    if data.source == "text":
+        return _text(data)
+    from jaxlm.data.tfds_source import open_tfds
+
+    return open_tfds(data)
+
+
+def held_out(name: str, val_fraction: float) -> bool:
+    """Whether a document is one of validation: depends on its name alone, so that others may come and go."""
+    return int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16) % round(1 / val_fraction) == 0
+
+
+def _stdlib(data: DataConfig) -> Source:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    paths = {name: paths[name] for name in sorted(paths) if not SKIPPED_FOLDERS.intersection(name.split("/")[:-1])}
+    files, skipped = {}, 0
+    for name, path in paths.items():
+        try:
+            if path.read_bytes().decode():
+                files[name] = path
+        except UnicodeDecodeError:
+            skipped += 1
+    if not files:
+        raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")
+    return _by_name(files, {"source": "stdlib"}, data.val_fraction, skipped)
+
+
+def _text(data: DataConfig) -> Source:
+    files = list_files("data.path", data.path)
+    if data.val_path:
+        val = list_files("data.val_path", data.val_path)
+        inside = {path.resolve() for path in val.values()}
+        files = {name: path for name, path in files.items() if path.resolve() not in inside}
+        if not files:
+            raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+        by_split = {"train": files, "val": val}
+        key = {"source": "text", "train": _identify(files), "val": _identify(val)}
+        return Source(key, lambda split: _read_files(by_split[split]), _size(files) + _size(val))
+    if len(files) == 1:
+        return _one_file(*files.popitem(), data.val_fraction)
+    return _by_name(files, {"source": "text"}, data.val_fraction)
+
+
+def _by_name(files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: int = 0) -> Source:
+    """Each file a document, of which `val_fraction` are held out by their names."""
+    split = {name: held_out(name, val_fraction) for name in files}
+    held = sum(split.values())
+    if held in (0, len(files)):
+        raise UserError(f"data.val_fraction is {val_fraction}, which holds out {held} of {len(files)} documents; "
+                        "allowed: a value that leaves some on both sides, or validation data of its own")  # fmt: skip
+
+    def documents(which: Split) -> Iterator[Document]:
+        return _read_files({name: path for name, path in files.items() if split[name] == (which == "val")})
+
+    key = key | {"files": _identify(files), "val_fraction": val_fraction}
+    return Source(key, documents, _size(files), skipped)
+
+
+def _one_file(name: str, path: Path, val_fraction: float) -> Source:
+    """The first characters are a training document, the last `val_fraction` of them a validation document."""
+    cut = int(sum(map(len, read_parts(path))) * (1 - val_fraction))
+
+    def documents(which: Split) -> Iterator[Document]:
+        position, first = 0, True
+        for part in read_parts(path):
+            middle = min(max(cut - position, 0), len(part))
+            position += len(part)
+            text = part[:middle] if which == "train" else part[middle:]
+            if text:
+                yield Document(f"{name} ({which})", text, first)
+                first = False
+            if which == "train" and position >= cut:
+                return
+
+    key = {"source": "text", "files": _identify({name: path}), "val_fraction": val_fraction}
+    return Source(key, documents, path.stat().st_size)
+
+
+def list_files(key: str, pattern: str) -> dict[str, Path]:
+    """{name: path} of a file, of a folder's files or of a glob's, sorted by name; empty files are left out.
+
+    A name is the path relative to the folder, or to the glob's part before its first wildcard.
+
+    Raises:
+      UserError: names `key`, when there is no such path or nothing in it.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        files = {path.name: path}
+    elif path.is_dir():
+        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    elif glob.has_magic(pattern):
+        plain = re.split(r"[*?[]", str(path))[0]
+        root = Path(plain if plain.endswith("/") else Path(plain).parent)
+        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        files = {p.relative_to(root).as_posix(): p for p in found if p.is_file()}
+    else:
+        raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
+    if not files:
+        raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
+    full = {name: files[name] for name in sorted(files) if files[name].stat().st_size}
+    if not full:
+        raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
+    return full
+
+
+def _read_files(files: dict[str, Path]) -> Iterator[Document]:
+    for name, path in files.items():
+        for index, part in enumerate(read_parts(path)):
+            yield Document(name, part, first=index == 0)
+
+
+def read_parts(path: Path) -> Iterator[str]:
+    """The text of a file, unchanged, in parts of about BLOCK bytes that end before a newline wherever they can.
+
+    Tokens never cross from a line into the newline after it (see `tokenizers`), so parts are tokenized as the whole.
+
+    Raises:
+      UserError: the file cannot be read, or is not UTF-8; names the byte.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset, block = "", 0, b"-"
+    try:
+        with path.open("rb") as file:
+            while block:
+                block = file.read(BLOCK)
+                offset += len(block)
+                text = rest + decoder.decode(block, final=not block)
+                cut = len(text[: text.rfind("\n") + 1].rstrip("\n")) if block else 0
+                part, rest = (text[:cut], text[cut:]) if cut else (text, "")
+                if part:
+                    yield part
+    except UnicodeDecodeError as error:
+        at = offset - len(error.object) + error.start
+        raise UserError(f"{path}: not UTF-8 at byte {at} ({error.reason}); allowed: UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+
+
+def array_hash(array: np.ndarray) -> str:
+    """sha256 of a 1-D array; of a sample of blocks where it is larger than HASH_LIMIT."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
+    step = BLOCK // array.itemsize
+    starts = range(0, array.size, step)
+    stride = -(-array.nbytes // HASH_LIMIT)
+    for start in starts[::stride] if stride > 1 else starts:
+        digest.update(array[start : start + step].tobytes())
+    return digest.hexdigest()
+
+
+def _size(files: dict[str, Path]) -> int:
+    return sum(path.stat().st_size for path in files.values())
+
+
+def _identify(files: dict[str, Path]) -> list[list[Any]]:
+    """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
+    by_content = _size(files) <= HASH_LIMIT
+    return [
+        [name, path.stat().st_size, content_hash(path) if by_content else path.stat().st_mtime_ns]
+        for name, path in files.items()
+    ]

@@ -1,0 +1,223 @@
+"""Batches on their way to the devices: a tf.data pipeline for training, a plain generator for evaluation.
+
+What is in a batch is decided in `order`; here it is made ahead of time and shaped
+[local devices, sequences of one device, T]. TensorFlow takes seconds to import, so a thread does that while the first
+batches are made as they are asked for; without TensorFlow a thread makes batches ahead.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.config import Config, UserError
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.order import batch_at
+from jaxlm.data.tf_import import import_tensorflow
+
+Batch = dict[str, np.ndarray]  # inputs, targets: int32 [devices, B, T]; weights: float32 [devices, B, T]
+MakeBatch = Callable[[int], Batch]
+
+AHEAD = 4  # batches made before they are asked for
+PATIENCE = 64  # batches served before tensorflow is imported: a short run need not pay for it
+
+
+def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that belong to one process.
+
+    Raises:
+      UserError: they do not divide over the devices.
+    """
+    if num_rows % (num_devices * process_count):
+        raise UserError(f"{key} is {num_rows}; allowed: a multiple of {num_devices} devices x {process_count} hosts")
+    rows = num_rows // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _shard(batch: Batch, num_devices: int) -> Batch:
+    return {k: v.reshape(num_devices, -1, *v.shape[1:]) for k, v in batch.items()}
+
+
+def train_stream(
+    corpus: Corpus,
+    config: Config,
+    start_step: int,
+    *,
+    num_devices: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    backend: Literal["auto", "tf", "thread"] = "auto",
+) -> "TrainStream":
+    """This process's part of the batches that make updates start_step + 1 … config.steps.
+
+    Args:
+      num_devices: of this process; all processes have as many.
+      backend: what makes batches ahead; all give the same batches.
+
+    Raises:
+      UserError: batch_size does not divide over the devices.
+    """
+    rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
+    tokens = np.asarray(corpus.train)
+    return TrainStream(
+        lambda n: _shard(batch_at(tokens, config, n, rows), num_devices), start_step, config.steps, backend
+    )
+
+
+class TrainStream:
+    """An iterator of batches; `close` ends what it runs in the background. An error in making a batch is raised."""
+
+    def __init__(self, make: MakeBatch, start: int, stop: int, backend: str = "auto"):
+        self._make, self._next, self._stop = make, start, stop
+        self._served = 0
+        self._ahead: Iterator[Batch] | None = None
+        self._open: Callable[[MakeBatch, int, int], Iterator[Batch]] | None = None
+        self._importer = threading.Thread(target=self._choose, args=(backend,), name="tensorflow-import")
+        if backend != "auto":
+            self._choose(backend)
+
+    def _choose(self, backend: str) -> None:
+        if backend != "thread":
+            try:
+                import_tensorflow()
+                self._open = _tf_batches
+                return
+            except Exception:  # absent or broken: it is only one of two ways
+                if backend == "tf":
+                    raise
+        self._open = _thread_batches
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        n = self._next
+        if n >= self._stop:
+            self.close()
+            raise StopIteration
+        if self._ahead is None and self._open is not None:
+            self._ahead = self._open(self._make, n, self._stop)
+        elif self._open is None and self._served == PATIENCE:
+            self._importer.start()
+        batch = self._make(n) if self._ahead is None else next(self._ahead)
+        self._next += 1
+        self._served += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends the background work; there are no batches after it."""
+        self._stop = self._next
+        if self._importer.is_alive():
+            self._importer.join()  # an import cut off by the interpreter's end may crash it
+        if self._ahead is not None:
+            self._ahead.close()  # type: ignore[attr-defined]
+            self._ahead = None
+
+
+def _tf_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
+    """The batches by tf.data: steps → whole batches, in order → made ahead."""
+    tf = import_tensorflow()
+    raised: list[Exception] = []
+    probe = make(start)
+    names = list(probe)
+
+    def load(n: np.ndarray) -> list[np.ndarray]:
+        try:
+            batch = make(int(n))
+            return [batch[name] for name in names]
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    def to_batch(n: Any) -> dict[str, Any]:
+        arrays = tf.numpy_function(load, [n], [probe[name].dtype for name in names])
+        return {name: tf.ensure_shape(array, probe[name].shape) for name, array in zip(names, arrays, strict=True)}
+
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = 2
+    dataset = tf.data.Dataset.range(start, stop).map(to_batch, num_parallel_calls=1, deterministic=True)
+    iterator = dataset.prefetch(AHEAD).with_options(options).as_numpy_iterator()
+    try:
+        yield from iterator
+    except tf.errors.OpError as error:
+        raise (raised[0] if raised else error) from error
+    finally:
+        del iterator
+
+
+def _thread_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
+    """The batches by a thread that keeps a short queue full."""
+    ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=AHEAD)
+    closed = threading.Event()
+
+    def put(item: Batch | Exception) -> None:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for n in range(start, stop):
+                if closed.is_set():
+                    return
+                put(make(n))
+        except Exception as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        for _ in range(start, stop):
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+def eval_batches(
+    tokens: np.ndarray,
+    config: Config,
+    rows_per_batch: int,
+    *,
+    num_devices: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    limit: int = 0,
+) -> Iterator[Batch]:
+    """Windows of [num_tokens] ids, one after the other, in which every target (all but the first id) is once.
+
+    What is missing from the last window and the last batch is filled with zeros of weight 0, so that all batches
+    have one shape and all processes the same number of them.
+
+    Args:
+      rows_per_batch: sequences over all processes and devices.
+      limit: number of batches after which to stop; 0 = none.
+
+    Raises:
+      UserError: rows_per_batch does not divide over the devices.
+    """
+    rows = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
+    tokens, T = np.asarray(tokens), config.seq_len
+    num_targets = len(tokens) - 1
+    count = -(-num_targets // (T * rows_per_batch))
+
+    def at(position: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        return np.where(valid, tokens[np.minimum(position, num_targets)], 0).astype(np.int32)
+
+    def batches() -> Iterator[Batch]:
+        for b in range(min(count, limit) if limit else count):
+            starts = np.arange(b * rows_per_batch, (b + 1) * rows_per_batch)[rows] * T
+            position = starts[:, None] + np.arange(T)
+            valid = position < num_targets
+            batch = {"inputs": at(position, valid), "targets": at(position + 1, valid)}
+            yield _shard(batch | {"weights": valid.astype(np.float32)}, num_devices)
+
+    return batches()

@@ -1,0 +1,173 @@
+"""Documents of tensorflow_datasets: any builder with a text feature.
+
+A dataset that is not there is fetched in a process of its own, which is ended when nothing arrives any more: without
+a network, tensorflow_datasets would try for minutes.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.sources import Document, Source, Split, held_out
+from jaxlm.data.tf_import import import_tensorflow
+
+STALL_SECONDS = 60  # without a new byte
+
+T = TypeVar("T")
+
+
+def open_tfds(data: DataConfig) -> Source:
+    """The documents of `data.tfds_name`, in the order of its files.
+
+    Raises:
+      UserError: it, its split or its text feature is not to be had.
+    """
+    builder = _bounded(lambda: _builder(data), STALL_SECONDS, data)
+    splits = _load(builder, data)
+    features = list(builder.info.features or {})
+    if data.text_key not in features:
+        raise UserError(f"data.text_key is '{data.text_key}'; allowed with {data.tfds_name}: {', '.join(features)}")
+
+    def documents(which: Split) -> Iterator[Document]:
+        own = which == "val" and data.val_split
+        split = data.val_split if own else data.split
+        for index, example in enumerate(splits[split]().as_numpy_iterator()):
+            name = f"{split}:{index}"
+            if own or (which == "train" and data.val_split) or held_out(name, data.val_fraction) == (which == "val"):
+                yield Document(name, _text(example[data.text_key], name, data))
+
+    known = {n: [s.num_examples, s.num_bytes, s.shard_lengths] for n, s in builder.info.splits.items()}
+    key = {
+        "source": "tfds", "name": builder.info.full_name, "folder": str(builder.data_dir), "splits": known,
+        "text_key": data.text_key, "split": data.split, "val_split": data.val_split,
+        "val_fraction": None if data.val_split else data.val_fraction,
+    }  # fmt: skip
+    return Source(key, documents, num_bytes=0)
+
+
+def _data_dir(data: DataConfig) -> str | None:
+    return os.path.expanduser(data.path) if data.path else None
+
+
+def _builder(data: DataConfig) -> Any:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"data.source is 'tfds', and tensorflow_datasets is not installed ({error}); "
+                        "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
+    try:
+        return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
+    except Exception as error:  # whatever the dataset's own code or its hub raises
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"data.tfds_name is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
+                        "or one prepared under data.path") from error  # fmt: skip
+
+
+def _load(builder: Any, data: DataConfig) -> dict[str, Callable[[], Any]]:
+    """{split: what opens it as a tf.data.Dataset}, after fetching the dataset where it is not there."""
+    import tensorflow_datasets as tfds
+
+    try:
+        import_tensorflow()
+    except ImportError as error:
+        raise UserError(f"data.source is 'tfds', and tensorflow is not installed ({error}); "
+                        "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
+    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+
+    def open_split(key: str, split: str) -> Callable[[], Any]:
+        def open_dataset() -> Any:
+            return builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
+
+        try:
+            open_dataset()
+        except AssertionError:  # not prepared
+            _download(builder, data)
+            open_dataset()
+        except (ValueError, KeyError) as error:
+            raise UserError(f"data.{key} is '{split}'; allowed with {builder.info.full_name}: "
+                            f"{', '.join(builder.info.splits)}, and slices of them") from error  # fmt: skip
+        return open_dataset
+
+    splits = {data.split: open_split("split", data.split)}
+    if data.val_split:
+        splits[data.val_split] = open_split("val_split", data.val_split)
+    return splits
+
+
+def _download(builder: Any, data: DataConfig) -> None:
+    """Runs `download_and_prepare` in a child process for as long as bytes arrive."""
+    code = ("import sys, tensorflow_datasets as t; "
+            "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()")  # fmt: skip
+    root = Path(_data_dir(data) or Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1])
+    print(f"fetching {data.tfds_name} into {root}", file=sys.stderr)
+    child = subprocess.Popen([sys.executable, "-c", code, data.tfds_name, str(root)], stdin=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert child.stderr is not None
+    tail: list[str] = []
+    reader = threading.Thread(target=lambda: tail.extend(child.stderr or ()), daemon=True)
+    reader.start()
+    seen, since = -1, time.monotonic()
+    try:
+        while child.poll() is None and time.monotonic() - since < STALL_SECONDS:
+            time.sleep(0.2)
+            if (size := _bytes_under(root)) != seen:
+                seen, since = size, time.monotonic()
+        stalled = child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    reader.join(5)
+    if stalled or child.returncode:
+        reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else (tail or ["no reason given"])[-1].strip()
+        raise UserError(
+            f"data.tfds_name is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
+            f"one prepared there, by tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"
+        )
+
+
+def _bytes_under(root: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(OSError):  # renamed meanwhile
+                total += os.path.getsize(os.path.join(folder, name))
+    return total
+
+
+def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
+    """What the function gives or raises; a UserError when it takes longer (it may be waiting for a network)."""
+    result: list[T] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(function())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not result:
+        raise UserError(f"data.tfds_name is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
+                        "prepared under data.path")  # fmt: skip
+    return result[0]
+
+
+def _text(value: bytes, name: str, data: DataConfig) -> str:
+    if not isinstance(value, bytes):
+        kind = type(value).__name__
+        raise UserError(f"data.text_key is '{data.text_key}', which holds {kind}; allowed: a text feature")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{data.tfds_name} {name}: not UTF-8 at byte {error.start}; allowed: UTF-8 text") from None

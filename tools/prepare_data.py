@@ -1,0 +1,49 @@
+"""Makes the token store that a configuration names, without training.
+
+    python tools/prepare_data.py --config configs/base.py [--config.data.vocab_size=4096 ...]
+
+The last line on stdout is one JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from jaxlm import config as config_lib
+from jaxlm.data import Corpus, prepare
+
+
+def summary(corpus: Corpus) -> dict:
+    """What there is to know about a corpus, as JSON."""
+    result = {
+        "folder": str(corpus.folder) if corpus.folder else None,
+        "fingerprint": corpus.fingerprint,
+        "vocab_size": corpus.vocab_size,
+        **corpus.facts,
+    }
+    for split in ("train", "val"):
+        facts = corpus.facts[split]
+        if facts.get("bytes"):
+            result[f"{split}_bytes_per_token"] = round(facts["bytes"] / (facts["tokens"] - facts["documents"]), 4)
+    return result
+
+
+def main() -> int:
+    parser = config_lib.Parser(prog="prepare_data.py", description="Tokenize a corpus once into the token store.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a file of configs/")
+    parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
+    args, overrides = parser.parse_known_args()
+    try:
+        facts = summary(prepare(config_lib.load(args.config, overrides)))
+    except config_lib.UserError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    for split in ("train", "val"):
+        print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
+    print(f"vocabulary {facts['vocab_size']:,}  store {facts['folder']}")
+    print(json.dumps(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
