@@ -294,16 +294,20 @@ def _sinusoids(positions_T: jax.Array, dim: int) -> jax.Array:
 
 
 def _rope_tables(positions_T: jax.Array, head: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[T, 1, C / 2]` in float32."""
+    """Cosines and signed sines `[T, 1, C]` in float32."""
     angles = positions_T[:, None, None] * theta ** (-jnp.arange(0, head, 2) / head)
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def _rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Su et al., RoFormer; pairs are (i, i + C / 2), as in Llama's Hugging Face weights."""
+    """Su et al., RoFormer; pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
+
+    With a roll, since XLA's concatenation of two halves takes a tenth of a small model's step on CPU.
+    """
     cos, sin = rope
-    a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+    x = x_BTHC.astype(jnp.float32)
+    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BTHC.dtype)
 
 
 def causal_attention(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> jax.Array:

@@ -1,13 +1,16 @@
-"""Learning-rate schedules and optax chains. Clipping is the step's: only it knows the global gradient norm."""
+"""Learning-rate schedules and optax chains. Clipping is the step's: only it knows the global gradient norm.
+
+Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step. The devices of a host share
+that work: each takes its part of the layers, and an all-gather of the updates, in memory or over NVLink, gives all to all.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from jaxlm.config import OptimConfig
 
@@ -53,30 +56,79 @@ def is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """The hidden matrices, `[..., in, out]`; None, for AdamW, is all else, input and output layers too."""
+class Sharing(NamedTuple):
+    """The devices of a host, which share work that is the same for all."""
 
-    def dimensions(path: Any, _: Any) -> MuonDimensionNumbers | None:
-        hidden = path[0].key == "layers" and path[-1].key == "kernel"
-        return MuonDimensionNumbers(-2, -1) if hidden else None
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    axis: str  # of the mapped step
+    size: int  # devices of a host
+    groups: list[list[int]] | None  # their indices on the axis, host by host; None where there is one host
 
 
-def make_optimizer(c: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optax chain of a configuration, from averaged (and clipped) gradients to updates."""
+def _hidden_matrices(params: Any) -> Any:
+    """'muon' for the stacked matrices of the layers, 'adamw' for all else, input and output layers too."""
+
+    def label(path: Any, _: Any) -> str:
+        return "muon" if path[0].key == "layers" and path[-1].key == "kernel" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+# Five steps of Newton-Schulz, the coefficients of Jordan et al., https://kellerjordan.github.io/posts/muon
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(x: jax.Array) -> jax.Array:
+    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2. `[..., in, out]`"""
+    a, b, c = NEWTON_SCHULZ
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else jnp.swapaxes(x, -1, -2)
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8)
+    for _ in range(5):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else jnp.swapaxes(x, -1, -2)
+
+
+def _orthogonalized(sharing: Sharing | None) -> optax.GradientTransformation:
+    """Orthogonal updates of the size that suits their shape, sqrt(max(1, out / in)), from momenta `[L, in, out]`."""
+
+    def one(x_LIO: jax.Array) -> jax.Array:
+        num_layers = x_LIO.shape[0]
+        if sharing is None or sharing.size == 1:
+            o_LIO = orthogonalize(x_LIO)
+        else:
+            each = -(-num_layers // sharing.size)  # the last devices may get empty (zero) matrices
+            padded = jnp.pad(x_LIO, ((0, each * sharing.size - num_layers), (0, 0), (0, 0)))
+            first = jax.lax.axis_index(sharing.axis) % sharing.size * each
+            mine = orthogonalize(jax.lax.dynamic_slice_in_dim(padded, first, each))
+            o_LIO = jax.lax.all_gather(mine, sharing.axis, axis_index_groups=sharing.groups, tiled=True)[:num_layers]
+        return o_LIO * math.sqrt(max(1, x_LIO.shape[-1] / x_LIO.shape[-2]))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
+
+
+def _muon(c: OptimConfig, steps: int, sharing: Sharing | None) -> optax.GradientTransformation:
+    """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
+    muon = optax.chain(
+        optax.trace(c.momentum, nesterov=True),
+        _orthogonalized(sharing),
+        optax.add_decayed_weights(c.weight_decay),
+        optax.scale_by_learning_rate(make_schedule(c, steps)),
+    )
+    adamw = optax.chain(
+        optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, c.adam_lr))
+    )
+    return optax.partition({"muon": muon, "adamw": adamw}, _hidden_matrices)
+
+
+def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -> optax.GradientTransformation:
+    """The optax chain of a configuration, from averaged (and clipped) gradients to updates.
+
+    With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without.
+    """
     schedule = make_schedule(c, steps)
     if c.name == "muon":
-        return optax.contrib.muon(
-            schedule,
-            beta=c.momentum,
-            weight_decay=c.weight_decay,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            adam_weight_decay=0.0,
-            adam_learning_rate=make_schedule(c, steps, c.adam_lr),
-            muon_weight_dimension_numbers=_muon_dimensions,
-        )
+        return _muon(c, steps, sharing)
     scale = {
         "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
         "lion": lambda: optax.scale_by_lion(c.b1, c.b2),

@@ -90,7 +90,7 @@ def go(parts: Parts, state: steps.TrainState, start: int, stop: "StopSignal") ->
 
     if checkpoints.latest() is None:
         save(0, state)
-    train_step = steps.pmap_train_step(steps.make_train_step(config, parts.model), parts.devices)
+    train_step = steps.pmap_train_step(steps.make_train_step(config, parts.model, parts.devices), parts.devices)
     batches = data.train_stream(
         parts.corpus, config, start, num_devices=len(parts.local),
         process_index=jax.process_index(), process_count=jax.process_count(),

@@ -14,7 +14,7 @@ import optax
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
-from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.optimizer import Sharing, make_optimizer, make_schedule
 from jaxlm.sync import make_sync
 
 AXIS = "devices"
@@ -46,10 +46,10 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
     )
 
 
-def make_train_step(config: Config, model: Model) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The step of one device: (state, its part of the batch) -> (state, metrics of the global batch)."""
+def make_train_step(config: Config, model: Model, devices: list[jax.Device]) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
     sync = make_sync(config.parallel, AXIS)
-    optimizer = make_optimizer(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps, sharing_of(devices))
     schedule = make_schedule(config.optim, config.steps)
 
     def loss(params: Params, batch: Batch, dropout_keys: jax.Array | None) -> tuple[jax.Array, LossSums]:
@@ -81,6 +81,14 @@ def make_train_step(config: Config, model: Model) -> Callable[[TrainState, Batch
         return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
 
     return train_step
+
+
+def sharing_of(devices: list[jax.Device]) -> Sharing:
+    """Which of the run's devices share a host: on the axis, those of one host stand together."""
+    hosts = [d.process_index for d in devices]
+    size = hosts.count(hosts[0])
+    groups = [list(range(i, i + size)) for i in range(0, len(hosts), size)]
+    return Sharing(AXIS, size, groups if len(groups) > 1 else None)
 
 
 def accumulate(loss: Callable, params: Params, batch: Batch, keys: jax.Array | None, steps: int) -> tuple[Params, LossSums]:

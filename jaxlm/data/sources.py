@@ -37,7 +37,7 @@ class Source:
     key: dict[str, Any]  # JSON; all that shapes the documents
     documents: Callable[[Split], Iterator[Document]]
     num_bytes: int  # of all documents; 0 = unknown
-    skipped: int = 0  # files that are not UTF-8
+    skipped: int = 0  # files of the standard library that are not UTF-8 or cannot be read
 
 
 def open_source(data: DataConfig) -> Source:
@@ -69,7 +69,7 @@ def _stdlib(data: DataConfig) -> Source:
         try:
             if path.read_bytes().decode():
                 files[name] = path
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, OSError):  # also a link to a file that this machine lacks
             skipped += 1
     if not files:
         raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")

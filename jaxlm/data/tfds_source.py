@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -107,25 +108,23 @@ def _download(builder: Any, data: DataConfig) -> None:
             "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()")  # fmt: skip
     root = Path(_data_dir(data) or Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1])
     print(f"fetching {data.tfds_name} into {root}", file=sys.stderr)
-    child = subprocess.Popen([sys.executable, "-c", code, data.tfds_name, str(root)], stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    assert child.stderr is not None
-    tail: list[str] = []
-    reader = threading.Thread(target=lambda: tail.extend(child.stderr or ()), daemon=True)
-    reader.start()
-    seen, since = -1, time.monotonic()
-    try:
-        while child.poll() is None and time.monotonic() - since < STALL_SECONDS:
-            time.sleep(0.2)
-            if (size := _bytes_under(root)) != seen:
-                seen, since = size, time.monotonic()
-        stalled = child.poll() is None
-    finally:
-        child.kill()
-        child.wait()
-    reader.join(5)
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen([sys.executable, "-c", code, data.tfds_name, str(root)], stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
+        seen, since = -1, time.monotonic()
+        try:
+            while child.poll() is None and time.monotonic() - since < STALL_SECONDS:
+                time.sleep(0.2)
+                if (size := _bytes_under(root)) != seen:
+                    seen, since = size, time.monotonic()
+            stalled = child.poll() is None
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        last_line = (errors.read().splitlines() or ["no reason given"])[-1].strip()
     if stalled or child.returncode:
-        reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else (tail or ["no reason given"])[-1].strip()
+        reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else last_line
         raise UserError(
             f"data.tfds_name is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
             f"one prepared there, by tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"

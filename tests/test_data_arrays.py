@@ -1,0 +1,81 @@
+"""Corpora that are token ids from the start."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from jaxlm.config import Config, UserError
+from jaxlm.data import Corpus, prepare
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = get_config()
+    config.seq_len = 16
+    config.data.source, config.data.vocab_size = "tokens", 50
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+
+def open_tokens(config: Config, path: Path | str, **keys: object) -> Corpus:
+    config.data.path = str(path)
+    for key, value in keys.items():
+        setattr(config.data, key, value)
+    return prepare(config, progress=False)
+
+
+def test_raw_tokens(config: Config, tmp_path: Path):
+    ids = np.arange(1000) % 50
+    ids.astype("<u2").tofile(tmp_path / "a.bin")
+    np.save(tmp_path / "a.npy", ids)
+    corpora = [open_tokens(config, tmp_path / name) for name in ("a.bin", "a.npy")]
+    for corpus in corpora:
+        np.testing.assert_array_equal(corpus.train, ids[:950])
+        np.testing.assert_array_equal(corpus.val, ids[950:])
+        assert corpus.tokenizer is None and corpus.bytes_per_token is None and corpus.vocab_size == 50
+    both = open_tokens(config, tmp_path / "a.bin", val_path=str(tmp_path / "a.npy"))
+    assert len(both.train) == len(both.val) == 1000
+    assert len({c.fingerprint for c in (corpora[0], both)}) == 2
+
+
+def test_messages_about_tokens(config: Config, tmp_path: Path):
+    np.array([1, 2, 50, 3] * 50, "<u2").tofile(tmp_path / "large.bin")
+    np.save(tmp_path / "negative.npy", np.array([3, -1] * 50))
+    np.save(tmp_path / "floats.npy", np.zeros(100))
+    np.save(tmp_path / "matrix.npy", np.zeros((10, 10), int))
+    for name, content in {"odd.bin": b"abc", "text.txt": b"x", "bad.npy": b"abc", "empty.bin": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    cases = {
+        "large.bin": r"large\.bin: id 50 at position 2; allowed: 0 to data\.vocab_size - 1 = 49",
+        "negative.npy": r"negative\.npy: id -1 at position 1",
+        "floats.npy": "float64",
+        "matrix.npy": r"shape \(10, 10\)",
+        "odd.bin": "3 bytes",
+        "text.txt": r"a \.txt file; allowed",
+        "nowhere.bin": "no such file",
+        "bad.npy": "unreadable",
+        "empty.bin": "0 training tokens",
+        "folder": r"manifest\.json: no such file",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            open_tokens(config, tmp_path / name)
+
+
+def test_synthetic(config: Config):
+    config.data.source, config.data.vocab_size = "synthetic", 97
+    begin = time.monotonic()
+    corpus = prepare(config)
+    assert time.monotonic() - begin < 1
+    x = corpus.train.astype(np.int64)
+    noise = (x[1:] - 5 * x[:-1] - 1) % 97
+    assert np.mean(noise < 4) > 0.999  # all but the seams of the chains
+    assert np.abs(np.bincount(noise, minlength=97)[:4] / len(noise) - 0.25).max() < 0.01
+    assert corpus.train.max() < 97 and len(corpus.val) == 1 << 15
+    np.testing.assert_array_equal(corpus.train, prepare(config).train)
+    config.seed = 1
+    assert prepare(config).fingerprint != corpus.fingerprint

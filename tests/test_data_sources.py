@@ -1,0 +1,163 @@
+"""Sources: what is read, what is held out, and what a mistake says."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from configs.base import get_config
+from jaxlm.config import Config, UserError
+from jaxlm.data import Corpus, prepare
+from jaxlm.data import sources as sources_lib
+from jaxlm.data.baselines import text_of
+from jaxlm.data.sources import held_out, open_source, read_parts
+
+LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = get_config()
+    config.seq_len = 16
+    config.data.source, config.data.tokenizer = "text", "bytes"
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+
+def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
+    config.data.path = str(path)
+    for key, value in keys.items():
+        setattr(config.data, key, value)
+    return prepare(config, progress=False)
+
+
+def text(corpus: Corpus, split: str) -> str:
+    assert corpus.tokenizer is not None
+    return text_of(getattr(corpus, split), corpus.tokenizer).decode()
+
+
+def names(config: Config, split: sources_lib.Split) -> list[str]:
+    return [d.name for d in open_source(config.data).documents(split) if d.first]
+
+
+def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):
+    content = "añ漢\r\n" * 100 + "xyz"
+    corpus = open_text(config, write(tmp_path, {"a.txt": content}) / "a.txt", val_fraction=0.1)
+    cut = int(len(content) * 0.9)
+    assert text(corpus, "train") == content[:cut]
+    assert text(corpus, "val") == content[cut:]
+    assert corpus.facts["train"]["documents"] == 1 and corpus.train[0] == 256
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_long_files_are_tokenized_as_the_whole(config: Config, tmp_path: Path, monkeypatch, block: int):
+    content = LINES + "\n\n    é漢\n" * 50 + "z" * 300
+    path = write(tmp_path, {"a.txt": content}) / "a.txt"
+    config.data.tokenizer, config.data.vocab_size = "sentencepiece", 320
+    whole = open_text(config, path)
+    monkeypatch.setattr(sources_lib, "BLOCK", block)
+    assert "".join(read_parts(path)) == content
+    parts = open_text(config, path, cache_dir=str(tmp_path / "other"))
+    assert parts.folder != whole.folder
+    assert (text(parts, "train"), text(parts, "val")) == (text(whole, "train"), text(whole, "val"))
+    assert parts.facts["train"]["documents"] == 1
+    # Only where a line is longer than a block can its tokens differ.
+    assert block == 7 or abs(len(parts.train) - len(whole.train)) <= len(content) / block
+
+
+def test_folders_globs_and_validation_paths(config: Config, tmp_path: Path):
+    files = {f"d/{i}.txt": f"document {i} " * 9 for i in range(40)} | {"d/sub/z.md": "no text file", "d/empty.txt": ""}
+    write(tmp_path, files)
+    config.data.val_fraction = 0.25
+    for path in ("d", "d/*.txt", "d/**/*.md", "d/sub/z.md"):
+        config.data.path = str(tmp_path / path)
+        config.data.val_path = str(tmp_path / "d/7.txt")
+        expected = {
+            "d": {f"{i}.txt" for i in range(40)} - {"7.txt"} | {"sub/z.md"},
+            "d/*.txt": {f"{i}.txt" for i in range(40)} - {"7.txt"},
+            "d/**/*.md": {"sub/z.md"},
+            "d/sub/z.md": {"z.md"},
+        }[path]
+        assert set(names(config, "train")) == expected
+        assert names(config, "train") == sorted(names(config, "train"))
+        assert names(config, "val") == ["7.txt"]
+
+
+def test_held_out_by_name_alone(config: Config, tmp_path: Path):
+    write(tmp_path, {f"d/{i}.txt": f"document {i} " * 9 for i in range(60)})
+    config.data.path, config.data.val_fraction = str(tmp_path / "d"), 0.1
+    train, val = names(config, "train"), names(config, "val")
+    assert train and val and not set(train) & set(val) and len(train) + len(val) == 60
+    assert all(int(hashlib.sha1(n.encode()).hexdigest(), 16) % 10 == 0 for n in val)
+    for name in ["1.txt", "30.txt"]:
+        (tmp_path / "d" / name).unlink()
+    write(tmp_path, {"d/new.txt": "another one"})
+    assert set(names(config, "val")) - {"new.txt"} == set(val) - {"1.txt", "30.txt"}
+
+
+def test_share_held_out():
+    held = sum(held_out(f"package/module_{i}.py", 0.05) for i in range(20_000))
+    assert 850 < held < 1150
+
+
+def test_stdlib_leaves_tests_out(config: Config, tmp_path: Path, monkeypatch):
+    files = {f"module_{i}.py": f"x = {i}\n" * 20 for i in range(150)}
+    others = {"test/a.py": "x", "pkg/tests/b.py": "x", "site-packages/c.py": "x", "pkg/__init__.py": "", "d.txt": "x"}
+    write(tmp_path / "lib", {**files, **others, "latin.py": b"\xe9"})
+    monkeypatch.setattr(sources_lib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    config.data.source = "stdlib"
+    assert sorted(names(config, "train") + names(config, "val")) == sorted(files)
+    corpus = prepare(config, progress=False)
+    assert corpus.facts["skipped"] == 1
+    assert corpus.facts["val"]["documents"] == sum(held_out(n, 0.05) for n in files) > 0
+
+
+def test_the_real_stdlib(config: Config):
+    config.data.source = "stdlib"
+    source = open_source(config.data)
+    assert source.num_bytes > 5e6
+    assert "argparse.py" in names(config, "train") + names(config, "val")
+
+
+def test_messages_about_text(config: Config, tmp_path: Path):
+    write(tmp_path, {"empty.txt": "", "bad.txt": b"caf\xc3\xa9 " + b"x" * 50 + b"\xff!", "short.txt": "ab",
+                     "few/a.txt": LINES, "few/b.txt": LINES})  # fmt: skip
+    (tmp_path / "none").mkdir()
+    cases = {
+        "nowhere.txt": r"data\.path is '.*nowhere\.txt': no such file or folder",
+        "*.csv": r"data\.path is '.*\*\.csv': no files there",
+        "none": r"no files there",
+        "empty.txt": r"nothing but empty files",
+        "bad.txt": r"bad\.txt: not UTF-8 at byte 56",
+        "short.txt": r"short\.txt: 2 training tokens; allowed: at least seq_len \+ 1 = 17",
+    }
+    for path, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            open_text(config, tmp_path / path)
+    with pytest.raises(UserError, match=r"data\.val_fraction is 1e-09, which holds out 0 of 2"):
+        open_text(config, tmp_path / "few", val_fraction=1e-9)
+    with pytest.raises(UserError, match=r"data\.val_path is '.*gone'"):
+        open_text(config, tmp_path / "few", val_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"every file is in data\.val_path too"):
+        open_text(config, tmp_path / "few", val_path=str(tmp_path / "few"))
+    with pytest.raises(UserError, match=r"0 validation tokens"):
+        open_text(config, tmp_path / "few" / "a.txt", val_path="", val_fraction=1e-17)
+    assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]  # nothing is left of them
+
+
+@pytest.mark.parametrize("block", [5, 1 << 20])
+def test_byte_of_bad_utf8(tmp_path: Path, monkeypatch, block: int):
+    monkeypatch.setattr(sources_lib, "BLOCK", block)
+    for content, at in ((b"\n" + "漢".encode() * 9 + b"\x80", 28), (b"a" * 12 + b"\xe6\xbc", 12)):
+        path = write(tmp_path, {"a": content}) / "a"
+        with pytest.raises(UserError, match=rf"at byte {at} "):
+            list(read_parts(path))

@@ -1,0 +1,246 @@
+"""The token store: made once, whole or not at all, and checked when it is opened."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from jaxlm.config import Config, UserError
+from jaxlm.data import Corpus, compression_baselines, open_store, prepare
+from jaxlm.data import store as store_lib
+from jaxlm.data.baselines import text_of
+from jaxlm.data.sources import open_source
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = get_config()
+    config.seq_len = 16
+    config.data.source, config.data.tokenizer = "text", "bytes"
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+
+def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
+    config.data.path = str(path)
+    for key, value in keys.items():
+        setattr(config.data, key, value)
+    return prepare(config, progress=False)
+
+
+def text(corpus: Corpus, split: str) -> str:
+    assert corpus.tokenizer is not None
+    return text_of(getattr(corpus, split), corpus.tokenizer).decode()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "sentencepiece"])
+def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
+    files = {f"d/{i:02}.txt": f"naïve \u2581 {i}\r\n" + LINES for i in range(20)}
+    write(tmp_path, files)
+    corpus = open_text(config, tmp_path / "d", tokenizer=tokenizer, val_fraction=0.2, vocab_size=400)
+    assert corpus.tokenizer is not None and corpus.bytes_per_token is not None and corpus.folder is not None
+    for split in ("train", "val"):
+        expected = "".join(d.text for d in open_source(config.data).documents(split))
+        assert text(corpus, split) == expected
+        facts, tokens = corpus.facts[split], getattr(corpus, split)
+        assert facts["bytes"] == len(expected.encode()) == corpus.bytes_per_token[tokens].sum()
+        assert facts["tokens"] == len(tokens)
+        assert facts["documents"] == (tokens == corpus.tokenizer.bos_id).sum()
+        assert facts["sha256"] == hashlib.sha256((corpus.folder / f"{split}.bin").read_bytes()).hexdigest()
+    assert corpus.train.dtype == np.dtype("<u2") and isinstance(corpus.train, np.memmap)
+    assert corpus.vocab_size == corpus.tokenizer.vocab_size == len(corpus.bytes_per_token)
+
+
+def test_store_is_made_once_and_the_same_everywhere(config: Config, tmp_path: Path, monkeypatch):
+    write(tmp_path, {"a.txt": LINES})
+    config.data.tokenizer, config.data.vocab_size = "sentencepiece", 350
+    first = open_text(config, tmp_path / "a.txt")
+    other = open_text(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "other"))
+    assert first.folder and other.folder and first.folder.name == other.folder.name
+    assert first.fingerprint == other.fingerprint
+    for path in (p for p in first.folder.rglob("*") if p.is_file()):
+        assert path.read_bytes() == (other.folder / path.relative_to(first.folder)).read_bytes(), path.name
+    monkeypatch.setattr(store_lib, "_build", lambda *a: pytest.fail("built again"))
+    assert prepare(config, progress=False).fingerprint == first.fingerprint
+
+
+def test_whatever_shapes_a_store_names_it(config: Config, tmp_path: Path):
+    write(tmp_path, {"a.txt": LINES, "b.txt": LINES + "more"})
+    stores = [
+        open_text(config, tmp_path / "a.txt").folder,
+        open_text(config, tmp_path / "b.txt").folder,
+        open_text(config, tmp_path / "a.txt", val_fraction=0.1).folder,
+        open_text(config, tmp_path / "a.txt", tokenizer="chars").folder,
+        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=310).folder,
+        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=320).folder,
+    ]
+    write(tmp_path, {"a.txt": LINES.replace("fox", "fix")})  # as long as before
+    stores.append(open_text(config, tmp_path / "a.txt").folder)
+    assert len(set(stores)) == len(stores)
+    config.seed, config.steps = 5, 7
+    assert prepare(config).folder == stores[-1]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from configs.base import get_config
+from jaxlm.data import prepare, sources
+import time
+c = get_config()
+c.seq_len, c.data.source, c.data.tokenizer, c.data.path, c.data.cache_dir = 16, "text", "bytes", {path!r}, {cache!r}
+read = sources.read_parts
+def slow(path):
+    print("reading", flush=True)
+    time.sleep({sleep})
+    yield from read(path)
+sources.read_parts = slow
+print(prepare(c).fingerprint)
+"""
+
+
+def start(config: Config, path: Path, sleep: float) -> subprocess.Popen:
+    script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=sleep)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_start_together_share_one_store(config: Config, tmp_path: Path):
+    path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
+    processes = [start(config, path, sleep=0.5) for _ in range(3)]
+    outputs = [p.communicate(timeout=60) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0, 0], outputs
+    assert len({out.splitlines()[-1] for out, _ in outputs}) == 1
+    messages = "".join(err for _, err in outputs)
+    assert messages.count("tokenizing: ") == 1  # one of them did the work
+    assert "waiting for the process" in messages
+    assert len(list(Path(config.data.cache_dir).glob("*/manifest.json"))) == 1
+
+
+def test_killed_half_way_leaves_no_store(config: Config, tmp_path: Path):
+    path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
+    process = start(config, path, sleep=2)
+    cache, deadline = Path(config.data.cache_dir), time.monotonic() + 30
+    while not list(cache.glob("*.tmp/train.bin")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(cache.glob("*.tmp/train.bin")), "killed too early or too late to mean something"
+    assert not [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".tmp"]
+    corpus = open_text(config, path)
+    assert text(corpus, "train") + text(corpus, "val") == LINES
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_lib, "_write_split", full)
+    with pytest.raises(UserError, match=r"data\.cache_dir .*No space left"):
+        open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
+    assert [p.suffix for p in Path(config.data.cache_dir).iterdir()] == [".lock"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_cache_that_cannot_be_written(config: Config, tmp_path: Path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"data\.cache_dir .*locked"):
+        open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt", cache_dir=str(tmp_path / "locked" / "in"))
+
+
+def test_cache_that_is_a_file(config: Config, tmp_path: Path):
+    write(tmp_path, {"a.txt": LINES})
+    with pytest.raises(UserError, match=r"data\.cache_dir .*a\.txt"):
+        open_text(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "a.txt"))
+
+
+def test_damaged_stores_are_named(config: Config, tmp_path: Path):
+    folder = open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt").folder
+    assert folder
+    content = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(content[:-2])
+    with pytest.raises(UserError, match=rf"val\.bin: {len(content) - 2} bytes; allowed: {len(content)}"):
+        prepare(config)
+    (folder / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"val\.bin: no such file"):
+        prepare(config)
+    (folder / "val.bin").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for broken in ("", "[]", json.dumps(manifest | {"format": 99}), json.dumps({"format": 1})):
+        (folder / "manifest.json").write_text(broken)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            open_store(folder)
+
+
+def test_a_prepared_store_needs_nothing_else(config: Config, tmp_path: Path):
+    made = open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
+    (tmp_path / "a.txt").unlink()
+    assert made.folder
+    config.data.source = "tokens"
+    opened = open_text(config, made.folder)
+    assert opened.fingerprint == made.fingerprint
+    assert text(opened, "train") == text(made, "train")
+
+
+def test_missing_tokenizer_model(config: Config, tmp_path: Path):
+    write(tmp_path, {"a.txt": LINES})
+    with pytest.raises(UserError, match=r"no\.model: (unreadable|no such file)"):
+        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", tokenizer_path=str(tmp_path / "no.model"))
+
+
+def test_baselines(config: Config, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, size=8, dtype=np.uint8)).decode() for _ in range(2000)]
+    write(tmp_path, {"a.txt": " ".join(words) + "\n", "b.txt": " ".join(words[::-1]) + "\n"})
+    corpus = open_text(config, tmp_path / "a.txt", val_path=str(tmp_path / "b.txt"))
+    baselines = compression_baselines(corpus)
+    assert 4.5 < baselines["unigram of bytes"] < 4.9  # log2(26) for letters, and spaces
+    assert baselines["xz -9e after the training text"] < 0.8 * baselines["xz -9e"]  # the words are known
+    assert baselines["xz -9e"] < 8 and baselines["gzip -9"] < 8
+    assert corpus.folder and json.loads((corpus.folder / "baselines.json").read_text()) == baselines
+    assert compression_baselines(prepare(config)) == baselines
+
+
+def test_importing_is_cheap():
+    heavy = ("tensorflow", "tensorflow_datasets", "sentencepiece", "jax")
+    code = f"import sys, jaxlm.data; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_command(config: Config, tmp_path: Path):
+    write(tmp_path, {"a.txt": LINES})
+    command = [sys.executable, "tools/prepare_data.py", "--config", "configs/base.py", "--config.data.source=text",
+               f"--config.data.path={tmp_path / 'a.txt'}", f"--config.data.cache_dir={config.data.cache_dir}",
+               "--config.data.tokenizer=bytes"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["train"]["bytes"] + facts["val"]["bytes"] == len(LINES)
+    assert facts["train_bytes_per_token"] == 1 and Path(facts["folder"]).is_dir()
+    (tmp_path / "a.txt").unlink()
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"prepare_data\.py: data\.path is .*\n", done.stderr)
