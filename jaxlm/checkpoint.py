@@ -29,7 +29,10 @@ class Checkpointer:
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
         newest = LatestN(config.keep)
         best = BestN(
-            get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda m: m["eval_loss"],
+            reverse=True,
+            n=config.keep_best,
+            keep_checkpoints_without_metrics=False,
         )
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").resolve(),
@@ -135,5 +138,7 @@ def _localize(state: TrainState, like: TrainState) -> TrainState:
 def place(state: TrainState, local_devices: list[jax.Device]) -> TrainState:
     """Puts a state on this host's devices the way the step keeps it there, so that donation finds it in place."""
     mesh = Mesh(np.array(local_devices), (AXIS,))
-    shardings = jax.tree.map(lambda p: NamedSharding(mesh, p), _specs(state), is_leaf=lambda p: isinstance(p, PartitionSpec))
+    shardings = jax.tree.map(
+        lambda p: NamedSharding(mesh, p), _specs(state), is_leaf=lambda p: isinstance(p, PartitionSpec)
+    )
     return jax.device_put(state, shardings)

@@ -251,7 +251,9 @@ def validate(c: Config) -> Config:
         require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
         require(bool(d.split), "data.split", "the name of a split")
     if not (d.val_path if d.source in ("text", "tokens") else d.val_split if d.source == "tfds" else ""):
-        require(0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named")
+        require(
+            0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named"
+        )
     if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or d.source in ("tokens", "synthetic"):
         floor = 2 if d.source in ("tokens", "synthetic") else 300  # 256 bytes, special and some learned pieces
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")

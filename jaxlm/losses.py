@@ -21,9 +21,7 @@ class LossSums(NamedTuple):
     weight: jax.Array  # number of target tokens
 
 
-def cross_entropy(
-    logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, config: LossConfig
-) -> LossSums:
+def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, config: LossConfig) -> LossSums:
     """Sums of the token losses.
 
     The smoothed target is (1 - s) * one_hot + s / V (Szegedy et al., section 7); z-loss adds

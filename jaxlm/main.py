@@ -19,7 +19,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
         epilog="Any key of the configuration can be set: --config.optim.lr=3e-4. Keys: jaxlm/config.py, configs/base.py.",
     )  # fmt: skip
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a configuration, e.g. configs/base.py")
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="a configuration, e.g. configs/base.py"
+    )
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the run lives (default: runs/<config name>)")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")

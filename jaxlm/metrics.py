@@ -52,7 +52,9 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
     """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter  # TensorBoard's own EventFileWriter imports TensorFlow
+    from tensorboard.summary.writer.record_writer import (
+        RecordWriter,
+    )  # TensorBoard's own EventFileWriter imports TensorFlow
 
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}", "wb")  # noqa: SIM115

@@ -99,16 +99,28 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = nn.Embed(
-            self.vocab_size, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+            self.vocab_size,
+            c.d_model,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
         )
         if c.position == "learned":
             self.positions = nn.Embed(
-                self.max_len, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+                self.max_len,
+                c.d_model,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                embedding_init=nn.initializers.normal(0.02),
             )
         if c.value_embed:
             size = c.d_model // c.num_heads * (c.num_kv_heads or c.num_heads)
             self.value_embed = nn.Embed(
-                self.vocab_size, size, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=nn.initializers.normal(0.02)
+                self.vocab_size,
+                size,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                embedding_init=nn.initializers.normal(0.02),
             )
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers

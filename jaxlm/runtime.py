@@ -18,7 +18,9 @@ def on_cpu() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     if wanted:
         return wanted == "cpu"
-    return not any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"))
+    return not any(
+        Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+    )
 
 
 def relaunch_with_huge_pages() -> None:

@@ -46,7 +46,9 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
     )
 
 
-def make_train_step(config: Config, model: Model, devices: list[jax.Device]) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+def make_train_step(
+    config: Config, model: Model, devices: list[jax.Device]
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
     sync = make_sync(config.parallel, AXIS)
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(devices))
@@ -91,7 +93,9 @@ def sharing_of(devices: list[jax.Device]) -> Sharing:
     return Sharing(AXIS, size, groups if len(groups) > 1 else None)
 
 
-def accumulate(loss: Callable, params: Params, batch: Batch, keys: jax.Array | None, steps: int) -> tuple[Params, LossSums]:
+def accumulate(
+    loss: Callable, params: Params, batch: Batch, keys: jax.Array | None, steps: int
+) -> tuple[Params, LossSums]:
     """Gradient and sums of `loss` over the batch, computed in `steps` micro-batches of which one is in memory.
 
     Gradients add up in the masters' dtype; nothing is averaged here, so the result does not depend on `steps`.

@@ -30,7 +30,9 @@ def check(workdir: Path, config: Config) -> str | None:
     path = workdir / "config.json"
     if not path.exists():
         if (workdir / "checkpoints").exists():
-            raise UserError(f"--workdir {workdir}: holds checkpoints but no config.json; allowed: a new folder or a run's own")
+            raise UserError(
+                f"--workdir {workdir}: holds checkpoints but no config.json; allowed: a new folder or a run's own"
+            )
         return None
     old = from_dict(_read(path)["config"], str(path))
     free, refused = changes(old, config)
@@ -43,7 +45,9 @@ def check(workdir: Path, config: Config) -> str | None:
                 " workdir (checkpoint.resume=PATH takes weights from this one)"
             )
         if config.checkpoint.resume == "never":
-            raise UserError(f"checkpoint.resume is 'never'; allowed: auto, since {workdir} holds checkpoints, or another workdir")
+            raise UserError(
+                f"checkpoint.resume is 'never'; allowed: auto, since {workdir} holds checkpoints, or another workdir"
+            )
     return ", ".join(f"{k} {was!r} -> {now!r}" for k, (was, now) in (free | refused).items()) or None
 
 
@@ -83,7 +87,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+    packages = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    }
     try:
         own = importlib.metadata.version("jaxlm")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

@@ -97,6 +97,9 @@ def test_whatever_shapes_a_store_names_it(config: Config, tmp_path: Path):
     ]
     write(tmp_path, {"a.txt": LINES.replace("fox", "fix")})  # as long as before
     stores.append(open_text(config, tmp_path / "a.txt").folder)
+    for word in ("fix", "fax"):
+        write(tmp_path, {f"d/{i}": LINES.replace("fox", word) for i in range(9)})
+        stores.append(open_text(config, tmp_path / "d", val_fraction=0.25).folder)
     assert len(set(stores)) == len(stores)
     config.seed, config.steps = 5, 7
     assert prepare(config).folder == stores[-1]

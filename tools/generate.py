@@ -15,7 +15,9 @@ def main() -> int:
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the most probable token")
     parser.add_argument("--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample among the tokens that make up this probability")
+    parser.add_argument(
+        "--top_p", type=float, default=0.95, help="sample among the tokens that make up this probability"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args = parser.parse_args()
@@ -35,7 +37,9 @@ def main() -> int:
     run = open_run(args.workdir, args.step)
     tokenizer = run.tokenizer
     if tokenizer is None:
-        raise configs.UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
+        raise configs.UserError(
+            f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text"
+        )
     import jax
     import numpy as np
 

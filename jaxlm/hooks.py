@@ -1,0 +1,133 @@
+"""What happens beside the steps: metrics, evaluation with a sample of text, profiling, signals to stop."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm import metrics
+from jaxlm import step as steps
+from jaxlm.evaluate import evaluate
+from jaxlm.generate import generate
+from jaxlm.model import flops_per_token
+from jaxlm.parts import Parts, eval_batches
+from jaxlm.train import Done
+
+
+def make_writer(parts: Parts, start: int) -> metrics.Writer:
+    """Sends metrics to every place that the configuration names; on the first process only."""
+    if jax.process_index() != 0:
+        return lambda _: None
+    writers: list[metrics.Writer] = [metrics.JsonLines(parts.workdir / "metrics.jsonl", start)]
+    if parts.config.log.tensorboard:
+        writers.append(metrics.tensorboard(parts.workdir / "tensorboard", start))
+    if parts.config.log.wandb:
+        writers.append(metrics.wandb_writer(parts.config, parts.workdir))
+
+    def write(m: metrics.Metrics) -> None:
+        for writer in writers:
+            writer(m)
+
+    return write
+
+
+def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -> Callable[[Done], None]:
+    """Reports finished steps: progress for each, all numbers for the first, every Nth and the last."""
+    c = parts.config
+    per_step = c.batch_size * c.seq_len
+    flops = flops_per_token(c.model, params, c.seq_len)
+    peak = metrics.peak_flops(parts.devices[0].device_kind)
+    last_step, last_seconds = start, 0.0
+
+    def on_step(done: Done) -> None:
+        nonlocal last_step, last_seconds
+        parts.reporter.progress(done.step)
+        if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
+            seconds = (done.seconds - last_seconds) / (done.step - last_step)
+            rate = per_step / seconds
+            m = {"step": done.step, **{k: float(v) for k, v in done.metrics.items()}}
+            m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds,
+                  "mfu": rate * flops / (peak * len(parts.devices)) if peak else None}  # fmt: skip
+            write(m)
+            parts.reporter.train(m)
+        elif done.step != start + 1:  # the first step is when all is compiled: no measure of the others
+            return
+        last_step, last_seconds = done.step, done.seconds
+
+    return on_step
+
+
+def make_evaluation(parts: Parts, write: metrics.Writer) -> Callable[[int, steps.TrainState], dict[str, Any]]:
+    """(step, state) -> scores on the validation set, written and shown with a sample of text."""
+    eval_step = steps.pmap_eval_step(steps.make_eval_step(parts.config, parts.model), parts.devices)
+
+    def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
+        params = state.params if state.ema is None else state.ema
+        scores = evaluate(eval_step, params, eval_batches(parts), parts.corpus.bytes_per_token)
+        write({"step": step, **scores})
+        parts.reporter.evaluation({"step": step, **scores}, sample_text(parts, params))
+        return scores
+
+    return evaluation
+
+
+def sample_text(parts: Parts, params: Any) -> str | None:
+    """A continuation of `eval.sample_prompt`; None where no text is wanted, or tokens are not text."""
+    c, tokenizer = parts.config, parts.corpus.tokenizer
+    if not c.eval.sample_tokens or tokenizer is None or jax.process_index() != 0:
+        return None
+    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode([c.eval.sample_prompt])[0]]).astype(np.int32)
+    new = c.eval.sample_tokens
+    if c.model.position != "rope":  # the other positions end where training sequences do
+        new = min(new, c.seq_len - len(prompt))
+    if new < 1:
+        return None
+    here = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
+    key = jax.random.key(c.seed)
+    tokens = generate(parts.model, here, prompt[None], key, max_new_tokens=new, temperature=0.8, top_p=0.95)
+    return tokenizer.decode(np.concatenate([prompt[1:], np.asarray(tokens[0])]))
+
+
+class StopSignal:
+    """SIGTERM or SIGINT: stop after the step under way. A second one ends the process at once."""
+
+    AGREE_EVERY = 10  # steps; with several processes, all must stop after the same one
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_DFL)
+
+    def agreed(self, step: int) -> bool:
+        """Whether all processes are to stop after `step` updates."""
+        if jax.process_count() == 1:
+            return self.received
+        if step % self.AGREE_EVERY:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(self.received)).any())
+
+
+class Profiler:
+    """Traces `count` steps, after the first ones have warmed up, for TensorBoard or Perfetto."""
+
+    def __init__(self, folder: Path, start: int, count: int):
+        self._folder, self._first, self._count = folder, start + 5, count
+
+    def due(self, step: int) -> bool:
+        return self._count > 0 and step in (self._first, self._first + self._count)
+
+    def __call__(self, step: int, state: steps.TrainState) -> None:
+        jax.block_until_ready(state.step)
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+        else:
+            jax.profiler.stop_trace()

@@ -1,0 +1,36 @@
+"""Times nanoGPT's own step for tools/bench.py: arguments are a checkout, GPTConfig as JSON, and the batch size.
+
+Reads a number of steps from each line of input and answers with seconds a step. Eager mode in float32, clipping and
+AdamW as in its train.py.
+"""
+
+import json
+import sys
+import time
+
+
+def main() -> None:
+    checkout, sizes, batch_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    sys.path.insert(0, checkout)
+    import torch
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPT(GPTConfig(**sizes)).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
+    tokens = torch.randint(0, sizes["vocab_size"], (batch_size, sizes["block_size"] + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            _, loss = model(inputs, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+        print("seconds", (time.perf_counter() - start) / int(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
