@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxlm.config import CheckpointConfig
-from jaxlm.step import AXIS, STATE_AXES, TrainState
+from jaxlm.step import AXIS, STATE_AXES, Device, TrainState
 
 
 class CheckpointError(RuntimeError):
@@ -135,7 +135,7 @@ def _localize(state: TrainState, like: TrainState) -> TrainState:
     return jax.tree.map(lambda x, l: jax.device_put(x, l.sharding), state, like)
 
 
-def place(state: TrainState, local_devices: list[jax.Device]) -> TrainState:
+def place(state: TrainState, local_devices: list[Device]) -> TrainState:
     """Puts a state on this host's devices the way the step keeps it there, so that donation finds it in place."""
     mesh = Mesh(np.array(local_devices), (AXIS,))
     shardings = jax.tree.map(

@@ -92,7 +92,7 @@ class DataConfig:
     val_split: str  # tfds; "" = a part of `split`
     val_fraction: float  # held out where no validation data is named
     tokenizer: Literal["sentencepiece", "bytes", "chars"]
-    tokenizer_path: str  # a sentencepiece .model; "" = train one on the corpus
+    tokenizer_path: str  # a sentencepiece .model or the tokenizer folder of a run; "" = made of the corpus
     vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
     cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
     packing: Literal["concat"]  # documents run on, one after the other
@@ -153,6 +153,13 @@ CHANGEABLE = (
 )
 
 
+POSITIVE = (
+    "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
+    "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
+)  # fmt: skip
+BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{'model.d_model': 128, ...} of a (nested) configuration."""
     flat = {}
@@ -176,6 +183,11 @@ def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return types
 
 
+def _sections() -> list[Any]:
+    """The fields of `Config` that hold further keys."""
+    return [f for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+
+
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
@@ -183,7 +195,7 @@ def _describe(kind: Any) -> str:
 
 
 def _unknown_key(key: str, where: str) -> UserError:
-    sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+    sections = [f.name for f in _sections()]
     if key in sections:
         inside = ", ".join(k for k in key_types() if k.startswith(key + "."))
         return UserError(f"{where}: '{key}' is a section; its keys: {inside}")
@@ -220,16 +232,14 @@ def validate(c: Config) -> Config:
         if not ok:
             raise UserError(f"{key} is {flatten(c)[key]!r}; allowed: {allowed}")
 
-    positive = ("steps batch_size seq_len model.num_layers model.d_model model.num_heads optim.accum_steps "
-                "optim.lr optim.eps log.every_steps checkpoint.keep model.rope_theta")  # fmt: skip
-    for key in positive.split():
+    for key in POSITIVE:
         require(flatten(c)[key] > 0, key, "more than 0")
     for key, value in flatten(c).items():
         if types[key] in (int, float) and key != "seed":
             require(value >= 0, key, "0 or more")
-    for key in "model.dropout loss.label_smoothing optim.b1 optim.b2 optim.momentum optim.ema_decay".split():
+    for key in BELOW_ONE:
         require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
-    for key in "optim.min_lr_ratio optim.decay_fraction".split():
+    for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
         require(flatten(c)[key] <= 1, key, "0 to 1")
 
     m, o, d = c.model, c.optim, c.data
@@ -299,15 +309,21 @@ def _load_file(path: Path) -> Config:
     except UserError:
         raise
     except Exception as error:  # any error of the user's own code
-        typo = re.fullmatch(r"'\w+' object has no attribute '(\w+)'.*", str(error))
+        typo = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'.*", str(error))
         if isinstance(error, AttributeError) and typo:
-            raise _unknown_key(typo[1], f"--config {path}") from error
+            sections = {f.type.__name__: f"{f.name}." for f in _sections()}
+            raise _unknown_key(sections.get(typo[1], "") + typo[2], f"--config {path}") from error
         raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
     finally:
         for root in roots:
             sys.path.remove(root)
     if not isinstance(config, Config):
         raise UserError(f"--config {path}: get_config() returned {type(config).__name__}; allowed: jaxlm.config.Config")
+    for field in _sections():
+        if not isinstance(section := getattr(config, field.name), field.type):
+            raise UserError(
+                f"--config {path}: {field.name} is {section!r}; allowed: jaxlm.config.{field.type.__name__}"
+            )
     return config
 
 
@@ -319,6 +335,8 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """
     types = key_types()
     for argument in overrides:
+        if re.match(r"-(no)?config\b", argument):
+            raise UserError(f"{argument.split('=')[0]}: unknown option; allowed: --config.KEY=VALUE, with two dashes")
         if not argument.startswith("--") or argument == "--":
             continue  # the value of `--config.key value`; a stray one is reported below
         key = argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
@@ -342,7 +360,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    return validate(values["config"].value)  # a copy with the overrides set
+    return validate(values.config)  # a copy with the overrides set
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

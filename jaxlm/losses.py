@@ -36,8 +36,12 @@ def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Arr
         objective_N = (1 - s) * nll_N + s * (log_z_N - logits_NV.mean(axis=-1))
     if config.z_loss:
         objective_N += config.z_loss * jnp.square(log_z_N)
-    correct_N = jnp.argmax(logits_NV, axis=-1) == targets_N
-    return LossSums(*(jnp.sum(x * weights_N) for x in (objective_N, nll_N, correct_N)), jnp.sum(weights_N))
+    correct_N = (jnp.argmax(logits_NV, axis=-1) == targets_N).astype(jnp.float32)
+
+    def total(x_N: jax.Array) -> jax.Array:
+        return jnp.sum(x_N * weights_N)
+
+    return LossSums(total(objective_N), total(nll_N), total(correct_N), jnp.sum(weights_N))
 
 
 def output_loss(

@@ -17,7 +17,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = configs.Parser(
         prog="jaxlm", allow_abbrev=False,
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
-        epilog="Any key of the configuration can be set: --config.optim.lr=3e-4. Keys: jaxlm/config.py, configs/base.py.",
+        epilog="Any key can be set: --config.optim.lr=3e-4. The keys are in configs/base.py.",
     )  # fmt: skip
     parser.add_argument(
         "--config", required=True, type=Path, metavar="FILE", help="a configuration, e.g. configs/base.py"

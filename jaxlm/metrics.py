@@ -50,11 +50,13 @@ def _step_of(line: str) -> float:
 
 def tensorboard(folder: Path, resume_step: int) -> Writer:
     """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import (
-        RecordWriter,
-    )  # TensorBoard's own EventFileWriter imports TensorFlow
+    # Its messages and records alone: TensorBoard's own EventFileWriter imports TensorFlow. The messages' classes are made
+    # when they are imported, where no type checker sees them.
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # type: ignore[attr-defined]
+    Summary = summary_pb2.Summary  # type: ignore[attr-defined]
 
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}", "wb")  # noqa: SIM115
@@ -84,7 +86,7 @@ def wandb_writer(config: Config, workdir: Path) -> Writer:
       UserError: the package is not installed.
     """
     try:
-        import wandb
+        import wandb  # type: ignore[import-not-found]
     except ImportError:
         raise UserError("log.wandb is True; the package is missing: pip install 'jaxlm[wandb]'") from None
     id_file = workdir / "wandb_id"

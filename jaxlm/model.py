@@ -132,7 +132,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),  # type: ignore[arg-type]
             length=c.num_layers,
             unroll=unroll,
         )(c, self.max_len)
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
 class Shared:
     """What every layer is given alike; a pytree whose shape (B, T) is static."""
 
-    def __init__(self, dropout_keys_B, rope, value_embed_N, start, shape):  # noqa: D107
+    def __init__(self, dropout_keys_B, rope, value_embed_N, start, shape):
         self.dropout_keys_B, self.rope, self.value_embed_N, self.start = dropout_keys_B, rope, value_embed_N, start
         self.shape = shape
 
@@ -329,7 +329,7 @@ def causal_attention(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) ->
     eighths of the scores, all of them masked, are never computed.
     """
     T = q_BTHC.shape[1]
-    chunks = next(n for n in (4, 2, 1) if T % n == 0 and T // n >= 64 or n == 1)
+    chunks = next(n for n in (4, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
     size = T // chunks
     outs = []
     for start in range(0, T, size):

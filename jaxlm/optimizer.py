@@ -1,7 +1,7 @@
 """Learning-rate schedules and optax chains. Clipping is the step's: only it knows the global gradient norm.
 
 Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step. The devices of a host share
-that work: each takes its part of the layers, and an all-gather of the updates, in memory or over NVLink, gives all to all.
+that work: each takes its part of the layers, and an all-gather, in memory or over NVLink, gives the updates to all.
 """
 
 import math
@@ -14,7 +14,7 @@ import optax
 
 from jaxlm.config import OptimConfig
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], Any]  # updates done -> learning rate
 
 
 def make_schedule(c: OptimConfig, steps: int, peak: float | None = None) -> Schedule:

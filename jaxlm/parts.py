@@ -18,6 +18,7 @@ from jaxlm.checkpoint import Checkpointer, place
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
+from jaxlm.step import Device
 
 
 class Parts(NamedTuple):
@@ -25,8 +26,8 @@ class Parts(NamedTuple):
     workdir: Path
     corpus: data.Corpus
     model: Model
-    devices: list[jax.Device]  # of all processes
-    local: list[jax.Device]  # of this one
+    devices: list[Device]  # of all processes
+    local: list[Device]  # of this one
     sharding: NamedSharding  # of a batch over the local devices
     checkpoints: Checkpointer
     reporter: Reporter

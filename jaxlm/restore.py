@@ -17,6 +17,7 @@ from jaxlm.model import Model, Params, make_model
 
 
 class Run(NamedTuple):
+    folder: Path
     config: Config
     step: int
     model: Model
@@ -46,11 +47,13 @@ def open_run(workdir: Path, step: int | None) -> Run:
     folder = workdir / "tokenizer"
     tokenizer = data.load_tokenizer(folder) if folder.exists() else None
     vocab_size = workdirs.read_facts(workdir)["vocab_size"]
-    return Run(config, step, make_model(config.model, vocab_size, config.seq_len), params, tokenizer)
+    return Run(workdir, config, step, make_model(config.model, vocab_size, config.seq_len), params, tokenizer)
 
 
 def score(run: Run, config: Config) -> dict[str, Any]:
-    """The scores of a run on the validation data of `config`, tokenized as the run's was."""
+    """The scores of a run on the validation data of `config`, tokenized with the run's own tokenizer."""
+    if config.data != run.config.data and run.tokenizer is not None:
+        config.data.tokenizer_path = str(run.folder / "tokenizer")
     corpus = data.prepare(config)
     devices = runtime.choose_devices(config)
     mesh = Mesh(np.array(devices), (steps.AXIS,))

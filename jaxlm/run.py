@@ -91,11 +91,12 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         f" · {human(per_step)} tokens per step · {c.steps} steps = {human(c.steps * per_step)} tokens"
         f" ({epochs:.2f} epochs) · {parts.workdir}"
     )
-    sizes = [
-        f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in ("documents", "bytes", "tokens") if k in facts[split])
-        for split in ("train", "val") if split in facts
-    ]  # fmt: skip
-    say(f"{c.data.source} · " + " · ".join(sizes))
+
+    def size(split: str) -> str:
+        known = [k for k in ("documents", "bytes", "tokens") if k in facts[split]]
+        return f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in known)
+
+    say(f"{c.data.source} · {size('train')} · {size('val')}")
     if start:
         say(f"goes on after step {start}")
 

@@ -19,6 +19,7 @@ from jaxlm.sync import make_sync
 
 AXIS = "devices"
 
+Device = Any  # jax.Device, which type checkers take for a variable
 Batch = dict[str, jax.Array]  # inputs, targets: int32 [B, T]; weights: float32 [B, T], 0 where nothing is predicted
 
 
@@ -47,7 +48,7 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
 
 
 def make_train_step(
-    config: Config, model: Model, devices: list[jax.Device]
+    config: Config, model: Model, devices: list[Device]
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
     sync = make_sync(config.parallel, AXIS)
@@ -85,7 +86,7 @@ def make_train_step(
     return train_step
 
 
-def sharing_of(devices: list[jax.Device]) -> Sharing:
+def sharing_of(devices: list[Device]) -> Sharing:
     """Which of the run's devices share a host: on the axis, those of one host stand together."""
     hosts = [d.process_index for d in devices]
     size = hosts.count(hosts[0])
@@ -145,13 +146,13 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
     return eval_step
 
 
-def pmap_train_step(step: Callable, devices: list[jax.Device]) -> Callable:
-    """The step on all devices: (state, batch with leading [local devices]) -> (state, metrics); the state is donated."""
+def pmap_train_step(step: Callable, devices: list[Device]) -> Callable:
+    """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics); the state is donated."""
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(STATE_AXES, 0), out_axes=(STATE_AXES, None), donate_argnums=0, devices=devices
     )
 
 
-def pmap_eval_step(step: Callable, devices: list[jax.Device]) -> Callable:
-    """(params, batch with leading [local devices]) -> sums over the global batch."""
+def pmap_eval_step(step: Callable, devices: list[Device]) -> Callable:
+    """The evaluation on all devices: (params, batch [local devices, ...]) -> sums over the global batch."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)

@@ -38,11 +38,10 @@ def check(workdir: Path, config: Config) -> str | None:
     free, refused = changes(old, config)
     if (workdir / "checkpoints").exists():
         if refused:
-            key, (was, now) = next(iter(refused.items()))
-            more = f" (and {len(refused) - 1} more: {', '.join(list(refused)[1:])})" if len(refused) > 1 else ""
+            differs = ", ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in refused.items())
             raise UserError(
-                f"--workdir {workdir}: {key} was {was!r} and is now {now!r}{more}; allowed: the same as before, or another"
-                " workdir (checkpoint.resume=PATH takes weights from this one)"
+                f"--workdir {workdir}: {differs}; allowed: the same as before, or another workdir"
+                " (checkpoint.resume=PATH takes weights from this one)"
             )
         if config.checkpoint.resume == "never":
             raise UserError(
@@ -87,20 +86,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    packages = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    }
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     try:
         own = importlib.metadata.version("jaxlm")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         own = None
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True, text=True,
-        check=False,
-    ) if _has_git() else None  # fmt: skip
-    commit = git.stdout.strip() if git and git.returncode == 0 else None
-    return {"jaxlm": own, "python": platform.python_version(), **packages, "git_commit": commit}
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"jaxlm": own, "python": platform.python_version(), **installed, "git_commit": _git_commit()}
 
 
-def _has_git() -> bool:
-    return (Path(__file__).parents[1] / ".git").exists()
+def _git_commit() -> str | None:
+    """Of the checkout that this file is in, with `-dirty` where it was changed; None where it is in none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -132,8 +132,8 @@ class Trainer:
         on_step = make_on_step(self.parts, self._write, self.state.params, self._done)
         start = time.perf_counter()
         self.state, self._done = train(
-            self.state, self._step, self._stream, start=self._done, steps=self._done + steps, sharding=self.parts.sharding,
-            on_step=on_step, hooks=[], should_stop=lambda step: False,
+            self.state, self._step, self._stream, start=self._done, steps=self._done + steps,
+            sharding=self.parts.sharding, on_step=on_step, hooks=[], should_stop=lambda step: False,
         )  # fmt: skip
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps

@@ -12,7 +12,7 @@ import time
 def main() -> None:
     checkout, sizes, batch_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     sys.path.insert(0, checkout)
-    import torch
+    import torch  # type: ignore[import-not-found]
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -73,13 +73,13 @@ def cache_folder(data: DataConfig) -> Path:
 def _key(data: DataConfig, source: Source) -> dict[str, Any]:
     """All that shapes a store."""
     tokenizer: dict[str, Any] = {"kind": data.tokenizer}
+    if data.tokenizer_path:
+        path = Path(data.tokenizer_path).expanduser()
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        tokenizer["files"] = [content_hash(file) for file in files if not file.is_dir()]
+    elif data.tokenizer == "sentencepiece":
+        tokenizer["vocab_size"] = data.vocab_size
     if data.tokenizer == "sentencepiece":
-        if data.tokenizer_path:
-            path = Path(data.tokenizer_path).expanduser()
-            files = sorted(path.iterdir()) if path.is_dir() else [path]
-            tokenizer["files"] = [content_hash(file) for file in files if not file.is_dir()]
-        else:
-            tokenizer["vocab_size"] = data.vocab_size
         tokenizer["version"] = importlib.metadata.version("sentencepiece")
     return {"format": FORMAT, "source": source.key, "tokenizer": tokenizer}
 

@@ -178,6 +178,8 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
     Raises:
       UserError: the model cannot be loaded, or the corpus is no good to train one.
     """
+    if data.tokenizer_path:
+        return load_tokenizer(data.tokenizer_path)
     if data.tokenizer == "bytes":
         return ByteTokenizer()
     if data.tokenizer == "chars":
@@ -185,8 +187,6 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
         for text in all_texts():
             seen[code_points(text)] = True
         return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
-    if data.tokenizer_path:
-        return load_tokenizer(data.tokenizer_path)
     sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), SAMPLE_CHARACTERS)
     return SentencePieceTokenizer(train_sentencepiece(sample, data.vocab_size), lossless=True, name="trained model")
 

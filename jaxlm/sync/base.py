@@ -23,4 +23,4 @@ class GradSync(NamedTuple):
     reduce: Callable[[Any, Any], tuple[Any, Any]]
     shard: Callable[[Any], Any] = _identity  # parameters -> the part that this device updates
     gather: Callable[[Any], Any] = _identity  # the inverse, with the parts of the other devices
-    global_norm: Callable[[Any], Any] = optax.global_norm  # L2 norm of what `reduce` gave, over all devices
+    global_norm: Callable[[Any], Any] = optax.tree.norm  # L2 norm of what `reduce` gave, over all devices
