@@ -1,5 +1,6 @@
 """What happens beside the steps: metrics, evaluation with a sample of text, profiling, signals to stop."""
 
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxlm.evaluate import evaluate
 from jaxlm.generate import generate
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
-from jaxlm.train import Done
+from jaxlm.train import Diverged, Done
 
 
 def make_writer(parts: Parts, start: int) -> metrics.Writer:
@@ -46,6 +47,12 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
     def on_step(done: Done) -> None:
         nonlocal last_step, last_seconds
         parts.reporter.progress(done.step)
+        loss = float(done.metrics["loss"])
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"training diverged: the loss of step {done.step} is {loss}; the newest checkpoint is of step"
+                f" {parts.checkpoints.latest()}, and a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+            )
         if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
             seconds = (done.seconds - last_seconds) / (done.step - last_step)
             rate = per_step / seconds
@@ -68,6 +75,8 @@ def make_evaluation(parts: Parts, write: metrics.Writer) -> Callable[[int, steps
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
         scores = evaluate(eval_step, params, eval_batches(parts), parts.corpus.bytes_per_token)
+        if not math.isfinite(scores["eval_loss"]):
+            raise Diverged(f"training diverged: the validation loss after step {step} is {scores['eval_loss']}")
         write({"step": step, **scores})
         parts.reporter.evaluation({"step": step, **scores}, sample_text(parts, params))
         return scores

@@ -1,7 +1,7 @@
 """`python -m jaxlm.main --config configs/base.py`: flags, checks before any device is touched, exit codes.
 
-Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong, 4 a checkpoint is unusable, 75 stopped
-by a signal after saving.
+Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong, 3 training diverged, 4 a checkpoint is
+unusable, 75 stopped by a signal after saving.
 """
 
 import argparse
@@ -52,10 +52,11 @@ def exit_code(program: Callable[[], int]) -> int:
         print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
-        if type(error).__name__ != "CheckpointError":  # by name: its module imports jax
+        code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
+        if code is None:
             raise
         print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 4
+        return code
 
 
 if __name__ == "__main__":

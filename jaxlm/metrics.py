@@ -50,8 +50,8 @@ def _step_of(line: str) -> float:
 
 def tensorboard(folder: Path, resume_step: int) -> Writer:
     """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
-    # Its messages and records alone: TensorBoard's own EventFileWriter imports TensorFlow. The messages' classes are made
-    # when they are imported, where no type checker sees them.
+    # Its messages and records alone: TensorBoard's own EventFileWriter imports TensorFlow. The messages' classes are
+    # made when they are imported, where no type checker sees them.
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -12,6 +12,10 @@ from jaxlm.step import TrainState
 Hook = Callable[[int, TrainState], None]  # (updates done, state); may read the state, which the next step donates
 
 
+class Diverged(RuntimeError):
+    """The loss is not a finite number any more: exit code 3."""
+
+
 class Done(NamedTuple):
     """A step whose numbers have arrived."""
 

@@ -1,0 +1,411 @@
+"""The decoder against the papers' formulas in NumPy, and the properties that a decoder must have.
+
+Shapes as in `jaxlm/model.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import model as models
+from jaxlm.config import ModelConfig
+from jaxlm.model import Model, Params, make_model
+
+VOCAB, MAX_LEN = 13, 12
+TINY = ModelConfig(
+    num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm", position="rope",
+    rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0, qk_norm=False,
+    value_embed=False, dtype="float32", param_dtype="float32", attention="xla", remat="none", scan_unroll=1,
+)  # fmt: skip
+
+
+def with_(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def noisy(params: Params, seed: int = 0) -> Params:
+    """The parameters with noise on them: norm scales that are not 1, biases that are not 0, logits of order 1."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.standard_normal(x.shape), np.float32), params)
+
+
+def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
+
+
+# The reference: one sequence at a time, one head at a time, in float64.
+
+
+def ref_norm(x: np.ndarray, p: Params, kind: str) -> np.ndarray:
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p.get("bias", 0)
+
+
+def ref_linear(x: np.ndarray, p: Params) -> np.ndarray:
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def ref_gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def ref_rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
+    """Each pair (i, i + C/2) as a complex number, turned by the position times theta^(-2i/C)."""
+    T, C = x_TC.shape
+    turned = (x_TC[:, : C // 2] + 1j * x_TC[:, C // 2 :]) * np.exp(
+        1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C))
+    )
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def ref_attention(q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(q_TC), v_TC.shape[1]))
+    for t in range(len(q_TC)):
+        scores = k_TC[: t + 1] @ q_TC[t] / math.sqrt(q_TC.shape[1])
+        weights = np.exp(scores - scores.max())
+        out[t] = weights / weights.sum() @ v_TC[: t + 1]
+    return out
+
+
+def ref_mlp(x: np.ndarray, p: Params, activation: str) -> np.ndarray:
+    up = ref_linear(x, p["up"])
+    if activation == "swiglu":
+        gate = ref_linear(x, p["gate"])
+        up = gate / (1 + np.exp(-gate)) * up
+    elif activation == "geglu":
+        up = ref_gelu(ref_linear(x, p["gate"])) * up
+    else:
+        up = {"gelu": ref_gelu, "relu": lambda u: np.maximum(u, 0), "relu2": lambda u: np.maximum(u, 0) ** 2}[activation](up)
+    return ref_linear(up, p["down"])
+
+
+def ref_logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    T, C, H, K = len(tokens_T), c.d_model // c.num_heads, c.num_heads, c.num_kv_heads or c.num_heads
+    x = params["embed"]["embedding"][tokens_T]
+    if c.position == "learned":
+        x = x + params["positions"]["embedding"][:T]
+    elif c.position == "sinusoidal":
+        for t, i in itertools.product(range(T), range(c.d_model // 2)):
+            angle = t / 10_000 ** (2 * i / c.d_model)
+            x[t, i] += math.sin(angle)
+            x[t, c.d_model // 2 + i] += math.cos(angle)
+    for layer in range(c.num_layers):
+        p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
+        a, h = p["attention"], ref_norm(x, p["attention_norm"], c.norm)
+        q, k, v = (ref_linear(h, a[name]) for name in ("query", "key", "value"))
+        if c.value_embed:
+            v = v + a["value_mix"] * params["value_embed"]["embedding"][tokens_T]
+        heads = []
+        for head in range(H):
+            group = head // (H // K)  # neighbouring query heads share a key/value head
+            own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
+            q_TC, k_TC = q[:, own], k[:, shared]
+            if c.qk_norm:
+                q_TC, k_TC = ref_norm(q_TC, a["query_norm"], "rmsnorm"), ref_norm(k_TC, a["key_norm"], "rmsnorm")
+            if c.position == "rope":
+                q_TC, k_TC = ref_rotate(q_TC, c.rope_theta), ref_rotate(k_TC, c.rope_theta)
+            heads.append(ref_attention(q_TC, k_TC, v[:, shared]))
+        x = x + ref_linear(np.concatenate(heads, axis=1), a["out"])
+        x = x + ref_mlp(ref_norm(x, p["mlp_norm"], c.norm), p["mlp"], c.activation)
+    x = ref_norm(x, params["final_norm"], c.norm)
+    logits = x @ params["embed"]["embedding"].T if c.tie_embeddings else x @ params["head"]["kernel"]
+    return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+def ref_loss(c: ModelConfig, params: Params, tokens_BT: np.ndarray) -> float:
+    """Mean negative log-likelihood of each token given those before it."""
+    total = 0.0
+    for row in tokens_BT:
+        logits = ref_logits(c, params, row[:-1])
+        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        total += (log_z - logits[np.arange(len(row) - 1), row[1:]]).sum()
+    return total / tokens_BT[:, 1:].size
+
+
+def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
+    logits_BTV = model.apply(params, tokens_BT[:, :-1])
+    gold = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[:, 1:, None], axis=-1)
+    return -gold.mean(), logits_BTV
+
+
+# Every activation with every position; the switches take both values with each of them, in all pairs.
+SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap", "value_embed")
+PATTERNS = ("0010110", "1101001", "0111010", "1000101", "0101111", "1010000", "1111100", "0000011")
+GRID = [
+    (activation, position, PATTERNS[i % 8])
+    for i, (activation, position) in enumerate(
+        itertools.product(("gelu", "relu", "swiglu", "geglu", "relu2"), ("rope", "learned", "sinusoidal"))
+    )
+]
+
+
+def grid_config(activation: str, position: str, pattern: str) -> ModelConfig:
+    on = {name: bit == "1" for name, bit in zip(SWITCHES, pattern, strict=True)}
+    return with_(
+        activation=activation, position=position, norm="rmsnorm" if on["norm"] else "layernorm",
+        num_kv_heads=2 if on["kv"] else 0, qk_norm=on["qk_norm"], use_bias=on["use_bias"],
+        tie_embeddings=on["tie_embeddings"], logit_softcap=2.0 if on["softcap"] else 0.0, value_embed=on["value_embed"],
+    )  # fmt: skip
+
+
+def test_the_grid_has_every_pair_of_switches() -> None:
+    for i, j in itertools.combinations(range(len(SWITCHES)), 2):
+        assert {(p[i], p[j]) for p in PATTERNS} == set(itertools.product("01", repeat=2)), (SWITCHES[i], SWITCHES[j])
+    assert {row[2] for row in GRID} == set(PATTERNS)
+
+
+@pytest.mark.parametrize("row", GRID, ids="-".join)
+def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
+    c = grid_config(*row)
+    model = make_model(c, VOCAB, MAX_LEN)
+    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(2, MAX_LEN)
+    expected = np.stack([ref_logits(c, params, tokens_T) for tokens_T in tokens_BT])
+    logits_BTV = jax.jit(model.apply)(params, tokens_BT)
+    assert logits_BTV.shape == (2, MAX_LEN, VOCAB) and logits_BTV.dtype == jnp.float32
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(logits_BTV, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("row", [GRID[i] for i in (0, 4, 8, 9, 13)], ids="-".join)
+def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) -> None:
+    """Along a random direction in each parameter, differences of the float64 reference's loss."""
+    c = grid_config(*row)
+    model = make_model(c, VOCAB, MAX_LEN)
+    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(2, 7)
+    grads, _ = jax.jit(jax.grad(lambda p: mean_loss(model, p, tokens_BT), has_aux=True))(params)
+    rng = np.random.default_rng(2)
+    leaves, tree = jax.tree.flatten(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    for i, grad in enumerate(jax.tree.leaves(grads)):
+        direction = rng.standard_normal(leaves[i].shape)
+        direction /= np.linalg.norm(direction)
+
+        def moved(h: float, i: int = i, direction: np.ndarray = direction) -> float:
+            leaf = leaves[i].astype(np.float64) + h * direction
+            return ref_loss(c, jax.tree.unflatten(tree, [*leaves[:i], leaf, *leaves[i + 1 :]]), tokens_BT)
+
+        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        assert abs(np.vdot(np.asarray(grad, np.float64), direction) - expected) < 2e-5 * scale, paths[i]
+
+
+# Causality
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_a_token_changes_nothing_before_it(position: str) -> None:
+    T = 256  # four chunks of queries
+    c = with_(position=position, num_kv_heads=2)
+    model = make_model(c, VOCAB, T)
+    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(1, T)
+    apply = jax.jit(model.apply)
+    before = np.asarray(apply(params, tokens_BT))
+    for t in (1, 64, 65, 127, 200, 255):
+        changed = tokens_BT.copy()
+        changed[0, t] = (changed[0, t] + 1) % VOCAB
+        after = np.asarray(apply(params, changed))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert (np.abs(after[:, t:] - before[:, t:]).max(-1) > 1e-7).mean() > 0.95  # and all that follow see it
+        assert np.abs(after[:, t] - before[:, t]).max() > 1e-2
+
+
+@pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])
+def test_attention_in_chunks(T: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(T)
+    q_BTHC = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
+    k_BTKC, v_BTKC = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
+    out = jax.jit(models.causal_attention)(q_BTHC, k_BTKC, v_BTKC)
+    assert out.shape == q_BTHC.shape
+    for b, h in itertools.product(range(2), range(4)):
+        k = h * kv_heads // 4
+        expected = ref_attention(*(x.astype(np.float64) for x in (q_BTHC[b, :, h], k_BTKC[b, :, k], v_BTKC[b, :, k])))
+        np.testing.assert_allclose(out[b, :, h], expected, rtol=0, atol=3e-6)
+
+
+def test_attention_takes_as_many_chunks_as_fit() -> None:
+    def products(T: int) -> int:
+        q_BTHC = jnp.zeros((1, T, 2, 4))
+        return str(jax.make_jaxpr(models.causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
+
+    assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
+
+
+# Settings that change speed and memory only
+
+
+def test_unrolling_and_rematerialization_change_no_number() -> None:
+    tokens_BT = some_tokens(2, 9)
+    base = with_(num_layers=3, num_kv_heads=2, qk_norm=True)
+    settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (1, "full"), (0, "full")]
+    products, loops, results = {}, {}, {}
+    for unroll, remat in settings:
+        model = make_model(dataclasses.replace(base, scan_unroll=unroll, remat=remat), VOCAB, MAX_LEN)
+        params = noisy(model.init(jax.random.key(0)))
+        grad = jax.jit(jax.value_and_grad(lambda p, m=model: mean_loss(m, p, tokens_BT)[0]))
+        traced = grad.trace(params)
+        products[unroll, remat] = str(traced.jaxpr).count("dot_general")
+        compiled = traced.lower().compile()
+        loops[unroll, remat] = compiled.as_text().count(" while(")
+        results[unroll, remat] = compiled(params)
+    # The settings do differ: more is computed again, and no loop is left when all layers are unrolled.
+    assert products[1, "none"] < products[1, "dots"] < products[1, "full"]
+    assert loops[1, "none"] > 0 and loops[0, "none"] == 0
+    loss, grads = results[1, "none"]
+    for setting in settings[1:]:
+        other_loss, other_grads = results[setting]
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+        scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * scale), other_grads, grads)
+
+
+def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
+    c = with_(qk_norm=True, use_bias=True, activation="swiglu", value_embed=True)
+    half = make_model(dataclasses.replace(c, dtype="bfloat16"), VOCAB, MAX_LEN)
+    full = make_model(c, VOCAB, MAX_LEN)
+    params, tokens_BT = half.init(jax.random.key(0)), some_tokens(2, MAX_LEN)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, params, full.init(jax.random.key(0)))
+    params = noisy(params)
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(lambda p: mean_loss(half, p, tokens_BT), has_aux=True))(params)
+    x_ND = jax.eval_shape(half.hidden, params, tokens_BT)
+    assert (x_ND.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    exact = np.asarray(jax.jit(full.apply)(params, tokens_BT[:, :-1]))
+    error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
+    assert 1e-4 < error < 8 * 2.0**-8  # a rounding is at most 2^-9 relative; a few dozen of them add up at random
+    assert half.init_cache(1, 4).k.dtype == jnp.bfloat16
+
+
+# Dropout
+
+
+def test_dropout_of_ones() -> None:
+    """Each element is 0 with probability `rate`, else 1 / (1 - rate): the mean stays 1."""
+    rate, n = 0.3, 40_000
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    x_ND = jnp.ones((2 * n // 8, 8))
+    out = np.asarray(models._dropout(x_ND, rate, keys_B, 3))
+    assert set(np.unique(out)) == {0.0, np.float32(1 / (1 - rate))}
+    deviation = math.sqrt(rate / (1 - rate) / out.size)
+    assert abs(out.mean() - 1) < 5 * deviation
+    rows = (out.reshape(2, -1), np.asarray(models._dropout(x_ND, rate, keys_B, 4)).reshape(2, -1))
+    for a, b in [(rows[0][0], rows[0][1]), (rows[0][0], rows[1][0])]:  # sequences and sites have masks of their own
+        assert abs(np.mean((a == 0) & (b == 0)) - rate**2) < 0.02
+    np.testing.assert_array_equal(models._dropout(x_ND, rate, None, 3), x_ND)
+    np.testing.assert_array_equal(models._dropout(x_ND, 0.0, keys_B, 3), x_ND)
+
+
+def test_dropout_is_a_function_of_the_sequences_key() -> None:
+    model = make_model(with_(dropout=0.4), VOCAB, MAX_LEN)
+    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(4, 6)
+    keys_B = jax.random.split(jax.random.key(5), 4)
+    hidden = jax.jit(model.hidden)
+    plain = hidden(params, tokens_BT)
+    np.testing.assert_array_equal(plain, make_model(TINY, VOCAB, MAX_LEN).hidden(params, tokens_BT, keys_B))
+    masked = hidden(params, tokens_BT, keys_B)
+    assert np.abs(masked - plain).max() > 0.1
+    np.testing.assert_array_equal(masked, hidden(params, tokens_BT, keys_B))
+    assert np.abs(masked - hidden(params, tokens_BT, keys_B[::-1])).max() > 0.1
+    parts = [hidden(params, tokens_BT[i : i + 2], keys_B[i : i + 2]) for i in (0, 2)]
+    np.testing.assert_allclose(np.concatenate(parts), masked, rtol=0, atol=1e-5)
+
+
+def test_every_branch_of_every_layer_drops_elements_of_its_own() -> None:
+    """With a rate near 1, hardly anything is left at 2L + 1 sites: the sum is that of independent masks."""
+    c = with_(num_layers=3, dropout=0.5)
+    traced = jax.make_jaxpr(make_model(c, VOCAB, MAX_LEN).hidden)
+    params = make_model(c, VOCAB, MAX_LEN).init(jax.random.key(0))
+    text = str(traced(params, some_tokens(1, 4), jax.random.split(jax.random.key(0), 1)))
+    assert text.count("random_fold_in") == 3  # embeddings; attention and MLP in the body of the scan
+
+
+# Parameters
+
+
+def test_initial_weights() -> None:
+    c = with_(num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, d_ff=256, use_bias=True, activation="swiglu",
+              position="learned", value_embed=True, qk_norm=True)  # fmt: skip
+    params = make_model(c, 300, 100).init(jax.random.key(0))
+    flat = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}  # type: ignore[attr-defined]
+    residual = 1 / math.sqrt(2 * 4)
+    deviations = {
+        "embed/embedding": ((300, 128), 0.02),
+        "positions/embedding": ((100, 128), 0.02),
+        "value_embed/embedding": ((300, 64), 0.02),
+        "head/kernel": ((128, 300), 0.02),
+        "layers/attention/query/kernel": ((4, 128, 128), 128**-0.5),
+        "layers/attention/key/kernel": ((4, 128, 64), 128**-0.5),
+        "layers/attention/value/kernel": ((4, 128, 64), 128**-0.5),
+        "layers/attention/out/kernel": ((4, 128, 128), 128**-0.5 * residual),
+        "layers/mlp/up/kernel": ((4, 128, 256), 128**-0.5),
+        "layers/mlp/gate/kernel": ((4, 128, 256), 128**-0.5),
+        "layers/mlp/down/kernel": ((4, 256, 128), 256**-0.5 * residual),
+    }
+    for name, (shape, deviation) in deviations.items():
+        x = flat.pop(name)
+        assert x.shape == shape, name
+        for part in x if name.startswith("layers") else [x]:
+            assert abs(part.std() / deviation - 1) < 5 / math.sqrt(2 * part.size), name  # 5 of its standard errors
+            assert abs(part.mean()) < 5 * deviation / math.sqrt(part.size), name
+        if name.startswith("layers"):
+            assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.05  # layers differ
+    assert flat.pop("layers/attention/value_mix").shape == (4, 1)
+    for name, x in flat.items():
+        assert x.shape[: name.startswith("layers")] == (4,) * name.startswith("layers"), name
+        np.testing.assert_array_equal(x, 1.0 if name.endswith("scale") else 0.0, err_msg=name)
+    scales = {name for name in flat if name.endswith("scale")}
+    assert scales == {"final_norm/scale", *(f"layers/{n}/scale" for n in (
+        "attention_norm", "mlp_norm", "attention/query_norm", "attention/key_norm"))}  # fmt: skip
+    assert len(flat) - len(scales) == 7 + 3  # biases of seven linear layers and three layernorms, none of the head
+
+
+def test_switches_that_make_no_parameters() -> None:
+    plain = make_model(TINY, VOCAB, MAX_LEN).init(jax.random.key(0))
+    assert set(plain) == {"embed", "layers", "final_norm", "head"}
+    assert set(make_model(with_(tie_embeddings=True), VOCAB, MAX_LEN).init(jax.random.key(0))) == {
+        "embed", "layers", "final_norm"
+    }  # fmt: skip
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(plain)}  # type: ignore[attr-defined]
+    assert names == {"embedding", "kernel", "scale"}  # no bias anywhere
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_per_token(tied: bool) -> None:
+    c = with_(d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu", norm="rmsnorm", position="learned",
+              tie_embeddings=tied, value_embed=True)  # fmt: skip
+    params = make_model(c, 10, 6).init(jax.random.key(0))
+    attention = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 1  # query, key and value, out, value_mix
+    layer = attention + 3 * 8 * 12 + 2 * 8  # up, gate, down; two norms
+    multiplied = 2 * layer + 8 + 10 * 8  # final norm, output layer; tables of look-ups do not count
+    assert models.num_params(params) == multiplied + 6 * 8 + 10 * 4 + (0 if tied else 10 * 8)
+    assert models.flops_per_token(c, params, seq_len=5) == 6 * multiplied + 12 * 2 * 8 * 5
+
+
+@pytest.mark.parametrize(
+    "backend, attention, dtype, head, kernel",
+    [
+        ("gpu", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu", "auto", "float16", 128, "cudnn"),
+        ("gpu", "auto", "float32", 64, "xla"),
+        ("gpu", "auto", "bfloat16", 136, "xla"),
+        ("gpu", "auto", "bfloat16", 60, "xla"),
+        ("cpu", "auto", "bfloat16", 64, "xla"),
+        ("gpu", "xla", "bfloat16", 64, "xla"),
+        ("cpu", "cudnn", "float32", 60, "cudnn"),  # as asked for
+    ],
+)
+def test_choice_of_the_attention_kernel(
+    monkeypatch: pytest.MonkeyPatch, backend: str, attention: str, dtype: str, head: int, kernel: str
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert models._attention_kernel(with_(attention=attention, dtype=dtype), head) == kernel

@@ -1,0 +1,267 @@
+"""One optimizer step on any number of devices against plain `jax.grad` and optax on one.
+
+Batches are ragged: the weights are random zeros and ones, and some devices have no target at all.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm import step as steps
+from jaxlm.checkpoint import place
+from jaxlm.config import Config, load
+from jaxlm.model import Model, make_model
+from jaxlm.optimizer import is_matrix, make_optimizer
+
+CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+VOCAB, T, STEPS = 29, 8, 3
+RTOL = 1e-5  # what the trainer promises for float32, whose eps is 1.2e-7
+
+# eps is far above the rounding of a gradient: with 1e-8 Adam gives the rounding of a zero gradient the size of a step
+ADAMW = ["optim.name=adamw", "optim.eps=1e-3", "optim.weight_decay=0.1"]
+MUON = ["optim.name=muon", "optim.eps=1e-3"]
+
+
+def make_config(*overrides: str) -> Config:
+    base = ["steps=10", "batch_size=16", f"seq_len={T}", "model.d_model=16", "model.scan_unroll=1", "optim.lr=0.01",
+            "optim.adam_lr=0.01", "optim.schedule=constant", "optim.warmup_steps=2", "optim.clip_norm=0.5"]  # fmt: skip
+    return load(CONFIG, [f"--config.{o}" for o in (*base, *overrides)])
+
+
+def make(config: Config) -> Model:
+    return make_model(config.model, VOCAB, T)
+
+
+def ragged_batch(rows: int, seed: int) -> steps.Batch:
+    """A global batch `[rows, T]`: the first eighth of the rows has no target, the second few, the rest about half."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (rows, T + 1), dtype=np.int32)
+    weights = (rng.random((rows, T)) < rng.uniform(0.1, 0.9, (rows, 1))).astype(np.float32)
+    weights[: rows // 8] = 0
+    weights[rows // 8 : rows // 4, 1:] = 0
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}  # type: ignore[dict-item]
+
+
+def split(batch: steps.Batch, devices: int) -> steps.Batch:
+    return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
+
+
+class Result(NamedTuple):
+    losses: list[float]
+    grad_norms: list[float]
+    params: Any  # after all steps
+    ema: Any
+
+
+def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result:
+    model, local = make(config), jax.devices()[:devices]
+    state = place(steps.init_state(config, model, devices), local)
+    step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+    metrics = []
+    for batch in batches:
+        state, m = step(state, split(batch, devices))
+        metrics.append(jax.device_get(m))
+    losses, norms = ([float(m[key]) for m in metrics] for key in ("loss", "grad_norm"))
+    return Result(losses, norms, jax.device_get(state.params), jax.device_get(state.ema))
+
+
+def run_reference(config: Config, batches: list[steps.Batch]) -> Result:
+    """The same without `step.py`, losses, schedules and synchronization: the weighted mean over the whole batch."""
+    model, c = make(config), config.optim
+    if c.name == "adamw":
+        schedule = optax.linear_schedule(c.lr / 2, c.lr, 1)  # two warmup steps, then constant
+        optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=is_matrix)
+    else:
+        optimizer = make_optimizer(c, config.steps)  # on one device, nothing shared
+    optimizer = optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer)
+
+    def loss(params: Any, batch: steps.Batch) -> jax.Array:
+        log_probs = jax.nn.log_softmax(model.apply(params, batch["inputs"]))
+        nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
+        return jnp.sum(nll * batch["weights"]) / jnp.sum(batch["weights"])
+
+    @jax.jit
+    def update(params: Any, opt_state: Any, batch: steps.Batch) -> tuple[Any, Any, jax.Array, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value, optax.tree.norm(grads)
+
+    params = model.init(jax.random.key(config.seed))
+    opt_state, losses, norms = optimizer.init(params), [], []
+    for batch in batches:
+        params, opt_state, value, norm = update(params, opt_state, batch)
+        losses.append(float(value))
+        norms.append(float(norm))
+    return Result(losses, norms, jax.device_get(params), None)
+
+
+def gap(a: Any, b: Any) -> float:
+    """The largest difference of two trees' leaves, relative to the largest value of the leaf."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(y))), a, b)))
+
+
+def assert_same(got: Result, want: Result) -> None:
+    np.testing.assert_allclose(got.losses, want.losses, rtol=RTOL)
+    np.testing.assert_allclose(got.grad_norms, want.grad_norms, rtol=RTOL)
+    assert gap(got.params, want.params) < RTOL
+
+
+BATCHES = {rows: [ragged_batch(rows, seed) for seed in range(STEPS)] for rows in (16, 24)}
+
+
+@cache
+def reference(optimizer: tuple[str, ...], rows: int) -> Result:
+    return run_reference(make_config(*optimizer, f"batch_size={rows}"), BATCHES[rows])
+
+
+@pytest.mark.parametrize(
+    "rows, devices, accum",
+    [(16, 1, 1), (16, 1, 4), (16, 2, 1), (16, 2, 2), (16, 4, 1), (16, 4, 4), (16, 8, 1), (16, 8, 2), (24, 3, 1), (24, 3, 4)],
+)
+def test_any_split_is_the_gradient_of_the_whole_batch(rows: int, devices: int, accum: int):
+    config = make_config(*ADAMW, f"batch_size={rows}", f"optim.accum_steps={accum}")
+    assert_same(run_pmap(config, devices, BATCHES[rows]), reference(tuple(ADAMW), rows))
+
+
+@pytest.mark.parametrize("devices, accum", [(1, 1), (2, 1), (8, 2)])
+def test_muon_with_shared_work_is_muon_on_one_device(devices: int, accum: int):
+    config = make_config(*MUON, f"optim.accum_steps={accum}")
+    assert_same(run_pmap(config, devices, BATCHES[16]), reference(tuple(MUON), 16))
+
+
+def test_these_batches_tell_a_mean_of_device_means_from_the_right_one():
+    """Were the devices' means averaged, loss, gradients and parameters would be far from those tested above."""
+    config, batch = make_config(*ADAMW), BATCHES[16][0]
+    per_device = [{k: v[2 * i : 2 * i + 2] for k, v in batch.items()} for i in range(8)]
+    weights = [float(part["weights"].sum()) for part in per_device]
+    assert weights[0] == 0 and len(set(weights)) > 4
+    means = [run_reference(config, [part]) for part in per_device[1:]]  # that of device 0 would be 0 / 0
+    right = reference(tuple(ADAMW), 16)
+    biased = np.mean([m.losses[0] for m in means])
+    assert abs(biased / right.losses[0] - 1) > 100 * RTOL
+    total = np.average([m.losses[0] for m in means], weights=weights[1:])
+    assert abs(total / right.losses[0] - 1) < RTOL
+
+
+def test_dropout_masks_belong_to_sequences_not_to_devices():
+    config = make_config(*ADAMW, "model.dropout=0.3")
+    one = run_pmap(config, 1, BATCHES[16])
+    assert_same(run_pmap(config, 4, BATCHES[16]), one)
+    assert_same(run_pmap(make_config(*ADAMW, "model.dropout=0.3", "optim.accum_steps=2"), 8, BATCHES[16]), one)
+    assert abs(one.losses[0] / reference(tuple(ADAMW), 16).losses[0] - 1) > 100 * RTOL, "nothing was dropped"
+    assert abs(run_pmap(config, 1, [BATCHES[16][0]] * 2).losses[1] - one.losses[0]) > 0
+
+
+def test_dropout_masks_change_from_row_to_row_and_from_step_to_step():
+    config = make_config("optim.name=sgd", "optim.lr=1e-30", "model.dropout=0.3")  # parameters stay as they are
+    row = {k: v[5:6] for k, v in BATCHES[16][0].items()}
+    losses = []
+    for place_of_row in (0, 1, 15):
+        batch = {k: np.repeat(v, 16, axis=0) for k, v in row.items()}
+        batch["weights"] = batch["weights"] * (np.arange(16) == place_of_row)[:, None]
+        losses += run_pmap(config, 4, [batch] * 2).losses  # type: ignore[list-item]
+    assert len(set(losses)) == 6
+
+
+@pytest.mark.parametrize("overrides", [ADAMW, [*MUON, "model.dropout=0.3"]], ids=["adamw", "muon-dropout"])
+def test_vmap_over_the_axis_is_the_same_step(overrides: list[str]):
+    config, devices = make_config(*overrides), 4
+    model = make(config)
+    step = steps.make_train_step(config, model, jax.devices()[:devices])
+    axes = {"axis_name": steps.AXIS, "in_axes": (steps.STATE_AXES, 0), "out_axes": (steps.STATE_AXES, None)}
+    mapped = jax.jit(jax.vmap(step, **axes))  # type: ignore[arg-type]
+    state, metrics = steps.init_state(config, model, devices), []
+    for batch in BATCHES[16]:
+        state, m = mapped(state, split(batch, devices))
+        metrics.append(m)
+    losses, norms = ([float(m[key]) for m in metrics] for key in ("loss", "grad_norm"))
+    want = run_pmap(config, devices, BATCHES[16])
+    assert_same(Result(losses, norms, jax.device_get(state.params), None), want)
+    assert int(state.step) == STEPS
+
+
+SGD = ["optim.name=sgd", "optim.momentum=0", "optim.warmup_steps=0", "optim.lr=0.5"]  # update = -lr * clipped gradient
+
+
+def update_norm(config: Config) -> tuple[float, float]:
+    result = run_pmap(config, 2, BATCHES[16][:1])
+    before = jax.device_get(make(config).init(jax.random.key(config.seed)))
+    delta = jax.tree.map(lambda a, b: a.astype(np.float64) - b, result.params, before)
+    return float(optax.tree.norm(delta)) / config.optim.lr, result.grad_norms[0]
+
+
+def test_clip_norm_bounds_the_update_and_keeps_its_direction():
+    unclipped, norm = update_norm(make_config(*SGD, "optim.clip_norm=0"))
+    # A difference of parameters of size 1 has an error of eps of each of a thousand parameters.
+    tolerance = 1e-4
+    assert norm > 0.5 and abs(unclipped / norm - 1) < tolerance
+    clipped, reported = update_norm(make_config(*SGD, "optim.clip_norm=0.1"))
+    assert abs(clipped / 0.1 - 1) < tolerance and reported == pytest.approx(norm, rel=RTOL)
+    loose, _ = update_norm(make_config(*SGD, f"optim.clip_norm={2 * norm}"))
+    assert abs(loose / norm - 1) < tolerance
+
+
+def test_ema_follows_its_formula():
+    config = make_config(*ADAMW, "optim.ema_decay=0.2")
+    model, local = make(config), jax.devices()[:2]
+    state = place(steps.init_state(config, model, 2), local)
+    step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+    want = jax.tree.map(np.float64, jax.device_get(state.params))
+    for n, batch in enumerate(BATCHES[16]):
+        state, _ = step(state, split(batch, 2))
+        d = min(0.2, (1 + n) / (10 + n))
+        assert n == 0 or d != 0.1
+        want = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, want, jax.device_get(state.params))
+    assert gap(jax.device_get(state.ema), want) < RTOL
+    assert gap(jax.device_get(state.params), want) > 10 * RTOL
+
+
+def test_old_state_is_donated_and_replaced():
+    config = make_config(*ADAMW, "optim.ema_decay=0.9")
+    model, local = make(config), jax.devices()[:4]
+    old = place(steps.init_state(config, model, 4), local)
+    new, _ = steps.pmap_train_step(steps.make_train_step(config, model, local), local)(old, split(BATCHES[16][0], 4))
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
+    # Natural shapes, no leading device dimension, and placed so that the next step finds them where they are.
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, steps.init_state(config, model, 4))
+    again = place(steps.init_state(config, model, 4), local)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(again), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_batch_without_targets_changes_nothing(name: str):
+    config = make_config(f"optim.name={name}", "loss.z_loss=1e-3", "optim.weight_decay=0")
+    empty = BATCHES[16][0] | {"weights": np.zeros((16, T), np.float32)}
+    result = run_pmap(config, 4, [empty, empty])  # type: ignore[list-item]
+    before = jax.device_get(make(config).init(jax.random.key(config.seed)))
+    jax.tree.map(np.testing.assert_array_equal, result.params, before)
+    assert result.losses == [0.0, 0.0] and result.grad_norms == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("chunk", [5, 16])  # of the 32 tokens of a device: one divides, one does not
+def test_chunked_output_layer_is_the_same_step(chunk: int):
+    config = make_config(*ADAMW, f"loss.chunk={chunk}")
+    assert_same(run_pmap(config, 4, BATCHES[16]), reference(tuple(ADAMW), 16))
+
+
+def test_reported_loss_is_the_plain_one_whatever_is_minimized():
+    plain = reference(tuple(ADAMW), 16)
+    for extra in ("loss.label_smoothing=0.2", "loss.z_loss=0.1"):
+        result = run_pmap(make_config(*ADAMW, extra), 2, BATCHES[16])
+        assert result.losses[0] == pytest.approx(plain.losses[0], rel=RTOL)
+        assert abs(result.grad_norms[0] / plain.grad_norms[0] - 1) > 100 * RTOL, "it minimizes the plain loss"
+
+
+def test_initial_state_depends_on_the_seed_alone():
+    a, b = (steps.init_state(make_config("seed=3"), make(make_config()), n) for n in (1, 8))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    c = steps.init_state(make_config("seed=4"), make(make_config()), 1)
+    assert gap(jax.device_get(c.params["embed"]), jax.device_get(a.params["embed"])) > 0.1
