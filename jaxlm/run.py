@@ -28,24 +28,22 @@ def run(config: Config, workdir: Path) -> int:
     stop = StopSignal()
     parts, state, start = build(config, workdir)
     describe(parts, state, start)
-    write = make_writer(parts, start)
-    evaluation = make_evaluation(parts, write)
-    if start == config.steps:
-        finish(parts, evaluation(start, state))
-        return 0
-    state, step, scores = _train(parts, state, start, stop, write, evaluation)
-    if step < config.steps:
-        parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
-        return STOPPED
+    if start == config.steps:  # a finished run: its numbers are written already
+        scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
+    else:
+        step, scores = _train(parts, state, start, stop)
+        if step < config.steps:
+            parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
+            return STOPPED
     finish(parts, scores)
     return 0
 
 
-def _train(
-    parts: Parts, state: steps.TrainState, start: int, stop: StopSignal, write: Callable, evaluation: Callable
-) -> tuple[steps.TrainState, int, dict[str, Any]]:
-    """The loop with its hooks; returns the state, its updates, and the scores of the newest evaluation."""
+def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) -> tuple[int, dict[str, Any]]:
+    """The loop with its hooks; returns the updates done and the scores of the newest evaluation."""
     config, checkpoints = parts.config, parts.checkpoints
+    write = make_writer(parts, start)
+    evaluation = make_evaluation(parts, write)
     evaluated, scores = -1, {}
 
     def evaluate(step: int, state: steps.TrainState) -> None:
@@ -78,7 +76,7 @@ def _train(
         parts.reporter.stop()
         batches.close()
         checkpoints.close()
-    return state, step, scores
+    return step, scores
 
 
 def describe(parts: Parts, state: steps.TrainState, start: int) -> None:

@@ -6,6 +6,7 @@ Shapes as in `jaxlm/model.py`: B batch, T time, N = B * T, D d_model, H heads, K
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,10 +30,23 @@ def with_(**changes: Any) -> ModelConfig:
     return dataclasses.replace(TINY, **changes)
 
 
-def noisy(params: Params, seed: int = 0) -> Params:
-    """The parameters with noise on them: norm scales that are not 1, biases that are not 0, logits of order 1."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.standard_normal(x.shape), np.float32), params)
+def drawn(model: Model) -> Params:
+    """Parameters with norm scales that are not 1 and biases that are not 0, which give logits of order 1."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, x: Any) -> np.ndarray:
+        noise = 0.35 * rng.standard_normal(x.shape)
+        return np.asarray(noise + (path[-1].key == "scale"), np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+@pytest.fixture
+def fast_compile() -> Iterator[None]:
+    """XLA without most of its optimizations: tiny models compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:
@@ -139,7 +153,9 @@ def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, 
 
 # Every activation with every position; the switches take both values with each of them, in all pairs.
 SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap", "value_embed")
-PATTERNS = ("0010110", "1101001", "0111010", "1000101", "0101111", "1010000", "1111100", "0000011")
+PATTERNS = [
+    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c)) for a, b, c in itertools.product((0, 1), repeat=3)
+]
 GRID = [
     (activation, position, PATTERNS[i % 8])
     for i, (activation, position) in enumerate(
@@ -163,11 +179,12 @@ def test_the_grid_has_every_pair_of_switches() -> None:
     assert {row[2] for row in GRID} == set(PATTERNS)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("row", GRID, ids="-".join)
 def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     c = grid_config(*row)
     model = make_model(c, VOCAB, MAX_LEN)
-    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(2, MAX_LEN)
+    params, tokens_BT = drawn(model), some_tokens(2, MAX_LEN)
     expected = np.stack([ref_logits(c, params, tokens_T) for tokens_T in tokens_BT])
     logits_BTV = jax.jit(model.apply)(params, tokens_BT)
     assert logits_BTV.shape == (2, MAX_LEN, VOCAB) and logits_BTV.dtype == jnp.float32
@@ -175,12 +192,13 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     np.testing.assert_allclose(logits_BTV, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("row", [GRID[i] for i in (0, 4, 8, 9, 13)], ids="-".join)
 def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) -> None:
     """Along a random direction in each parameter, differences of the float64 reference's loss."""
     c = grid_config(*row)
     model = make_model(c, VOCAB, MAX_LEN)
-    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(2, 7)
+    params, tokens_BT = drawn(model), some_tokens(2, 7)
     grads, _ = jax.jit(jax.grad(lambda p: mean_loss(model, p, tokens_BT), has_aux=True))(params)
     rng = np.random.default_rng(2)
     leaves, tree = jax.tree.flatten(params)
@@ -206,7 +224,7 @@ def test_a_token_changes_nothing_before_it(position: str) -> None:
     T = 256  # four chunks of queries
     c = with_(position=position, num_kv_heads=2)
     model = make_model(c, VOCAB, T)
-    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(1, T)
+    params, tokens_BT = drawn(model), some_tokens(1, T)
     apply = jax.jit(model.apply)
     before = np.asarray(apply(params, tokens_BT))
     for t in (1, 64, 65, 127, 200, 255):
@@ -242,40 +260,43 @@ def test_attention_takes_as_many_chunks_as_fit() -> None:
 # Settings that change speed and memory only
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_unrolling_and_rematerialization_change_no_number() -> None:
     tokens_BT = some_tokens(2, 9)
     base = with_(num_layers=3, num_kv_heads=2, qk_norm=True)
-    settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (1, "full"), (0, "full")]
+    settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full")]
     products, loops, results = {}, {}, {}
     for unroll, remat in settings:
         model = make_model(dataclasses.replace(base, scan_unroll=unroll, remat=remat), VOCAB, MAX_LEN)
-        params = noisy(model.init(jax.random.key(0)))
+        params = drawn(model)
         grad = jax.jit(jax.value_and_grad(lambda p, m=model: mean_loss(m, p, tokens_BT)[0]))
         traced = grad.trace(params)
         products[unroll, remat] = str(traced.jaxpr).count("dot_general")
-        compiled = traced.lower().compile()
-        loops[unroll, remat] = compiled.as_text().count(" while(")
-        results[unroll, remat] = compiled(params)
+        lowered = traced.lower()
+        loops[unroll, remat] = lowered.as_text().count("stablehlo.while")
+        results[unroll, remat] = lowered.compile()(params)
     # The settings do differ: more is computed again, and no loop is left when all layers are unrolled.
-    assert products[1, "none"] < products[1, "dots"] < products[1, "full"]
+    assert products[1, "none"] < products[1, "dots"]
+    assert products[0, "none"] < products[0, "full"]
     assert loops[1, "none"] > 0 and loops[0, "none"] == 0
+    assert products[2, "none"] > products[1, "none"]  # a body of two layers
     loss, grads = results[1, "none"]
     for setting in settings[1:]:
         other_loss, other_grads = results[setting]
-        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+        np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
         scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * scale), other_grads, grads)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), other_grads, grads)
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
     c = with_(qk_norm=True, use_bias=True, activation="swiglu", value_embed=True)
     half = make_model(dataclasses.replace(c, dtype="bfloat16"), VOCAB, MAX_LEN)
     full = make_model(c, VOCAB, MAX_LEN)
-    params, tokens_BT = half.init(jax.random.key(0)), some_tokens(2, MAX_LEN)
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    jax.tree.map(np.testing.assert_array_equal, params, full.init(jax.random.key(0)))
-    params = noisy(params)
-
+    params, tokens_BT = drawn(half), some_tokens(2, MAX_LEN)
+    shapes = jax.eval_shape(half.init, jax.random.key(0))
+    assert shapes == jax.eval_shape(full.init, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     (_, logits), grads = jax.jit(jax.value_and_grad(lambda p: mean_loss(half, p, tokens_BT), has_aux=True))(params)
     x_ND = jax.eval_shape(half.hidden, params, tokens_BT)
     assert (x_ND.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
@@ -307,11 +328,12 @@ def test_dropout_of_ones() -> None:
 
 def test_dropout_is_a_function_of_the_sequences_key() -> None:
     model = make_model(with_(dropout=0.4), VOCAB, MAX_LEN)
-    params, tokens_BT = noisy(model.init(jax.random.key(0))), some_tokens(4, 6)
+    params, tokens_BT = drawn(model), some_tokens(4, 6)
     keys_B = jax.random.split(jax.random.key(5), 4)
     hidden = jax.jit(model.hidden)
     plain = hidden(params, tokens_BT)
-    np.testing.assert_array_equal(plain, make_model(TINY, VOCAB, MAX_LEN).hidden(params, tokens_BT, keys_B))
+    without = jax.jit(make_model(TINY, VOCAB, MAX_LEN).hidden)(params, tokens_BT, keys_B)
+    np.testing.assert_allclose(plain, without, rtol=0, atol=1e-5)
     masked = hidden(params, tokens_BT, keys_B)
     assert np.abs(masked - plain).max() > 0.1
     np.testing.assert_array_equal(masked, hidden(params, tokens_BT, keys_B))
@@ -321,12 +343,21 @@ def test_dropout_is_a_function_of_the_sequences_key() -> None:
 
 
 def test_every_branch_of_every_layer_drops_elements_of_its_own() -> None:
-    """With a rate near 1, hardly anything is left at 2L + 1 sites: the sum is that of independent masks."""
-    c = with_(num_layers=3, dropout=0.5)
-    traced = jax.make_jaxpr(make_model(c, VOCAB, MAX_LEN).hidden)
-    params = make_model(c, VOCAB, MAX_LEN).init(jax.random.key(0))
-    text = str(traced(params, some_tokens(1, 4), jax.random.split(jax.random.key(0), 1)))
-    assert text.count("random_fold_in") == 3  # embeddings; attention and MLP in the body of the scan
+    """Where branches add a constant, the difference to the next state shows the mask of each."""
+    c, n = with_(num_layers=2, d_model=512, d_ff=8, dropout=0.5, use_bias=True, position="sinusoidal"), 4
+    model = make_model(c, VOCAB, MAX_LEN)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
+    zeros["final_norm"]["scale"] += 1
+    masks = []
+    for layer, (part, name) in itertools.product(range(2), (("attention", "out"), ("mlp", "down"))):
+        params = jax.tree.map(np.copy, zeros)
+        params["layers"][part][name]["bias"][layer] = 1e6  # so large that the embedding does not count
+        x_ND = np.asarray(model.hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1)))
+        masks.append(x_ND > 0)
+    for mask in masks:
+        assert 0.4 < mask.mean() < 0.6
+    for a, b in itertools.combinations(masks, 2):
+        assert 0.4 < (a == b).mean() < 0.6
 
 
 # Parameters
@@ -335,7 +366,7 @@ def test_every_branch_of_every_layer_drops_elements_of_its_own() -> None:
 def test_initial_weights() -> None:
     c = with_(num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, d_ff=256, use_bias=True, activation="swiglu",
               position="learned", value_embed=True, qk_norm=True)  # fmt: skip
-    params = make_model(c, 300, 100).init(jax.random.key(0))
+    params = jax.jit(make_model(c, 300, 100).init)(jax.random.key(0))
     flat = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}  # type: ignore[attr-defined]
     residual = 1 / math.sqrt(2 * 4)
     deviations = {
@@ -370,11 +401,9 @@ def test_initial_weights() -> None:
 
 
 def test_switches_that_make_no_parameters() -> None:
-    plain = make_model(TINY, VOCAB, MAX_LEN).init(jax.random.key(0))
+    plain = drawn(make_model(TINY, VOCAB, MAX_LEN))
     assert set(plain) == {"embed", "layers", "final_norm", "head"}
-    assert set(make_model(with_(tie_embeddings=True), VOCAB, MAX_LEN).init(jax.random.key(0))) == {
-        "embed", "layers", "final_norm"
-    }  # fmt: skip
+    assert set(drawn(make_model(with_(tie_embeddings=True), VOCAB, MAX_LEN))) == {"embed", "layers", "final_norm"}
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(plain)}  # type: ignore[attr-defined]
     assert names == {"embedding", "kernel", "scale"}  # no bias anywhere
 
@@ -383,7 +412,7 @@ def test_switches_that_make_no_parameters() -> None:
 def test_flops_per_token(tied: bool) -> None:
     c = with_(d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu", norm="rmsnorm", position="learned",
               tie_embeddings=tied, value_embed=True)  # fmt: skip
-    params = make_model(c, 10, 6).init(jax.random.key(0))
+    params = drawn(make_model(c, 10, 6))
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 1  # query, key and value, out, value_mix
     layer = attention + 3 * 8 * 12 + 2 * 8  # up, gate, down; two norms
     multiplied = 2 * layer + 8 + 10 * 8  # final norm, output layer; tables of look-ups do not count
