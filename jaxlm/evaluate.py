@@ -15,7 +15,7 @@ def evaluate(
     params: Params,
     batches: Iterable[dict[str, np.ndarray]],
     bytes_per_token: np.ndarray | None,
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     """Scores of the parameters over the batches.
 
     Args:

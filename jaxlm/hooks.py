@@ -51,7 +51,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
         if not math.isfinite(loss):
             raise Diverged(
                 f"training diverged: the loss of step {done.step} is {loss}; the newest checkpoint is of step"
-                f" {parts.checkpoints.latest()}, and a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+                f" {parts.checkpoints.latest()}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
             )
         if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
             seconds = (done.seconds - last_seconds) / (done.step - last_step)

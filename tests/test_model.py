@@ -41,7 +41,7 @@ def drawn(model: Model) -> Params:
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def fast_compile() -> Iterator[None]:
     """XLA without most of its optimizations: tiny models compile in half the time."""
     jax.config.update("jax_disable_most_optimizations", True)
@@ -179,7 +179,6 @@ def test_the_grid_has_every_pair_of_switches() -> None:
     assert {row[2] for row in GRID} == set(PATTERNS)
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("row", GRID, ids="-".join)
 def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     c = grid_config(*row)
@@ -192,7 +191,6 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     np.testing.assert_allclose(logits_BTV, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("row", [GRID[i] for i in (0, 4, 8, 9, 13)], ids="-".join)
 def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) -> None:
     """Along a random direction in each parameter, differences of the float64 reference's loss."""
@@ -260,12 +258,11 @@ def test_attention_takes_as_many_chunks_as_fit() -> None:
 # Settings that change speed and memory only
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_unrolling_and_rematerialization_change_no_number() -> None:
     tokens_BT = some_tokens(2, 9)
     base = with_(num_layers=3, num_kv_heads=2, qk_norm=True)
     settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full")]
-    products, loops, results = {}, {}, {}
+    products, texts, results = {}, {}, {}
     for unroll, remat in settings:
         model = make_model(dataclasses.replace(base, scan_unroll=unroll, remat=remat), VOCAB, MAX_LEN)
         params = drawn(model)
@@ -273,13 +270,13 @@ def test_unrolling_and_rematerialization_change_no_number() -> None:
         traced = grad.trace(params)
         products[unroll, remat] = str(traced.jaxpr).count("dot_general")
         lowered = traced.lower()
-        loops[unroll, remat] = lowered.as_text().count("stablehlo.while")
+        texts[unroll, remat] = lowered.as_text()
         results[unroll, remat] = lowered.compile()(params)
     # The settings do differ: more is computed again, and no loop is left when all layers are unrolled.
     assert products[1, "none"] < products[1, "dots"]
     assert products[0, "none"] < products[0, "full"]
-    assert loops[1, "none"] > 0 and loops[0, "none"] == 0
-    assert products[2, "none"] > products[1, "none"]  # a body of two layers
+    assert "stablehlo.while" in texts[1, "none"] and "stablehlo.while" not in texts[0, "none"]
+    assert texts[2, "none"] not in (texts[0, "none"], texts[1, "none"])
     loss, grads = results[1, "none"]
     for setting in settings[1:]:
         other_loss, other_grads = results[setting]
@@ -288,7 +285,6 @@ def test_unrolling_and_rematerialization_change_no_number() -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), other_grads, grads)
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
     c = with_(qk_norm=True, use_bias=True, activation="swiglu", value_embed=True)
     half = make_model(dataclasses.replace(c, dtype="bfloat16"), VOCAB, MAX_LEN)
@@ -297,11 +293,12 @@ def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
     shapes = jax.eval_shape(half.init, jax.random.key(0))
     assert shapes == jax.eval_shape(full.init, jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    (_, logits), grads = jax.jit(jax.value_and_grad(lambda p: mean_loss(half, p, tokens_BT), has_aux=True))(params)
+    logits = jax.jit(half.apply)(params, tokens_BT)
+    grads, _ = jax.eval_shape(jax.grad(lambda p: mean_loss(half, p, tokens_BT), has_aux=True), params)
     x_ND = jax.eval_shape(half.hidden, params, tokens_BT)
     assert (x_ND.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-    exact = np.asarray(jax.jit(full.apply)(params, tokens_BT[:, :-1]))
+    exact = np.asarray(jax.jit(full.apply)(params, tokens_BT))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
     assert 1e-4 < error < 8 * 2.0**-8  # a rounding is at most 2^-9 relative; a few dozen of them add up at random
     assert half.init_cache(1, 4).k.dtype == jnp.bfloat16
@@ -348,11 +345,11 @@ def test_every_branch_of_every_layer_drops_elements_of_its_own() -> None:
     model = make_model(c, VOCAB, MAX_LEN)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
     zeros["final_norm"]["scale"] += 1
-    masks = []
+    masks, hidden = [], jax.jit(model.hidden)
     for layer, (part, name) in itertools.product(range(2), (("attention", "out"), ("mlp", "down"))):
         params = jax.tree.map(np.copy, zeros)
         params["layers"][part][name]["bias"][layer] = 1e6  # so large that the embedding does not count
-        x_ND = np.asarray(model.hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1)))
+        x_ND = np.asarray(hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1)))
         masks.append(x_ND > 0)
     for mask in masks:
         assert 0.4 < mask.mean() < 0.6
