@@ -39,7 +39,6 @@ def get_config() -> Config:
             dropout=0.0,  # less than one epoch: nothing to regularize
             logit_softcap=0.0,
             qk_norm=True,
-            value_embed=False,
             dtype="float32",  # bfloat16 is for GPUs; on CPU it is no faster
             param_dtype="float32",
             attention="auto",  # cudnn where it can, else xla

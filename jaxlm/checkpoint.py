@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxlm.config import CheckpointConfig
 from jaxlm.step import AXIS, STATE_AXES, Device, TrainState
+
+logging.set_verbosity(logging.ERROR)  # Orbax warns of a read-only folder, and of every item that it was not asked for
 
 
 class CheckpointError(RuntimeError):
@@ -88,7 +91,10 @@ class Checkpointer:
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""
-        item = "ema" if ema and "ema" in self._items(step) else "params"
+        there = self._items(step)
+        item = "ema" if ema and "ema" in there else "params"
+        if item not in there:
+            raise CheckpointError(f"{self._manager.directory / str(step)}: cannot be restored: it has no {item}")
         meta = self._manager.item_metadata(step)[item]
         like = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), meta.tree if hasattr(meta, "tree") else meta)
         return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]

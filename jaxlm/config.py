@@ -47,7 +47,6 @@ class ModelConfig:
     dropout: float  # of embeddings and residual branches, in training only
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
-    value_embed: bool  # a token embedding mixed into every layer's values, with a learned weight
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
     attention: Literal["auto", "xla", "cudnn"]
@@ -73,7 +72,7 @@ class OptimConfig:
     min_lr_ratio: float  # final learning rate / peak
     weight_decay: float  # decoupled, times the learning rate, on matrices only
     b1: float  # first-moment decay of adamw and lion
-    b2: float  # second-moment decay of adamw, adafactor and lion
+    b2: float  # second-moment decay of adamw and lion
     eps: float
     momentum: float  # of muon and sgd (Nesterov)
     clip_norm: float  # largest global gradient norm; 0 = off

@@ -34,11 +34,11 @@ class JsonLines:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
-        self._file = open(path, "a")  # noqa: SIM115  closed at the end of the run
+        self._path = path
 
     def __call__(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        with open(self._path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
 
 
 def _step_of(line: str) -> float:
@@ -59,12 +59,11 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
     Summary = summary_pb2.Summary  # type: ignore[attr-defined]
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}", "wb")  # noqa: SIM115
-    records = RecordWriter(file)
+    path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
 
     def add(**fields: Any) -> None:
-        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
-        records.flush()
+        with open(path, "ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     add(file_version="brain.Event:2")
     if resume_step:

@@ -82,7 +82,7 @@ def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
 
     6 for each parameter that multiplies, which excludes embedding look-ups, plus 12 * L * D * T for attention.
     """
-    lookups = [params.get("embed"), params.get("positions"), params.get("value_embed")]
+    lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)
     if config.tie_embeddings:
         multiplied += num_params(params["embed"])
@@ -98,30 +98,9 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = nn.Embed(
-            self.vocab_size,
-            c.d_model,
-            dtype=c.dtype,
-            param_dtype=c.param_dtype,
-            embedding_init=nn.initializers.normal(0.02),
-        )
+        self.embed = self._table(self.vocab_size)
         if c.position == "learned":
-            self.positions = nn.Embed(
-                self.max_len,
-                c.d_model,
-                dtype=c.dtype,
-                param_dtype=c.param_dtype,
-                embedding_init=nn.initializers.normal(0.02),
-            )
-        if c.value_embed:
-            size = c.d_model // c.num_heads * (c.num_kv_heads or c.num_heads)
-            self.value_embed = nn.Embed(
-                self.vocab_size,
-                size,
-                dtype=c.dtype,
-                param_dtype=c.param_dtype,
-                embedding_init=nn.initializers.normal(0.02),
-            )
+            self.positions = self._table(self.max_len)
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers
         if c.remat != "none":
@@ -140,8 +119,16 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.head = nn.Dense(
                 self.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
-                kernel_init=nn.initializers.normal(0.02),
+                kernel_init=nn.initializers.zeros,
             )  # fmt: skip
+
+    def _table(self, rows: int) -> nn.Embed:
+        """Of unit variance, so that a token's own embedding is not lost among what the layers add to it; where it also
+        is the output layer, of GPT-2's small one, for logits near zero. A layer of its own starts at zero.
+        """
+        c = self.config
+        init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
+        return nn.Embed(rows, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=init)
 
     def hidden(
         self,
@@ -163,7 +150,6 @@ class Decoder(nn.Module):
         shared = Shared(
             dropout_keys_B,
             _rope_tables(positions_T, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
-            self.value_embed(tokens_N) if c.value_embed else None,
             None if cache is None else jnp.asarray(start),
             (B, T),
         )
@@ -186,14 +172,14 @@ class Decoder(nn.Module):
 class Shared:
     """What every layer is given alike; a pytree whose shape (B, T) is static."""
 
-    def __init__(self, dropout_keys_B, rope, value_embed_N, start, shape):
-        self.dropout_keys_B, self.rope, self.value_embed_N, self.start = dropout_keys_B, rope, value_embed_N, start
+    def __init__(self, dropout_keys_B, rope, start, shape):
+        self.dropout_keys_B, self.rope, self.start = dropout_keys_B, rope, start
         self.shape = shape
 
 
 jax.tree_util.register_pytree_node(
     Shared,
-    lambda s: ((s.dropout_keys_B, s.rope, s.value_embed_N, s.start), s.shape),
+    lambda s: ((s.dropout_keys_B, s.rope, s.start), s.shape),
     lambda shape, leaves: Shared(*leaves, shape),
 )
 
@@ -227,11 +213,7 @@ class Attention(nn.Module):
         head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads
         q_BTHC = _linear(c, c.num_heads * head, "query")(x_ND).reshape(B, T, c.num_heads, head)
         k_BTKC = _linear(c, kv_heads * head, "key")(x_ND).reshape(B, T, kv_heads, head)
-        v_ND = _linear(c, kv_heads * head, "value")(x_ND)
-        if shared.value_embed_N is not None:
-            mix = self.param("value_mix", nn.initializers.constant(0.5), (1,), c.param_dtype)
-            v_ND += mix.astype(c.dtype) * shared.value_embed_N
-        v_BTKC = v_ND.reshape(B, T, kv_heads, head)
+        v_BTKC = _linear(c, kv_heads * head, "value")(x_ND).reshape(B, T, kv_heads, head)
         if c.qk_norm:
             q_BTHC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="query_norm")(q_BTHC)
             k_BTKC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_BTKC)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Parts(NamedTuple):
 def build(config: Config, workdir: Path, quiet: bool = False) -> tuple[Parts, steps.TrainState, int]:
     """The parts, the state to go on from, and the number of its updates.
 
-    Nothing is written before data, workdir and devices are known to fit the configuration.
+    Nothing is written before data, workdir, devices and checkpoint are known to fit the configuration.
 
     Raises:
       UserError: they do not.
@@ -46,6 +47,11 @@ def build(config: Config, workdir: Path, quiet: bool = False) -> tuple[Parts, st
     corpus = data.prepare(config, progress=not quiet)
     devices = runtime.choose_devices(config)
     _check_same_corpus(workdir, corpus)
+    local = [d for d in devices if d.process_index == jax.process_index()]
+    model = make_model(config.model, corpus.vocab_size, config.seq_len)
+    fresh = place(steps.init_state(config, model, len(local)), local)
+    state, start, origin = _load_state(config, workdir, fresh)
+
     first = jax.process_index() == 0
     if first:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
@@ -54,16 +60,13 @@ def build(config: Config, workdir: Path, quiet: bool = False) -> tuple[Parts, st
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
 
-    local = [d for d in devices if d.process_index == jax.process_index()]
     sharding = NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS))
-    model = make_model(config.model, corpus.vocab_size, config.seq_len)
     checkpoints = Checkpointer(workdir, config.checkpoint)
-    start = checkpoints.latest() or 0
     reporter = Reporter(config.steps, start, quiet=quiet or not first)
-    if changed:
-        reporter.say(f"changed since the last run: {changed}")
-    parts = Parts(config, workdir, corpus, model, devices, local, sharding, checkpoints, reporter)
-    return parts, _load_state(parts, place(steps.init_state(config, model, len(local)), local)), start
+    for line in (changed and f"changed since the last run: {changed}", origin):
+        if line:
+            reporter.say(line)
+    return Parts(config, workdir, corpus, model, devices, local, sharding, checkpoints, reporter), state, start
 
 
 def train_batches(parts: Parts, start: int) -> data.TrainStream:
@@ -83,37 +86,50 @@ def eval_batches(parts: Parts) -> Iterator[dict[str, np.ndarray]]:
     )  # fmt: skip
 
 
-def _load_state(parts: Parts, fresh: steps.TrainState) -> steps.TrainState:
-    """The newest checkpoint's state; else fresh, with the weights that `checkpoint.resume` names."""
-    newest, resume = parts.checkpoints.latest(), parts.config.checkpoint.resume
-    if newest is not None:
-        if newest > parts.config.steps:
-            raise UserError(
-                f"steps is {parts.config.steps}; allowed: at least {newest}, the steps already done in {parts.workdir}"
-            )
-        return parts.checkpoints.restore(newest, like=fresh)
+def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple[steps.TrainState, int, str | None]:
+    """The newest checkpoint's state; else fresh, with the weights that `checkpoint.resume` names.
+
+    Returns:
+      The state, the number of its updates, and a line about where other weights come from.
+    """
+    resume = config.checkpoint.resume
+    with _opened(workdir, config) as checkpoints:
+        newest = checkpoints.latest() if checkpoints else None
+        if checkpoints and newest is not None:
+            if newest > config.steps:
+                raise UserError(
+                    f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}"
+                )
+            return checkpoints.restore(newest, like=fresh), newest, None
     if resume in ("auto", "never"):
-        return fresh
-    params, step = _weights_of(Path(resume), parts)
+        return fresh, 0, None
+    with _opened(Path(resume), config) as checkpoints:
+        step = checkpoints.latest() if checkpoints else None
+        if checkpoints is None or step is None:
+            raise UserError(
+                f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
+            )
+        params = checkpoints.restore_params(step)
     here, there = _shapes(fresh.params), _shapes(params)
     if here != there:
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
-    parts.reporter.say(f"starts from the weights of step {step} in {resume}")
     params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
-    return fresh._replace(params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, params))
+    state = fresh._replace(params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, params))
+    return state, 0, f"starts from the weights of step {step} in {resume}"
 
 
-def _weights_of(workdir: Path, parts: Parts) -> tuple[Any, int]:
+@contextmanager
+def _opened(workdir: Path, config: Config) -> Iterator[Checkpointer | None]:
+    """The checkpoints of a workdir, to be read; None where there are none."""
     if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"checkpoint.resume is '{workdir}'; allowed: auto, never, or a workdir that holds checkpoints")
-    other = Checkpointer(workdir, parts.config.checkpoint, read_only=True)
-    step = other.latest()
-    if step is None:
-        raise UserError(f"checkpoint.resume is '{workdir}'; there is no whole checkpoint in it")
-    params = other.restore_params(step)
-    other.close()
-    return params, step
+        yield None
+        return
+    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

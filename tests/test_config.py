@@ -55,7 +55,9 @@ def test_every_file_loads(path: Path) -> None:
 def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "small.py"
-    path.write_text("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.steps = 55\n    return c\n")
+    path.write_text(
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.steps = 55\n    return c\n"
+    )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     assert configs.load("mine/small.py").steps == 55
@@ -79,7 +81,9 @@ BROKEN = {
 @pytest.mark.parametrize("line, said", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_file(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(f"from configs import base\ndef get_config():\n    c = base.get_config()\n    {line}\n    return c\n")
+    path.write_text(
+        f"from configs import base\ndef get_config():\n    c = base.get_config()\n    {line}\n    return c\n"
+    )
     assert re.search(said, refusal(path=path)), refusal(path=path)
 
 
@@ -144,7 +148,7 @@ UNKNOWN = {
     "optim.lrr": "optim.lr",
     "seqlen": "seq_len",
     "batchsize": "batch_size",
-    "model.n_layers": "model.num_layers",
+    "model.layers": "model.num_layers",
     "modle.d_model": "model.d_model",
     "data.dropout": "model.dropout",
     "lr": "optim.lr",
@@ -162,7 +166,7 @@ def test_an_unknown_key_names_the_nearest(key: str, form: str) -> None:
 def test_a_key_like_no_other_names_the_sections() -> None:
     said = refusal("--config.zzzzqqqq=1")
     assert "'zzzzqqqq'" in said
-    for section in "model loss optim data parallel checkpoint eval log".split():
+    for section in ("model", "loss", "optim", "data", "parallel", "checkpoint", "eval", "log"):
         assert section in said
     assert "model.d_model" in refusal("--config.model=1")  # a section: its keys
 

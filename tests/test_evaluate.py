@@ -18,7 +18,9 @@ from jaxlm.model import make_model
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 VOCAB, T, ROWS = 23, 8, 8
 RTOL = 1e-5
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, 2 * T * ROWS + 3 * T + 6).astype(np.uint16)  # 3 batches, 20 windows
+TOKENS = (
+    np.random.default_rng(0).integers(0, VOCAB, 2 * T * ROWS + 3 * T + 6).astype(np.uint16)
+)  # 3 batches, 20 windows
 BYTES = np.random.default_rng(1).integers(0, 9, VOCAB).astype(np.int32)
 
 
@@ -35,7 +37,9 @@ def model_and_params() -> tuple[Any, Any]:
     return model, jax.tree.map(lambda x: 10 * x, params)
 
 
-def score(devices: int, tokens: np.ndarray = TOKENS, limit: int = 0, table: np.ndarray | None = BYTES, **keys: Any) -> Any:
+def score(
+    devices: int, tokens: np.ndarray = TOKENS, limit: int = 0, table: np.ndarray | None = BYTES, **keys: Any
+) -> Any:
     config = make_config(*(f"{k}={v}" for k, v in keys.items()))
     model, params = model_and_params()
     local = jax.devices()[:devices]

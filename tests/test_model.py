@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm import config as configs
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
 
 VOCAB, MAX_LEN = 13, 12
-TINY = ModelConfig(
-    num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm", position="rope",
-    rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0, qk_norm=False,
-    value_embed=False, dtype="float32", param_dtype="float32", attention="xla", remat="none", scan_unroll=1,
+BASE = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+TINY = dataclasses.replace(
+    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
+    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
+    qk_norm=False, dtype="float32", param_dtype="float32", attention="xla", remat="none",
+    scan_unroll=1,
 )  # fmt: skip
 
 
@@ -97,7 +101,9 @@ def ref_mlp(x: np.ndarray, p: Params, activation: str) -> np.ndarray:
     elif activation == "geglu":
         up = ref_gelu(ref_linear(x, p["gate"])) * up
     else:
-        up = {"gelu": ref_gelu, "relu": lambda u: np.maximum(u, 0), "relu2": lambda u: np.maximum(u, 0) ** 2}[activation](up)
+        up = {"gelu": ref_gelu, "relu": lambda u: np.maximum(u, 0), "relu2": lambda u: np.maximum(u, 0) ** 2}[
+            activation
+        ](up)
     return ref_linear(up, p["down"])
 
 
@@ -116,8 +122,6 @@ def ref_logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarr
         p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
         a, h = p["attention"], ref_norm(x, p["attention_norm"], c.norm)
         q, k, v = (ref_linear(h, a[name]) for name in ("query", "key", "value"))
-        if c.value_embed:
-            v = v + a["value_mix"] * params["value_embed"]["embedding"][tokens_T]
         heads = []
         for head in range(H):
             group = head // (H // K)  # neighbouring query heads share a key/value head
@@ -152,9 +156,10 @@ def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, 
 
 
 # Every activation with every position; the switches take both values with each of them, in all pairs.
-SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap", "value_embed")
+SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap")
 PATTERNS = [
-    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c)) for a, b, c in itertools.product((0, 1), repeat=3)
+    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c))
+    for a, b, c in itertools.product((0, 1), repeat=3)
 ]
 GRID = [
     (activation, position, PATTERNS[i % 8])
@@ -169,7 +174,7 @@ def grid_config(activation: str, position: str, pattern: str) -> ModelConfig:
     return with_(
         activation=activation, position=position, norm="rmsnorm" if on["norm"] else "layernorm",
         num_kv_heads=2 if on["kv"] else 0, qk_norm=on["qk_norm"], use_bias=on["use_bias"],
-        tie_embeddings=on["tie_embeddings"], logit_softcap=2.0 if on["softcap"] else 0.0, value_embed=on["value_embed"],
+        tie_embeddings=on["tie_embeddings"], logit_softcap=2.0 if on["softcap"] else 0.0,
     )  # fmt: skip
 
 
@@ -260,7 +265,7 @@ def test_attention_takes_as_many_chunks_as_fit() -> None:
 
 def test_unrolling_and_rematerialization_change_no_number() -> None:
     tokens_BT = some_tokens(2, 9)
-    base = with_(num_layers=3, num_kv_heads=2, qk_norm=True)
+    base = with_(num_layers=3, position="sinusoidal", norm="rmsnorm", activation="relu2")
     settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full")]
     products, texts, results = {}, {}, {}
     for unroll, remat in settings:
@@ -278,15 +283,15 @@ def test_unrolling_and_rematerialization_change_no_number() -> None:
     assert "stablehlo.while" in texts[1, "none"] and "stablehlo.while" not in texts[0, "none"]
     assert texts[2, "none"] not in (texts[0, "none"], texts[1, "none"])
     loss, grads = results[1, "none"]
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     for setting in settings[1:]:
         other_loss, other_grads = results[setting]
         np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
-        scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), other_grads, grads)
 
 
 def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
-    c = with_(qk_norm=True, use_bias=True, activation="swiglu", value_embed=True)
+    c = with_(qk_norm=True, use_bias=True, activation="swiglu")
     half = make_model(dataclasses.replace(c, dtype="bfloat16"), VOCAB, MAX_LEN)
     full = make_model(c, VOCAB, MAX_LEN)
     params, tokens_BT = drawn(half), some_tokens(2, MAX_LEN)
@@ -362,15 +367,13 @@ def test_every_branch_of_every_layer_drops_elements_of_its_own() -> None:
 
 def test_initial_weights() -> None:
     c = with_(num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, d_ff=256, use_bias=True, activation="swiglu",
-              position="learned", value_embed=True, qk_norm=True)  # fmt: skip
+              position="learned", qk_norm=True)  # fmt: skip
     params = jax.jit(make_model(c, 300, 100).init)(jax.random.key(0))
     flat = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}  # type: ignore[attr-defined]
     residual = 1 / math.sqrt(2 * 4)
     deviations = {
-        "embed/embedding": ((300, 128), 0.02),
-        "positions/embedding": ((100, 128), 0.02),
-        "value_embed/embedding": ((300, 64), 0.02),
-        "head/kernel": ((128, 300), 0.02),
+        "embed/embedding": ((300, 128), 1.0),
+        "positions/embedding": ((100, 128), 1.0),
         "layers/attention/query/kernel": ((4, 128, 128), 128**-0.5),
         "layers/attention/key/kernel": ((4, 128, 64), 128**-0.5),
         "layers/attention/value/kernel": ((4, 128, 64), 128**-0.5),
@@ -387,14 +390,16 @@ def test_initial_weights() -> None:
             assert abs(part.mean()) < 5 * deviation / math.sqrt(part.size), name
         if name.startswith("layers"):
             assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.05  # layers differ
-    assert flat.pop("layers/attention/value_mix").shape == (4, 1)
+    assert flat["head/kernel"].shape == (128, 300)  # zero, with the biases below
     for name, x in flat.items():
         assert x.shape[: name.startswith("layers")] == (4,) * name.startswith("layers"), name
         np.testing.assert_array_equal(x, 1.0 if name.endswith("scale") else 0.0, err_msg=name)
     scales = {name for name in flat if name.endswith("scale")}
     assert scales == {"final_norm/scale", *(f"layers/{n}/scale" for n in (
         "attention_norm", "mlp_norm", "attention/query_norm", "attention/key_norm"))}  # fmt: skip
-    assert len(flat) - len(scales) == 7 + 3  # biases of seven linear layers and three layernorms, none of the head
+    assert len(flat) - len(scales) == 7 + 3 + 1  # biases of seven linear layers and three layernorms, and the head
+    tied = jax.jit(make_model(with_(tie_embeddings=True, d_model=128), 300, 100).init)(jax.random.key(0))
+    assert abs(np.asarray(tied["embed"]["embedding"]).std() / 0.02 - 1) < 5 / math.sqrt(2 * 300 * 128)
 
 
 def test_switches_that_make_no_parameters() -> None:
@@ -408,12 +413,12 @@ def test_switches_that_make_no_parameters() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_per_token(tied: bool) -> None:
     c = with_(d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu", norm="rmsnorm", position="learned",
-              tie_embeddings=tied, value_embed=True)  # fmt: skip
+              tie_embeddings=tied)  # fmt: skip
     params = drawn(make_model(c, 10, 6))
-    attention = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 1  # query, key and value, out, value_mix
+    attention = 8 * 8 + 2 * 8 * 4 + 8 * 8  # query, key and value, out
     layer = attention + 3 * 8 * 12 + 2 * 8  # up, gate, down; two norms
     multiplied = 2 * layer + 8 + 10 * 8  # final norm, output layer; tables of look-ups do not count
-    assert models.num_params(params) == multiplied + 6 * 8 + 10 * 4 + (0 if tied else 10 * 8)
+    assert models.num_params(params) == multiplied + 6 * 8 + (0 if tied else 10 * 8)
     assert models.flops_per_token(c, params, seq_len=5) == 6 * multiplied + 12 * 2 * 8 * 5
 
 

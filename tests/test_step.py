@@ -122,7 +122,18 @@ def reference(optimizer: tuple[str, ...], rows: int) -> Result:
 
 @pytest.mark.parametrize(
     "rows, devices, accum",
-    [(16, 1, 1), (16, 1, 4), (16, 2, 1), (16, 2, 2), (16, 4, 1), (16, 4, 4), (16, 8, 1), (16, 8, 2), (24, 3, 1), (24, 3, 4)],
+    [
+        (16, 1, 1),
+        (16, 1, 4),
+        (16, 2, 1),
+        (16, 2, 2),
+        (16, 4, 1),
+        (16, 4, 4),
+        (16, 8, 1),
+        (16, 8, 2),
+        (24, 3, 1),
+        (24, 3, 4),
+    ],
 )
 def test_any_split_is_the_gradient_of_the_whole_batch(rows: int, devices: int, accum: int):
     config = make_config(*ADAMW, f"batch_size={rows}", f"optim.accum_steps={accum}")

@@ -97,7 +97,9 @@ def sharded(like: Any) -> GradSync:
     )
 
 
-def train(config: Config, prepare: Callable[[steps.TrainState], steps.TrainState] = lambda s: s) -> tuple[Any, list[float]]:
+def train(
+    config: Config, prepare: Callable[[steps.TrainState], steps.TrainState] = lambda s: s
+) -> tuple[Any, list[float]]:
     local, model = jax.devices()[:DEVICES], make_model(config.model, 29, 8)
     state = prepare(steps.init_state(config, model, DEVICES))
     step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)

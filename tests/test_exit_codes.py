@@ -1,0 +1,306 @@
+"""What a user can do wrong: one line on stderr that names it, the promised exit code, and nothing written."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm import main
+from jaxlm import run as runs
+from jaxlm.config import load
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/debug.py"
+TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
+        "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
+
+
+def flags(*overrides: str) -> list[str]:
+    return [f"--config.{o}" for o in (*TINY, *overrides)]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A run takes the signals over; they are given back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert runs.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Corpora that are no use, and one that is."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 500)
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "good.txt").write_text("a line of good text\n" * 200)
+    np.save(tmp_path / "short.npy", np.zeros(5, np.uint16))
+    np.save(tmp_path / "ids.npy", np.full(1000, 70, np.uint16))
+    (tmp_path / "config.py").write_text("def get_config():\n    return 1 / 0\n")
+    return tmp_path
+
+
+def in_process(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of `python -m jaxlm.main`."""
+    try:
+        code = main.exit_code(lambda: main.run(argv))
+    except SystemExit as stop:  # of the parser
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+TEXT = ["data.source=text", "data.tokenizer=bytes", "data.cache_dir=FILES/cache"]
+WRONG = {  # name: (overrides, words of the message)
+    "unknown key": (["optim.learning_rate=1"], ["optim.learning_rate", "did you mean"]),
+    "unknown section": (["modle.d_model=1"], ["modle.d_model", "model.d_model"]),
+    "not a whole number": (["steps=many"], ["steps", "many", "whole number"]),
+    "not a number": (["optim.lr=fast"], ["optim.lr", "fast", "a number"]),
+    "not a bool": (["deterministic=perhaps"], ["deterministic", "perhaps", "true or false"]),
+    "not one of": (["model.norm=batchnorm"], ["model.norm", "batchnorm", "rmsnorm"]),
+    "negative": (["optim.lr=-1"], ["optim.lr", "-1", "more than 0"]),
+    "heads": (["model.num_heads=3"], ["model.num_heads", "3", "16"]),
+    "key/value heads": (["model.num_kv_heads=4"], ["model.num_kv_heads", "4", "2"]),
+    "devices do not divide": (["parallel.devices=3"], ["batch_size", "8", "3 devices"]),
+    "too many devices": (["parallel.devices=16", "batch_size=16"], ["parallel.devices", "16", "8"]),
+    "accumulation does not divide": (["optim.accum_steps=3"], ["batch_size", "8", "optim.accum_steps = 3"]),
+    "devices times accumulation": (["optim.accum_steps=8"], ["batch_size", "8", "16"]),
+    "missing file": ([*TEXT, "data.path=FILES/no.txt"], ["data.path", "no.txt"]),
+    "empty file": ([*TEXT, "data.path=FILES/empty.txt"], ["empty.txt"]),
+    "not utf-8": ([*TEXT, "data.path=FILES/latin1.txt"], ["latin1.txt", "UTF-8"]),
+    "shorter than a sequence": ([*TEXT, "data.path=FILES/short.txt", "data.val_fraction=0.3"], ["seq_len"]),
+    "tokens shorter than a sequence": (["data.source=tokens", "data.path=FILES/short.npy"], ["short.npy", "seq_len"]),
+    "ids outside the vocabulary": (["data.source=tokens", "data.path=FILES/ids.npy"], ["ids.npy", "70", "63"]),
+    "no path": (["data.source=text"], ["data.path"]),
+    "no cache": (["data.source=text", "data.path=FILES/good.txt", "data.tokenizer=bytes",
+                  "data.cache_dir=FILES/good.txt/cache"], ["data.cache_dir", "good.txt"]),
+    "weights from nowhere": (["checkpoint.resume=FILES/nothing"], ["checkpoint.resume", "nothing"]),
+    "cudnn": (["model.attention=cudnn"], ["model.attention", "cudnn", "xla"]),
+    "warmup": (["optim.warmup_steps=3"], ["optim.warmup_steps", "3", "2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configuration_or_data(name: str, files: Path, capsys: pytest.CaptureFixture[str]):
+    overrides, words = WRONG[name]
+    workdir = files / "run"
+    argv = flags(*(o.replace("FILES", str(files)) for o in overrides))
+    before = contents(files)
+    code, error = in_process(["--config", str(CONFIG), "--workdir", str(workdir), *argv], capsys)
+    assert code == 2
+    error = "".join(line for line in error.splitlines(keepends=True) if not line.startswith("tokenizing"))  # progress
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert not workdir.exists()
+    stores = files / "cache"  # a token store is not of the run
+    assert {p: b for p, b in contents(files).items() if stores not in p.parents} == before
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], ["--config"]),
+        (["--config", "FILES/none.py"], ["none.py", "no such file"]),
+        (["--config", "FILES/config.py"], ["config.py", "ZeroDivisionError"]),
+        (["--config", "CONFIG", "--workdri", "FILES/run"], ["--workdri"]),
+        (["--config", "CONFIG", "extra"], ["extra"]),
+        (["--config", "CONFIG", "--num_processes", "2"], ["--num_processes", "--coordinator"]),
+        (
+            ["--config", "CONFIG", "--coordinator", "a:1", "--num_processes", "2", "--process_id", "2"],
+            ["--process_id", "2"],
+        ),
+        (["--config", "CONFIG", "--num_processes", "two"], ["--num_processes", "two"]),
+    ],
+)
+def test_wrong_command_line(
+    argv: list[str], words: list[str], files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(files)  # runs/ would be made here
+    before = contents(files)
+    code, error = in_process([a.replace("FILES", str(files)).replace("CONFIG", str(CONFIG)) for a in argv], capsys)
+    assert code == 2
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert contents(files) == before
+
+
+@pytest.mark.parametrize("where", ["good.txt", "good.txt/below", "good.txt/far/below", "/proc/run", "/dev/null/run"])
+def test_workdir_that_cannot_be(where: str, files: Path, capsys: pytest.CaptureFixture[str]):
+    before = contents(files)
+    workdir = str(files / where)
+    code, error = in_process(["--config", str(CONFIG), "--workdir", workdir, *flags()], capsys)
+    assert code == 2
+    assert error.count("\n") == 1 and workdir in error and "allowed" in error, error
+    assert contents(files) == before
+
+
+def test_workdir_of_another_run_or_of_none(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = contents(finished)
+    argv = ["--config", str(CONFIG), "--workdir", str(finished)]
+    code, error = in_process([*argv, *flags("seed=5", "model.d_model=32")], capsys)
+    assert code == 2 and error.count("\n") == 1
+    assert "seed was 0 and is now 5" in error and "model.d_model was 16 and is now 32" in error, error
+    assert contents(finished) == before
+
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text('{"name": "of another program"}')
+    code, error = in_process(["--config", str(CONFIG), "--workdir", str(workdir), *flags()], capsys)
+    assert code == 2 and error.count("\n") == 1 and "config.json" in error
+    assert contents(tmp_path) == {workdir / "config.json": b'{"name": "of another program"}'}
+
+
+def test_other_data_in_the_same_place(files: Path, capsys: pytest.CaptureFixture[str]):
+    np.save(files / "ids.npy", np.arange(1000, dtype=np.uint16) % 60)
+    keys = flags("data.source=tokens", f"data.path={files / 'ids.npy'}")
+    argv = ["--config", str(CONFIG), "--workdir", str(files / "run"), *keys]
+    assert in_process(argv, capsys) == (0, "")
+    before = contents(files / "run")
+    np.save(files / "ids.npy", np.arange(1000, dtype=np.uint16) % 59)
+    code, error = in_process(argv, capsys)
+    assert code == 2 and error.count("\n") == 1 and "data has changed" in error
+    assert contents(files / "run") == before
+
+
+def tool(name: str, *argv: object) -> int:
+    before = sys.argv
+    sys.argv = [name, *map(str, argv)]
+    try:
+        return main.exit_code(runpy.run_path(str(ROOT / f"tools/{name}.py"))["main"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--workdir", "EMPTY"], ["--workdir", "config.json"]),
+        (["--workdir", "EMPTY/none"], ["--workdir", "config.json"]),
+        (["--workdir", "BEFORE"], ["--workdir", "no checkpoints"]),
+        (["--workdir", "RUN", "--step", "7"], ["--step", "7", "1, 2"]),
+        (["--workdir", "RUN", "--step", "last"], ["--step", "last"]),
+        (["--workdir", "RUN", "--stpe", "1"], ["--stpe"]),
+        ([], ["--workdir"]),
+    ],
+)
+def test_tools(
+    name: str, argv: list[str], words: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "before").mkdir()
+    shutil.copy(finished / "config.json", tmp_path / "before")
+    places = {"EMPTY": tmp_path / "empty", "BEFORE": tmp_path / "before", "RUN": finished}
+    before = contents(tmp_path) | contents(finished)
+    for word, folder in places.items():
+        argv = [a.replace(word, str(folder)) for a in argv]
+    assert tool(name, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert contents(tmp_path) | contents(finished) == before
+    assert not (tmp_path / "before/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--temperature=-1"], ["--temperature", "-1"]),
+        (["--top_p=0"], ["--top_p", "0"]),
+        (["--num_samples=0"], ["--num_samples", "0"]),
+        (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
+    ],
+)
+def test_generate(argv: list[str], words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert tool("generate", "--workdir", finished, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[str]):
+    for override, word in (("data.nothing=1", "data.nothing"), ("data.source=paper", "paper")):
+        assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and word in error
+
+
+@pytest.mark.parametrize("damage", ["truncated", "data missing", "metadata missing", "item missing"])
+def test_damaged_checkpoint_is_4(damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    newest = workdir / "checkpoints/2"
+    for item in ("params", "train"):
+        everything = [p for p in (newest / item).rglob("*") if p.is_file()]
+        if damage == "truncated":
+            for path in everything:
+                os.truncate(path, path.stat().st_size // 2)
+        elif damage == "data missing":
+            for path in everything:
+                if path.parent.name == "d":  # the arrays
+                    path.unlink()
+        elif damage == "metadata missing":
+            for path in (newest / item).iterdir():
+                if path.is_file():
+                    path.unlink()
+        else:
+            shutil.rmtree(newest / item)
+    before = contents(workdir)
+    argv = ["--config", str(CONFIG), "--workdir", str(workdir), *flags("checkpoint.every_steps=1", "steps=4")]
+    code, error = in_process(argv, capsys)
+    assert code == 4, error
+    assert error.count("\n") == 1 and str(newest) in error, error
+    assert contents(workdir) == before
+    assert tool("evaluate", "--workdir", workdir) == 4
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(newest) in error, error
+    assert tool("evaluate", "--workdir", workdir, "--step", 1) == 0, "the one before is whole"
+
+
+# The same as the shell sees it
+
+
+def shell(*argv: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_exit_codes_of_processes(finished: Path, tmp_path: Path):
+    wrong = shell("-m", "jaxlm.main", "--config", CONFIG, "--workdir", tmp_path / "run", "--config.model.num_heads=3")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stdout == ""
+    assert "model.num_heads is 3" in wrong.stderr and not list(tmp_path.iterdir())
+
+    for name in ("generate", "evaluate"):
+        wrong = shell(ROOT / f"tools/{name}.py", "--workdir", tmp_path, cwd=tmp_path)
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stdout == "", wrong
+
+    workdir = Path(shutil.copytree(finished, tmp_path / "copy"))
+    fine = shell(ROOT / "tools/evaluate.py", "--workdir", workdir, cwd=tmp_path)
+    assert fine.returncode == 0 and fine.stderr == "" and fine.stdout.count("\n") == 1, fine
+    shutil.rmtree(workdir / "checkpoints/2/params")
+    damaged = shell("-m", "jaxlm.main", "--config", CONFIG, "--workdir", workdir, *flags("checkpoint.every_steps=1"))
+    assert damaged.returncode == 4 and damaged.stderr.count("\n") == 1 and damaged.stdout == "", damaged
+
+
+def test_help_is_not_an_error():
+    for argv in (["-m", "jaxlm.main"], [ROOT / "tools/generate.py"], [ROOT / "tools/evaluate.py"]):
+        shown = shell(*argv, "--help")
+        assert shown.returncode == 0 and shown.stderr == "" and "--workdir" in shown.stdout

@@ -1,0 +1,213 @@
+"""Sampling: the cache gives what the model gives without it, and the filters keep what they should."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import config as configs
+from jaxlm.generate import filter_logits, generate
+from jaxlm.model import Model, Params, make_model
+
+VOCAB, MAX_LEN, NEW = 17, 24, 18
+BASE = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+TINY = dataclasses.replace(
+    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm",
+    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.5, logit_softcap=0.0,
+    qk_norm=False, dtype="float32", param_dtype="float32", attention="auto", remat="none",
+    scan_unroll=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compile() -> Iterator[None]:
+    """XLA without most of its optimizations: tiny models compile in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def with_params(max_len: int = MAX_LEN, **changes: Any) -> tuple[Model, Params]:
+    """A model whose weights are large enough for texts that vary."""
+    model = make_model(dataclasses.replace(TINY, **changes), VOCAB, max_len)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return model, jax.tree.map(lambda x: np.asarray(0.8 * rng.standard_normal(x.shape), np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def rope() -> tuple[Model, Params]:
+    return with_params()
+
+
+def prompts(rows: int, length: int = 4) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCAB, (rows, length)).astype(np.int32)
+
+
+VARIANTS = [("rope", 2), ("learned", 1), ("sinusoidal", 0)]
+
+
+@pytest.mark.parametrize("position, kv_heads", VARIANTS)
+def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
+    """Token after token: each is the largest logit of the model on all tokens before it."""
+    model, params = with_params(position=position, num_kv_heads=kv_heads)
+    prompt_BT = prompts(3)
+    new_BT = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=NEW, temperature=0.0)
+    assert new_BT.shape == (3, NEW) and new_BT.dtype == jnp.int32
+    text_BT = np.concatenate([prompt_BT, new_BT], axis=1)
+    # The logits at t see the tokens up to t only, so one pass over the whole text is a pass over each prefix.
+    logits_BTV = np.asarray(jax.jit(model.apply)(params, text_BT))
+    np.testing.assert_array_equal(logits_BTV.argmax(-1)[:, 3:-1], new_BT)
+    assert len(np.unique(new_BT)) > 4  # no text of one token, which anything would get right
+    assert len({tuple(row) for row in np.asarray(new_BT)}) == 3
+
+
+def test_cached_logits_are_the_uncached_ones(rope: tuple[Model, Params]) -> None:
+    """A prompt, then several tokens at once, then one: any split of a text into calls."""
+    model, params = rope
+    text_BT = prompts(2, 12)
+    expected = jax.jit(model.apply)(params, text_BT)
+    cache, decode, parts, start = model.init_cache(2, 15), jax.jit(model.decode), [], 0
+    for size in (5, 6, 1):
+        logits_BTV, cache = decode(params, text_BT[:, start : start + size], cache, start)
+        parts.append(logits_BTV)
+        start += size
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_row_does_not_depend_on_the_number_of_rows(rope: tuple[Model, Params]) -> None:
+    model, params = rope
+    prompt_BT = np.repeat(prompts(1), 5, axis=0)
+    five = np.asarray(generate(model, params, prompt_BT, jax.random.key(3), max_new_tokens=NEW))
+    two = np.asarray(generate(model, params, prompt_BT[:2], jax.random.key(3), max_new_tokens=NEW))
+    np.testing.assert_array_equal(five[:2], two)
+    assert len({tuple(row) for row in five}) == 5  # and each row is a text of its own
+
+
+def test_the_seed_is_the_text(rope: tuple[Model, Params]) -> None:
+    model, params = rope
+
+    def text(seed: int) -> np.ndarray:
+        return np.asarray(generate(model, params, prompts(2), jax.random.key(seed), max_new_tokens=NEW))
+
+    np.testing.assert_array_equal(text(1), text(1))
+    assert (text(1) != text(2)).mean() > 0.3
+
+
+def test_each_token_is_drawn_anew(rope: tuple[Model, Params]) -> None:
+    """Where all tokens are as probable, a text is a sequence of independent draws."""
+    model, params = rope
+    nothing = jax.tree.map(np.zeros_like, params)
+    text_BT = np.asarray(generate(model, nothing, prompts(2), jax.random.key(1), max_new_tokens=NEW))
+    assert min(len(np.unique(row)) for row in text_BT) > 7  # of 18 draws out of 17
+
+
+def test_top_k_of_1_is_greedy(rope: tuple[Model, Params]) -> None:
+    model, params = rope
+
+    def text(**how: Any) -> np.ndarray:
+        return np.asarray(generate(model, params, prompts(2), jax.random.key(4), max_new_tokens=NEW, **how))
+
+    greedy = text(temperature=0.0)
+    np.testing.assert_array_equal(text(top_k=1), greedy)
+    np.testing.assert_array_equal(text(top_p=1e-6), greedy)
+    assert (text(top_k=2) != greedy).any()
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (2.0, 5)])
+def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], temperature: float, top_k: int) -> None:
+    model, params = rope
+    n = 4000
+    prompt_BT = np.repeat(prompts(1), n, axis=0)
+    key = jax.random.key(5)
+    drawn = generate(model, params, prompt_BT, key, max_new_tokens=1, temperature=temperature, top_k=top_k)
+    logits_V = np.asarray(jax.jit(model.apply)(params, prompt_BT[:1]))[0, -1].astype(np.float64) / temperature
+    if top_k:
+        logits_V[np.argsort(logits_V)[:-top_k]] = -np.inf
+    probs_V = np.exp(logits_V - logits_V.max()) / np.exp(logits_V - logits_V.max()).sum()
+    often_V = np.bincount(np.asarray(drawn)[:, 0], minlength=VOCAB) / n
+    assert (np.abs(often_V - probs_V) <= 5 * np.sqrt(probs_V * (1 - probs_V) / n) + 1e-9).all()
+    assert ((probs_V > 0.05) & (probs_V < 0.95)).sum() >= 2
+
+
+# Filters
+
+
+def reference(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Of one row; tokens whose logit equals that of the last one kept are kept as well."""
+    out = logits_V.astype(np.float64) / temperature
+    if top_k:
+        out[out < np.sort(out)[::-1][top_k - 1]] = -np.inf
+    probs = np.exp(out - out.max())
+    probs /= probs.sum()
+    together, least = 0.0, np.inf
+    for i in np.argsort(-out, kind="stable"):
+        if together < top_p:
+            least = out[i]
+        together += probs[i]
+    out[out < least] = -np.inf
+    return out
+
+
+HAND_MADE = np.log(
+    np.array([[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.1, 0.4, 0.3, 0.15], [0.1, 0.35, 0.35, 0.1, 0.1], [0.2] * 5])
+).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4])
+@pytest.mark.parametrize("top_p", [1.0, 0.01, 0.45, 0.75, 0.97])
+def test_filters(temperature: float, top_k: int, top_p: float) -> None:
+    got = np.asarray(filter_logits(jnp.asarray(HAND_MADE), temperature, top_k, top_p))
+    expected = np.stack([reference(row, temperature, top_k, top_p) for row in HAND_MADE])
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def kept(temperature: float, top_k: int, top_p: float) -> list[list[int]]:
+    got = np.asarray(filter_logits(jnp.asarray(HAND_MADE), temperature, top_k, top_p))
+    return [np.flatnonzero(np.isfinite(row)).tolist() for row in got]
+
+
+def test_what_filters_keep() -> None:
+    """The same, counted by hand."""
+    everything = list(range(5))
+    assert kept(1.0, 0, 1.0) == [everything] * 4
+    assert kept(1.0, 5, 1.0) == kept(1.0, 99, 1.0) == [everything] * 4
+    assert kept(1.0, 2, 1.0) == [[0, 1], [2, 3], [1, 2], everything]  # five equal ones cannot be told apart
+    assert kept(1.0, 3, 1.0) == [[0, 1, 2], [2, 3, 4], everything, everything]
+    assert kept(1.0, 0, 0.5) == [[0, 1], [2, 3], [1, 2], everything]
+    assert kept(1.0, 0, 0.8) == [[0, 1, 2], [2, 3, 4], everything, everything]
+    assert kept(1.0, 0, 0.01) == [[0], [2], [1, 2], everything]  # never nothing
+    assert kept(1.0, 2, 0.5) == [[0], [2], [1, 2], everything]  # 0.4 / 0.7 of what top-k leaves
+    assert kept(0.0, 1, 1.0) == [[0], [2], [1, 2], everything]
+
+
+# Beyond the length of training
+
+
+def test_a_token_sees_the_last_max_len_tokens() -> None:
+    """One layer with rotary positions: the logits after a long text are those of its last `max_len` tokens alone.
+
+    With more layers they are not: a state in the window was itself computed from tokens before it.
+    """
+    window, length = 6, 20
+    model, params = with_params(window, num_layers=1)
+    text_T = prompts(1, length)[0]
+    logits_TV, cache = [], model.init_cache(1, length)
+    decode, apply = jax.jit(model.decode), jax.jit(model.apply)
+    for t in range(length):
+        logits_BTV, cache = decode(params, text_T[None, t : t + 1], cache, t)
+        logits_TV.append(np.asarray(logits_BTV)[0, 0])
+    windows = np.stack([text_T[t - window + 1 : t + 1] for t in range(window - 1, length)])
+    expected = np.asarray(apply(params, windows))[:, -1]
+    np.testing.assert_allclose(np.stack(logits_TV)[window - 1 :], expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+    all_of_it = np.asarray(
+        make_model(dataclasses.replace(TINY, num_layers=1), VOCAB, length).apply(params, text_T[None])
+    )[0]
+    assert np.abs(all_of_it[window:] - np.stack(logits_TV)[window:]).max(-1).min() > 1e-2  # the window matters

@@ -1,0 +1,457 @@
+"""Whole runs of a tiny model: what they write, that they learn, and that stopping and going on leaves no trace."""
+
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import parts as parts_lib
+from jaxlm import run as runs
+from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.config import UserError, load
+from jaxlm.main import exit_code
+from jaxlm.model import make_model
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/debug.py"
+STEPS, CHECKPOINT = 600, 100
+TIMES = {"tokens_per_second", "step_seconds", "mfu"}
+TINY = {
+    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "model.dropout": 0.1,
+    "optim.name": "adamw", "optim.lr": 0.003, "optim.schedule": "constant", "optim.warmup_steps": 1,
+    "optim.ema_decay": 0.9, "parallel.devices": 2, "checkpoint.every_steps": CHECKPOINT, "checkpoint.keep": 20,
+    "eval.every_steps": 150, "log.tensorboard": False,
+}  # fmt: skip
+
+
+def flags(**keys: Any) -> list[str]:
+    keys = {k.replace("__", "."): v for k, v in keys.items()}
+    return [f"--config.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in (TINY | keys).items()]
+
+
+def run(workdir: Path, **keys: Any) -> int:
+    return runs.run(load(CONFIG, flags(**keys)), workdir)
+
+
+def start(workdir: Path, **keys: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(workdir), *flags(**keys)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def numbers(workdir: Path, upto: int = STEPS) -> list[dict[str, Any]]:
+    """The metrics but the times."""
+    return [{k: v for k, v in m.items() if k not in TIMES} for m in lines(workdir) if m["step"] <= upto]
+
+
+def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(m["step"] >= step for m in lines(workdir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def state_of(workdir: Path, step: int) -> steps.TrainState:
+    """All that a checkpoint holds."""
+    config = load(CONFIG, flags())
+    local = jax.devices()[:2]
+    like = place(steps.init_state(config, make_model(config.model, 64, config.seq_len), 2), local)
+    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    state = checkpoints.restore(step, like)
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A run takes the signals over; they are given back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the same that ends at the first checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "short"
+    assert run(workdir, steps=CHECKPOINT) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(short: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(short, tmp_path / "copy"))
+
+
+# What a run writes
+
+
+def test_metrics(whole: Path):
+    train = [m for m in lines(whole) if "loss" in m]
+    scores = [m for m in lines(whole) if "eval_loss" in m]
+    assert len(train) + len(scores) == len(lines(whole))
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu"}
+    assert all(m.keys() == keys for m in train)
+    assert [m["step"] for m in train] == [1, *range(10, STEPS + 1, 10)]
+    assert all(m["tokens"] == m["step"] * 8 * 16 for m in train)
+    assert all(m["tokens_per_second"] == pytest.approx(128 / m["step_seconds"]) and m["mfu"] is None for m in train)
+    keys = {"step", "eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "eval_tokens"}
+    assert all(m.keys() == keys for m in scores)
+    assert [m["step"] for m in scores] == [150, 300, 450, 600]
+    assert [m["step"] for m in lines(whole)] == sorted(m["step"] for m in lines(whole))
+
+
+def test_config_and_checkpoints(whole: Path):
+    saved = json.loads((whole / "config.json").read_text())
+    assert saved["config"]["optim"]["lr"] == 0.003 and saved["history"] == []
+    assert {"jaxlm", "jax", "flax", "python", "git_commit"} <= saved["versions"].keys()
+    assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == list(range(0, STEPS + 1, CHECKPOINT))
+    config = load(CONFIG, flags())
+    fresh = steps.init_state(config, make_model(config.model, 64, config.seq_len), 2)
+    assert_identical(state_of(whole, 0), jax.device_get(fresh))
+    assert [int(state_of(whole, s).step) for s in (0, 100, 600)] == [0, 100, 600]
+
+
+def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, short: Path):
+    """The run that went on wrote its checkpoint while the next steps wrote over the donated arrays."""
+    assert_identical(state_of(whole, CHECKPOINT), state_of(short, CHECKPOINT))
+    assert not np.array_equal(state_of(whole, 2 * CHECKPOINT).params["embed"]["embedding"],
+                              state_of(whole, CHECKPOINT).params["embed"]["embedding"])  # fmt: skip
+
+
+def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
+    config = load(CONFIG, flags(checkpoint__keep=2, checkpoint__keep_best=1))
+    state = place(steps.init_state(config, make_model(config.model, 64, config.seq_len), 2), jax.devices()[:2])
+    checkpoints = Checkpointer(tmp_path, config.checkpoint)
+    for step, loss in enumerate([None, 3.0, 1.0, 2.0, None, 5.0, None]):
+        checkpoints.save(step, state, loss)
+        checkpoints.wait()
+    assert checkpoints.steps() == [2, 5, 6]
+    checkpoints.close()
+
+
+# Learning
+
+
+def test_it_overfits_one_batch(tmp_path: Path):
+    """The corpus is one batch: each epoch, one step long, is those sequences again."""
+    tokens = np.random.default_rng(0).permutation(np.arange(8 * 8 + 1)).astype(np.uint16)
+    np.save(tmp_path / "train.npy", tokens)
+    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "train.npy",
+            "data.vocab_size": 65, "seq_len": 8, "model.dropout": 0, "optim.lr": 0.02, "checkpoint.every_steps": 0,
+            "eval.every_steps": 0, "optim.ema_decay": 0, "steps": 100}  # fmt: skip
+    assert run(tmp_path / "run", **keys) == 0
+    losses = {m["step"]: m["loss"] for m in lines(tmp_path / "run") if "loss" in m}
+    assert losses[1] == pytest.approx(math.log(65), rel=0.1)
+    assert losses[100] < 0.02
+    last = lines(tmp_path / "run")[-1]
+    assert last["eval_loss"] < 0.02 and last["eval_accuracy"] == 1.0 and last["eval_tokens"] == 64
+
+
+def test_loss_on_synthetic_data_approaches_what_is_possible(tmp_path: Path):
+    keys = {"model.d_model": 32, "model.dropout": 0, "optim.lr": 0.02, "batch_size": 16, "seq_len": 32, "steps": 400,
+            "optim.schedule": "linear", "eval.every_steps": 0, "checkpoint.every_steps": 0}  # fmt: skip
+    assert run(tmp_path / "run", **keys) == 0
+    loss = lines(tmp_path / "run")[-1]["eval_loss"]
+    assert math.log(4) * 0.99 < loss < math.log(4) * 1.05
+
+
+# Stopping and going on
+
+
+def test_sigterm_stops_with_75_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+    process = start(tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped after step" in out and err == ""
+    stopped = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert CHECKPOINT < stopped < STEPS and f"stopped after step {stopped}," in out
+    assert run(tmp_path / "run") == 0
+    assert numbers(tmp_path / "run") == numbers(whole)
+    assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
+
+
+def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+    process = start(tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = lines(tmp_path / "run")[-1]["step"]
+    assert CHECKPOINT < reached < STEPS
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 99')  # half a line, as when it is killed while it writes one
+    assert run(tmp_path / "run") == 0
+    assert numbers(tmp_path / "run") == numbers(whole)
+    assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
+
+
+def test_second_signal_ends_it_at_once(tmp_path: Path):
+    """In the middle of an evaluation that takes minutes; the first signal alone would wait for its end."""
+    np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
+    np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
+    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
+            "data.vocab_size": 64, "eval.every_steps": 1}  # fmt: skip
+    process = start(tmp_path / "run", **keys)
+    wait_for_step(process, tmp_path / "run", 1)
+    sent = 0
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        sent += 1
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM and sent >= 2
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("when", ["compile", "evaluation"])
+def test_signal_while_it_compiles_or_evaluates(when: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It stops after the step, or after the evaluation that is due, and goes on from there."""
+    name = "make_train_step" if when == "compile" else "make_eval_step"
+    make: Callable[..., Any] = getattr(steps, name)
+
+    def make_signalling(*args: Any) -> Any:
+        inner = make(*args)
+
+        def traced(*inputs: Any) -> Any:  # runs once, when it is compiled
+            os.kill(os.getpid(), signal.SIGTERM)
+            return inner(*inputs)
+
+        return traced
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, name, make_signalling)
+        assert run(tmp_path / "run") == runs.STOPPED
+    stop = 1 if when == "compile" else 150
+    assert numbers(tmp_path / "run") == numbers(whole, stop)
+    if when == "compile":
+        assert run(tmp_path / "run", steps=CHECKPOINT) == 0
+        assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
+
+
+def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train_batches = runs.train_batches
+
+    class Broken:
+        """Real batches, of which the fourth cannot be read."""
+
+        def __init__(self, *args: Any):
+            self.inner, self.left = train_batches(*args), 4
+
+        def __next__(self) -> Any:
+            self.left -= 1
+            if not self.left:
+                raise OSError("the disk is gone")
+            return next(self.inner)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    monkeypatch.setattr(runs, "train_batches", Broken)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path / "run")
+    left = [t for t in set(threading.enumerate()) - before if not t.daemon]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [t for t in left if t.is_alive()]
+    monkeypatch.undo()
+    assert int(state_of(tmp_path / "run", 0).step) == 0  # what was under way is whole
+
+
+def test_diverged_run_is_exit_code_3_and_leaves_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    keys = {
+        "optim.name": "sgd",
+        "optim.lr": 1e30,
+        "optim.clip_norm": 0,
+        "checkpoint.every_steps": 1,
+        "eval.every_steps": 0,
+    }
+    assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "diverged" in error
+    newest = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    checkpoints = Checkpointer(tmp_path / "run", load(CONFIG, flags()).checkpoint, read_only=True)
+    params = checkpoints.restore_params(newest, ema=False)
+    checkpoints.close()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), f"checkpoint {newest} cannot be gone on from"
+
+
+# Going on with another configuration
+
+
+def test_more_steps_go_on_as_if_they_had_been_planned(whole: Path, copy: Path):
+    assert run(copy, steps=CHECKPOINT + 60) == 0
+    upto = CHECKPOINT + 60
+    assert [m for m in numbers(copy) if "loss" in m] == [m for m in numbers(whole, upto) if "loss" in m]
+    # That of the end of the short run is there besides those of the long one's period.
+    assert [m["step"] for m in lines(copy) if "eval_loss" in m] == [100, 150, 160]
+
+
+def test_other_number_of_devices_goes_on_with_the_same_numbers(whole: Path, copy: Path):
+    assert run(copy, parallel__devices=4, steps=CHECKPOINT + 30, optim__accum_steps=2) == 0
+    got = [m for m in numbers(copy) if "loss" in m and m["step"] > CHECKPOINT]
+    want = [m for m in numbers(whole, CHECKPOINT + 30) if "loss" in m and m["step"] > CHECKPOINT]
+    assert len(got) == 3
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_changed_keys_are_said_and_kept(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """What may change: steps, learning rate, loss, dropout."""
+    keys = {"steps": CHECKPOINT + 1, "optim.lr": 0.001, "loss.label_smoothing": 0.1, "model.dropout": 0.0}
+    assert run(copy, **keys) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since the last run")]
+    assert len(said) == 1
+    saved = json.loads((copy / "config.json").read_text())
+    for words in ("steps 100 -> 101", "optim.lr 0.003 -> 0.001", "model.dropout 0.1 -> 0.0"):
+        assert words in said[0] and words in saved["history"][0]["changed"]
+    assert len(saved["history"]) == 1 and saved["config"]["optim"]["lr"] == 0.001
+    assert lines(copy)[-2]["lr"] == pytest.approx(0.001)
+
+
+REFUSED = [("seed", 0, 1), ("batch_size", 8, 16), ("seq_len", 16, 8), ("model.d_model", 16, 32),
+           ("data.vocab_size", 64, 32), ("optim.name", "adamw", "sgd")]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, old, new", REFUSED, ids=[key for key, *_ in REFUSED])
+def test_what_would_change_the_past_is_refused(short: Path, key: str, old: Any, new: Any):
+    before = contents(short)
+    with pytest.raises(UserError) as refusal:
+        run(short, **{"steps": CHECKPOINT, key: new})
+    assert key in str(refusal.value) and repr(old) in str(refusal.value) and repr(new) in str(refusal.value)
+    assert contents(short) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"steps": CHECKPOINT - 1}, ["steps", "99", "100"]),
+        ({"steps": CHECKPOINT, "checkpoint.resume": "never"}, ["checkpoint.resume", "never"]),
+        ({"steps": CHECKPOINT, "parallel.devices": 3}, ["batch_size", "8", "3"]),
+        ({"steps": CHECKPOINT, "parallel.devices": 16}, ["parallel.devices", "16", "8"]),
+    ],
+)
+def test_refusals_write_nothing(short: Path, keys: dict[str, Any], words: list[str]):
+    before = contents(short)
+    with pytest.raises(UserError) as refusal:
+        run(short, **keys)
+    assert all(word in str(refusal.value) for word in words)
+    assert contents(short) == before
+
+
+def test_finished_run_is_scored_again_and_nothing_is_written_twice(short: Path):
+    before = lines(short)
+    assert run(short, steps=CHECKPOINT) == 0
+    assert lines(short) == before
+
+
+def test_resume_takes_weights_into_a_new_run(short: Path, tmp_path: Path):
+    keys = {"seed": 7, "steps": 1, "checkpoint.resume": short}
+    assert run(tmp_path / "run", **keys) == 0
+    there, here = state_of(short, CHECKPOINT), state_of(tmp_path / "run", 0)
+    assert_identical(here.params, there.ema)  # what the other run is judged by
+    assert_identical(here.ema, here.params)
+    assert int(here.step) == 0 and all(not x.any() for x in jax.tree.leaves(here.opt_state))
+    # From step 1 on the run's own checkpoints count, with the same command.
+    assert run(tmp_path / "run", **(keys | {"steps": 2})) == 0
+    assert [m["step"] for m in lines(tmp_path / "run") if "loss" in m] == [1, 2]
+
+
+@pytest.mark.parametrize("resume, d_model", [("no/such/run", 16), ("SHORT", 32)])
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(
+    resume: str, d_model: int, short: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"checkpoint\.resume"):
+        run(tmp_path / "run", **{"checkpoint.resume": resume.replace("SHORT", str(short)), "model.d_model": d_model})
+    assert not (tmp_path / "run").exists()
+
+
+def test_never_starts_a_new_run(tmp_path: Path):
+    assert run(tmp_path / "run", steps=1, checkpoint__resume="never") == 0
+    assert lines(tmp_path / "run")[0]["step"] == 1
+
+
+# The command lines over a run
+
+
+def tool(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
+
+
+def test_evaluate_gives_the_score_of_the_run(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert tool("evaluate", monkeypatch, "--workdir", whole) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == lines(whole)[-1]
+    assert tool("evaluate", monkeypatch, "--workdir", whole, "--step", 300, "--config.parallel.devices=4") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    want = next(m for m in lines(whole) if m["step"] == 300 and "eval_loss" in m)
+    assert found.pop("eval_bits_per_byte") is want.pop("eval_bits_per_byte") is None
+    assert found == pytest.approx(want, rel=1e-5)
+
+
+def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
+    keys = {"data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
+            "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "log.tensorboard": True}  # fmt: skip
+    assert run(tmp_path / "run", **keys) == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte" in shown and "this model" in shown and "│" in shown
+    assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
+    score = lines(tmp_path / "run")[-1]
+    # Bytes are the tokens, and the start of the document is none of them.
+    assert score["eval_bits_per_byte"] == pytest.approx(score["eval_loss"] / math.log(2), rel=0.02)
+
+    def sample(seed: int) -> str:
+        arguments = ["--prompt", "the ", "--max_new_tokens", 20, "--seed", seed]
+        assert tool("generate", monkeypatch, "--workdir", tmp_path / "run", *arguments) == 0
+        return capsys.readouterr().out
+
+    first = sample(1)
+    assert first.startswith("the ") and first == sample(1) != sample(2)
