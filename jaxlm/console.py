@@ -1,6 +1,7 @@
 """What a person sees: a line of facts, progress, evaluations, the comparison at the end."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ class Reporter:
 
     def __init__(self, steps: int, start: int, quiet: bool = False):
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._steps, self._last_line, self._started = steps, 0.0, False
+        self._steps, self._last_line, self._estimated = steps, 0.0, False
         self._bar = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(), TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal or quiet, transient=True,
@@ -43,7 +44,16 @@ class Reporter:
             self._bar.update(self._task, completed=m["step"], text=text)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS or m["step"] in (1, self._steps):
             self._last_line = time.monotonic()
-            self.say(f"step {m['step']:>6}/{self._steps} · {text} · lr {m['lr']:.2e} · grad norm {m['grad_norm']:.3f}")
+            left = "" if m["step"] in (1, self._steps) else f" · {self._left(m)} left"  # the first step is compilation
+            numbers = f"lr {m['lr']:.2e} · grad norm {m['grad_norm']:.3f}"
+            self.say(f"step {m['step']:>6}/{self._steps} · {text} · {numbers}{left}")
+        if not self._estimated and m["step"] not in (1, self._steps):
+            self._estimated = True
+            self.say(f"{m['step_seconds'] * 1e3:.3g} ms a step: about {self._left(m)} of training to go")
+
+    def _left(self, m: dict[str, Any]) -> str:
+        seconds = (self._steps - m["step"]) * m["step_seconds"]
+        return str(timedelta(seconds=round(seconds)))
 
     def evaluation(self, m: dict[str, Any], sample: str | None) -> None:
         bits = m["eval_bits_per_byte"]
