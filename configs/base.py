@@ -39,6 +39,7 @@ def get_config() -> Config:
             dropout=0.0,  # a small model and few epochs: nothing to regularize
             logit_softcap=0.0,
             qk_norm=True,
+            residual_init="zero",
             dtype="float32",  # bfloat16 is for GPUs; on CPU it is no faster
             param_dtype="float32",
             attention="auto",  # cudnn where it can, else xla
@@ -54,7 +55,7 @@ def get_config() -> Config:
             warmup_steps=20,
             decay_fraction=0.4,
             min_lr_ratio=0.0,
-            weight_decay=0.1,
+            weight_decay=0.0,
             b1=0.9,
             b2=0.95,
             eps=1e-8,

@@ -14,6 +14,7 @@ def get_config() -> Config:
     c.seq_len = 128
     m = c.model
     m.num_layers, m.d_model, m.num_heads, m.d_ff = 6, 512, 8, 2048
+    m.residual_init = "scaled"
     m.dtype = "bfloat16"
     m.scan_unroll = 1
     o = c.optim

@@ -4,6 +4,9 @@ A checkpoint is three items: `params`, `ema` (where there is one) and `train` (s
 state). The place in the data needs no saving: batch N is a function of the configuration and N.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxlm.config import CheckpointConfig
@@ -39,6 +42,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").resolve(),
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ("params", "ema", "train")},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=None if read_only else AnyPreservationPolicy([newest, best]), read_only=read_only
             ),
@@ -83,7 +87,8 @@ class Checkpointer:
         }
         if like.ema is not None and "ema" in self._items(step):
             items["ema"] = ocp.args.StandardRestore(_abstract(target.ema))
-        found = self._restore(step, items)
+        with self._damage(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
         train, ema = found["train"], found["ema"] if "ema" in items else None
         if like.ema is not None and ema is None:  # the average starts now
             ema = jax.tree.map(jnp.copy, found["params"])
@@ -91,23 +96,31 @@ class Checkpointer:
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""
-        there = self._items(step)
-        item = "ema" if ema and "ema" in there else "params"
-        if item not in there:
-            raise CheckpointError(f"{self._manager.directory / str(step)}: cannot be restored: it has no {item}")
-        meta = self._manager.item_metadata(step)[item]
-        like = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), meta.tree if hasattr(meta, "tree") else meta)
-        return self._restore(step, {item: ocp.args.StandardRestore(like)})[item]
+        item = "ema" if ema and "ema" in self._items(step) else "params"
+        # With a place of their own, since the devices that saved them need not be here.
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        with self._damage(step):
+            meta = self._manager.item_metadata(step)[item]
+            if meta is None:
+                raise ValueError(f"it has no {item}")
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), meta.tree)
+            found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
+        return jax.device_get(found[item])
 
     def _items(self, step: int) -> list[str]:
         return [p.name for p in (self._manager.directory / str(step)).iterdir()]
 
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+    @contextmanager
+    def _damage(self, step: int) -> Iterator[None]:
+        """Makes an error in reading a step a CheckpointError, without the tracebacks of reads that it cuts off."""
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            yield
         except Exception as error:  # of many kinds: every one means that this checkpoint is of no use here
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self._manager.directory / str(step)}: cannot be restored: {reason}") from error
+        sys.unraisablehook = before  # not after an error: those reads end later
 
     def wait(self) -> None:
         """Returns when what was saved is on disk; raises if it could not be written."""

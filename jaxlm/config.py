@@ -47,6 +47,9 @@ class ModelConfig:
     dropout: float  # of embeddings and residual branches, in training only
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
+    residual_init: Literal[
+        "scaled", "zero"
+    ]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing yet
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
     attention: Literal["auto", "xla", "cudnn"]

@@ -50,8 +50,9 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
         bad = next((k for k in ("loss", "grad_norm") if not math.isfinite(float(done.metrics[k]))), None)
         if bad:
             raise Diverged(
-                f"training diverged: {bad} is {float(done.metrics[bad])} in step {done.step}; the newest checkpoint is of"
-                f" step {parts.checkpoints.latest()}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+                f"training diverged: {bad} is {float(done.metrics[bad])} in step {done.step}; the newest checkpoint is"
+                f" of step {parts.checkpoints.latest()}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm"
+                " may help"
             )
         if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
             seconds = (done.seconds - last_seconds) / (done.step - last_step)

@@ -255,12 +255,15 @@ class Mlp(nn.Module):
 
 
 def _linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
-    """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3)."""
-    scale = 1 / (2 * c.num_layers) if residual else 1.0
+    """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3),
+    or zero, so that each block is the identity at first.
+    """
+    init = nn.initializers.variance_scaling(1 / (2 * c.num_layers) if residual else 1.0, "fan_in", "normal")
+    if residual and c.residual_init == "zero":
+        init = nn.initializers.zeros
     return nn.Dense(
-        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name,
-        kernel_init=nn.initializers.variance_scaling(scale, "fan_in", "normal"),
-    )  # fmt: skip
+        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, kernel_init=init
+    )
 
 
 def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read when JAX starts: before any import of it
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -11,8 +13,6 @@ COMPILED = tempfile.TemporaryDirectory(prefix="jaxlm-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
-import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,8 +33,10 @@ def make_config(*overrides: str) -> Config:
 def model_and_params() -> tuple[Any, Any]:
     model = make_model(make_config().model, VOCAB, T)
     params = model.init(jax.random.key(0))
-    # Larger weights than at the start: a model without opinions scores all tokens alike.
-    return model, jax.tree.map(lambda x: 10 * x, params)
+    # Other weights than at the start: a model without opinions scores all tokens alike.
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(2)
+    return model, jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
 def score(

@@ -19,7 +19,7 @@ BASE = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.5, logit_softcap=0.0,
-    qk_norm=False, dtype="float32", param_dtype="float32", attention="auto", remat="none",
+    qk_norm=False, residual_init="scaled", dtype="float32", param_dtype="float32", attention="auto", remat="none",
     scan_unroll=1,
 )  # fmt: skip
 

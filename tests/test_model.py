@@ -25,7 +25,7 @@ BASE = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
-    qk_norm=False, dtype="float32", param_dtype="float32", attention="xla", remat="none",
+    qk_norm=False, residual_init="scaled", dtype="float32", param_dtype="float32", attention="xla", remat="none",
     scan_unroll=1,
 )  # fmt: skip
 
@@ -158,8 +158,7 @@ def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, 
 # Every activation with every position; the switches take both values with each of them, in all pairs.
 SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap")
 PATTERNS = [
-    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c))
-    for a, b, c in itertools.product((0, 1), repeat=3)
+    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c)) for a, b, c in itertools.product((0, 1), repeat=3)
 ]
 GRID = [
     (activation, position, PATTERNS[i % 8])

@@ -71,7 +71,6 @@ def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
 
 
-
 def lines(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
@@ -153,6 +152,21 @@ def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[i
     assert [found[s] for s in common] == [reference[s] for s in common]
     if stopped < 40:
         assert any(step > stopped for step in common)
+
+
+@pytest.mark.slow
+def test_weights_of_a_run_of_two_processes_are_taken_by_others(two: tuple[Path, Any], tmp_path: Path):
+    """By two processes, and by one with as many devices; `params` above has other devices than the run had."""
+    want = params(two[0], 40)
+    for processes in (2, 1):
+        workdir = tmp_path / f"run{processes}"
+        results = finish(
+            start(workdir, processes, "steps=1", f"checkpoint.resume={two[0]}", "checkpoint.every_steps=0")
+        )
+        assert [code for code, *_ in results] == [0] * processes, results
+        assert "starts from the weights of step 40" in results[0][1]
+        found = params(workdir, 0)
+        np.testing.assert_array_equal(found["embed"]["embedding"], want["embed"]["embedding"])
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import parts as parts_lib
 from jaxlm import run as runs
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpointer, place
@@ -455,3 +454,12 @@ def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     first = sample(1)
     assert first.startswith("the ") and first == sample(1) != sample(2)
+
+    # On a machine with fewer devices than the run had.
+    alone = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    arguments = ["--workdir", tmp_path / "run", "--prompt", "the ", "--max_new_tokens", "20", "--seed", "1"]
+    shown = subprocess.run(
+        [sys.executable, ROOT / "tools/generate.py", *arguments], env=os.environ | alone, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (shown.returncode, shown.stderr, shown.stdout) == (0, "", first)

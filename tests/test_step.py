@@ -52,6 +52,13 @@ def split(batch: steps.Batch, devices: int) -> steps.Batch:
     return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
 
 
+def lively(params: Any) -> Any:
+    """Other parameters than at the start, where a model without opinions has the same loss whatever goes wrong."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
 class Result(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
@@ -59,10 +66,27 @@ class Result(NamedTuple):
     ema: Any
 
 
+COMPILED: dict[tuple[str, int], Any] = {}  # steps and initial states, of (configuration, devices)
+
+
+def start(config: Config, devices: int) -> steps.TrainState:
+    state = steps.init_state(config, make(config), devices)
+    params = lively(state.params)
+    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def built(config: Config, devices: int) -> tuple[Any, steps.TrainState]:
+    """The step on so many devices, and the state that it starts from."""
+    key, local, model = (str(config), devices), jax.devices()[:devices], make(config)
+    if key not in COMPILED:
+        step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+        COMPILED[key] = step, jax.device_get(start(config, devices))
+    step, state = COMPILED[key]
+    return step, place(state, local)
+
+
 def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result:
-    model, local = make(config), jax.devices()[:devices]
-    state = place(steps.init_state(config, model, devices), local)
-    step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+    step, state = built(config, devices)
     metrics = []
     for batch in batches:
         state, m = step(state, split(batch, devices))
@@ -71,15 +95,17 @@ def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result
     return Result(losses, norms, jax.device_get(state.params), jax.device_get(state.ema))
 
 
-def run_reference(config: Config, batches: list[steps.Batch]) -> Result:
-    """The same without `step.py`, losses, schedules and synchronization: the weighted mean over the whole batch."""
+@cache
+def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """Initial parameters, optimizer state, and an update without `step.py`, losses, schedules and synchronization."""
+    config = make_config(*optimizer)
     model, c = make(config), config.optim
     if c.name == "adamw":
         schedule = optax.linear_schedule(c.lr / 2, c.lr, 1)  # two warmup steps, then constant
-        optimizer = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=is_matrix)
+        chain = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=is_matrix)
     else:
-        optimizer = make_optimizer(c, config.steps)  # on one device, nothing shared
-    optimizer = optax.chain(optax.clip_by_global_norm(c.clip_norm), optimizer)
+        chain = make_optimizer(c, config.steps)  # on one device, nothing shared
+    chain = optax.chain(optax.clip_by_global_norm(c.clip_norm), chain)
 
     def loss(params: Any, batch: steps.Batch) -> jax.Array:
         log_probs = jax.nn.log_softmax(model.apply(params, batch["inputs"]))
@@ -89,11 +115,17 @@ def run_reference(config: Config, batches: list[steps.Batch]) -> Result:
     @jax.jit
     def update(params: Any, opt_state: Any, batch: steps.Batch) -> tuple[Any, Any, jax.Array, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value, optax.tree.norm(grads)
 
-    params = model.init(jax.random.key(config.seed))
-    opt_state, losses, norms = optimizer.init(params), [], []
+    params = lively(model.init(jax.random.key(config.seed)))
+    return params, chain.init(params), update
+
+
+def run_reference(optimizer: tuple[str, ...], batches: list[steps.Batch]) -> Result:
+    """The weighted mean over the whole batch, on one device."""
+    params, opt_state, update = reference_update(optimizer)
+    losses, norms = [], []
     for batch in batches:
         params, opt_state, value, norm = update(params, opt_state, batch)
         losses.append(float(value))
@@ -117,7 +149,7 @@ BATCHES = {rows: [ragged_batch(rows, seed) for seed in range(STEPS)] for rows in
 
 @cache
 def reference(optimizer: tuple[str, ...], rows: int) -> Result:
-    return run_reference(make_config(*optimizer, f"batch_size={rows}"), BATCHES[rows])
+    return run_reference(optimizer, BATCHES[rows])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +172,7 @@ def test_any_split_is_the_gradient_of_the_whole_batch(rows: int, devices: int, a
     assert_same(run_pmap(config, devices, BATCHES[rows]), reference(tuple(ADAMW), rows))
 
 
-@pytest.mark.parametrize("devices, accum", [(1, 1), (2, 1), (8, 2)])
+@pytest.mark.parametrize("devices, accum", [(2, 1), (8, 2)])
 def test_muon_with_shared_work_is_muon_on_one_device(devices: int, accum: int):
     config = make_config(*MUON, f"optim.accum_steps={accum}")
     assert_same(run_pmap(config, devices, BATCHES[16]), reference(tuple(MUON), 16))
@@ -148,11 +180,11 @@ def test_muon_with_shared_work_is_muon_on_one_device(devices: int, accum: int):
 
 def test_these_batches_tell_a_mean_of_device_means_from_the_right_one():
     """Were the devices' means averaged, loss, gradients and parameters would be far from those tested above."""
-    config, batch = make_config(*ADAMW), BATCHES[16][0]
+    batch = BATCHES[16][0]
     per_device = [{k: v[2 * i : 2 * i + 2] for k, v in batch.items()} for i in range(8)]
     weights = [float(part["weights"].sum()) for part in per_device]
     assert weights[0] == 0 and len(set(weights)) > 4
-    means = [run_reference(config, [part]) for part in per_device[1:]]  # that of device 0 would be 0 / 0
+    means = [run_reference(tuple(ADAMW), [part]) for part in per_device[1:]]  # that of device 0 would be 0 / 0
     right = reference(tuple(ADAMW), 16)
     biased = np.mean([m.losses[0] for m in means])
     assert abs(biased / right.losses[0] - 1) > 100 * RTOL
@@ -166,18 +198,18 @@ def test_dropout_masks_belong_to_sequences_not_to_devices():
     assert_same(run_pmap(config, 4, BATCHES[16]), one)
     assert_same(run_pmap(make_config(*ADAMW, "model.dropout=0.3", "optim.accum_steps=2"), 8, BATCHES[16]), one)
     assert abs(one.losses[0] / reference(tuple(ADAMW), 16).losses[0] - 1) > 100 * RTOL, "nothing was dropped"
-    assert abs(run_pmap(config, 1, [BATCHES[16][0]] * 2).losses[1] - one.losses[0]) > 0
 
 
 def test_dropout_masks_change_from_row_to_row_and_from_step_to_step():
     config = make_config("optim.name=sgd", "optim.lr=1e-30", "model.dropout=0.3")  # parameters stay as they are
-    row = {k: v[5:6] for k, v in BATCHES[16][0].items()}
-    losses = []
-    for place_of_row in (0, 1, 15):
-        batch = {k: np.repeat(v, 16, axis=0) for k, v in row.items()}
+    batches = []
+    for place_of_row in (0, 1, 15, 15):
+        batch = {k: np.repeat(v[5:6], 16, axis=0) for k, v in BATCHES[16][0].items()}
         batch["weights"] = batch["weights"] * (np.arange(16) == place_of_row)[:, None]
-        losses += run_pmap(config, 4, [batch] * 2).losses  # type: ignore[list-item]
-    assert len(set(losses)) == 6
+        batches.append(batch)
+    assert len(set(run_pmap(config, 4, batches).losses)) == 4
+    first = [run_pmap(config, 4, [batch]).losses[0] for batch in batches]  # all in the first step
+    assert len(set(first)) == 3 and first[2] == first[3]
 
 
 @pytest.mark.parametrize("overrides", [ADAMW, [*MUON, "model.dropout=0.3"]], ids=["adamw", "muon-dropout"])
@@ -187,7 +219,7 @@ def test_vmap_over_the_axis_is_the_same_step(overrides: list[str]):
     step = steps.make_train_step(config, model, jax.devices()[:devices])
     axes = {"axis_name": steps.AXIS, "in_axes": (steps.STATE_AXES, 0), "out_axes": (steps.STATE_AXES, None)}
     mapped = jax.jit(jax.vmap(step, **axes))  # type: ignore[arg-type]
-    state, metrics = steps.init_state(config, model, devices), []
+    state, metrics = start(config, devices), []
     for batch in BATCHES[16]:
         state, m = mapped(state, split(batch, devices))
         metrics.append(m)
@@ -202,7 +234,7 @@ SGD = ["optim.name=sgd", "optim.momentum=0", "optim.warmup_steps=0", "optim.lr=0
 
 def update_norm(config: Config) -> tuple[float, float]:
     result = run_pmap(config, 2, BATCHES[16][:1])
-    before = jax.device_get(make(config).init(jax.random.key(config.seed)))
+    before = jax.device_get(start(config, 2).params)
     delta = jax.tree.map(lambda a, b: a.astype(np.float64) - b, result.params, before)
     return float(optax.tree.norm(delta)) / config.optim.lr, result.grad_norms[0]
 
@@ -214,61 +246,52 @@ def test_clip_norm_bounds_the_update_and_keeps_its_direction():
     assert norm > 0.5 and abs(unclipped / norm - 1) < tolerance
     clipped, reported = update_norm(make_config(*SGD, "optim.clip_norm=0.1"))
     assert abs(clipped / 0.1 - 1) < tolerance and reported == pytest.approx(norm, rel=RTOL)
-    loose, _ = update_norm(make_config(*SGD, f"optim.clip_norm={2 * norm}"))
-    assert abs(loose / norm - 1) < tolerance
 
 
 def test_ema_follows_its_formula():
-    config = make_config(*ADAMW, "optim.ema_decay=0.2")
-    model, local = make(config), jax.devices()[:2]
-    state = place(steps.init_state(config, model, 2), local)
-    step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+    step, state = built(make_config(*ADAMW, "optim.ema_decay=0.2"), 4)
     want = jax.tree.map(np.float64, jax.device_get(state.params))
     for n, batch in enumerate(BATCHES[16]):
-        state, _ = step(state, split(batch, 2))
-        d = min(0.2, (1 + n) / (10 + n))
-        assert n == 0 or d != 0.1
+        state, _ = step(state, split(batch, 4))
+        d = min(0.2, (1 + n) / (10 + n))  # 0.1, 0.18, 0.2
         want = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, want, jax.device_get(state.params))
     assert gap(jax.device_get(state.ema), want) < RTOL
     assert gap(jax.device_get(state.params), want) > 10 * RTOL
 
 
 def test_old_state_is_donated_and_replaced():
-    config = make_config(*ADAMW, "optim.ema_decay=0.9")
-    model, local = make(config), jax.devices()[:4]
-    old = place(steps.init_state(config, model, 4), local)
-    new, _ = steps.pmap_train_step(steps.make_train_step(config, model, local), local)(old, split(BATCHES[16][0], 4))
+    config = make_config(*ADAMW, "optim.ema_decay=0.2")
+    step, old = built(config, 4)
+    new, _ = step(old, split(BATCHES[16][0], 4))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
     # Natural shapes, no leading device dimension, and placed so that the next step finds them where they are.
-    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, steps.init_state(config, model, 4))
-    again = place(steps.init_state(config, model, 4), local)
+    again = place(steps.init_state(config, make(config), 4), jax.devices()[:4])
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, again)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(again), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_batch_without_targets_changes_nothing(name: str):
     config = make_config(f"optim.name={name}", "loss.z_loss=1e-3", "optim.weight_decay=0")
     empty = BATCHES[16][0] | {"weights": np.zeros((16, T), np.float32)}
     result = run_pmap(config, 4, [empty, empty])  # type: ignore[list-item]
-    before = jax.device_get(make(config).init(jax.random.key(config.seed)))
+    before = jax.device_get(start(config, 2).params)
     jax.tree.map(np.testing.assert_array_equal, result.params, before)
     assert result.losses == [0.0, 0.0] and result.grad_norms == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("chunk", [5, 16])  # of the 32 tokens of a device: one divides, one does not
-def test_chunked_output_layer_is_the_same_step(chunk: int):
-    config = make_config(*ADAMW, f"loss.chunk={chunk}")
+def test_chunked_output_layer_is_the_same_step():
+    config = make_config(*ADAMW, "loss.chunk=5")  # does not divide the 32 tokens of a device
     assert_same(run_pmap(config, 4, BATCHES[16]), reference(tuple(ADAMW), 16))
 
 
 def test_reported_loss_is_the_plain_one_whatever_is_minimized():
     plain = reference(tuple(ADAMW), 16)
-    for extra in ("loss.label_smoothing=0.2", "loss.z_loss=0.1"):
-        result = run_pmap(make_config(*ADAMW, extra), 2, BATCHES[16])
-        assert result.losses[0] == pytest.approx(plain.losses[0], rel=RTOL)
-        assert abs(result.grad_norms[0] / plain.grad_norms[0] - 1) > 100 * RTOL, "it minimizes the plain loss"
+    result = run_pmap(make_config(*ADAMW, "loss.label_smoothing=0.2", "loss.z_loss=0.1"), 2, BATCHES[16])
+    assert result.losses[0] == pytest.approx(plain.losses[0], rel=RTOL)
+    assert abs(result.grad_norms[0] / plain.grad_norms[0] - 1) > 100 * RTOL, "it minimizes the plain loss"
 
 
 def test_initial_state_depends_on_the_seed_alone():
