@@ -397,6 +397,9 @@ def test_initial_weights() -> None:
     assert scales == {"final_norm/scale", *(f"layers/{n}/scale" for n in (
         "attention_norm", "mlp_norm", "attention/query_norm", "attention/key_norm"))}  # fmt: skip
     assert len(flat) - len(scales) == 7 + 3 + 1  # biases of seven linear layers and three layernorms, and the head
+    zero = jax.jit(make_model(with_(residual_init="zero"), 300, 100).init)(jax.random.key(0))["layers"]
+    assert not np.any(zero["attention"]["out"]["kernel"]) and not np.any(zero["mlp"]["down"]["kernel"])
+    assert np.any(zero["attention"]["value"]["kernel"]) and np.any(zero["mlp"]["up"]["kernel"])
     tied = jax.jit(make_model(with_(tie_embeddings=True, d_model=128), 300, 100).init)(jax.random.key(0))
     assert abs(np.asarray(tied["embed"]["embedding"]).std() / 0.02 - 1) < 5 / math.sqrt(2 * 300 * 128)
 
