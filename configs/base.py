@@ -83,7 +83,7 @@ def get_config() -> Config:
             devices=0,  # all
             reduce="pmean",  # lax.pmean, an NCCL all-reduce on GPUs
         ),
-        checkpoint=CheckpointConfig(every_steps=500, keep=2, keep_best=1, resume="auto"),
-        eval=EvalConfig(every_steps=500, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=2, keep_best=1, resume="auto"),
+        eval=EvalConfig(every_steps=1000, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),
         log=LogConfig(every_steps=10, tensorboard=True, wandb=False, profile_steps=0),
     )
