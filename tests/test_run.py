@@ -261,6 +261,7 @@ def test_signal_while_it_compiles_or_evaluates(when: str, whole: Path, tmp_path:
         assert run(tmp_path / "run") == runs.STOPPED
     stop = 1 if when == "compile" else 150
     assert numbers(tmp_path / "run") == numbers(whole, stop)
+    assert int(state_of(tmp_path / "run", stop).step) == stop
     if when == "compile":
         assert run(tmp_path / "run", steps=CHECKPOINT) == 0
         assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
