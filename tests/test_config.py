@@ -244,7 +244,7 @@ IMPOSSIBLE = [
     ("model.num_heads=1 model.d_model=7", "model.num_heads", "even head size"),
     ("model.num_heads=1 model.d_model=7 model.position=sinusoidal", "model.d_model", "even"),
     ("optim.accum_steps=3", "batch_size", "a multiple of optim.accum_steps = 3"),
-    ("optim.warmup_steps=1701", "optim.warmup_steps", "at most steps = 1700"),
+    ("steps=7 optim.warmup_steps=8", "optim.warmup_steps", "at most steps = 7"),
     ("optim.adam_lr=0", "optim.adam_lr", "optim.name=muon"),
     ("data.source=text", "data.path", "data.source=text"),
     ("data.source=tokens", "data.path", "data.source=tokens"),
@@ -269,7 +269,7 @@ def test_an_impossible_combination(overrides: str, key: str, allowed: str) -> No
 
 
 POSSIBLE = [
-    "optim.warmup_steps=1700",
+    "steps=7 optim.warmup_steps=7",
     "optim.accum_steps=4",
     "model.num_heads=6 model.num_kv_heads=2",
     "model.num_heads=64 model.position=learned",  # heads of 3 are wrong with rope only
