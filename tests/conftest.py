@@ -1,6 +1,8 @@
 """Eight simulated devices, and a token-store cache of the test session's own."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,3 +13,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Drops what a file compiled: each program holds memory mappings, of which a process has a limited number, and XLA
+    crashes when there are none left.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
