@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, flatten
+from jaxlm.config import Config, flatten
 
 Metrics = dict[str, Any]
 Writer = Callable[[Metrics], None]  # each is given {'step': N, ...}
@@ -79,15 +79,9 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
 
 
 def wandb_writer(config: Config, workdir: Path) -> Writer:
-    """Weights & Biases; the id is kept in the workdir, so that a resumed run goes on in the same chart.
+    """Weights & Biases; the id is kept in the workdir, so that a resumed run goes on in the same chart."""
+    import wandb  # type: ignore[import-not-found]
 
-    Raises:
-      UserError: the package is not installed.
-    """
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise UserError("log.wandb is True; the package is missing: pip install 'jaxlm[wandb]'") from None
     id_file = workdir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(wandb.util.generate_id())

@@ -1,5 +1,6 @@
 """What a run is made of, put together from its configuration: data, model, devices, state."""
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,10 @@ def build(config: Config, workdir: Path, quiet: bool = False) -> tuple[Parts, st
       CheckpointError: there is a checkpoint, and it cannot be used.
     """
     changed = workdirs.check(workdir, config)
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("log.wandb is True; allowed: false, or the package: pip install 'jaxlm[wandb]'")
     corpus = data.prepare(config, progress=not quiet)
+    _check_prompt(config, corpus)
     devices = runtime.choose_devices(config)
     _check_same_corpus(workdir, corpus)
     local = [d for d in devices if d.process_index == jax.process_index()]
@@ -122,7 +126,7 @@ def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple
 @contextmanager
 def _opened(workdir: Path, config: Config) -> Iterator[Checkpointer | None]:
     """The checkpoints of a workdir, to be read; None where there are none."""
-    if not (workdir / "checkpoints").is_dir():
+    if not workdirs.holds_checkpoints(workdir):
         yield None
         return
     checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
@@ -147,9 +151,20 @@ def _save_tokenizer(corpus: data.Corpus, workdir: Path) -> None:
     temporary.rename(workdir / "tokenizer")
 
 
+def _check_prompt(config: Config, corpus: data.Corpus) -> None:
+    """Raises UserError if the tokenizer does not know the samples' prompt: now, not after hours of training."""
+    if corpus.tokenizer is None or not config.eval.sample_tokens:
+        return
+    try:
+        corpus.tokenizer.encode([config.eval.sample_prompt])
+    except UserError as error:
+        prompt = config.eval.sample_prompt
+        raise UserError(f"eval.sample_prompt is {prompt!r}: {error}; or eval.sample_tokens=0") from error
+
+
 def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
     """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
-    if not (workdir / "checkpoints").exists():
+    if not workdirs.holds_checkpoints(workdir):
         return
     before = workdirs.read_facts(workdir).get("data_fingerprint")
     if before != corpus.fingerprint:

@@ -33,7 +33,7 @@ def open_run(workdir: Path, step: int | None) -> Run:
       CheckpointError: the checkpoint cannot be read.
     """
     config = load_workdir(workdir)
-    if not (workdir / "checkpoints").is_dir():
+    if not workdirs.holds_checkpoints(workdir):
         raise UserError(f"--workdir {workdir}: no checkpoints in it yet")
     checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
     there = checkpoints.steps()

@@ -1,5 +1,6 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def finish(parts: Parts, scores: dict[str, Any]) -> None:
         if baselines:
             parts.reporter.comparison(baselines, bits)
     if parts.corpus.tokenizer is not None:
-        say(f"next: python tools/generate.py --workdir {workdir} --prompt 'def main('")
+        prompt = parts.config.eval.sample_prompt.strip()
+        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+        say(f"next: python tools/generate.py --workdir {shlex.quote(str(workdir))}{argument}")
     else:
-        say(f"next: python tools/evaluate.py --workdir {workdir}")
+        say(f"next: python tools/evaluate.py --workdir {shlex.quote(str(workdir))}")

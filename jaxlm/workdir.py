@@ -13,6 +13,12 @@ from typing import Any
 from jaxlm.config import Config, UserError, changes, from_dict
 
 
+def holds_checkpoints(workdir: Path) -> bool:
+    """Whether a step was saved; a run that was killed before its first save leaves an empty folder."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def check(workdir: Path, config: Config) -> str | None:
     """Whether this configuration may run in this folder. Writes nothing.
 
@@ -29,14 +35,14 @@ def check(workdir: Path, config: Config) -> str | None:
         raise UserError(f"--workdir {workdir}: {existing} is not writable; allowed: a folder that you may write to")
     path = workdir / "config.json"
     if not path.exists():
-        if (workdir / "checkpoints").exists():
+        if holds_checkpoints(workdir):
             raise UserError(
                 f"--workdir {workdir}: holds checkpoints but no config.json; allowed: a new folder or a run's own"
             )
         return None
     old = from_dict(_read(path)["config"], str(path))
     free, refused = changes(old, config)
-    if (workdir / "checkpoints").exists():
+    if holds_checkpoints(workdir):
         if refused:
             differs = ", ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in refused.items())
             raise UserError(

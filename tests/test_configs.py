@@ -2,8 +2,6 @@
 
 import json
 import math
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,15 +20,6 @@ SMALL = {
     "optim.warmup_steps": 1, "optim.accum_steps": 2, "loss.chunk": 0, "data.source": "synthetic", "data.vocab_size": 64,
     "parallel.devices": 2, "eval.batches": 1, "log.tensorboard": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A run takes the signals over; they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

@@ -3,10 +3,8 @@
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +22,6 @@ TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan
 
 def flags(*overrides: str) -> list[str]:
     return [f"--config.{o}" for o in (*TINY, *overrides)]
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A run takes the signals over; they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +83,8 @@ WRONG = {  # name: (overrides, words of the message)
                   "data.cache_dir=FILES/good.txt/cache"], ["data.cache_dir", "good.txt"]),
     "weights from nowhere": (["checkpoint.resume=FILES/nothing"], ["checkpoint.resume", "nothing"]),
     "cudnn": (["model.attention=cudnn"], ["model.attention", "cudnn", "xla"]),
+    "prompt": ([*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
+               ["eval.sample_prompt", "'Q'", "eval.sample_tokens"]),
     "warmup": (["optim.warmup_steps=3"], ["optim.warmup_steps", "3", "2"]),
 }  # fmt: skip
 
@@ -112,6 +103,17 @@ def test_wrong_configuration_or_data(name: str, files: Path, capsys: pytest.Capt
     assert not workdir.exists()
     stores = files / "cache"  # a token store is not of the run
     assert {p: b for p, b in contents(files).items() if stores not in p.parents} == before
+
+
+def test_a_tracker_that_is_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not, where it is
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    argv = ["--config", str(CONFIG), "--workdir", str(tmp_path / "run"), *flags("log.wandb=True")]
+    code, error = in_process(argv, capsys)
+    assert code == 2 and error.count("\n") == 1 and "log.wandb" in error and "pip install" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,6 @@ def state_of(workdir: Path, step: int) -> steps.TrainState:
 def assert_identical(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A run takes the signals over; they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -407,6 +398,14 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(
     with pytest.raises(UserError, match=r"checkpoint\.resume"):
         run(tmp_path / "run", **{"checkpoint.resume": resume.replace("SHORT", str(short)), "model.d_model": d_model})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_first_save_is_no_run_yet(tmp_path: Path):
+    assert run(tmp_path / "run", steps=1) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/checkpoints").mkdir()
+    assert run(tmp_path / "run", steps=1, seed=5) == 0  # another seed contradicts nothing
+    assert lines(tmp_path / "run")[0]["step"] == 1
 
 
 def test_never_starts_a_new_run(tmp_path: Path):

@@ -4,6 +4,7 @@ Every id stands for a fixed string of UTF-8 bytes (its piece), so decoding is a 
 counted exactly from its ids. Lone surrogates, which UTF-8 proper has no bytes for, get three ("surrogatepass").
 """
 
+import abc
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ def to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Ids 0 … vocab_size - 1, of which `bos_id` opens a document and stands for no text."""
 
     def __init__(self, pieces: list[bytes], bos_id: int):
@@ -42,9 +43,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.pieces)
 
+    @abc.abstractmethod
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """int32 ids [n] of each text, without bos."""
-        raise NotImplementedError
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text that ids [n] stand for; bytes that are no UTF-8, as a model may sample, become U+FFFD."""
@@ -59,9 +60,9 @@ class Tokenizer:
         """int32 [vocab_size]: UTF-8 bytes of the text each id stands for; they add up to those of an encoded text."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
+    @abc.abstractmethod
     def save(self, folder: Path) -> None:
         """Writes what `load_tokenizer` needs into a folder that exists."""
-        raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):
