@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def wandb_writer(config: Config, workdir: Path) -> Writer:
 
     id_file = workdir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(8))
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "jaxlm"), name=workdir.name, id=id_file.read_text(), resume="allow",
         dir=workdir, config=flatten(config),
