@@ -244,6 +244,15 @@ def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[
         assert error.count("\n") == 1 and word in error
 
 
+@pytest.mark.parametrize("override", ["model.d_model=32", "seq_len=32", "eval.batches=2", "optim.lr=0.1"])
+def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.CaptureFixture[str]):
+    """What would change nothing, or the model, is refused."""
+    assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and override.split("=")[0] in error and "as in the run" in error
+    assert tool("evaluate", "--workdir", finished, "--config.batch_size=16") == 0
+
+
 @pytest.mark.parametrize("damage", ["truncated", "data missing", "metadata missing", "item missing"])
 def test_damaged_checkpoint_is_4(damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))

@@ -16,7 +16,14 @@ def main() -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args, overrides = parser.parse_known_args()
+    trained = configs.flatten(configs.load_workdir(args.workdir))
     config = configs.load_workdir(args.workdir, overrides)
+    for key, value in configs.flatten(config).items():
+        if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
+            raise configs.UserError(
+                f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size and"
+                " loss.chunk can be set here"
+            )
     config.eval.batches = 0
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
