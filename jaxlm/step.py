@@ -62,13 +62,11 @@ def make_train_step(
         return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
+        # devices, every target of the global batch weighs the same. A batch without targets changes nothing.
+        weight = jnp.maximum(jax.lax.pmean(jnp.sum(batch["weights"]), AXIS), 1e-9)
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         grads, sums = accumulate(loss, state.params, batch, keys, config.optim.accum_steps)
-
-        # Devices may hold different numbers of target tokens: divided by their mean number before the mean
-        # over devices, every target of the global batch weighs the same.
-        nll, weight = jax.lax.pmean((sums.nll, sums.weight), AXIS)
-        weight = jnp.maximum(weight, 1e-9)  # a batch without targets changes nothing
         grads, sync_state = sync.reduce(jax.tree.map(lambda g: g / weight, grads), state.sync)
 
         grad_norm = sync.global_norm(grads)
@@ -79,7 +77,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, shard)
         params = sync.gather(optax.apply_updates(shard, updates))
 
-        metrics = {"loss": nll / weight, "lr": schedule(state.step), "grad_norm": grad_norm}
+        metrics = {"loss": jax.lax.pmean(sums.nll, AXIS) / weight, "lr": schedule(state.step), "grad_norm": grad_norm}
         ema = update_ema(state.ema, params, state.step, config.optim.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
 

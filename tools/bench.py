@@ -107,7 +107,9 @@ class Trainer:
         start = time.perf_counter()
         self.step_alone(1)
         self.compile_seconds = time.perf_counter() - start
-        self.with_trainer(80)  # until the data pipeline runs in the background
+        self.with_trainer(80)  # the data pipeline begins to work in the background
+        self._stream.settle()
+        self.with_trainer(20)
 
     def step_alone(self, steps: int) -> float:
         """Seconds a step, on a batch that is on the devices already."""

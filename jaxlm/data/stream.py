@@ -22,6 +22,7 @@ Batch = dict[str, np.ndarray]  # inputs, targets: int32 [devices, B, T]; weights
 MakeBatch = Callable[[int], Batch]
 
 AHEAD = 4  # batches made before they are asked for
+BLOCK, BLOCK_BYTES = 16, 2**20  # batches that tf.data makes at a time, at most
 PATIENCE = 64  # batches served before tensorflow is imported: a short run need not pay for it
 
 
@@ -107,47 +108,53 @@ class TrainStream:
         self._served += 1
         return batch
 
+    def settle(self) -> None:
+        """Waits until the way in which further batches are made is decided; for measurements."""
+        if self._importer.is_alive():
+            self._importer.join()
+
     def close(self) -> None:
         """Ends the background work; there are no batches after it."""
         self._stop = self._next
-        if self._importer.is_alive():
-            self._importer.join()  # an import cut off by the interpreter's end may crash it
+        self.settle()  # an import cut off by the interpreter's end may crash it
         if self._ahead is not None:
             self._ahead.close()  # type: ignore[attr-defined]
             self._ahead = None
 
 
 def _tf_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
-    """The batches by tf.data: steps → whole batches, in order → made ahead."""
+    """The batches by tf.data: steps → blocks of whole batches, in order → made ahead.
+
+    An element costs tf.data most of a millisecond however small it is, so small batches come many at a time.
+    """
     tf = import_tensorflow()
-    raised: list[Exception] = []
     probe = make(start)
-    names = list(probe)
+    size = max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
 
-    def load(n: np.ndarray) -> list[np.ndarray]:
-        try:
-            batch = make(int(n))
-            return [batch[name] for name in names]
-        except Exception as error:
-            raised.append(error)
-            raise
+    def load(first: np.ndarray) -> list[np.ndarray]:
+        batches = [make(n) for n in range(int(first), min(int(first) + size, stop))]
+        return [np.stack([batch[name] for batch in batches]) for name in probe]
 
-    def to_batch(n: Any) -> dict[str, Any]:
-        arrays = tf.numpy_function(load, [n], [probe[name].dtype for name in names])
-        return {name: tf.ensure_shape(array, probe[name].shape) for name, array in zip(names, arrays, strict=True)}
+    def to_block(first: Any) -> dict[str, Any]:
+        arrays = tf.numpy_function(load, [first], [x.dtype for x in probe.values()])
+        return {name: tf.ensure_shape(a, (None, *probe[name].shape)) for name, a in zip(probe, arrays, strict=True)}
 
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
     options.threading.private_threadpool_size = 2
-    dataset = tf.data.Dataset.range(start, stop).map(to_batch, num_parallel_calls=1, deterministic=True)
-    iterator = dataset.prefetch(AHEAD).with_options(options).as_numpy_iterator()
+    dataset = tf.data.Dataset.range(start, stop, size).map(to_block, num_parallel_calls=1, deterministic=True)
+    blocks = dataset.prefetch(-(-AHEAD // size)).with_options(options).as_numpy_iterator()
     try:
-        yield from iterator
-    except tf.errors.OpError as error:
-        raise (raised[0] if raised else error) from error
+        for first in range(start, stop, size):
+            try:
+                block = next(blocks)
+            except tf.errors.OpError:  # made here, the batch that failed fails again, with its own error
+                yield from (make(n) for n in range(first, min(first + size, stop)))
+                raise
+            yield from ({name: block[name][i] for name in probe} for i in range(min(size, stop - first)))
     finally:
-        del iterator
+        del blocks
 
 
 def _thread_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
