@@ -1,22 +1,13 @@
 """The configuration: what each key means, what it may be, and whether a whole of them makes sense.
 
-Types and meanings are declared here; the default values are in `configs/base.py`. Nothing in this file
-imports jax or the rest of jaxlm, so a wrong configuration is refused in milliseconds.
+Types and meanings are declared here; the default values are in `configs/base.py`, and `cli.py` reads files and command
+lines. Nothing here imports jax or the rest of jaxlm, so a wrong configuration is refused in milliseconds.
 """
 
-import argparse
 import dataclasses
-import difflib
-import importlib.util
-import json
 import math
 import re
-import sys
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
-
-from absl import flags
-from ml_collections import config_flags
+from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -47,9 +38,7 @@ class ModelConfig:
     dropout: float  # of embeddings and residual branches, in training only
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
-    residual_init: Literal[
-        "scaled", "zero"
-    ]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing yet
+    residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
     attention: Literal["auto", "xla", "cudnn"]
@@ -68,7 +57,8 @@ class LossConfig:
 class OptimConfig:
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]
     lr: float  # peak learning rate; with muon that of the hidden matrices
-    adam_lr: float  # with muon: peak learning rate of AdamW for embeddings, norms and biases
+    adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, norms and biases
+    embed_lr: float  # with muon: the same for tables that are not the output layer too; 0 = adam_lr
     schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]
     warmup_steps: int  # linear from 0 to the peak
     decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
@@ -185,28 +175,16 @@ def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return types
 
 
-def _sections() -> list[Any]:
+def sections() -> list[Any]:
     """The fields of `Config` that hold further keys."""
     return [f for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """What values of a type are, in words."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-
-
-def _unknown_key(key: str, where: str) -> UserError:
-    sections = [f.name for f in _sections()]
-    if key in sections:
-        inside = ", ".join(k for k in key_types() if k.startswith(key + "."))
-        return UserError(f"{where}: '{key}' is a section; its keys: {inside}")
-    known = [*key_types(), *sections]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong section
-        near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    hint = f"; did you mean '{near[0]}'?" if near else f"; sections: {', '.join(sections)}"
-    return UserError(f"{where}: unknown key '{key}'{hint}")
 
 
 def _check_type(key: str, value: Any, kind: Any) -> None:
@@ -217,7 +195,7 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
     else:
         fits = type(value) is kind
     if not fits:
-        raise UserError(f"{key} is {value!r}; allowed: {_describe(kind)}")
+        raise UserError(f"{key} is {value!r}; allowed: {describe(kind)}")
 
 
 def validate(c: Config) -> Config:
@@ -273,128 +251,9 @@ def validate(c: Config) -> Config:
     return c
 
 
-def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
-    """The configuration that `dataclasses.asdict` gave, checked.
-
-    Raises:
-      UserError: a key is unknown, missing, or of the wrong type.
-    """
-
-    def build(cls: type, sub: Any, prefix: str) -> Any:
-        names = {f.name: f.type for f in dataclasses.fields(cls)}
-        if not isinstance(sub, dict):
-            raise UserError(f"{where}: '{prefix.rstrip('.')}' is {sub!r}; allowed: an object of keys")
-        if extra := sorted(set(sub) - set(names)):
-            raise _unknown_key(prefix + extra[0], where)
-        if missing := sorted(set(names) - set(sub)):
-            raise UserError(f"{where}: key '{prefix}{missing[0]}' is missing")
-        return cls(**{n: build(t, sub[n], f"{prefix}{n}.") if dataclasses.is_dataclass(t) else sub[n]  # type: ignore[arg-type]
-                      for n, t in names.items()})  # fmt: skip
-
-    return validate(build(Config, tree, ""))
-
-
-def _load_file(path: Path) -> Config:
-    """Runs a configuration file and returns what its `get_config()` gives."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    spec = importlib.util.spec_from_file_location("jaxlm_user_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    # `from configs import base` works from any folder: the repository's root comes first, then the user's.
-    roots = [str(Path(__file__).resolve().parents[1]), str(path.resolve().parents[1])]
-    sys.path[:0] = roots
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except UserError:
-        raise
-    except Exception as error:  # any error of the user's own code
-        typo = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'.*", str(error))
-        if isinstance(error, AttributeError) and typo:
-            sections = {f.type.__name__: f"{f.name}." for f in _sections()}
-            raise _unknown_key(sections.get(typo[1], "") + typo[2], f"--config {path}") from error
-        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
-    finally:
-        for root in roots:
-            sys.path.remove(root)
-    if not isinstance(config, Config):
-        raise UserError(f"--config {path}: get_config() returned {type(config).__name__}; allowed: jaxlm.config.Config")
-    for field in _sections():
-        if not isinstance(section := getattr(config, field.name), field.type):
-            raise UserError(
-                f"--config {path}: {field.name} is {section!r}; allowed: jaxlm.config.{field.type.__name__}"
-            )
-    return config
-
-
-def apply_overrides(config: Config, overrides: list[str]) -> Config:
-    """`['--config.optim.lr=3e-4', '--config.model.remat', 'full']` set on the configuration, then checked.
-
-    Raises:
-      UserError: an argument is not an override, its key is unknown, or its value has the wrong type.
-    """
-    types = key_types()
-    for argument in overrides:
-        if re.match(r"-(no)?config\b", argument):
-            raise UserError(f"{argument.split('=')[0]}: unknown option; allowed: --config.KEY=VALUE, with two dashes")
-        if not argument.startswith("--") or argument == "--":
-            continue  # the value of `--config.key value`; a stray one is reported below
-        key = argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
-        if not re.match(r"--(no)?config\.", argument):
-            raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
-        if key not in types:
-            raise _unknown_key(key, "command line")
-    for kind in {k for k in types.values() if get_origin(k) is Literal}:
-        config_flags.register_flag_parser_for_type(kind, flags.EnumParser([str(v) for v in get_args(kind)]))
-    values = flags.FlagValues()
-    argv = ["jaxlm", *overrides]
-    config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
-    try:
-        rest = values(argv)
-    except flags.IllegalFlagValueError as error:
-        found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-        if not found:
-            raise UserError(f"command line: {error}") from error
-        raise UserError(f"{found[1]} is '{found[2]}'; allowed: {_describe(types[found[1]])}") from error
-    except flags.Error as error:
-        raise UserError(f"command line: {' '.join(str(error).split())}") from error
-    if len(rest) > 1:
-        raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    return validate(values.config)  # a copy with the overrides set
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The checked configuration of a file with command-line overrides."""
-    return apply_overrides(_load_file(Path(path)), overrides or [])
-
-
-def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that a run saved in its workdir, with command-line overrides."""
-    path = Path(workdir) / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from error
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
-    return apply_overrides(from_dict(saved["config"], str(path)), overrides or [])
-
-
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
     """Keys whose value differs, as {key: (old, new)}: those a run may go on with, and those it may not."""
     a, b = flatten(old), flatten(new)
     differ = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
     free = {k: v for k, v in differ.items() if re.fullmatch(CHANGEABLE, k)}
     return free, {k: v for k, v in differ.items() if k not in free}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)

@@ -20,6 +20,7 @@ class Reporter:
         self._bar = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(), TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal or quiet, transient=True,
+            refresh_per_second=4,  # drawing takes time from the step on a CPU
         )  # fmt: skip
         self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling …")
 

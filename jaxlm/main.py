@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import config as configs
-from jaxlm import runtime
+from jaxlm import cli, runtime
+from jaxlm.config import UserError
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = configs.Parser(
+    parser = cli.Parser(
         prog="jaxlm", allow_abbrev=False,
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
         epilog="Any key can be set: --config.optim.lr=3e-4. The keys are in configs/base.py.",
@@ -31,7 +31,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run(argv: list[str]) -> int:
     args, overrides = _parse(argv)
-    config = configs.load(args.config, overrides)
+    config = cli.load(args.config, overrides)
     workdir = args.workdir or Path("runs") / args.config.stem
     processes = runtime.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
@@ -48,7 +48,7 @@ def exit_code(program: Callable[[], int]) -> int:
     """Runs a command line; what a user can mend becomes one line on stderr and its exit code."""
     try:
         return program()
-    except configs.UserError as error:
+    except UserError as error:
         print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:

@@ -64,11 +64,14 @@ class Sharing(NamedTuple):
     groups: list[list[int]] | None  # their indices on the axis, host by host; None where there is one host
 
 
-def _hidden_matrices(params: Any) -> Any:
-    """'muon' for the stacked matrices of the layers, 'adamw' for all else, input and output layers too."""
+def _groups(params: Any) -> Any:
+    """'muon' for the stacked matrices of the layers, 'table' for embeddings that are look-ups alone, else 'adamw'."""
+    tied = "head" not in params
 
     def label(path: Any, _: Any) -> str:
-        return "muon" if path[0].key == "layers" and path[-1].key == "kernel" else "adamw"
+        if path[0].key == "layers" and path[-1].key == "kernel":
+            return "muon"
+        return "table" if path[-1].key == "embedding" and not (tied and path[0].key == "embed") else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -115,10 +118,13 @@ def _muon(c: OptimConfig, steps: int, sharing: Sharing | None) -> optax.Gradient
         optax.add_decayed_weights(c.weight_decay),
         optax.scale_by_learning_rate(make_schedule(c, steps)),
     )
-    adamw = optax.chain(
-        optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, c.adam_lr))
-    )
-    return optax.partition({"muon": muon, "adamw": adamw}, _hidden_matrices)
+
+    def adamw(lr: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, lr))
+        )
+
+    return optax.partition({"muon": muon, "table": adamw(c.embed_lr or c.adam_lr), "adamw": adamw(c.adam_lr)}, _groups)
 
 
 def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -> optax.GradientTransformation:

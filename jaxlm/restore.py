@@ -11,7 +11,8 @@ from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.config import Config, UserError, load_workdir
+from jaxlm.cli import load_workdir
+from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.model import Model, Params, make_model
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, changes, from_dict
+from jaxlm.cli import from_dict
+from jaxlm.config import Config, UserError, changes
 
 
 def holds_checkpoints(workdir: Path) -> bool:

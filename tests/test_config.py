@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from jaxlm import cli
 from jaxlm import config as configs
 from jaxlm.config import Config, UserError
 
@@ -20,13 +21,13 @@ BASE = ROOT / "configs" / "base.py"
 
 @pytest.fixture
 def base() -> Config:
-    return configs.load(BASE)
+    return cli.load(BASE)
 
 
 def refusal(*overrides: str, path: Path = BASE) -> str:
     """The one line with which the overrides are refused."""
     with pytest.raises(UserError) as caught:
-        configs.load(path, list(overrides))
+        cli.load(path, list(overrides))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -49,7 +50,7 @@ def test_every_key_must_be_given() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_file_loads(path: Path) -> None:
     needs_data = ["--config.data.path=corpus.txt"] if "--config.data.path" in path.read_text() else []
-    assert configs.flatten(configs.load(path, needs_data)).keys() == configs.key_types().keys()
+    assert configs.flatten(cli.load(path, needs_data)).keys() == configs.key_types().keys()
 
 
 def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert configs.load("mine/small.py").steps == 55
+    assert cli.load("mine/small.py").steps == 55
     assert sys.path == before
 
 
@@ -114,7 +115,7 @@ def test_overrides_of_every_type(base: Config) -> None:
         "--config.eval.sample_prompt=x = 'a b'",
         "--config.data.cache_dir=",
     ]  # fmt: skip
-    got = configs.load(BASE, args)
+    got = cli.load(BASE, args)
     expected = {
         "steps": 77, "batch_size": 16, "optim.lr": 3e-4, "optim.clip_norm": 2.0, "deterministic": True,
         "model.tie_embeddings": True, "model.qk_norm": False, "log.tensorboard": False, "model.activation": "swiglu",
@@ -130,7 +131,7 @@ def test_overrides_of_every_type(base: Config) -> None:
 
 def test_overrides_leave_the_given_configuration_alone(base: Config) -> None:
     before = configs.flatten(base)
-    assert configs.apply_overrides(base, ["--config.optim.lr=0.5"]).optim.lr == 0.5
+    assert cli.apply_overrides(base, ["--config.optim.lr=0.5"]).optim.lr == 0.5
     assert configs.flatten(base) == before
 
 
@@ -140,7 +141,7 @@ def test_every_choice_can_be_set(base: Config) -> None:
     extra = ["--config.data.path=x", "--config.data.tfds_name=lm1b"]
     for key, values in choices.items():
         for value in values:
-            config = configs.apply_overrides(base, [*extra, f"--config.{key}={value}"])
+            config = cli.apply_overrides(base, [*extra, f"--config.{key}={value}"])
             assert configs.flatten(config)[key] == value
 
 
@@ -285,7 +286,7 @@ POSSIBLE = [
 
 @pytest.mark.parametrize("overrides", POSSIBLE)
 def test_a_possible_combination(overrides: str) -> None:
-    config = configs.load(BASE, [f"--config.{o}" for o in overrides.split()])
+    config = cli.load(BASE, [f"--config.{o}" for o in overrides.split()])
     flat = configs.flatten(config)
     for override in overrides.split():
         key, value = override.split("=")
@@ -297,7 +298,7 @@ def test_a_possible_combination(overrides: str) -> None:
 
 def test_round_trip(base: Config) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(base)))
-    again = configs.from_dict(tree)
+    again = cli.from_dict(tree)
     assert again == base and again is not base
     assert configs.changes(base, again) == ({}, {})
 
@@ -307,7 +308,7 @@ def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
         tree = dataclasses.asdict(base)
         change(tree)
         with pytest.raises(UserError) as caught:
-            configs.from_dict(tree, "some/config.json")
+            cli.from_dict(tree, "some/config.json")
         return str(caught.value)
 
     unknown = said(lambda t: t["optim"].update(lrr=1.0))
@@ -322,7 +323,7 @@ def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
 def test_load_workdir(base: Config, tmp_path: Path) -> None:
     def said() -> str:
         with pytest.raises(UserError) as caught:
-            configs.load_workdir(tmp_path)
+            cli.load_workdir(tmp_path)
         return str(caught.value)
 
     assert "no config.json there" in said()
@@ -334,8 +335,8 @@ def test_load_workdir(base: Config, tmp_path: Path) -> None:
     saved.write_text("[]")
     assert "not the configuration of a run" in said()
     saved.write_text(json.dumps({"config": dataclasses.asdict(base), "versions": {}}))
-    assert configs.load_workdir(tmp_path) == base
-    assert configs.load_workdir(tmp_path, ["--config.seed=9"]).seed == 9
+    assert cli.load_workdir(tmp_path) == base
+    assert cli.load_workdir(tmp_path, ["--config.seed=9"]).seed == 9
 
 
 # Going on with another configuration
@@ -354,7 +355,7 @@ def may_change(key: str) -> bool:
 
 @pytest.mark.parametrize("key", list(configs.key_types()))
 def test_changes_of_each_key(base: Config, key: str) -> None:
-    other = configs.from_dict(dataclasses.asdict(base))
+    other = cli.from_dict(dataclasses.asdict(base))
     *section, name = key.split(".")
     holder = getattr(other, section[0]) if section else other
     old = getattr(holder, name)

@@ -10,7 +10,8 @@ import pytest
 
 from jaxlm import run as runs
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.config import flatten, load
+from jaxlm.cli import load
+from jaxlm.config import flatten
 
 FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later

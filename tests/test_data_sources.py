@@ -1,49 +1,21 @@
 """Sources: what is read, what is held out, and what a mistake says."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, prepare
+from jaxlm.data import prepare
 from jaxlm.data import sources as sources_lib
-from jaxlm.data.baselines import text_of
 from jaxlm.data.sources import held_out, open_source, read_parts
-
-LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
+from tests.corpora import LINES, make_config, open_text, text, write
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    config = get_config()
-    config.seq_len = 16
-    config.data.source, config.data.tokenizer = "text", "bytes"
-    config.data.cache_dir = str(tmp_path / "cache")
-    return config
-
-
-def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
-    config.data.path = str(path)
-    for key, value in keys.items():
-        setattr(config.data, key, value)
-    return prepare(config, progress=False)
-
-
-def text(corpus: Corpus, split: str) -> str:
-    assert corpus.tokenizer is not None
-    return text_of(getattr(corpus, split), corpus.tokenizer).decode()
+    return make_config(tmp_path)
 
 
 def names(config: Config, split: sources_lib.Split) -> list[str]:

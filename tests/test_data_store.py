@@ -8,50 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, compression_baselines, open_store, prepare
+from jaxlm.data import compression_baselines, open_store, prepare
 from jaxlm.data import store as store_lib
-from jaxlm.data.baselines import text_of
 from jaxlm.data.sources import open_source
+from tests.corpora import LINES, make_config, open_text, text, write
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    config = get_config()
-    config.seq_len = 16
-    config.data.source, config.data.tokenizer = "text", "bytes"
-    config.data.cache_dir = str(tmp_path / "cache")
-    return config
-
-
-def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
-    config.data.path = str(path)
-    for key, value in keys.items():
-        setattr(config.data, key, value)
-    return prepare(config, progress=False)
-
-
-def text(corpus: Corpus, split: str) -> str:
-    assert corpus.tokenizer is not None
-    return text_of(getattr(corpus, split), corpus.tokenizer).decode()
+    return make_config(tmp_path)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "sentencepiece"])

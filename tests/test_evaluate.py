@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlm import step as steps
-from jaxlm.config import Config, load
+from jaxlm.cli import load
+from jaxlm.config import Config
 from jaxlm.data import eval_batches
 from jaxlm.evaluate import evaluate
 from jaxlm.model import make_model

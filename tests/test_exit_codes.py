@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import main
 from jaxlm import run as runs
-from jaxlm.config import load
+from jaxlm.cli import load
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config as configs
+from jaxlm import cli
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
 
 VOCAB, MAX_LEN = 13, 12
-BASE = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,

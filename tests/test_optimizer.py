@@ -13,17 +13,17 @@ import optax
 import optax.contrib
 import pytest
 
-from jaxlm import config as configs
+from jaxlm import cli
 from jaxlm.config import OptimConfig
 from jaxlm.model import make_model
 from jaxlm.optimizer import NEWTON_SCHULZ, Sharing, is_matrix, make_optimizer, make_schedule, orthogonalize
 
 STEPS = 40
-DEFAULT = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+DEFAULT = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 BASE = dataclasses.replace(
-    DEFAULT.optim, name="adamw", lr=0.1, adam_lr=0.03, schedule="linear", warmup_steps=3, decay_fraction=0.4,
-    min_lr_ratio=0.1, weight_decay=0.2, b1=0.9, b2=0.95, eps=1e-6, momentum=0.8, clip_norm=1.0, accum_steps=1,
-    ema_decay=0.0,
+    DEFAULT.optim, name="adamw", lr=0.1, adam_lr=0.03, embed_lr=0.06, schedule="linear", warmup_steps=3,
+    decay_fraction=0.4, min_lr_ratio=0.1, weight_decay=0.2, b1=0.9, b2=0.95, eps=1e-6, momentum=0.8, clip_norm=1.0,
+    accum_steps=1, ema_decay=0.0,
 )  # fmt: skip
 SHAPES = {
     "embed": {"embedding": (9, 4)},
@@ -143,15 +143,21 @@ def test_updates_are_those_of_the_formulas(name: str, rule: Callable[..., np.nda
         assert np.abs(got[key] - flat(draw(0, shapes))[key]).max() > 0.05
 
 
-def test_muon_is_that_of_the_formulas() -> None:
-    """Momentum, Newton-Schulz and decay for matrices of the layers; Adam with its own rate for all else."""
-    got = run(make_optimizer(config(name="muon"), STEPS), 5)
-    hidden, rest = follow(muon_where_matrix, 5), follow(adam, 5, peak=0.03, decay=0.0)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embed_lr", [0.06, 0.0])
+def test_muon_is_that_of_the_formulas(tied: bool, embed_lr: float) -> None:
+    """Momentum, Newton-Schulz and decay for matrices of the layers; Adam, at own rates, for tables and the rest."""
+    shapes = SHAPES | {"positions": {"embedding": (7, 4)}}
+    if tied:
+        del shapes["head"]
+    got = run(make_optimizer(config(name="muon", embed_lr=embed_lr), STEPS), 5, shapes)
+    hidden = follow(muon_where_matrix, 5, shapes)
+    tables, rest = (follow(adam, 5, shapes, peak, decay=0.0) for peak in (embed_lr or 0.03, 0.03))
     for key in got:
         own = key[0] == "layers" and key[-1] == "kernel"
-        if own or key not in MATRICES:
-            expected = (hidden if own else rest)[key]
-            np.testing.assert_allclose(got[key], expected, rtol=0, atol=2e-4 if own else 3e-6, err_msg=str(key))
+        table = key[0] == "positions" or (key[0] == "embed" and not tied)  # a tied one is the output layer
+        expected = (hidden if own else tables if table else rest)[key]
+        np.testing.assert_allclose(got[key], expected, rtol=0, atol=2e-4 if own else 3e-6, err_msg=str(key))
 
 
 def muon_where_matrix(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:
@@ -262,7 +268,9 @@ def real_params() -> Any:
 def test_only_matrices_decay(name: str) -> None:
     """With gradients of 0, what moves is what decays: not the stacked scales and biases, though they are 2-D."""
     params = real_params()
-    optimizer = make_optimizer(config(name=name, warmup_steps=0, schedule="constant", lr=0.1, adam_lr=0.1), STEPS)
+    optimizer = make_optimizer(
+        config(name=name, warmup_steps=0, schedule="constant", lr=0.1, adam_lr=0.1, embed_lr=0.1), STEPS
+    )
     zeros = jax.tree.map(np.zeros_like, params)
     updates = flat(jax.jit(optimizer.update)(zeros, optimizer.init(params), params)[0])
     for key, p in flat(params).items():
@@ -352,7 +360,7 @@ def test_the_peak_can_be_another() -> None:
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
 def test_the_schedule_counts_updates(name: str) -> None:
     """The n-th update is scaled by the rate of n: with a constant gradient and no memory, updates are in that ratio."""
-    c = config(name=name, momentum=0.0, b1=0.0, b2=0.0, weight_decay=0.0, schedule="linear", adam_lr=0.1)
+    c = config(name=name, momentum=0.0, b1=0.0, b2=0.0, weight_decay=0.0, schedule="linear", adam_lr=0.1, embed_lr=0.1)
     optimizer = make_optimizer(c, STEPS)
     params, grads = draw(0), draw(1)
     state, update = optimizer.init(params), jax.jit(optimizer.update)

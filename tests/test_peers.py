@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config as configs
+from jaxlm import cli
 from jaxlm import step as steps
 from jaxlm.config import Config
 from jaxlm.model import make_model
@@ -36,7 +36,7 @@ def fast_compile() -> Iterator[None]:
 
 def config(kind: str) -> Config:
     """`gpt` with biases everywhere, `gpt_no_bias` without, `llama` with two key/value heads."""
-    c = configs.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+    c = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
     llama = kind == "llama"
     c.seed, c.steps, c.batch_size, c.seq_len = 0, 10, BATCH, SEQ
     c.model = dataclasses.replace(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.config import load
+from jaxlm.cli import load
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"

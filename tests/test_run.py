@@ -21,7 +21,8 @@ import pytest
 from jaxlm import run as runs
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpointer, place
-from jaxlm.config import UserError, load
+from jaxlm.cli import load
+from jaxlm.config import UserError
 from jaxlm.main import exit_code
 from jaxlm.model import make_model
 

@@ -15,7 +15,8 @@ import pytest
 
 from jaxlm import step as steps
 from jaxlm.checkpoint import place
-from jaxlm.config import Config, load
+from jaxlm.cli import load
+from jaxlm.config import Config
 from jaxlm.model import Model, make_model
 from jaxlm.optimizer import is_matrix, make_optimizer
 

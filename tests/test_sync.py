@@ -11,7 +11,8 @@ import pytest
 
 from jaxlm import step as steps
 from jaxlm.checkpoint import place
-from jaxlm.config import Config, ParallelConfig, load
+from jaxlm.cli import load
+from jaxlm.config import Config, ParallelConfig
 from jaxlm.model import make_model
 from jaxlm.optimizer import make_optimizer
 from jaxlm.sync import GradSync, make_sync

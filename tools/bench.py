@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config as configs
-from jaxlm import runtime
-from jaxlm.config import Config
+from jaxlm import cli, runtime
+from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
 
 
 def main() -> int:
-    parser = configs.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
+    parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
     parser.add_argument("--config", required=True, type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps a round (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
@@ -30,10 +29,10 @@ def main() -> int:
     )
     parser.add_argument("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
     args, overrides = parser.parse_known_args()
-    config = configs.load(args.config, overrides)
+    config = cli.load(args.config, overrides)
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
-            raise configs.UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
     config.steps = 10**9  # no end
     config.log.every_steps = 10
     runtime.check_batch(config, config.parallel.devices or 1, 1)
@@ -42,11 +41,10 @@ def main() -> int:
         ours = Trainer(config, Path(folder))
         peer = NanoGPT(args.nanogpt, args.nanogpt_python, config, ours.vocab_size) if args.nanogpt else None
         rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
+        timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | ({"nanogpt": peer.step} if peer else {})
         for i in range(args.rounds):
-            rounds["step"].append(ours.step_alone(args.steps))
-            rounds["trainer"].append(ours.with_trainer(args.steps))
-            if peer:
-                rounds["nanogpt"].append(peer.step(args.steps))
+            for name in list(timers)[:: 1 if i % 2 else -1]:  # in turned order: what ran before leaves its traces
+                rounds[name].append(timers[name](args.steps))
             print(
                 f"round {i + 1}/{args.rounds} · "
                 + " · ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in rounds.items() if v)
@@ -158,7 +156,7 @@ class NanoGPT:
     def __init__(self, checkout: Path, python: str, config: Config, vocab_size: int):
         m = config.model
         if not (checkout / "model.py").is_file():
-            raise configs.UserError(f"--nanogpt {checkout}: no model.py in it; allowed: a checkout of nanoGPT")
+            raise UserError(f"--nanogpt {checkout}: no model.py in it; allowed: a checkout of nanoGPT")
         sizes = {"n_layer": m.num_layers, "n_head": m.num_heads, "n_embd": m.d_model, "block_size": config.seq_len,
                  "vocab_size": vocab_size, "bias": m.use_bias, "dropout": m.dropout}  # fmt: skip
         self._process = subprocess.Popen(
@@ -177,7 +175,7 @@ class NanoGPT:
                     raise OSError("it ended")
             return float(line.split()[1])
         except OSError as error:
-            raise configs.UserError(
+            raise UserError(
                 f"--nanogpt: its process failed ({error}); see above; allowed: a Python with torch"
             ) from error
 

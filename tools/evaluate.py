@@ -4,23 +4,23 @@ import json
 import sys
 from pathlib import Path
 
-from jaxlm import config as configs
-from jaxlm import runtime
+from jaxlm import cli, runtime
+from jaxlm.config import UserError, flatten
 from jaxlm.main import exit_code
 
 
 def main() -> int:
-    parser = configs.Parser(
+    parser = cli.Parser(
         description=__doc__, allow_abbrev=False, epilog="--config.data.… scores other data with the run's tokenizer."
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args, overrides = parser.parse_known_args()
-    trained = configs.flatten(configs.load_workdir(args.workdir))
-    config = configs.load_workdir(args.workdir, overrides)
-    for key, value in configs.flatten(config).items():
+    trained = flatten(cli.load_workdir(args.workdir))
+    config = cli.load_workdir(args.workdir, overrides)
+    for key, value in flatten(config).items():
         if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
-            raise configs.UserError(
+            raise UserError(
                 f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size and"
                 " loss.chunk can be set here"
             )

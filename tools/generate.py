@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from jaxlm import config as configs
+from jaxlm import cli
+from jaxlm.config import UserError
 from jaxlm.main import exit_code
 
 
 def main() -> int:
-    parser = configs.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
     parser.add_argument("--prompt", default="", help="what the text starts from (default: the start of a document)")
     parser.add_argument("--num_samples", type=int, default=1)
@@ -30,16 +31,14 @@ def main() -> int:
         ("top_p", 0 < args.top_p <= 1, "more than 0, at most 1"),
     ):
         if not ok:
-            raise configs.UserError(f"--{name} is {getattr(args, name)}; allowed: {allowed}")
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: {allowed}")
 
     from jaxlm.restore import open_run
 
     run = open_run(args.workdir, args.step)
     tokenizer = run.tokenizer
     if tokenizer is None:
-        raise configs.UserError(
-            f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text"
-        )
+        raise UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
     import jax
     import numpy as np
 
@@ -48,7 +47,7 @@ def main() -> int:
     prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode([args.prompt])[0]]).astype(np.int32)
     seq_len, position = run.config.seq_len, run.config.model.position
     if position != "rope" and len(prompt) + args.max_new_tokens > seq_len:
-        raise configs.UserError(
+        raise UserError(
             f"--max_new_tokens is {args.max_new_tokens}; allowed: at most {seq_len - len(prompt)}, since the prompt has"
             f" {len(prompt)} tokens and model.position={position} ends at seq_len = {seq_len}"
         )

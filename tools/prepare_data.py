@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from jaxlm import config as config_lib
+from jaxlm import cli
+from jaxlm.config import UserError
 from jaxlm.data import Corpus, prepare
 
 
@@ -29,13 +30,13 @@ def summary(corpus: Corpus) -> dict:
 
 
 def main() -> int:
-    parser = config_lib.Parser(prog="prepare_data.py", description="Tokenize a corpus once into the token store.")
+    parser = cli.Parser(prog="prepare_data.py", description="Tokenize a corpus once into the token store.")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
     try:
-        facts = summary(prepare(config_lib.load(args.config, overrides)))
-    except config_lib.UserError as error:
+        facts = summary(prepare(cli.load(args.config, overrides)))
+    except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     for split in ("train", "val"):

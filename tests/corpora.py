@@ -1,0 +1,39 @@
+"""Small corpora of text files, for the tests of sources and of the store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from configs.base import get_config
+from jaxlm.config import Config
+from jaxlm.data import Corpus, prepare
+from jaxlm.data.baselines import text_of
+
+LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
+
+
+def make_config(tmp_path: Path) -> Config:
+    config = get_config()
+    config.seq_len = 16
+    config.data.source, config.data.tokenizer = "text", "bytes"
+    config.data.cache_dir = str(tmp_path / "cache")
+    return config
+
+
+def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
+    config.data.path = str(path)
+    for key, value in keys.items():
+        setattr(config.data, key, value)
+    return prepare(config, progress=False)
+
+
+def text(corpus: Corpus, split: str) -> str:
+    assert corpus.tokenizer is not None
+    return text_of(getattr(corpus, split), corpus.tokenizer).decode()
