@@ -79,8 +79,9 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
     }
     if rounds["nanogpt"]:
         result["nanogpt_step_ms"] = statistics.median(rounds["nanogpt"]) * 1e3
-        ratios = [a / b for a, b in zip(rounds["trainer"], rounds["nanogpt"], strict=True)]
-        result["trainer_over_nanogpt"] = statistics.median(ratios)
+        for name in ("step", "trainer"):
+            ratios = [a / b for a, b in zip(rounds[name], rounds["nanogpt"], strict=True)]
+            result[f"{name}_over_nanogpt"] = statistics.median(ratios)
     return result
 
 
