@@ -14,8 +14,6 @@ def get_config() -> Config:
     c.seq_len = 64
     c.model.d_model = 128
     c.model.num_heads = 4
-    c.optim.lr = 0.02
-    c.optim.adam_lr = 0.004
     c.data.source = "text"
     c.data.tokenizer = "chars"
     c.data.val_fraction = 0.1

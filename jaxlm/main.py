@@ -44,18 +44,18 @@ def run(argv: list[str]) -> int:
     return runs.run(config, workdir)
 
 
-def exit_code(program: Callable[[], int]) -> int:
+def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
     """Runs a command line; what a user can mend becomes one line on stderr and its exit code."""
     try:
         return program()
     except UserError as error:
-        print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Exception as error:
         code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
         if code is None:
             raise
-        print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return code
 
 

@@ -270,7 +270,7 @@ def _linear(c: ModelConfig, features: int, name: str, residual: bool = False) ->
 def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:
     """Statistics in float32, whatever the computation's dtype.
 
-    For rows `[R, C]`: the gradient's sums along rows are eight times slower in XLA's CPU backend where there are more
+    For rows `[R, C]`: the gradient's sums along rows are seven times slower in XLA's CPU backend where there are more
     dimensions (measured for products of two arrays, jax 0.10.2).
     """
     if c.norm == "rmsnorm":

@@ -27,7 +27,7 @@ def write(folder: Path, files: Mapping[str, str | bytes]) -> Path:
     return folder
 
 
-def open_text(config: Config, path: Path | str, **keys: object) -> Corpus:
+def open_corpus(config: Config, path: Path | str, **keys: object) -> Corpus:
     config.data.path = str(path)
     for key, value in keys.items():
         setattr(config.data, key, value)

@@ -8,7 +8,8 @@ import pytest
 
 from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, prepare
+from jaxlm.data import prepare
+from tests.corpora import open_corpus
 
 
 @pytest.fixture
@@ -20,23 +21,16 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-def open_tokens(config: Config, path: Path | str, **keys: object) -> Corpus:
-    config.data.path = str(path)
-    for key, value in keys.items():
-        setattr(config.data, key, value)
-    return prepare(config, progress=False)
-
-
 def test_raw_tokens(config: Config, tmp_path: Path):
     ids = np.arange(1000) % 50
     ids.astype("<u2").tofile(tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", ids)
-    corpora = [open_tokens(config, tmp_path / name) for name in ("a.bin", "a.npy")]
+    corpora = [open_corpus(config, tmp_path / name) for name in ("a.bin", "a.npy")]
     for corpus in corpora:
         np.testing.assert_array_equal(corpus.train, ids[:950])
         np.testing.assert_array_equal(corpus.val, ids[950:])
         assert corpus.tokenizer is None and corpus.bytes_per_token is None and corpus.vocab_size == 50
-    both = open_tokens(config, tmp_path / "a.bin", val_path=str(tmp_path / "a.npy"))
+    both = open_corpus(config, tmp_path / "a.bin", val_path=str(tmp_path / "a.npy"))
     assert len(both.train) == len(both.val) == 1000
     assert len({c.fingerprint for c in (corpora[0], both)}) == 2
 
@@ -63,7 +57,7 @@ def test_messages_about_tokens(config: Config, tmp_path: Path):
     }
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            open_tokens(config, tmp_path / name)
+            open_corpus(config, tmp_path / name)
 
 
 def test_synthetic(config: Config):

@@ -10,7 +10,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
 from jaxlm.data import sources as sources_lib
 from jaxlm.data.sources import held_out, open_source, read_parts
-from tests.corpora import LINES, make_config, open_text, text, write
+from tests.corpora import LINES, make_config, open_corpus, text, write
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def names(config: Config, split: sources_lib.Split) -> list[str]:
 
 def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):
     content = "añ漢\r\n" * 100 + "xyz"
-    corpus = open_text(config, write(tmp_path, {"a.txt": content}) / "a.txt", val_fraction=0.1)
+    corpus = open_corpus(config, write(tmp_path, {"a.txt": content}) / "a.txt", val_fraction=0.1)
     cut = int(len(content) * 0.9)
     assert text(corpus, "train") == content[:cut]
     assert text(corpus, "val") == content[cut:]
@@ -35,10 +35,10 @@ def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):
 def test_long_files_are_tokenized_as_the_whole(config: Config, tmp_path: Path, monkeypatch, block: int):
     path = write(tmp_path, {"a.txt": "line one of a pair\n\n\n    é漢 is the other\r\n" * 300}) / "a.txt"
     config.data.tokenizer, config.data.vocab_size = "sentencepiece", 320
-    whole = open_text(config, path)
+    whole = open_corpus(config, path)
     monkeypatch.setattr(sources_lib, "BLOCK", block)
     assert len(list(read_parts(path))) > 2
-    parts = open_text(config, path, cache_dir=str(tmp_path / "other"))
+    parts = open_corpus(config, path, cache_dir=str(tmp_path / "other"))
     assert parts.folder != whole.folder
     np.testing.assert_array_equal(parts.train, whole.train)
     np.testing.assert_array_equal(parts.val, whole.val)
@@ -120,15 +120,15 @@ def test_messages_about_text(config: Config, tmp_path: Path):
     }
     for path, message in cases.items():
         with pytest.raises(UserError, match=message):
-            open_text(config, tmp_path / path)
+            open_corpus(config, tmp_path / path)
     with pytest.raises(UserError, match=r"data\.val_fraction is 1e-09, which holds out 0 of 2"):
-        open_text(config, tmp_path / "few", val_fraction=1e-9)
+        open_corpus(config, tmp_path / "few", val_fraction=1e-9)
     with pytest.raises(UserError, match=r"data\.val_path is '.*gone'"):
-        open_text(config, tmp_path / "few", val_path=str(tmp_path / "gone"))
+        open_corpus(config, tmp_path / "few", val_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"every file is in data\.val_path too"):
-        open_text(config, tmp_path / "few", val_path=str(tmp_path / "few"))
+        open_corpus(config, tmp_path / "few", val_path=str(tmp_path / "few"))
     with pytest.raises(UserError, match=r"0 validation tokens"):
-        open_text(config, tmp_path / "few" / "a.txt", val_path="", val_fraction=1e-17)
+        open_corpus(config, tmp_path / "few" / "a.txt", val_path="", val_fraction=1e-17)
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]  # nothing is left of them
 
 

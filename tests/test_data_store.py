@@ -17,7 +17,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import compression_baselines, open_store, prepare
 from jaxlm.data import store as store_lib
 from jaxlm.data.sources import open_source
-from tests.corpora import LINES, make_config, open_text, text, write
+from tests.corpora import LINES, make_config, open_corpus, text, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> Config:
 def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
     files = {f"d/{i:02}.txt": f"naïve \u2581 {i}\r\n" + LINES for i in range(20)}
     write(tmp_path, files)
-    corpus = open_text(config, tmp_path / "d", tokenizer=tokenizer, val_fraction=0.2, vocab_size=400)
+    corpus = open_corpus(config, tmp_path / "d", tokenizer=tokenizer, val_fraction=0.2, vocab_size=400)
     assert corpus.tokenizer is not None and corpus.bytes_per_token is not None and corpus.folder is not None
     for split in ("train", "val"):
         expected = "".join(d.text for d in open_source(config.data).documents(split))
@@ -48,8 +48,8 @@ def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
 def test_store_is_made_once_and_the_same_everywhere(config: Config, tmp_path: Path, monkeypatch):
     write(tmp_path, {"a.txt": LINES})
     config.data.tokenizer, config.data.vocab_size = "sentencepiece", 350
-    first = open_text(config, tmp_path / "a.txt")
-    other = open_text(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "other"))
+    first = open_corpus(config, tmp_path / "a.txt")
+    other = open_corpus(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "other"))
     assert first.folder and other.folder and first.folder.name == other.folder.name
     assert first.fingerprint == other.fingerprint
     for path in (p for p in first.folder.rglob("*") if p.is_file()):
@@ -61,18 +61,18 @@ def test_store_is_made_once_and_the_same_everywhere(config: Config, tmp_path: Pa
 def test_whatever_shapes_a_store_names_it(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES, "b.txt": LINES + "more"})
     stores = [
-        open_text(config, tmp_path / "a.txt").folder,
-        open_text(config, tmp_path / "b.txt").folder,
-        open_text(config, tmp_path / "a.txt", val_fraction=0.1).folder,
-        open_text(config, tmp_path / "a.txt", tokenizer="chars").folder,
-        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=310).folder,
-        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=320).folder,
+        open_corpus(config, tmp_path / "a.txt").folder,
+        open_corpus(config, tmp_path / "b.txt").folder,
+        open_corpus(config, tmp_path / "a.txt", val_fraction=0.1).folder,
+        open_corpus(config, tmp_path / "a.txt", tokenizer="chars").folder,
+        open_corpus(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=310).folder,
+        open_corpus(config, tmp_path / "a.txt", tokenizer="sentencepiece", vocab_size=320).folder,
     ]
     write(tmp_path, {"a.txt": LINES.replace("fox", "fix")})  # as long as before
-    stores.append(open_text(config, tmp_path / "a.txt").folder)
+    stores.append(open_corpus(config, tmp_path / "a.txt").folder)
     for word in ("fix", "fax"):
         write(tmp_path, {f"d/{i}": LINES.replace("fox", word) for i in range(9)})
-        stores.append(open_text(config, tmp_path / "d", val_fraction=0.25).folder)
+        stores.append(open_corpus(config, tmp_path / "d", val_fraction=0.25).folder)
     assert len(set(stores)) == len(stores)
     config.seed, config.steps = 5, 7
     assert prepare(config).folder == stores[-1]
@@ -123,7 +123,7 @@ def test_killed_half_way_leaves_no_store(config: Config, tmp_path: Path):
     process.communicate()
     assert list(cache.glob("*.tmp/train.bin")), "killed too early or too late to mean something"
     assert not [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".tmp"]
-    corpus = open_text(config, path)
+    corpus = open_corpus(config, path)
     assert text(corpus, "train") + text(corpus, "val") == LINES
     assert not list(cache.glob("*.tmp"))
 
@@ -134,7 +134,7 @@ def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(store_lib, "_write_split", full)
     with pytest.raises(UserError, match=r"data\.cache_dir .*No space left"):
-        open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
+        open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
     assert [p.suffix for p in Path(config.data.cache_dir).iterdir()] == [".lock"]
 
 
@@ -142,17 +142,17 @@ def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
 def test_cache_that_cannot_be_written(config: Config, tmp_path: Path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(UserError, match=r"data\.cache_dir .*locked"):
-        open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt", cache_dir=str(tmp_path / "locked" / "in"))
+        open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt", cache_dir=str(tmp_path / "locked" / "in"))
 
 
 def test_cache_that_is_a_file(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES})
     with pytest.raises(UserError, match=r"data\.cache_dir .*a\.txt"):
-        open_text(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "a.txt"))
+        open_corpus(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "a.txt"))
 
 
 def test_damaged_stores_are_named(config: Config, tmp_path: Path):
-    folder = open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt").folder
+    folder = open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt").folder
     assert folder
     content = (folder / "val.bin").read_bytes()
     (folder / "val.bin").write_bytes(content[:-2])
@@ -170,11 +170,11 @@ def test_damaged_stores_are_named(config: Config, tmp_path: Path):
 
 
 def test_a_prepared_store_needs_nothing_else(config: Config, tmp_path: Path):
-    made = open_text(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
+    made = open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
     (tmp_path / "a.txt").unlink()
     assert made.folder
     config.data.source = "tokens"
-    opened = open_text(config, made.folder)
+    opened = open_corpus(config, made.folder)
     assert opened.fingerprint == made.fingerprint
     assert text(opened, "train") == text(made, "train")
 
@@ -182,14 +182,14 @@ def test_a_prepared_store_needs_nothing_else(config: Config, tmp_path: Path):
 def test_missing_tokenizer_model(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES})
     with pytest.raises(UserError, match=r"no\.model: (unreadable|no such file)"):
-        open_text(config, tmp_path / "a.txt", tokenizer="sentencepiece", tokenizer_path=str(tmp_path / "no.model"))
+        open_corpus(config, tmp_path / "a.txt", tokenizer="sentencepiece", tokenizer_path=str(tmp_path / "no.model"))
 
 
 def test_baselines(config: Config, tmp_path: Path):
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, size=8, dtype=np.uint8)).decode() for _ in range(2000)]
     write(tmp_path, {"a.txt": " ".join(words) + "\n", "b.txt": " ".join(words[::-1]) + "\n"})
-    corpus = open_text(config, tmp_path / "a.txt", val_path=str(tmp_path / "b.txt"))
+    corpus = open_corpus(config, tmp_path / "a.txt", val_path=str(tmp_path / "b.txt"))
     baselines = compression_baselines(corpus)
     assert 4.5 < baselines["unigram of bytes"] < 4.9  # log2(26) for letters, and spaces
     assert baselines["xz -9e after the training text"] < 0.8 * baselines["xz -9e"]  # the words are known

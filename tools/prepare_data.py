@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from jaxlm import cli
-from jaxlm.config import UserError
 from jaxlm.data import Corpus, prepare
+from jaxlm.main import exit_code
 
 
 def summary(corpus: Corpus) -> dict:
@@ -34,11 +34,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
-    try:
-        facts = summary(prepare(cli.load(args.config, overrides)))
-    except UserError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    facts = summary(prepare(cli.load(args.config, overrides)))
     for split in ("train", "val"):
         print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
     print(f"vocabulary {facts['vocab_size']:,}  store {facts['folder']}")
@@ -47,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main, "prepare_data.py"))
