@@ -66,7 +66,7 @@ class OptimConfig:
     weight_decay: float  # decoupled, times the learning rate, on matrices only
     b1: float  # first-moment decay of adamw and lion
     b2: float  # second-moment decay of adamw and lion
-    eps: float
+    eps: float  # of adamw (with muon, of its AdamW); adafactor adds its square
     momentum: float  # of muon and sgd (Nesterov)
     clip_norm: float  # largest global gradient norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step
