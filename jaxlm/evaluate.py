@@ -20,7 +20,7 @@ def evaluate(
 
     Args:
       eval_step: from `step.pmap_eval_step`.
-      batches: of `[local_devices, B, T]`; padding has weight 0.
+      batches: of `[local_devices, B, T]`; where nothing is predicted, the target is -1.
       bytes_per_token: UTF-8 bytes of text behind each token, `[V]`; None where there is no text.
 
     Returns:
@@ -30,16 +30,17 @@ def evaluate(
     table = np.zeros(0, np.int32) if bytes_per_token is None else bytes_per_token
     sums = []
     for batch in batches:
-        counted = table[batch["targets"]] * batch["weights"] if table.size else np.zeros_like(batch["weights"])
+        targets = batch["targets"]
+        counted = np.where(targets >= 0, table[targets], 0) if table.size else np.zeros_like(targets)
         sums.append(eval_step(params, batch | {"bytes": counted.astype(np.float32)}))
         if len(sums) > 2:
             jax.block_until_ready(sums[-2])  # batches do not pile up on the devices
     total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}  # in float64
-    loss = total["nll"] / total["weight"]
+    loss = total["nll"] / total["targets"]
     return {
         "eval_loss": loss,
         "eval_perplexity": math.exp(min(loss, 700.0)),
         "eval_bits_per_byte": total["nll"] / math.log(2) / total["bytes"] if total["bytes"] else None,
-        "eval_accuracy": total["correct"] / total["weight"],
-        "eval_tokens": int(total["weight"]),
+        "eval_accuracy": total["correct"] / total["targets"],
+        "eval_tokens": int(total["targets"]),
     }

@@ -47,8 +47,8 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
     def on_step(done: Done) -> None:
         nonlocal last_step, last_seconds
         parts.reporter.progress(done.step)
-        bad = next((k for k in ("loss", "grad_norm") if not math.isfinite(float(done.metrics[k]))), None)
-        if bad:
+        if not math.isfinite(float(done.metrics["grad_norm"])):  # nor is a loss finite without a finite gradient
+            bad = "grad_norm" if math.isfinite(float(done.metrics["loss"])) else "loss"
             raise Diverged(
                 f"training diverged: {bad} is {float(done.metrics[bad])} in step {done.step}; the newest checkpoint is"
                 f" of step {parts.checkpoints.latest()}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm"

@@ -1,4 +1,5 @@
-"""Cross-entropy over tokens, as sums: a mean needs the weight of the whole global batch, which only the step knows.
+"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the whole global batch, which only the
+step knows. A negative target stands for none: nothing is predicted there.
 
 Shapes: N flat tokens, D d_model, V vocabulary.
 """
@@ -13,15 +14,15 @@ from jaxlm.config import LossConfig
 
 
 class LossSums(NamedTuple):
-    """Sums over target tokens, each times its weight; float32 scalars."""
+    """Sums over target tokens; float32 scalars."""
 
     objective: jax.Array  # what is minimized: with label smoothing and z-loss
     nll: jax.Array  # plain negative log-likelihood, nats
     correct: jax.Array  # targets that have the largest logit
-    weight: jax.Array  # number of target tokens
+    targets: jax.Array  # number of target tokens
 
 
-def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Array, config: LossConfig) -> LossSums:
+def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig) -> LossSums:
     """Sums of the token losses.
 
     The smoothed target is (1 - s) * one_hot + s / V (Szegedy et al., section 7); z-loss adds
@@ -38,18 +39,16 @@ def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Arr
         objective_N += config.z_loss * jnp.square(log_z_N)
     correct_N = (jnp.argmax(logits_NV, axis=-1) == targets_N).astype(jnp.float32)
 
-    def total(x_N: jax.Array) -> jax.Array:
-        return jnp.sum(x_N * weights_N)
+    counts_N = (targets_N >= 0).astype(jnp.float32)
 
-    return LossSums(total(objective_N), total(nll_N), total(correct_N), jnp.sum(weights_N))
+    def total(x_N: jax.Array) -> jax.Array:
+        return jnp.sum(x_N * counts_N)
+
+    return LossSums(total(objective_N), total(nll_N), total(correct_N), jnp.sum(counts_N))
 
 
 def output_loss(
-    unembed: Callable[[jax.Array], jax.Array],
-    x_ND: jax.Array,
-    targets_N: jax.Array,
-    weights_N: jax.Array,
-    config: LossConfig,
+    unembed: Callable[[jax.Array], jax.Array], x_ND: jax.Array, targets_N: jax.Array, config: LossConfig
 ) -> LossSums:
     """Sums of the token losses of final states, of which `unembed` makes logits.
 
@@ -57,18 +56,18 @@ def output_loss(
     computes them a second time.
     """
     if not config.chunk or config.chunk >= x_ND.shape[0]:
-        return cross_entropy(unembed(x_ND), targets_N, weights_N, config)
+        return cross_entropy(unembed(x_ND), targets_N, config)
     chunks = -(-x_ND.shape[0] // config.chunk)
     pad = chunks * config.chunk - x_ND.shape[0]
 
-    def split(x: jax.Array) -> jax.Array:  # padded tokens have weight 0
-        padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
+    def split(x: jax.Array, fill: int) -> jax.Array:
+        padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
         return padded.reshape(chunks, config.chunk, *x.shape[1:])
 
     @jax.checkpoint
-    def one(sums: LossSums, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        x, targets, weights = chunk
-        return jax.tree.map(jnp.add, sums, cross_entropy(unembed(x), targets, weights, config)), None
+    def one(sums: LossSums, chunk: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
+        x, targets = chunk
+        return jax.tree.map(jnp.add, sums, cross_entropy(unembed(x), targets, config)), None
 
     zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)
-    return jax.lax.scan(one, zero, (split(x_ND), split(targets_N), split(weights_N)))[0]
+    return jax.lax.scan(one, zero, (split(x_ND, 0), split(targets_N, -1)))[0]

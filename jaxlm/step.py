@@ -20,7 +20,7 @@ from jaxlm.sync import make_sync
 AXIS = "devices"
 
 Device = Any  # jax.Device, which type checkers take for a variable
-Batch = dict[str, jax.Array]  # inputs, targets: int32 [B, T]; weights: float32 [B, T], 0 where nothing is predicted
+Batch = dict[str, jax.Array]  # inputs, targets: int32 [B, T]; a target of -1 where nothing is predicted
 
 
 class TrainState(NamedTuple):
@@ -57,17 +57,17 @@ def make_train_step(
 
     def loss(params: Params, batch: Batch, dropout_keys: jax.Array | None) -> tuple[jax.Array, LossSums]:
         x_ND = model.hidden(params, batch["inputs"], dropout_keys)
-        sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1),
-                           batch["weights"].reshape(-1), config.loss)  # fmt: skip
+        sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
         return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
         # devices, every target of the global batch weighs the same. A batch without targets changes nothing.
-        weight = jnp.maximum(jax.lax.pmean(jnp.sum(batch["weights"]), AXIS), 1e-9)
+        targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
+        targets = jnp.maximum(jax.lax.pmean(targets, AXIS), 1e-9)
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         grads, sums = accumulate(loss, state.params, batch, keys, config.optim.accum_steps)
-        grads, sync_state = sync.reduce(jax.tree.map(lambda g: g / weight, grads), state.sync)
+        grads, sync_state = sync.reduce(jax.tree.map(lambda g: g / targets, grads), state.sync)
 
         grad_norm = sync.global_norm(grads)
         if config.optim.clip_norm:
@@ -77,7 +77,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, shard)
         params = sync.gather(optax.apply_updates(shard, updates))
 
-        metrics = {"loss": jax.lax.pmean(sums.nll, AXIS) / weight, "lr": schedule(state.step), "grad_norm": grad_norm}
+        metrics = {"loss": jax.lax.pmean(sums.nll, AXIS) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
         ema = update_ema(state.ema, params, state.step, config.optim.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
 
@@ -137,8 +137,7 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_ND = model.hidden(params, batch["inputs"])
-        sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1),
-                           batch["weights"].reshape(-1), config.loss)  # fmt: skip
+        sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
         return jax.lax.psum(sums._asdict() | {"bytes": jnp.sum(batch["bytes"])}, AXIS)
 
     return eval_step

@@ -99,10 +99,9 @@ def test_batch_is_windows_of_the_corpus():
     for n in (0, 4, 5, 10**9):
         batch = batch_at(corpus.train, config, n)
         assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
-            "inputs": ((12, 8), "int32"), "targets": ((12, 8), "int32"), "weights": ((12, 8), "float32")}  # fmt: skip
+            "inputs": ((12, 8), "int32"), "targets": ((12, 8), "int32")}  # fmt: skip
         np.testing.assert_array_equal(np.diff(batch["inputs"]), 1)
         np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
-        np.testing.assert_array_equal(batch["weights"], 1)
 
 
 def test_every_target_once_across_batches_that_straddle_epochs():
@@ -248,12 +247,11 @@ def test_evaluation_covers_every_target_once(num_tokens: int, seq_len: int, per_
     targets = []
     for parts in zip(*hosts, strict=True):
         for part in parts:
-            assert all(part[k].shape == (devices, per_device, seq_len) for k in ("inputs", "targets", "weights"))
-            assert part["inputs"].dtype == part["targets"].dtype == np.int32 and part["weights"].dtype == np.float32
-            counted = part["weights"] == 1
-            assert ((part["weights"] == 0) | counted).all()
+            assert all(part[k].shape == (devices, per_device, seq_len) for k in ("inputs", "targets"))
+            assert part["inputs"].dtype == part["targets"].dtype == np.int32
+            counted = part["targets"] != -1
             np.testing.assert_array_equal(part["inputs"][counted] + 1, part["targets"][counted])
-            assert not part["inputs"][~counted].any() and not part["targets"][~counted].any()
+            assert not part["inputs"][~counted].any()
             targets.extend(part["targets"][counted])
     assert targets == list(range(101, 100 + num_tokens))  # in order, over hosts and devices
 

@@ -1,6 +1,6 @@
 """One optimizer step on any number of devices against plain `jax.grad` and optax on one.
 
-Batches are ragged: the weights are random zeros and ones, and some devices have no target at all.
+Batches are ragged: random places have no target, and some devices none at all.
 """
 
 from functools import cache
@@ -43,10 +43,10 @@ def ragged_batch(rows: int, seed: int) -> steps.Batch:
     """A global batch `[rows, T]`: the first eighth of the rows has no target, the second few, the rest about half."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (rows, T + 1), dtype=np.int32)
-    weights = (rng.random((rows, T)) < rng.uniform(0.1, 0.9, (rows, 1))).astype(np.float32)
-    weights[: rows // 8] = 0
-    weights[rows // 8 : rows // 4, 1:] = 0
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}  # type: ignore[dict-item]
+    there = rng.random((rows, T)) < rng.uniform(0.1, 0.9, (rows, 1))
+    there[: rows // 8] = False
+    there[rows // 8 : rows // 4, 1:] = False
+    return {"inputs": tokens[:, :-1], "targets": np.where(there, tokens[:, 1:], -1)}  # type: ignore[dict-item]
 
 
 def split(batch: steps.Batch, devices: int) -> steps.Batch:
@@ -110,8 +110,8 @@ def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
 
     def loss(params: Any, batch: steps.Batch) -> jax.Array:
         log_probs = jax.nn.log_softmax(model.apply(params, batch["inputs"]))
-        nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
-        return jnp.sum(nll * batch["weights"]) / jnp.sum(batch["weights"])
+        nll = -jnp.sum(log_probs * jax.nn.one_hot(batch["targets"], VOCAB), axis=-1)  # one_hot(-1) is all zeros
+        return jnp.sum(nll) / jnp.sum(batch["targets"] >= 0)
 
     @jax.jit
     def update(params: Any, opt_state: Any, batch: steps.Batch) -> tuple[Any, Any, jax.Array, jax.Array]:
@@ -183,13 +183,13 @@ def test_these_batches_tell_a_mean_of_device_means_from_the_right_one():
     """Were the devices' means averaged, loss, gradients and parameters would be far from those tested above."""
     batch = BATCHES[16][0]
     per_device = [{k: v[2 * i : 2 * i + 2] for k, v in batch.items()} for i in range(8)]
-    weights = [float(part["weights"].sum()) for part in per_device]
-    assert weights[0] == 0 and len(set(weights)) > 4
+    targets = [int((part["targets"] >= 0).sum()) for part in per_device]
+    assert targets[0] == 0 and len(set(targets)) > 4
     means = [run_reference(tuple(ADAMW), [part]) for part in per_device[1:]]  # that of device 0 would be 0 / 0
     right = reference(tuple(ADAMW), 16)
     biased = np.mean([m.losses[0] for m in means])
     assert abs(biased / right.losses[0] - 1) > 100 * RTOL
-    total = np.average([m.losses[0] for m in means], weights=weights[1:])
+    total = np.average([m.losses[0] for m in means], weights=targets[1:])
     assert abs(total / right.losses[0] - 1) < RTOL
 
 
@@ -206,7 +206,7 @@ def test_dropout_masks_change_from_row_to_row_and_from_step_to_step():
     batches = []
     for place_of_row in (0, 1, 15, 15):
         batch = {k: np.repeat(v[5:6], 16, axis=0) for k, v in BATCHES[16][0].items()}
-        batch["weights"] = batch["weights"] * (np.arange(16) == place_of_row)[:, None]
+        batch["targets"] = np.where((np.arange(16) == place_of_row)[:, None], batch["targets"], -1)
         batches.append(batch)
     assert len(set(run_pmap(config, 4, batches).losses)) == 4
     first = [run_pmap(config, 4, [batch]).losses[0] for batch in batches]  # all in the first step
@@ -276,7 +276,7 @@ def test_old_state_is_donated_and_replaced():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_batch_without_targets_changes_nothing(name: str):
     config = make_config(f"optim.name={name}", "loss.z_loss=1e-3", "optim.weight_decay=0")
-    empty = BATCHES[16][0] | {"weights": np.zeros((16, T), np.float32)}
+    empty = BATCHES[16][0] | {"targets": np.full((16, T), -1, np.int32)}
     result = run_pmap(config, 4, [empty, empty])  # type: ignore[list-item]
     before = jax.device_get(start(config, 2).params)
     jax.tree.map(np.testing.assert_array_equal, result.params, before)

@@ -32,7 +32,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shape = (DEVICES, 2, 8)
     tokens = rng.integers(0, 29, (2, *shape), dtype=np.int32)
-    return {"inputs": tokens[0], "targets": tokens[1], "weights": (rng.random(shape) < 0.5).astype(np.float32)}
+    return {"inputs": tokens[0], "targets": np.where(rng.random(shape) < 0.5, tokens[1], -1)}
 
 
 def per_device(shape: tuple[int, ...], seed: int) -> np.ndarray:

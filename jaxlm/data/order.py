@@ -72,7 +72,7 @@ def batch_at(tokens: np.ndarray, config: Config, n: int, rows: slice = slice(Non
     """Rows of the global batch of update n + 1 (n counts from 0).
 
     Returns:
-      inputs, targets: int32 [R, T]; weights: float32 [R, T], 1 where a target counts.
+      inputs, targets: int32 [R, T].
     """
     sample = np.arange(n * config.batch_size, (n + 1) * config.batch_size, dtype=np.int64)[rows]
     starts = window_starts(sample, len(tokens), config.seq_len, config.seed)
@@ -80,5 +80,4 @@ def batch_at(tokens: np.ndarray, config: Config, n: int, rows: slice = slice(Non
     return {
         "inputs": windows[:, :-1].astype(np.int32, order="C"),
         "targets": windows[:, 1:].astype(np.int32, order="C"),
-        "weights": np.ones((len(starts), config.seq_len), np.float32),
     }

@@ -18,7 +18,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import batch_at
 from jaxlm.data.tf_import import import_tensorflow
 
-Batch = dict[str, np.ndarray]  # inputs, targets: int32 [devices, B, T]; weights: float32 [devices, B, T]
+Batch = dict[str, np.ndarray]  # inputs, targets: int32 [devices, B, T]
 MakeBatch = Callable[[int], Batch]
 
 AHEAD = 4  # batches made before they are asked for
@@ -201,8 +201,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Windows of [num_tokens] ids, one after the other, in which every target (all but the first id) is once.
 
-    What is missing from the last window and the last batch is filled with zeros of weight 0, so that all batches
-    have one shape and all processes the same number of them.
+    What is missing from the last window and the last batch is filled with targets of -1, which do not count, so that
+    all batches have one shape and all processes the same number of them.
 
     Args:
       rows_per_batch: sequences over all processes and devices.
@@ -216,15 +216,14 @@ def eval_batches(
     num_targets = len(tokens) - 1
     count = -(-num_targets // (T * rows_per_batch))
 
-    def at(position: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        return np.where(valid, tokens[np.minimum(position, num_targets)], 0).astype(np.int32)
+    def at(position: np.ndarray, valid: np.ndarray, fill: int) -> np.ndarray:
+        return np.where(valid, tokens[np.minimum(position, num_targets)].astype(np.int32), fill).astype(np.int32)
 
     def batches() -> Iterator[Batch]:
         for b in range(min(count, limit) if limit else count):
             starts = np.arange(b * rows_per_batch, (b + 1) * rows_per_batch)[rows] * T
             position = starts[:, None] + np.arange(T)
             valid = position < num_targets
-            batch = {"inputs": at(position, valid), "targets": at(position + 1, valid)}
-            yield _shard(batch | {"weights": valid.astype(np.float32)}, num_devices)
+            yield _shard({"inputs": at(position, valid, 0), "targets": at(position + 1, valid, -1)}, num_devices)
 
     return batches()
