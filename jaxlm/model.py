@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.attention import attend, causal_attention, choose_kernel, rope_tables, rotate
 from jaxlm.config import ModelConfig
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
@@ -31,7 +32,9 @@ class Model(NamedTuple):
     """A decoder as pure functions."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
-    hidden: Callable[..., jax.Array]  # (params, tokens_BT, dropout_keys_B=None) -> final states x_ND
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None) -> final states x_ND. With positions, a row holds
+    # several documents, each of which begins at a position 0 and sees itself alone.
+    hidden: Callable[..., jax.Array]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
     apply: Callable[[Params, jax.Array], jax.Array]  # (params, tokens_BT) -> float32 logits_BTV
     init_cache: Callable[[int, int], Cache]  # (B, S)
@@ -50,8 +53,16 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         return nn.meta.unbox(decoder.init(key, tokens_BT))["params"]
 
-    def hidden(params: Params, tokens_BT: jax.Array, dropout_keys_B: jax.Array | None = None) -> jax.Array:
-        return decoder.apply({"params": params}, tokens_BT, dropout_keys_B, method="hidden")[0]  # type: ignore[index]
+    def hidden(
+        params: Params,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        x_ND, _ = decoder.apply(  # type: ignore[misc]
+            {"params": params}, tokens_BT, dropout_keys_B, positions_BT, method="hidden"
+        )
+        return x_ND
 
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return decoder.apply({"params": params}, x_ND, method="unembed")  # type: ignore[return-value]
@@ -66,7 +77,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
 
     def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
         x_ND, cache = decoder.apply(  # type: ignore[misc]
-            {"params": params}, tokens_BT, None, cache, start, method="hidden"
+            {"params": params}, tokens_BT, None, None, cache, start, method="hidden"
         )
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
@@ -134,6 +145,7 @@ class Decoder(nn.Module):
         self,
         tokens_BT: jax.Array,
         dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         cache: Cache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
@@ -141,15 +153,16 @@ class Decoder(nn.Module):
         c = self.config
         B, T = tokens_BT.shape
         tokens_N = tokens_BT.reshape(-1)
-        positions_T = start + jnp.arange(T)
+        positions = start + jnp.arange(T) if positions_BT is None else positions_BT
         x_ND = self.embed(tokens_N)
         if c.position != "rope":
-            table = self.positions(positions_T) if c.position == "learned" else _sinusoids(positions_T, c.d_model)
+            table = self.positions(positions) if c.position == "learned" else _sinusoids(positions, c.d_model)
             x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
         x_ND = _dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
         shared = Shared(
             dropout_keys_B,
-            _rope_tables(positions_T, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
+            rope_tables(positions, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
+            None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
             None if cache is None else jnp.asarray(start),
             (B, T),
         )
@@ -172,14 +185,14 @@ class Decoder(nn.Module):
 class Shared:
     """What every layer is given alike; a pytree whose shape (B, T) is static."""
 
-    def __init__(self, dropout_keys_B, rope, start, shape):
-        self.dropout_keys_B, self.rope, self.start = dropout_keys_B, rope, start
+    def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
+        self.dropout_keys_B, self.rope, self.segments_BT, self.start = dropout_keys_B, rope, segments_BT, start
         self.shape = shape
 
 
 jax.tree_util.register_pytree_node(
     Shared,
-    lambda s: ((s.dropout_keys_B, s.rope, s.start), s.shape),
+    lambda s: ((s.dropout_keys_B, s.rope, s.segments_BT, s.start), s.shape),
     lambda shape, leaves: Shared(*leaves, shape),
 )
 
@@ -219,12 +232,10 @@ class Attention(nn.Module):
             k_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_RC)
         q_BTHC, k_BTKC = q_RC.reshape(B, T, c.num_heads, head), k_RC.reshape(B, T, kv_heads, head)
         if shared.rope is not None:
-            q_BTHC, k_BTKC = _rotate(q_BTHC, shared.rope), _rotate(k_BTKC, shared.rope)
+            q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
         if cache is None:
-            if _attention_kernel(c, head) == "cudnn":
-                o_BTHC = jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, is_causal=True, implementation="cudnn")
-            else:
-                o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC)
+            kernel = choose_kernel(c.attention, c.dtype, head)
+            o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, kernel)
         else:
             at = (0, shared.start, 0, 0)
             cache = Cache(
@@ -232,7 +243,7 @@ class Attention(nn.Module):
             )
             age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
             visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
-            o_BTHC = _attend(q_BTHC, cache.k, cache.v, visible_TS)
+            o_BTHC = attend(q_BTHC, cache.k, cache.v, visible_TS)
         out = _linear(c, c.d_model, "out", residual=True)
         return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
 
@@ -289,66 +300,7 @@ def _dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.A
     return jnp.where(keep, x_BX / (1 - rate), 0).reshape(x_ND.shape)
 
 
-def _sinusoids(positions_T: jax.Array, dim: int) -> jax.Array:
-    """Vaswani et al., section 3.5: `[T, D]`, sines in the first half, cosines in the second."""
-    angles = positions_T[:, None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
+def _sinusoids(positions: jax.Array, dim: int) -> jax.Array:
+    """Vaswani et al., section 3.5: `[..., D]`, sines in the first half, cosines in the second."""
+    angles = positions[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def _rope_tables(positions_T: jax.Array, head: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines `[T, 1, C]` in float32."""
-    angles = positions_T[:, None, None] * theta ** (-jnp.arange(0, head, 2) / head)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def _rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Su et al., RoFormer; pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
-
-    With a roll, since XLA's concatenation of two halves takes a tenth of a small model's step on CPU.
-    """
-    cos, sin = rope
-    x = x_BTHC.astype(jnp.float32)
-    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BTHC.dtype)
-
-
-def causal_attention(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> jax.Array:
-    """Attention to the same and earlier positions, `[B, T, H, C]`; H is a multiple of K.
-
-    Queries are taken in up to four chunks, each of which sees the keys up to its own end only: with four, three
-    eighths of the scores, all of them masked, are never computed.
-    """
-    T = q_BTHC.shape[1]
-    chunks = next(n for n in (4, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
-    size = T // chunks
-    outs = []
-    for start in range(0, T, size):
-        end = start + size
-        visible_TS = (start + jnp.arange(size))[:, None] >= jnp.arange(end)
-        outs.append(_attend(q_BTHC[:, start:end], k_BTKC[:, :end], v_BTKC[:, :end], visible_TS))
-    return jnp.concatenate(outs, axis=1)
-
-
-def _attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible_TS: jax.Array) -> jax.Array:
-    """Scores and softmax in float32; each key/value head serves a group of G = H / K query heads.
-
-    Values are summed before they are divided by the softmax's denominator (Dao et al., FlashAttention, section 3.1),
-    so that its gradient is a sum over C instead of S. Every row must see a token.
-    """
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32) / math.sqrt(C)
-    scores = jnp.where(visible_TS, scores, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    o_BKGTC = jnp.einsum("bkgts,bskc->bkgtc", weights.astype(v_BSKC.dtype), v_BSKC, preferred_element_type=jnp.float32)
-    o_RC = o_BKGTC.reshape(-1, C) / weights.sum(axis=-1).reshape(-1, 1)  # flat: see `_norm`
-    return jnp.moveaxis(o_RC.reshape(o_BKGTC.shape), 3, 1).astype(v_BSKC.dtype).reshape(B, T, H, C)
-
-
-def _attention_kernel(c: ModelConfig, head: int) -> Any:
-    """cuDNN's fused attention where it exists (GPU, 16-bit, heads of at most 128), else XLA's."""
-    if c.attention != "auto":
-        return c.attention
-    fused = jax.default_backend() == "gpu" and c.dtype != "float32" and head % 8 == 0 and head <= 128
-    return "cudnn" if fused else "xla"

@@ -20,7 +20,8 @@ from jaxlm.sync import make_sync
 AXIS = "devices"
 
 Device = Any  # jax.Device, which type checkers take for a variable
-Batch = dict[str, jax.Array]  # inputs, targets: int32 [B, T]; a target of -1 where nothing is predicted
+# inputs, targets, and with packed documents positions: int32 [B, T]; a target of -1 where nothing is predicted.
+Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -56,7 +57,7 @@ def make_train_step(
     schedule = make_schedule(config.optim, config.steps)
 
     def loss(params: Params, batch: Batch, dropout_keys: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        x_ND = model.hidden(params, batch["inputs"], dropout_keys)
+        x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"))
         sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
         return sums.objective, sums
 
@@ -136,7 +137,7 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
     """
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        x_ND = model.hidden(params, batch["inputs"])
+        x_ND = model.hidden(params, batch["inputs"], positions_BT=batch.get("positions"))
         sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
         return jax.lax.psum(sums._asdict() | {"bytes": jnp.sum(batch["bytes"])}, AXIS)
 

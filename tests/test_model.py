@@ -19,6 +19,7 @@ from jaxlm import cli
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
+from tests import reference
 
 VOCAB, MAX_LEN = 13, 12
 BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
@@ -55,98 +56,6 @@ def fast_compile() -> Iterator[None]:
 
 def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
-
-
-# The reference: one sequence at a time, one head at a time, in float64.
-
-
-def ref_norm(x: np.ndarray, p: Params, kind: str) -> np.ndarray:
-    if kind == "rmsnorm":
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p.get("bias", 0)
-
-
-def ref_linear(x: np.ndarray, p: Params) -> np.ndarray:
-    return x @ p["kernel"] + p.get("bias", 0)
-
-
-def ref_gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def ref_rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
-    """Each pair (i, i + C/2) as a complex number, turned by the position times theta^(-2i/C)."""
-    T, C = x_TC.shape
-    turned = (x_TC[:, : C // 2] + 1j * x_TC[:, C // 2 :]) * np.exp(
-        1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C))
-    )
-    return np.concatenate([turned.real, turned.imag], axis=1)
-
-
-def ref_attention(q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray) -> np.ndarray:
-    out = np.zeros((len(q_TC), v_TC.shape[1]))
-    for t in range(len(q_TC)):
-        scores = k_TC[: t + 1] @ q_TC[t] / math.sqrt(q_TC.shape[1])
-        weights = np.exp(scores - scores.max())
-        out[t] = weights / weights.sum() @ v_TC[: t + 1]
-    return out
-
-
-def ref_mlp(x: np.ndarray, p: Params, activation: str) -> np.ndarray:
-    up = ref_linear(x, p["up"])
-    if activation == "swiglu":
-        gate = ref_linear(x, p["gate"])
-        up = gate / (1 + np.exp(-gate)) * up
-    elif activation == "geglu":
-        up = ref_gelu(ref_linear(x, p["gate"])) * up
-    else:
-        up = {"gelu": ref_gelu, "relu": lambda u: np.maximum(u, 0), "relu2": lambda u: np.maximum(u, 0) ** 2}[
-            activation
-        ](up)
-    return ref_linear(up, p["down"])
-
-
-def ref_logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    T, C, H, K = len(tokens_T), c.d_model // c.num_heads, c.num_heads, c.num_kv_heads or c.num_heads
-    x = params["embed"]["embedding"][tokens_T]
-    if c.position == "learned":
-        x = x + params["positions"]["embedding"][:T]
-    elif c.position == "sinusoidal":
-        for t, i in itertools.product(range(T), range(c.d_model // 2)):
-            angle = t / 10_000 ** (2 * i / c.d_model)
-            x[t, i] += math.sin(angle)
-            x[t, c.d_model // 2 + i] += math.cos(angle)
-    for layer in range(c.num_layers):
-        p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
-        a, h = p["attention"], ref_norm(x, p["attention_norm"], c.norm)
-        q, k, v = (ref_linear(h, a[name]) for name in ("query", "key", "value"))
-        heads = []
-        for head in range(H):
-            group = head // (H // K)  # neighbouring query heads share a key/value head
-            own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
-            q_TC, k_TC = q[:, own], k[:, shared]
-            if c.qk_norm:
-                q_TC, k_TC = ref_norm(q_TC, a["query_norm"], "rmsnorm"), ref_norm(k_TC, a["key_norm"], "rmsnorm")
-            if c.position == "rope":
-                q_TC, k_TC = ref_rotate(q_TC, c.rope_theta), ref_rotate(k_TC, c.rope_theta)
-            heads.append(ref_attention(q_TC, k_TC, v[:, shared]))
-        x = x + ref_linear(np.concatenate(heads, axis=1), a["out"])
-        x = x + ref_mlp(ref_norm(x, p["mlp_norm"], c.norm), p["mlp"], c.activation)
-    x = ref_norm(x, params["final_norm"], c.norm)
-    logits = x @ params["embed"]["embedding"].T if c.tie_embeddings else x @ params["head"]["kernel"]
-    return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
-
-
-def ref_loss(c: ModelConfig, params: Params, tokens_BT: np.ndarray) -> float:
-    """Mean negative log-likelihood of each token given those before it."""
-    total = 0.0
-    for row in tokens_BT:
-        logits = ref_logits(c, params, row[:-1])
-        log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-        total += (log_z - logits[np.arange(len(row) - 1), row[1:]]).sum()
-    return total / tokens_BT[:, 1:].size
 
 
 def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
@@ -188,7 +97,7 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     c = grid_config(*row)
     model = make_model(c, VOCAB, MAX_LEN)
     params, tokens_BT = drawn(model), some_tokens(2, MAX_LEN)
-    expected = np.stack([ref_logits(c, params, tokens_T) for tokens_T in tokens_BT])
+    expected = np.stack([reference.logits(c, params, tokens_T) for tokens_T in tokens_BT])
     logits_BTV = jax.jit(model.apply)(params, tokens_BT)
     assert logits_BTV.shape == (2, MAX_LEN, VOCAB) and logits_BTV.dtype == jnp.float32
     assert expected.std() > 0.3
@@ -212,7 +121,7 @@ def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) ->
 
         def moved(h: float, i: int = i, direction: np.ndarray = direction) -> float:
             leaf = leaves[i].astype(np.float64) + h * direction
-            return ref_loss(c, jax.tree.unflatten(tree, [*leaves[:i], leaf, *leaves[i + 1 :]]), tokens_BT)
+            return reference.mean_nll(c, jax.tree.unflatten(tree, [*leaves[:i], leaf, *leaves[i + 1 :]]), tokens_BT)
 
         expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
         assert abs(np.vdot(np.asarray(grad, np.float64), direction) - expected) < 2e-5 * scale, paths[i]
@@ -236,27 +145,6 @@ def test_a_token_changes_nothing_before_it(position: str) -> None:
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         assert (np.abs(after[:, t:] - before[:, t:]).max(-1) > 1e-7).mean() > 0.95  # and all that follow see it
         assert np.abs(after[:, t] - before[:, t]).max() > 1e-2
-
-
-@pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])
-def test_attention_in_chunks(T: int, kv_heads: int) -> None:
-    rng = np.random.default_rng(T)
-    q_BTHC = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
-    k_BTKC, v_BTKC = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
-    out = jax.jit(models.causal_attention)(q_BTHC, k_BTKC, v_BTKC)
-    assert out.shape == q_BTHC.shape
-    for b, h in itertools.product(range(2), range(4)):
-        k = h * kv_heads // 4
-        expected = ref_attention(*(x.astype(np.float64) for x in (q_BTHC[b, :, h], k_BTKC[b, :, k], v_BTKC[b, :, k])))
-        np.testing.assert_allclose(out[b, :, h], expected, rtol=0, atol=3e-6)
-
-
-def test_attention_takes_as_many_chunks_as_fit() -> None:
-    def products(T: int) -> int:
-        q_BTHC = jnp.zeros((1, T, 2, 4))
-        return str(jax.make_jaxpr(models.causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
-
-    assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
 
 
 # Settings that change speed and memory only
@@ -422,23 +310,3 @@ def test_flops_per_token(tied: bool) -> None:
     multiplied = 2 * layer + 8 + 10 * 8  # final norm, output layer; tables of look-ups do not count
     assert models.num_params(params) == multiplied + 6 * 8 + (0 if tied else 10 * 8)
     assert models.flops_per_token(c, params, seq_len=5) == 6 * multiplied + 12 * 2 * 8 * 5
-
-
-@pytest.mark.parametrize(
-    "backend, attention, dtype, head, kernel",
-    [
-        ("gpu", "auto", "bfloat16", 64, "cudnn"),
-        ("gpu", "auto", "float16", 128, "cudnn"),
-        ("gpu", "auto", "float32", 64, "xla"),
-        ("gpu", "auto", "bfloat16", 136, "xla"),
-        ("gpu", "auto", "bfloat16", 60, "xla"),
-        ("cpu", "auto", "bfloat16", 64, "xla"),
-        ("gpu", "xla", "bfloat16", 64, "xla"),
-        ("cpu", "cudnn", "float32", 60, "cudnn"),  # as asked for
-    ],
-)
-def test_choice_of_the_attention_kernel(
-    monkeypatch: pytest.MonkeyPatch, backend: str, attention: str, dtype: str, head: int, kernel: str
-) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert models._attention_kernel(with_(attention=attention, dtype=dtype), head) == kernel

@@ -1,0 +1,99 @@
+"""The decoder in NumPy: one sequence at a time, one head at a time, in float64."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+
+from jaxlm.config import ModelConfig
+from jaxlm.model import Params
+
+
+def norm(x: np.ndarray, p: Params, kind: str) -> np.ndarray:
+    if kind == "rmsnorm":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p.get("bias", 0)
+
+
+def linear(x: np.ndarray, p: Params) -> np.ndarray:
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
+    """Each pair (i, i + C/2) as a complex number, turned by the position times theta^(-2i/C)."""
+    T, C = x_TC.shape
+    turned = (x_TC[:, : C // 2] + 1j * x_TC[:, C // 2 :]) * np.exp(
+        1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C))
+    )
+    return np.concatenate([turned.real, turned.imag], axis=1)
+
+
+def attention(q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(q_TC), v_TC.shape[1]))
+    for t in range(len(q_TC)):
+        scores = k_TC[: t + 1] @ q_TC[t] / math.sqrt(q_TC.shape[1])
+        weights = np.exp(scores - scores.max())
+        out[t] = weights / weights.sum() @ v_TC[: t + 1]
+    return out
+
+
+def mlp(x: np.ndarray, p: Params, activation: str) -> np.ndarray:
+    up = linear(x, p["up"])
+    if activation == "swiglu":
+        gate = linear(x, p["gate"])
+        up = gate / (1 + np.exp(-gate)) * up
+    elif activation == "geglu":
+        up = gelu(linear(x, p["gate"])) * up
+    else:
+        up = {"gelu": gelu, "relu": lambda u: np.maximum(u, 0), "relu2": lambda u: np.maximum(u, 0) ** 2}[activation](
+            up
+        )
+    return linear(up, p["down"])
+
+
+def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    T, C, H, K = len(tokens_T), c.d_model // c.num_heads, c.num_heads, c.num_kv_heads or c.num_heads
+    x = params["embed"]["embedding"][tokens_T]
+    if c.position == "learned":
+        x = x + params["positions"]["embedding"][:T]
+    elif c.position == "sinusoidal":
+        for t, i in itertools.product(range(T), range(c.d_model // 2)):
+            angle = t / 10_000 ** (2 * i / c.d_model)
+            x[t, i] += math.sin(angle)
+            x[t, c.d_model // 2 + i] += math.cos(angle)
+    for layer in range(c.num_layers):
+        p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
+        a, h = p["attention"], norm(x, p["attention_norm"], c.norm)
+        q, k, v = (linear(h, a[name]) for name in ("query", "key", "value"))
+        heads = []
+        for head in range(H):
+            group = head // (H // K)  # neighbouring query heads share a key/value head
+            own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
+            q_TC, k_TC = q[:, own], k[:, shared]
+            if c.qk_norm:
+                q_TC, k_TC = norm(q_TC, a["query_norm"], "rmsnorm"), norm(k_TC, a["key_norm"], "rmsnorm")
+            if c.position == "rope":
+                q_TC, k_TC = rotate(q_TC, c.rope_theta), rotate(k_TC, c.rope_theta)
+            heads.append(attention(q_TC, k_TC, v[:, shared]))
+        x = x + linear(np.concatenate(heads, axis=1), a["out"])
+        x = x + mlp(norm(x, p["mlp_norm"], c.norm), p["mlp"], c.activation)
+    x = norm(x, params["final_norm"], c.norm)
+    logits = x @ params["embed"]["embedding"].T if c.tie_embeddings else x @ params["head"]["kernel"]
+    return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+def mean_nll(c: ModelConfig, params: Params, tokens_BT: np.ndarray) -> float:
+    """Mean negative log-likelihood of each token given those before it."""
+    total = 0.0
+    for row in tokens_BT:
+        x_TV = logits(c, params, row[:-1])
+        log_z = np.log(np.exp(x_TV - x_TV.max(-1, keepdims=True)).sum(-1)) + x_TV.max(-1)
+        total += (log_z - x_TV[np.arange(len(row) - 1), row[1:]]).sum()
+    return total / tokens_BT[:, 1:].size
