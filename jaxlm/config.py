@@ -63,10 +63,10 @@ class OptimConfig:
     warmup_steps: int  # linear from 0 to the peak
     decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
     min_lr_ratio: float  # final learning rate / peak
-    weight_decay: float  # decoupled, times the learning rate, on matrices only
+    weight_decay: float  # decoupled, times the learning rate, on matrices only; with muon, on those of the layers
     b1: float  # first-moment decay of adamw and lion
     b2: float  # second-moment decay of adamw and lion
-    eps: float  # of adamw (with muon, of its AdamW); adafactor adds its square
+    eps: float  # of adamw (with muon, of its AdamW)
     momentum: float  # of muon and sgd (Nesterov)
     clip_norm: float  # largest global gradient norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step

@@ -128,10 +128,7 @@ class Decoder(nn.Module):
         )(c, self.max_len)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
-            self.head = nn.Dense(
-                self.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype,
-                kernel_init=nn.initializers.zeros,
-            )  # fmt: skip
+            self.head = Head(c, self.vocab_size)
 
     def _table(self, rows: int) -> nn.Embed:
         """Of unit variance, so that a token's own embedding is not lost among what the layers add to it; where it also
@@ -139,7 +136,9 @@ class Decoder(nn.Module):
         """
         c = self.config
         init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
-        return nn.Embed(rows, c.d_model, dtype=c.dtype, param_dtype=c.param_dtype, embedding_init=init)
+        # Looked up in the table's dtype and cast then: the gradients of all places of a token add up in it, and sums of
+        # thousands in 16 bits lose most of what is added.
+        return nn.Embed(rows, c.d_model, dtype=None, param_dtype=c.param_dtype, embedding_init=init)
 
     def hidden(
         self,
@@ -154,7 +153,7 @@ class Decoder(nn.Module):
         B, T = tokens_BT.shape
         tokens_N = tokens_BT.reshape(-1)
         positions = start + jnp.arange(T) if positions_BT is None else positions_BT
-        x_ND = self.embed(tokens_N)
+        x_ND = self.embed(tokens_N).astype(c.dtype)
         if c.position != "rope":
             table = self.positions(positions) if c.position == "learned" else _sinusoids(positions, c.d_model)
             x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
@@ -172,7 +171,7 @@ class Decoder(nn.Module):
     def unembed(self, x_ND: jax.Array) -> jax.Array:
         """Logits `[N, V]` in float32."""
         c = self.config
-        logits_NV = (self.embed.attend(x_ND) if c.tie_embeddings else self.head(x_ND)).astype(jnp.float32)
+        logits_NV = logits_of(x_ND, self.embed.embedding.T.astype(c.dtype)) if c.tie_embeddings else self.head(x_ND)
         if c.logit_softcap:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
         return logits_NV
@@ -180,6 +179,36 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_ND, _ = self.hidden(tokens_BT)
         return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
+
+
+class Head(nn.Module):
+    """An output layer of its own, which starts at zero."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.vocab_size), c.param_dtype)
+        return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
+
+
+@jax.custom_vjp
+def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """Their product, summed and kept in float32: 16 bits would make ties of the largest logits. The gradient's products
+    are of the operands' dtype again.
+    """
+    return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, w_DV = operands
+    g_NV = g_NV.astype(x_ND.dtype)
+    return g_NV @ w_DV.T, x_ND.T @ g_NV
+
+
+logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)
 
 
 class Shared:

@@ -139,7 +139,9 @@ def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -
         "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
         "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
         "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(decay_rate=0.8, epsilon=c.eps**2), optax.clip_by_block_rms(1.0)
+            # Shazeer and Stern, Adafactor: with their constants, but the update of a stack of layers clipped as one.
+            optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+            optax.clip_by_block_rms(1.0),
         ),
         "sgd": lambda: optax.trace(c.momentum, nesterov=True),
     }[c.name]()

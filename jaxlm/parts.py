@@ -119,7 +119,9 @@ def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
     params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
-    state = fresh._replace(params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, params))
+    state = fresh._replace(
+        params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
+    )
     return state, 0, f"starts from the weights of step {step} in {resume}"
 
 

@@ -42,8 +42,8 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config.optim, config.steps).init(params),
-        ema=jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None,
+        opt_state=make_optimizer(config.optim, config.steps).init(float32(params)),
+        ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
         sync=make_sync(config.parallel, AXIS).init(params, num_devices),
     )
 
@@ -63,23 +63,25 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
-        # devices, every target of the global batch weighs the same. A batch without targets changes nothing.
+        # devices, every target of the global batch weighs the same. A batch without targets has a gradient of zero.
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
         targets = jnp.maximum(jax.lax.pmean(targets, AXIS), 1e-9)
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
-        grads, sums = accumulate(loss, state.params, batch, keys, config.optim.accum_steps)
+        masters = float32(state.params)  # whatever they are stored in
+        grads, sums = accumulate(loss, masters, batch, keys, config.optim.accum_steps)
         grads, sync_state = sync.reduce(jax.tree.map(lambda g: g / targets, grads), state.sync)
 
         grad_norm = sync.global_norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-9))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        shard = sync.shard(state.params)
+        shard = sync.shard(masters)
         updates, opt_state = optimizer.update(grads, state.opt_state, shard)
-        params = sync.gather(optax.apply_updates(shard, updates))
+        masters = sync.gather(optax.apply_updates(shard, updates))
 
         metrics = {"loss": jax.lax.pmean(sums.nll, AXIS) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
-        ema = update_ema(state.ema, params, state.step, config.optim.ema_decay)
+        ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
+        params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
         return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
 
     return train_step
@@ -98,7 +100,7 @@ def accumulate(
 ) -> tuple[Params, LossSums]:
     """Gradient and sums of `loss` over the batch, computed in `steps` micro-batches of which one is in memory.
 
-    Gradients add up in the masters' dtype; nothing is averaged here, so the result does not depend on `steps`.
+    Gradients add up in float32; nothing is averaged here, so the result does not depend on `steps`.
     """
     grad = jax.grad(loss, has_aux=True)
     if steps == 1:
@@ -113,12 +115,34 @@ def accumulate(
     return jax.lax.scan(add, zeros, micro)[0]
 
 
+def float32(params: Params) -> Params:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+
+def stored(params: Params, dtype: str, key: jax.Array) -> Params:
+    """Parameters in the dtype they are kept in. In bfloat16 an update is mostly smaller than half the distance to the
+    next number: rounded up or down at random, with the probabilities that keep the mean, it is not lost (Gupta et al.,
+    Deep Learning with Limited Numerical Precision, 2015).
+    """
+    if dtype == "float32":
+        return params
+
+    def rounded(i: int, x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16)
+        up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+        return jnp.where(jnp.isfinite(x), up, x).astype(dtype)
+
+    leaves, tree = jax.tree.flatten(params)
+    return jax.tree.unflatten(tree, [rounded(i, x) for i, x in enumerate(leaves)])
+
+
 def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float) -> Params | None:
     """ema <- d * ema + (1 - d) * params, with a smaller d in the first steps, so that the start is soon forgotten."""
     if ema is None:
         return None
     d = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: (d * e + (1 - d) * p).astype(e.dtype), ema, params)
+    return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)
 
 
 def _dropout_keys(config: Config, step: jax.Array, batch: int) -> jax.Array | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cli
-from jaxlm.attention import causal_attention, choose_kernel
+from jaxlm.attention import causal_attention, choose_kernel, rope_tables, rotate
 from jaxlm.model import make_model
 from tests import reference
 
@@ -39,6 +39,48 @@ def test_attention_takes_as_many_chunks_as_fit() -> None:
         return str(jax.make_jaxpr(causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
 
     assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
+
+
+def test_scores_may_be_large() -> None:
+    """Of a few thousand, where exp overflows in float32 unless the largest is subtracted."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 40, 2, 8)).astype(np.float32)
+    q *= 1000
+    out, grads = jax.jit(jax.value_and_grad(lambda q: causal_attention(q, k, v).sum()))(q)
+    expected = sum(reference.attention(*(x[0, :, h].astype(np.float64) for x in (q, k, v))).sum() for h in range(2))
+    np.testing.assert_allclose(out, expected, rtol=1e-3)  # scores are exact to 1e-4
+    assert np.isfinite(grads).all()
+
+
+ROUNDED = {"xla_allow_excess_precision": False}  # else XLA leaves roundings to bfloat16 out on CPU
+HALF = 2.0**-8  # what a rounding to bfloat16 changes at most, relative
+
+
+def test_bfloat16_attention_has_scores_and_softmax_in_float32() -> None:
+    """With scores of up to 100, a rounding of them would change the weights by a fifth."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 1, 60, 2, 8)))
+    q *= 16
+    out = jax.jit(causal_attention, compiler_options=ROUNDED)(q, k, v)
+    for h in range(2):
+        expected = reference.attention(*(np.asarray(x[0, :, h], np.float64) for x in (q, k, v)))
+        # The weights and the result are rounded once each.
+        np.testing.assert_allclose(
+            np.asarray(out[0, :, h], np.float64), expected, rtol=0, atol=2 * HALF * np.abs(v).max()
+        )
+
+
+def test_rotation_is_computed_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    x_BTHC = jnp.asarray(rng.standard_normal((1, 50, 2, 8)), jnp.bfloat16)
+    tables = rope_tables(jnp.arange(1000, 1050), 8, 100.0)
+    out = jax.jit(lambda x: rotate(x, rope_tables(jnp.arange(1000, 1050), 8, 100.0)), compiler_options=ROUNDED)(x_BTHC)
+    assert out.dtype == jnp.bfloat16 and {t.dtype for t in tables} == {jnp.dtype("float32")}
+    whole = np.concatenate([np.zeros((1000, 8)), np.asarray(x_BTHC[0, :, 1], np.float64)])
+    expected = reference.rotate(whole, 100.0)[1000:]
+    np.testing.assert_allclose(
+        np.asarray(out[0, :, 1], np.float64), expected, rtol=1.01 * HALF, atol=2e-4
+    )  # of the angle
 
 
 def test_attention_stays_inside_a_segment() -> None:

@@ -96,7 +96,7 @@ def nesterov(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:  # Su
 
 
 def adafactor(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:  # Shazeer and Stern, algorithms 4 and 5
-    decay, square = 1 - (n + 1) ** -0.8, g**2 + 1e-12
+    decay, square = 1 - (n + 1) ** -0.8, g**2 + 1e-30
     if g.shape[-2:] == (130, 128):  # optax factors dims of at least 128
         memory["r"] = decay * memory.get("r", 0) + (1 - decay) * square.mean(-1)
         memory["c"] = decay * memory.get("c", 0) + (1 - decay) * square.mean(-2)
@@ -141,6 +141,16 @@ def test_updates_are_those_of_the_formulas(name: str, rule: Callable[..., np.nda
             got[key], expected[key], rtol=0, atol=3e-6 * np.abs(expected[key]).max(), err_msg=str(key)
         )
         assert np.abs(got[key] - flat(draw(0, shapes))[key]).max() > 0.05
+
+
+def test_adafactor_does_not_depend_on_the_size_of_gradients() -> None:
+    """Updates have a root mean square of 1, also where squares of gradients are 1e-18."""
+    optimizer = make_optimizer(config(name="adafactor", warmup_steps=0, lr=1.0, weight_decay=0.0), STEPS)
+    params = draw(0)
+    grads = jax.tree.map(lambda g: 1e-9 * g, draw(1))
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    for update in jax.tree.leaves(updates):
+        assert math.sqrt(np.mean(np.square(update))) == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

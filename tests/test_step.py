@@ -73,7 +73,9 @@ COMPILED: dict[tuple[str, int], Any] = {}  # steps and initial states, of (confi
 def start(config: Config, devices: int) -> steps.TrainState:
     state = steps.init_state(config, make(config), devices)
     params = lively(state.params)
-    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
+    params = jax.tree.map(lambda p, old: jnp.asarray(p, old.dtype), params, state.params)
+    return state._replace(params=params, ema=ema)
 
 
 def built(config: Config, devices: int) -> tuple[Any, steps.TrainState]:
@@ -260,6 +262,50 @@ def test_ema_follows_its_formula():
     assert gap(jax.device_get(state.params), want) > 10 * RTOL
 
 
+def test_reported_rate_is_the_one_used():
+    """With plain SGD, the update is the rate times the gradient, whose norm is reported too."""
+    config = make_config(*SGD, "optim.clip_norm=0", "optim.schedule=linear", "optim.min_lr_ratio=0", "steps=4")
+    step, state = built(config, 2)
+    for n in range(3):
+        before = jax.device_get(state.params)
+        state, metrics = step(state, split(BATCHES[16][n], 2))
+        moved = optax.tree.norm(
+            jax.tree.map(lambda a, b: a.astype(np.float64) - b, jax.device_get(state.params), before)
+        )
+        assert float(metrics["lr"]) == pytest.approx(0.5 * (1 - n / 4), rel=1e-6)
+        assert moved == pytest.approx(float(metrics["lr"] * metrics["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_bfloat16_masters_learn_what_float32_ones_do(optimizer: list[str]):
+    """Optimizer state and average stay in float32, and small updates are not lost: their mean is kept."""
+    extra = [
+        "optim.ema_decay=0.9",
+        "optim.lr=3e-4",
+        "optim.adam_lr=3e-4",
+        "optim.embed_lr=3e-4",
+        "optim.warmup_steps=0",
+    ]
+    step, state = built(make_config(*optimizer, *extra, "model.param_dtype=bfloat16"), 4)
+    full_step, full = built(make_config(*optimizer, *extra), 4)
+    full = full._replace(params=steps.float32(state.params), ema=jax.tree.map(jnp.copy, state.ema))
+    dtypes = jax.tree.map(lambda x: x.dtype, state)
+    assert {d.name for d in jax.tree.leaves(dtypes.params)} == {"bfloat16"}
+    before = jax.device_get(steps.float32(state.params))
+    for _ in range(40):
+        state, _ = step(state, split(BATCHES[16][0], 4))
+        full, _ = full_step(full, split(BATCHES[16][0], 4))
+    assert jax.tree.map(lambda x: x.dtype, state) == dtypes
+    for name in ("params", "ema"):
+        got, want = (jax.device_get(steps.float32(getattr(s, name))) for s in (state, full))
+        moved, wanted = (np.concatenate([(a - b).ravel() for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(before),
+                         strict=True)]) for x in (got, want))  # fmt: skip
+        along = np.dot(moved, wanted) / np.dot(wanted, wanted)
+        assert 0.9 < along < 1.1, name  # rounded to the nearest, most of them would not move
+    scale = state.params["final_norm"]["scale"]
+    assert np.abs(np.asarray(steps.float32(scale)) - before["final_norm"]["scale"]).max() > 0
+
+
 def test_old_state_is_donated_and_replaced():
     config = make_config(*ADAMW, "optim.ema_decay=0.2")
     step, old = built(config, 4)
@@ -274,7 +320,7 @@ def test_old_state_is_donated_and_replaced():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_batch_without_targets_changes_nothing(name: str):
+def test_batch_without_targets_has_a_gradient_of_zero(name: str):
     config = make_config(f"optim.name={name}", "loss.z_loss=1e-3", "optim.weight_decay=0")
     empty = BATCHES[16][0] | {"targets": np.full((16, T), -1, np.int32)}
     result = run_pmap(config, 4, [empty, empty])  # type: ignore[list-item]
