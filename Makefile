@@ -1,4 +1,4 @@
-# make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=10")
+# make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=100")
 # make test     install the test tools too; lint, types, tests    (PYTEST_ARGS="-k model")
 # make lint     ruff and pyright alone
 # make lock     renew locks/*.txt from pyproject.toml             (LOCK_ARGS=--upgrade)

@@ -1,6 +1,9 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,13 +106,26 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
 def finish(parts: Parts, scores: dict[str, Any]) -> None:
     """The end: the score beside those of compressors, and what to type next."""
     say, workdir, bits = parts.reporter.say, parts.workdir, scores["eval_bits_per_byte"]
-    if bits is not None and parts.config.eval.baselines and jax.process_index() == 0:
+    whole = not parts.config.eval.batches  # else the compressors would be given other bytes than the model
+    if bits is not None and whole and parts.config.eval.baselines and jax.process_index() == 0:
         baselines = data.compression_baselines(parts.corpus)
         if baselines:
             parts.reporter.comparison(baselines, bits)
     if parts.corpus.tokenizer is not None:
         prompt = parts.config.eval.sample_prompt.strip()
         argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
-        say(f"next: python tools/generate.py --workdir {shlex.quote(str(workdir))}{argument}")
+        say(f"next: {command('generate')} --workdir {shlex.quote(str(workdir))}{argument}")
     else:
-        say(f"next: python tools/evaluate.py --workdir {shlex.quote(str(workdir))}")
+        say(f"next: {command('evaluate')} --workdir {shlex.quote(str(workdir))}")
+
+
+def command(tool: str) -> str:
+    """A command line that starts a tool from the folder that we are in, with the Python that we run in."""
+    path = Path(__file__).parents[1] / "tools" / f"{tool}.py"
+    python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
+    return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
+
+
+def _nearby(path: str) -> str:
+    """Relative where that is inside the folder that we are in."""
+    return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

@@ -67,6 +67,16 @@ def test_sentencepiece_round_trip(sentencepiece: SentencePieceTokenizer, text: s
     check(sentencepiece, text)
 
 
+@pytest.mark.parametrize(
+    "training_text", ["漢字仮名交文\n" * 400, "漢字 仮名\n" + "漢字仮名交文\n" * 4000], ids=["none", "one"]
+)
+def test_spaces_survive_a_model_of_a_text_without_them(training_text: str):
+    """Where no piece has a space, sentencepiece would give the bytes of the U+2581 that it writes for one."""
+    tokenizer = SentencePieceTokenizer(train_sentencepiece([training_text], 300), lossless=True, name="test")
+    for text in ("a b", " 漢字  仮名 \u2581", "\n x y z\n", " "):
+        check(tokenizer, text)
+
+
 def test_batch_gives_what_each_text_gives_alone(sentencepiece: SentencePieceTokenizer):
     texts = ["", CODE, "\u2581", "a\nb", "", "\ud800x"]
     for tokenizer in (sentencepiece, ByteTokenizer(), CharTokenizer(sorted(set("".join(texts))))):

@@ -98,7 +98,7 @@ def _by_name(files: dict[str, Path], key: dict[str, Any], val_fraction: float, s
     held = sum(split.values())
     if held in (0, len(files)):
         raise UserError(f"data.val_fraction is {val_fraction}, which holds out {held} of {len(files)} documents; "
-                        "allowed: a value that leaves some on both sides, or validation data of its own")  # fmt: skip
+                        "allowed: a value that leaves some on both sides, or files in data.val_path")  # fmt: skip
 
     def documents(which: Split) -> Iterator[Document]:
         return _read_files({name: path for name, path in files.items() if split[name] == (which == "val")})

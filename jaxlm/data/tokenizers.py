@@ -26,6 +26,7 @@ SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
 CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
 # sentencepiece writes a space as U+2581, and takes no surrogates: these characters go as bytes.
 AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
+SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
 
 
 def to_bytes(text: str) -> bytes:
@@ -125,6 +126,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         self._lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
+        self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
         # Models made elsewhere mostly put a space before the text; it is no part of it.
         self._adds_space = not lossless and self.pieces[sp.encode("a")[0]].startswith(b" ")
 
@@ -134,10 +136,10 @@ class SentencePieceTokenizer(Tokenizer):
             return [np.array(ids, np.int32) for ids in self._processor.encode(texts)]  # type: ignore[attr-defined]
         chunks, ends = [], []
         for text in texts:
-            for i, part in enumerate(AS_BYTES.split(text)):
+            for i, part in enumerate(self._as_bytes.split(text)):
                 chunks += [part] if i % 2 else CHUNK.findall(part)
             ends.append(len(chunks))
-        special = {i: [self._byte_ids[b] for b in to_bytes(c)] for i, c in enumerate(chunks) if AS_BYTES.match(c)}
+        special = {i: [self._byte_ids[b] for b in to_bytes(c)] for i, c in enumerate(chunks) if self._as_bytes.match(c)}
         ids = self._processor.encode(["" if i in special else c for i, c in enumerate(chunks)])  # type: ignore[attr-defined]
         for i, byte_ids in special.items():
             ids[i] = byte_ids
