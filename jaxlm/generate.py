@@ -55,7 +55,8 @@ def generate(
 def filter_logits(logits_BV: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
     """Logits over the temperature, with those outside top-k and top-p at minus infinity."""
     if temperature > 0:
-        logits_BV = logits_BV / temperature
+        # From the largest on, and over no less than float32 can divide by: near 0 only the most probable token is left.
+        logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / max(temperature, 1e-30)
     vocab = logits_BV.shape[-1]
     if 0 < top_k < vocab:
         kth = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -63,7 +64,8 @@ def filter_logits(logits_BV: jax.Array, temperature: float, top_k: int, top_p: f
     if top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV  # the first one always stays
-        least = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+        kept_BV = (before_BV < top_p).at[:, 0].set(True)  # the first one stays, even where top_p is 0 in float32
+        least = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
     return logits_BV

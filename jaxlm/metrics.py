@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -14,16 +15,18 @@ from jaxlm.config import Config, flatten
 Metrics = dict[str, Any]
 Writer = Callable[[Metrics], None]  # each is given {'step': N, ...}
 
-# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is part of JAX's device_kind.
+# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is whole words of JAX's device_kind, of which
+# the first that fits counts.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
-    "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
+    "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12,
 }  # fmt: skip
 
 
 def peak_flops(device_kind: str) -> float | None:
     """FLOP/s of the 16-bit matrix units; None where it is not known (all CPUs)."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 class JsonLines:

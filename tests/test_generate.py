@@ -140,7 +140,7 @@ def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], t
 
 def reference(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
     """Of one row; tokens whose logit equals that of the last one kept are kept as well."""
-    out = logits_V.astype(np.float64) / temperature
+    out = (logits_V.astype(np.float64) - logits_V.max()) / temperature
     if top_k:
         out[out < np.sort(out)[::-1][top_k - 1]] = -np.inf
     probs = np.exp(out - out.max())
@@ -166,7 +166,7 @@ def test_filters(temperature: float, top_k: int, top_p: float) -> None:
     got = np.asarray(filter_logits(jnp.asarray(HAND_MADE), temperature, top_k, top_p))
     expected = np.stack([reference(row, temperature, top_k, top_p) for row in HAND_MADE])
     np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)  # differences of logits of order 1
 
 
 def kept(temperature: float, top_k: int, top_p: float) -> list[list[int]]:
@@ -186,6 +186,14 @@ def test_what_filters_keep() -> None:
     assert kept(1.0, 0, 0.01) == [[0], [2], [1, 2], everything]  # never nothing
     assert kept(1.0, 2, 0.5) == [[0], [2], [1, 2], everything]  # 0.4 / 0.7 of what top-k leaves
     assert kept(0.0, 1, 1.0) == [[0], [2], [1, 2], everything]
+    assert kept(1.0, 0, 1e-46) == [[0], [2], [1, 2], everything]  # 0 in float32
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-38, 1e-6])
+def test_a_temperature_near_0_leaves_the_most_probable(temperature: float) -> None:
+    """Logits over 1e-38 overflow float32."""
+    probs = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(100 * HAND_MADE[:2]), temperature, 0, 1.0)))
+    np.testing.assert_array_equal(probs, np.eye(5)[[0, 2]])
 
 
 # Beyond the length of training
