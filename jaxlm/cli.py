@@ -39,16 +39,20 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
       UserError: a key is unknown, missing, or of the wrong type.
     """
 
-    def build(cls: type, sub: Any, prefix: str) -> Any:
-        names = {f.name: f.type for f in dataclasses.fields(cls)}
+    def build(cls: Any, sub: Any, prefix: str) -> Any:
+        names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
         if not isinstance(sub, dict):
             raise UserError(f"{where}: '{prefix.rstrip('.')}' is {sub!r}; allowed: an object of keys")
         if extra := sorted(set(sub) - set(names)):
             raise _unknown_key(prefix + extra[0], where)
         if missing := sorted(set(names) - set(sub)):
             raise UserError(f"{where}: key '{prefix}{missing[0]}' is missing")
-        return cls(**{n: build(t, sub[n], f"{prefix}{n}.") if dataclasses.is_dataclass(t) else sub[n]  # type: ignore[arg-type]
-                      for n, t in names.items()})  # fmt: skip
+        return cls(
+            **{
+                n: build(t, sub[n], f"{prefix}{n}.") if dataclasses.is_dataclass(t) else sub[n]
+                for n, t in names.items()
+            }
+        )
 
     return validate(build(Config, tree, ""))
 

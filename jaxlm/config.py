@@ -164,14 +164,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def key_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+def key_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
     """{'model.d_model': int, ...}: every key with its type."""
     types = {}
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            types |= key_types(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        kind: Any = field.type
+        if dataclasses.is_dataclass(kind):
+            types |= key_types(kind, f"{prefix}{field.name}.")
         else:
-            types[prefix + field.name] = field.type
+            types[prefix + field.name] = kind
     return types
 
 

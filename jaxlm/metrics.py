@@ -59,8 +59,9 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # type: ignore[attr-defined]
-    Summary = summary_pb2.Summary  # type: ignore[attr-defined]
+    events: Any = event_pb2
+    summaries: Any = summary_pb2
+    Event, SessionLog, Summary = events.Event, events.SessionLog, summaries.Summary
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"

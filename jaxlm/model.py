@@ -49,6 +49,9 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
     """
     decoder = Decoder(config, vocab_size, max_len)
 
+    def call(method: str, params: Params, *args: Any) -> Any:  # what a method gives, Flax does not tell type checkers
+        return decoder.apply({"params": params}, *args, method=method)
+
     def init(key: jax.Array) -> Params:
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         return nn.meta.unbox(decoder.init(key, tokens_BT))["params"]
@@ -59,16 +62,13 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         dropout_keys_B: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        x_ND, _ = decoder.apply(  # type: ignore[misc]
-            {"params": params}, tokens_BT, dropout_keys_B, positions_BT, method="hidden"
-        )
-        return x_ND
+        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT)[0]
 
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
-        return decoder.apply({"params": params}, x_ND, method="unembed")  # type: ignore[return-value]
+        return call("unembed", params, x_ND)
 
     def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
-        return decoder.apply({"params": params}, tokens_BT)  # type: ignore[return-value]
+        return call("__call__", params, tokens_BT)
 
     def init_cache(batch: int, length: int) -> Cache:
         head = config.d_model // config.num_heads
@@ -76,9 +76,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
     def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
-        x_ND, cache = decoder.apply(  # type: ignore[misc]
-            {"params": params}, tokens_BT, None, None, cache, start, method="hidden"
-        )
+        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
     return Model(init, hidden, unembed, apply, init_cache, decode)
@@ -118,11 +116,12 @@ class Decoder(nn.Module):
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # In an unrolled scan XLA would find the recomputation to be the same as the first one, and drop it.
             block = nn.remat(Block, policy=dots if c.remat == "dots" else None, prevent_cse=unroll > 1)
+        in_axes: Any = (0, 0, nn.broadcast)  # of layer, cache, shared
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),  # type: ignore[arg-type]
+            in_axes=in_axes,
             length=c.num_layers,
             unroll=unroll,
         )(c, self.max_len)

@@ -1,5 +1,6 @@
 """The training loop. It is given everything that it does not do itself: state, step, data, and hooks."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,20 @@ class Done(NamedTuple):
     seconds: float  # since the loop began, without the hooks' time
 
 
+GROUP, GROUP_BYTES = 16, 2**20  # batches put on the devices at once, at most
+
+
+def on_devices(batches: Iterator[Any], count: int, sharding: NamedSharding) -> Iterator[Any]:
+    """The next `count` batches, on the devices. Small ones are put there several at a time: each call costs the host
+    half a millisecond beside a computation that has driven its code out of the caches.
+    """
+    size = 1
+    while group := list(itertools.islice(batches, min(size, count))):
+        yield from jax.device_put(group, sharding)
+        count -= len(group)
+        size = max(1, min(GROUP, GROUP_BYTES // sum(x.nbytes for x in jax.tree.leaves(group[0]))))
+
+
 def train(
     state: TrainState,
     train_step: Callable,
@@ -38,8 +53,8 @@ def train(
 ) -> tuple[TrainState, int]:
     """Runs steps `start` to `steps`, or until `should_stop`; returns the state and the number of updates done.
 
-    While the devices compute step n, the host puts the batch of step n + 1 on them and reports step n - 1; it never
-    waits for the step just dispatched, and is never more than one ahead. A hook runs when its condition holds for
+    While the devices compute step n, the host sees to the batch of step n + 1 and reports step n - 1; it never waits
+    for the step just dispatched, and is never more than one ahead. A hook runs when its condition holds for
     the number of updates done; the loop then waits for it.
     """
     began, in_hooks = time.perf_counter(), 0.0
@@ -53,15 +68,13 @@ def train(
             on_step(Done(step, metrics, time.perf_counter() - began - in_hooks))
         pending = None
 
-    def put() -> Any:
-        return jax.device_put(next(batches), sharding)
-
-    batch = put() if start < steps else None
+    ahead = on_devices(batches, steps - start, sharding)
+    batch = next(ahead, None)
     step = start
     while step < steps and not should_stop(step):
         state, metrics = train_step(state, batch)
         step += 1
-        batch = put() if step < steps else None
+        batch = next(ahead, None)
         report()
         pending = (step, metrics)
         due = [hook for condition, hook in hooks if condition(step)]

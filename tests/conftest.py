@@ -1,9 +1,11 @@
-"""Eight simulated devices, and a token-store cache of the test session's own."""
+"""Eight simulated devices, a token-store cache of the test session's own, and runs that several files look at."""
 
 import gc
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,28 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    from tests.runs import run
+
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the same that ends at the first checkpoint."""
+    workdir = tmp_path_factory.mktemp("runs") / "short"
+    from tests.runs import CHECKPOINT, run
+
+    assert run(workdir, steps=CHECKPOINT) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(short: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(short, tmp_path / "copy"))

@@ -8,7 +8,7 @@ batches are made as they are asked for; without TensorFlow a thread makes batche
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -74,8 +74,8 @@ class TrainStream:
     def __init__(self, make: MakeBatch, start: int, stop: int, backend: str = "auto"):
         self._make, self._next, self._stop = make, start, stop
         self._served = 0
-        self._ahead: Iterator[Batch] | None = None
-        self._open: Callable[[MakeBatch, int, int], Iterator[Batch]] | None = None
+        self._ahead: Generator[Batch, None, None] | None = None
+        self._open: Callable[[MakeBatch, int, int], Generator[Batch, None, None]] | None = None
         self._importer = threading.Thread(target=self._choose, args=(backend,), name="tensorflow-import")
         if backend != "auto":
             self._choose(backend)
@@ -118,11 +118,11 @@ class TrainStream:
         self._stop = self._next
         self.settle()  # an import cut off by the interpreter's end may crash it
         if self._ahead is not None:
-            self._ahead.close()  # type: ignore[attr-defined]
+            self._ahead.close()
             self._ahead = None
 
 
-def _tf_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
+def _tf_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, None, None]:
     """The batches by tf.data: steps → blocks of whole batches, in order → made ahead.
 
     An element costs tf.data most of a millisecond however small it is, so small batches come many at a time.
@@ -157,7 +157,7 @@ def _tf_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
         del blocks
 
 
-def _thread_batches(make: MakeBatch, start: int, stop: int) -> Iterator[Batch]:
+def _thread_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, None, None]:
     """The batches by a thread that keeps a short queue full."""
     ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=AHEAD)
     closed = threading.Event()

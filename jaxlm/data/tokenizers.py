@@ -104,6 +104,13 @@ class CharTokenizer(Tokenizer):
         _write_json(folder, {"kind": "chars", "alphabet": self.alphabet})
 
 
+def _library() -> Any:
+    """sentencepiece, whose functions are made at run time, where no type checker sees them."""
+    import sentencepiece
+
+    return sentencepiece
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model; lossless where `train_sentencepiece` made it."""
 
@@ -113,13 +120,11 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
           UserError: it is no sentencepiece model, or has no bos.
         """
-        import sentencepiece
-
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)  # type: ignore[call-arg]
+            self._processor = _library().SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"{name}: not a sentencepiece model") from error
-        sp: Any = self._processor
+        sp = self._processor
         if sp.bos_id() < 0:
             raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
         super().__init__([_piece_bytes(sp, i) for i in range(sp.vocab_size())], sp.bos_id())
@@ -133,14 +138,14 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         if not self._lossless:  # may normalize and add a space, so whole texts only
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
-            return [np.array(ids, np.int32) for ids in self._processor.encode(texts)]  # type: ignore[attr-defined]
+            return [np.array(ids, np.int32) for ids in self._processor.encode(texts)]
         chunks, ends = [], []
         for text in texts:
             for i, part in enumerate(self._as_bytes.split(text)):
                 chunks += [part] if i % 2 else CHUNK.findall(part)
             ends.append(len(chunks))
         special = {i: [self._byte_ids[b] for b in to_bytes(c)] for i, c in enumerate(chunks) if self._as_bytes.match(c)}
-        ids = self._processor.encode(["" if i in special else c for i, c in enumerate(chunks)])  # type: ignore[attr-defined]
+        ids = self._processor.encode(["" if i in special else c for i, c in enumerate(chunks)])
         for i, byte_ids in special.items():
             ids[i] = byte_ids
         spans = itertools.pairwise([0, *ends])
@@ -217,11 +222,11 @@ def train_sentencepiece(texts: list[str], vocab_size: int) -> bytes:
     Raises:
       UserError: the text does not do for a model of that size.
     """
-    import sentencepiece
+    sentencepiece = _library()
 
     def train(texts: Iterable[str], coverage: float) -> bytes:
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(s for text in texts for s in SENTENCE.findall(AS_BYTES.sub("\n", text))),
             model_writer=model, model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False,
             character_coverage=coverage, byte_fallback=True,

@@ -1,0 +1,77 @@
+"""Runs of a tiny model, in this process or in one of their own, and what they left."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import run as runs
+from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.cli import load
+from jaxlm.model import make_model
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/debug.py"
+STEPS, CHECKPOINT = 600, 100
+TIMES = {"tokens_per_second", "step_seconds", "mfu"}
+TINY = {
+    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "model.dropout": 0.1,
+    "optim.name": "adamw", "optim.lr": 0.003, "optim.schedule": "constant", "optim.warmup_steps": 1,
+    "optim.ema_decay": 0.9, "parallel.devices": 2, "checkpoint.every_steps": CHECKPOINT, "checkpoint.keep": 20,
+    "eval.every_steps": 150, "log.tensorboard": False,
+}  # fmt: skip
+
+
+def flags(**keys: Any) -> list[str]:
+    keys = {k.replace("__", "."): v for k, v in keys.items()}
+    return [f"--config.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in (TINY | keys).items()]
+
+
+def run(workdir: Path, **keys: Any) -> int:
+    return runs.run(load(CONFIG, flags(**keys)), workdir)
+
+
+def start(workdir: Path, **keys: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(workdir), *flags(**keys)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]
+
+
+def numbers(workdir: Path, upto: int = STEPS) -> list[dict[str, Any]]:
+    """The metrics but the times."""
+    return [{k: v for k, v in m.items() if k not in TIMES} for m in lines(workdir) if m["step"] <= upto]
+
+
+def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(m["step"] >= step for m in lines(workdir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def state_of(workdir: Path, step: int) -> steps.TrainState:
+    """All that a checkpoint holds."""
+    config = load(CONFIG, flags())
+    local = jax.devices()[:2]
+    like = place(steps.init_state(config, make_model(config.model, 64, config.seq_len), 2), local)
+    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    state = checkpoints.restore(step, like)
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)

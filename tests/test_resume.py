@@ -1,0 +1,270 @@
+"""Stopping and going on leaves no trace; what may be changed in between, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import run as runs
+from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpointer
+from jaxlm.cli import load
+from jaxlm.config import UserError
+from jaxlm.main import exit_code
+from tests.runs import (
+    CHECKPOINT,
+    CONFIG,
+    STEPS,
+    assert_identical,
+    flags,
+    lines,
+    numbers,
+    run,
+    start,
+    state_of,
+    wait_for_step,
+)
+
+# Stopping and going on
+
+
+def test_sigterm_stops_with_75_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+    process = start(tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped after step" in out and err == ""
+    stopped = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert CHECKPOINT < stopped < STEPS and f"stopped after step {stopped}," in out
+    assert run(tmp_path / "run") == 0
+    assert numbers(tmp_path / "run") == numbers(whole)
+    assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
+
+
+def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+    process = start(tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = lines(tmp_path / "run")[-1]["step"]
+    assert CHECKPOINT < reached < STEPS
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 99')  # half a line, as when it is killed while it writes one
+    assert run(tmp_path / "run") == 0
+    assert numbers(tmp_path / "run") == numbers(whole)
+    assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
+
+
+def test_second_signal_ends_it_at_once(tmp_path: Path):
+    """In the middle of an evaluation that takes minutes; the first signal alone would wait for its end."""
+    np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
+    np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
+    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
+            "data.vocab_size": 64, "eval.every_steps": 1}  # fmt: skip
+    process = start(tmp_path / "run", **keys)
+    wait_for_step(process, tmp_path / "run", 1)
+    sent = 0
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGTERM)
+        sent += 1
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGTERM and sent >= 2
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("when", ["compile", "evaluation"])
+def test_signal_while_it_compiles_or_evaluates(when: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It stops after the step, or after the evaluation that is due, and goes on from there."""
+    name = "make_train_step" if when == "compile" else "make_eval_step"
+    make: Callable[..., Any] = getattr(steps, name)
+
+    def make_signalling(*args: Any) -> Any:
+        inner = make(*args)
+
+        def traced(*inputs: Any) -> Any:  # runs once, when it is compiled
+            os.kill(os.getpid(), signal.SIGTERM)
+            return inner(*inputs)
+
+        return traced
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, name, make_signalling)
+        assert run(tmp_path / "run") == runs.STOPPED
+    stop = 1 if when == "compile" else 150
+    assert numbers(tmp_path / "run") == numbers(whole, stop)
+    assert int(state_of(tmp_path / "run", stop).step) == stop
+    if when == "compile":
+        assert run(tmp_path / "run", steps=CHECKPOINT) == 0
+        assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
+
+
+def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train_batches = runs.train_batches
+
+    class Broken:
+        """Real batches, of which the fourth cannot be read."""
+
+        def __init__(self, *args: Any):
+            self.inner, self.left = train_batches(*args), 4
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            self.left -= 1
+            if not self.left:
+                raise OSError("the disk is gone")
+            return next(self.inner)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    monkeypatch.setattr(runs, "train_batches", Broken)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path / "run")
+    left = [t for t in set(threading.enumerate()) - before if not t.daemon]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [t for t in left if t.is_alive()]
+    monkeypatch.undo()
+    assert int(state_of(tmp_path / "run", 0).step) == 0  # what was under way is whole
+
+
+def test_diverged_run_is_exit_code_3_and_leaves_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    keys = {
+        "optim.name": "sgd",
+        "optim.lr": 1e30,
+        "optim.clip_norm": 0,
+        "checkpoint.every_steps": 1,
+        "eval.every_steps": 0,
+    }
+    assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "diverged" in error
+    newest = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    checkpoints = Checkpointer(tmp_path / "run", load(CONFIG, flags()).checkpoint, read_only=True)
+    params = checkpoints.restore_params(newest, ema=False)
+    checkpoints.close()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), f"checkpoint {newest} cannot be gone on from"
+
+
+# Going on with another configuration
+
+
+def test_more_steps_go_on_as_if_they_had_been_planned(whole: Path, copy: Path):
+    assert run(copy, steps=CHECKPOINT + 60) == 0
+    upto = CHECKPOINT + 60
+    assert [m for m in numbers(copy) if "loss" in m] == [m for m in numbers(whole, upto) if "loss" in m]
+    # That of the end of the short run is there besides those of the long one's period.
+    assert [m["step"] for m in lines(copy) if "eval_loss" in m] == [100, 150, 160]
+
+
+def test_other_number_of_devices_goes_on_with_the_same_numbers(whole: Path, copy: Path):
+    assert run(copy, parallel__devices=4, steps=CHECKPOINT + 30, optim__accum_steps=2) == 0
+    got = [m for m in numbers(copy) if "loss" in m and m["step"] > CHECKPOINT]
+    want = [m for m in numbers(whole, CHECKPOINT + 30) if "loss" in m and m["step"] > CHECKPOINT]
+    assert len(got) == 3
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_changed_keys_are_said_and_kept(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """What may change: steps, learning rate, loss, dropout."""
+    keys = {"steps": CHECKPOINT + 1, "optim.lr": 0.001, "loss.label_smoothing": 0.1, "model.dropout": 0.0}
+    assert run(copy, **keys) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since the last run")]
+    assert len(said) == 1
+    saved = json.loads((copy / "config.json").read_text())
+    for words in ("steps 100 -> 101", "optim.lr 0.003 -> 0.001", "model.dropout 0.1 -> 0.0"):
+        assert words in said[0] and words in saved["history"][0]["changed"]
+    assert len(saved["history"]) == 1 and saved["config"]["optim"]["lr"] == 0.001
+    assert lines(copy)[-2]["lr"] == pytest.approx(0.001)
+
+
+REFUSED = [("seed", 0, 1), ("batch_size", 8, 16), ("seq_len", 16, 8), ("model.d_model", 16, 32),
+           ("data.vocab_size", 64, 32), ("optim.name", "adamw", "sgd")]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, old, new", REFUSED, ids=[key for key, *_ in REFUSED])
+def test_what_would_change_the_past_is_refused(short: Path, key: str, old: Any, new: Any):
+    before = contents(short)
+    with pytest.raises(UserError) as refusal:
+        run(short, **{"steps": CHECKPOINT, key: new})
+    assert key in str(refusal.value) and repr(old) in str(refusal.value) and repr(new) in str(refusal.value)
+    assert contents(short) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"steps": CHECKPOINT - 1}, ["steps", "99", "100"]),
+        ({"steps": CHECKPOINT, "checkpoint.resume": "never"}, ["checkpoint.resume", "never"]),
+        ({"steps": CHECKPOINT, "parallel.devices": 3}, ["batch_size", "8", "3"]),
+        ({"steps": CHECKPOINT, "parallel.devices": 16}, ["parallel.devices", "16", "8"]),
+    ],
+)
+def test_refusals_write_nothing(short: Path, keys: dict[str, Any], words: list[str]):
+    before = contents(short)
+    with pytest.raises(UserError) as refusal:
+        run(short, **keys)
+    assert all(word in str(refusal.value) for word in words)
+    assert contents(short) == before
+
+
+def test_finished_run_is_scored_again_and_nothing_is_written_twice(short: Path):
+    before = lines(short)
+    assert run(short, steps=CHECKPOINT) == 0
+    assert lines(short) == before
+
+
+def test_resume_takes_weights_into_a_new_run(short: Path, tmp_path: Path):
+    keys = {"seed": 7, "steps": 1, "checkpoint.resume": short}
+    assert run(tmp_path / "run", **keys) == 0
+    there, here = state_of(short, CHECKPOINT), state_of(tmp_path / "run", 0)
+    assert_identical(here.params, there.ema)  # what the other run is judged by
+    assert_identical(here.ema, here.params)
+    assert int(here.step) == 0 and all(not x.any() for x in jax.tree.leaves(here.opt_state))
+    # From step 1 on the run's own checkpoints count, with the same command.
+    assert run(tmp_path / "run", **(keys | {"steps": 2})) == 0
+    assert [m["step"] for m in lines(tmp_path / "run") if "loss" in m] == [1, 2]
+
+
+@pytest.mark.parametrize("resume, d_model", [("no/such/run", 16), ("SHORT", 32)])
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(
+    resume: str, d_model: int, short: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"checkpoint\.resume"):
+        run(tmp_path / "run", **{"checkpoint.resume": resume.replace("SHORT", str(short)), "model.d_model": d_model})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_first_save_is_no_run_yet(tmp_path: Path):
+    assert run(tmp_path / "run", steps=1) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/checkpoints").mkdir()
+    assert run(tmp_path / "run", steps=1, seed=5) == 0  # another seed contradicts nothing
+    assert lines(tmp_path / "run")[0]["step"] == 1
+
+
+def test_never_starts_a_new_run(tmp_path: Path):
+    assert run(tmp_path / "run", steps=1, checkpoint__resume="never") == 0
+    assert lines(tmp_path / "run")[0]["step"] == 1
