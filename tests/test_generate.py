@@ -140,7 +140,7 @@ def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], t
 
 def reference(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
     """Of one row; tokens whose logit equals that of the last one kept are kept as well."""
-    out = logits_V.astype(np.float64) / temperature
+    out = (logits_V.astype(np.float64) - logits_V.max()) / temperature
     if top_k:
         out[out < np.sort(out)[::-1][top_k - 1]] = -np.inf
     probs = np.exp(out - out.max())
