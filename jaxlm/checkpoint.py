@@ -54,6 +54,14 @@ class Checkpointer:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def check(self, step: int) -> None:
+        """Raises CheckpointError if a step is a folder without a checkpoint."""
+        if "params" not in self._items(step):
+            folder = self._manager.directory / str(step)
+            raise CheckpointError(
+                f"{folder}: cannot be restored: no params in it; without this folder the one before it counts"
+            )
+
     def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone."""
         if step == self.latest():

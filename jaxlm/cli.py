@@ -16,7 +16,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import Config, UserError, describe, key_types, sections, validate
+from jaxlm.config import Config, UserError, describe, flatten, key_types, sections, show, validate
+
+BASE = Path(__file__).parents[1] / "configs/base.py"
 
 
 def _unknown_key(key: str, where: str) -> UserError:
@@ -57,6 +59,38 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
     return validate(build(Config, tree, ""))
 
 
+def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration in a workdir, and the keys that jaxlm has gained since it was saved.
+
+    Those take the values of configs/base.py, with which a run does what it did before there was the key.
+
+    Raises:
+      UserError: a key is unknown or of the wrong type, or a section is missing.
+    """
+    gained = {}
+    for key in key_types() if BASE.is_file() else ():
+        *section, name = key.split(".")
+        holder = tree.get(section[0]) if section else tree
+        if isinstance(holder, dict) and name not in holder:
+            gained[key] = holder[name] = flatten(_load_file(BASE))[key]
+    return from_dict(tree, where), gained
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What a workdir's config.json holds.
+
+    Raises:
+      UserError: it cannot be read, or is something else.
+    """
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({error}); allowed: the config.json of a run") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
+    return saved
+
+
 def _load_file(path: Path) -> Config:
     """Runs a configuration file and returns what its `get_config()` gives."""
     if not path.is_file():
@@ -73,7 +107,7 @@ def _load_file(path: Path) -> Config:
         config = module.get_config()
     except UserError:
         raise
-    except Exception as error:  # any error of the user's own code
+    except (Exception, SystemExit) as error:  # any error of the user's own code
         typo = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'.*", str(error))
         if isinstance(error, AttributeError) and typo:
             prefixes = {f.type.__name__: f"{f.name}." for f in sections()}
@@ -109,6 +143,8 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
         if key not in types:
             raise _unknown_key(key, "command line")
+        if argument.startswith("--no") and "=" in argument:
+            raise UserError(f"{argument}: takes no value; allowed: --noconfig.{key} or --config.{key}=VALUE")
     for kind in {k for k in types.values() if get_origin(k) is Literal}:
         config_flags.register_flag_parser_for_type(kind, flags.EnumParser([str(v) for v in get_args(kind)]))
     values = flags.FlagValues()
@@ -136,15 +172,26 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
     """The configuration that a run saved in its workdir, with command-line overrides."""
     path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
+    return apply_overrides(from_saved(read_saved(path)["config"], str(path))[0], overrides or [])
+
+
+def user_path(name: str, text: str) -> Path:
+    """The path that a user gave for `name`.
+
+    Raises:
+      UserError: no file could ever be there.
+    """
+    if not text:
+        raise UserError(f"{name} is ''; allowed: a path")
     try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error})") from error
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
-    return apply_overrides(from_dict(saved["config"], str(path)), overrides or [])
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{name} is {show(text)}: {reason}; allowed: a path that can be") from error
+    return path
 
 
 class Parser(argparse.ArgumentParser):

@@ -149,6 +149,9 @@ POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
     "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
 )  # fmt: skip
+MAX_INT = 2**31 - 1  # of JAX's integers
+MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
+MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
 
 
@@ -188,15 +191,24 @@ def describe(kind: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
+def show(value: Any) -> str:
+    """A value in a message; a long one is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out a number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:60]}...{text[-20:]}"
+
+
 def _check_type(key: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is Literal:
         fits = value in get_args(kind)
     elif kind is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = type(value) is int or (isinstance(value, float) and math.isfinite(value))
     else:
         fits = type(value) is kind
     if not fits:
-        raise UserError(f"{key} is {value!r}; allowed: {describe(kind)}")
+        raise UserError(f"{key} is {show(value)}; allowed: {describe(kind)}")
 
 
 def validate(c: Config) -> Config:
@@ -211,13 +223,18 @@ def validate(c: Config) -> Config:
 
     def require(ok: bool, key: str, allowed: str) -> None:
         if not ok:
-            raise UserError(f"{key} is {flatten(c)[key]!r}; allowed: {allowed}")
+            raise UserError(f"{key} is {show(flatten(c)[key])}; allowed: {allowed}")
 
     for key in POSITIVE:
         require(flatten(c)[key] > 0, key, "more than 0")
     for key, value in flatten(c).items():
-        if types[key] in (int, float) and key != "seed":
+        if types[key] in (int, float):
             require(value >= 0, key, "0 or more")
+        if types[key] is int:
+            limit = MAX_SEED if key == "seed" else MAX_INT
+            require(value <= limit, key, f"at most {limit}")
+        if types[key] is float:
+            require(value == 0 or MIN_FLOAT <= value <= MAX_FLOAT, key, f"0, or {MIN_FLOAT} to {MAX_FLOAT}")
     for key in BELOW_ONE:
         require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
     for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
@@ -236,6 +253,7 @@ def validate(c: Config) -> Config:
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
+    require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
     if d.source in ("text", "tokens"):
         require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
     if d.source == "tfds":

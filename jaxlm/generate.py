@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from jaxlm.model import Model, Params
 
+CHUNK = 512  # tokens of a prompt read at once: attention needs memory for each of them times all before it
+
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature", "top_k", "top_p"))
 def generate(
@@ -33,7 +35,16 @@ def generate(
     """
     B, T = prompt_BT.shape
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
-    logits_BTV, cache = model.decode(params, prompt_BT, model.init_cache(B, T + max_new_tokens), jnp.int32(0))
+    cache = model.init_cache(B, T + max_new_tokens)
+
+    def read(cache, i):
+        chunk_BT = jax.lax.dynamic_slice(prompt_BT, (0, i * CHUNK), (B, CHUNK))
+        return model.decode(params, chunk_BT, cache, i * CHUNK)[1], None
+
+    chunks = (T - 1) // CHUNK  # whole ones; one token at least is left, whose logits begin the text
+    if chunks:
+        cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
+    logits_BTV, cache = model.decode(params, prompt_BT[:, chunks * CHUNK :], cache, jnp.int32(chunks * CHUNK))
 
     def pick(logits_BV: jax.Array, n: jax.Array) -> jax.Array:
         logits_BV = filter_logits(logits_BV, temperature, top_k, top_p)
@@ -55,7 +66,7 @@ def generate(
 def filter_logits(logits_BV: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
     """Logits over the temperature, with those outside top-k and top-p at minus infinity."""
     if temperature > 0:
-        # From the largest on, and over no less than float32 can divide by: near 0 only the most probable token is left.
+        # From the largest on, and by no less than float32 can divide by: near 0 only the most probable token is left.
         logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / max(temperature, 1e-30)
     vocab = logits_BV.shape[-1]
     if 0 < top_k < vocab:

@@ -127,10 +127,11 @@ class StopSignal:
 
 
 class Profiler:
-    """Traces `count` steps, after the first ones have warmed up, for TensorBoard or Perfetto."""
+    """Traces `count` steps, after the first 5 (where so many are left) have warmed up, for TensorBoard or Perfetto."""
 
-    def __init__(self, folder: Path, start: int, count: int):
-        self._folder, self._first, self._count = folder, start + 5, count
+    def __init__(self, folder: Path, start: int, steps: int, count: int):
+        self._folder, self._count, self._tracing = folder, count, False
+        self._first = start + max(0, min(5, steps - start - count))
 
     def due(self, step: int) -> bool:
         return self._count > 0 and step in (self._first, self._first + self._count)
@@ -139,5 +140,12 @@ class Profiler:
         jax.block_until_ready(state.step)
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
         else:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been traced; a run may end sooner than the trace."""
+        if self._tracing:
+            self._tracing = False
             jax.profiler.stop_trace()

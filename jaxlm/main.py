@@ -19,10 +19,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
         epilog="Any key can be set: --config.optim.lr=3e-4. The keys are in configs/base.py.",
     )  # fmt: skip
-    parser.add_argument(
-        "--config", required=True, type=Path, metavar="FILE", help="a configuration, e.g. configs/base.py"
-    )
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the run lives (default: runs/<config name>)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")
     parser.add_argument("--process_id", type=int, metavar="I", help="many hosts, by hand: which one this is, from 0")
@@ -31,8 +29,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run(argv: list[str]) -> int:
     args, overrides = _parse(argv)
-    config = cli.load(args.config, overrides)
-    workdir = args.workdir or Path("runs") / args.config.stem
+    file = cli.user_path("--config", args.config)
+    workdir = Path("runs") / file.stem if args.workdir is None else cli.user_path("--workdir", args.workdir)
+    config = cli.load(file, overrides)
     processes = runtime.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
     runtime.configure_jax(config, processes)
@@ -51,6 +50,8 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
         if code is None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, flatten
+from jaxlm.workdir import write_whole
 
 Metrics = dict[str, Any]
 Writer = Callable[[Metrics], None]  # each is given {'step': N, ...}
 
-# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is whole words of JAX's device_kind, of which
-# the first that fits counts.
+# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is whole words of JAX's device_kind.
+# What says more comes first.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
@@ -35,9 +36,7 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int):
         if path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            write_whole(path, "".join(kept))
         self._path = path
 
     def __call__(self, metrics: Metrics) -> None:

@@ -1,8 +1,7 @@
 """What a run is made of, put together from its configuration: data, model, devices, state."""
 
 import importlib.util
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,11 @@ from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.cli import user_path
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
+from jaxlm.restore import shapes
 from jaxlm.step import Device
 
 
@@ -35,38 +36,43 @@ class Parts(NamedTuple):
     reporter: Reporter
 
 
-def build(config: Config, workdir: Path, quiet: bool = False) -> tuple[Parts, steps.TrainState, int]:
+def build(
+    config: Config, workdir: Path, lock: workdirs.Lock, quiet: bool = False
+) -> tuple[Parts, steps.TrainState, int]:
     """The parts, the state to go on from, and the number of its updates.
 
-    Nothing is written before data, workdir, devices and checkpoint are known to fit the configuration.
+    Nothing is written before data, workdir, devices and checkpoint are known to fit the configuration. From then on
+    the lock of the workdir is held, by the first process.
 
     Raises:
       UserError: they do not.
       CheckpointError: there is a checkpoint, and it cannot be used.
     """
-    changed = workdirs.check(workdir, config)
+    workdirs.check(workdir, config)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb is True; allowed: false, or the package: pip install 'jaxlm[wandb]'")
     corpus = data.prepare(config, progress=not quiet)
     _check_prompt(config, corpus)
     devices = runtime.choose_devices(config)
+    _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
+    changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
+    workdirs.check_metrics(workdir)
     _check_same_corpus(workdir, corpus)
     local = [d for d in devices if d.process_index == jax.process_index()]
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     fresh = place(steps.init_state(config, model, len(local)), local)
     state, start, origin = _load_state(config, workdir, fresh)
 
-    first = jax.process_index() == 0
-    if first:
+    def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
-        workdirs.claim(workdir, config, facts, changed)
-        _save_tokenizer(corpus, workdir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir")
+        workdirs.claim(workdir, config, facts, changed, lock)
+        workdirs.save_tokenizer(workdir, corpus.tokenizer)
+
+    _on_first(workdir, claim)
 
     sharding = NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS))
     checkpoints = Checkpointer(workdir, config.checkpoint)
-    reporter = Reporter(config.steps, start, quiet=quiet or not first)
+    reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
     for line in (changed and f"changed since the last run: {changed}", origin):
         if line:
             reporter.say(line)
@@ -100,6 +106,7 @@ def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple
     with _opened(workdir, config) as checkpoints:
         newest = checkpoints.latest() if checkpoints else None
         if checkpoints and newest is not None:
+            checkpoints.check(newest)
             if newest > config.steps:
                 raise UserError(
                     f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}"
@@ -107,14 +114,14 @@ def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple
             return checkpoints.restore(newest, like=fresh), newest, None
     if resume in ("auto", "never"):
         return fresh, 0, None
-    with _opened(Path(resume), config) as checkpoints:
+    with _opened(user_path("checkpoint.resume", resume), config) as checkpoints:
         step = checkpoints.latest() if checkpoints else None
         if checkpoints is None or step is None:
             raise UserError(
                 f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
             )
         params = checkpoints.restore_params(step)
-    here, there = _shapes(fresh.params), _shapes(params)
+    here, there = shapes(fresh.params), shapes(params)
     if here != there:
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
@@ -138,19 +145,18 @@ def _opened(workdir: Path, config: Config) -> Iterator[Checkpointer | None]:
         checkpoints.close()
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-
-
-def _save_tokenizer(corpus: data.Corpus, workdir: Path) -> None:
-    """The tokenizer travels with the workdir."""
-    if corpus.tokenizer is None or (workdir / "tokenizer").exists():
-        return
-    temporary = workdir / "tokenizer.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    corpus.tokenizer.save(temporary)
-    temporary.rename(workdir / "tokenizer")
+def _on_first(workdir: Path, act: Callable[[], Any]) -> None:
+    """Acts on the first process. All wait for it, and all raise UserError if it does."""
+    refusal = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except UserError as error:
+            refusal = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(refusal is not None)):
+        refusal = refusal or UserError(f"--workdir {workdir}: refused by the first process, which says why")
+    if refusal:
+        raise refusal
 
 
 def _check_prompt(config: Config, corpus: data.Corpus) -> None:
@@ -168,10 +174,19 @@ def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
     """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
     if not workdirs.holds_checkpoints(workdir):
         return
-    before = workdirs.read_facts(workdir).get("data_fingerprint")
+    facts = workdirs.read_facts(workdir)
+    before = facts["data_fingerprint"]
     if before != corpus.fingerprint:
         raise UserError(
             f"--workdir {workdir}: the data has changed since this run began (fingerprint {before}, now"
             f" {corpus.fingerprint}); allowed: the same data, or another workdir (checkpoint.resume=PATH takes weights"
             " from this one)"
         )
+    if facts["vocab_size"] != corpus.vocab_size:
+        raise UserError(
+            f"{workdir / 'config.json'}: vocab_size is {facts['vocab_size']}; allowed: that of its data,"
+            f" {corpus.vocab_size}"
+        )
+    folder = workdir / "tokenizer"
+    if folder.exists() and not workdirs.holds_tokenizer(workdir, corpus.tokenizer):
+        raise UserError(f"{folder}: not the tokenizer of this run's data; allowed: as the run wrote it, or no folder")

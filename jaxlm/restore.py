@@ -1,5 +1,7 @@
 """A finished or running run, opened to sample from it or to score it."""
 
+import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +13,11 @@ from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import Checkpointer
-from jaxlm.cli import load_workdir
+from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.model import Model, Params, make_model
+from jaxlm.train import Diverged
 
 
 class Run(NamedTuple):
@@ -22,6 +25,7 @@ class Run(NamedTuple):
     config: Config
     step: int
     model: Model
+    vocab_size: int
     params: Params  # the moving average where there is one; NumPy arrays
     tokenizer: data.Tokenizer | None
 
@@ -34,6 +38,11 @@ def open_run(workdir: Path, step: int | None) -> Run:
       CheckpointError: the checkpoint cannot be read.
     """
     config = load_workdir(workdir)
+    path = workdir / "config.json"
+    if gained := from_saved(read_saved(path)["config"], str(path))[1]:
+        said = ", ".join(f"{key}={value!r}" for key, value in gained.items())
+        print(f"{path}: of an older jaxlm, without {said}", file=sys.stderr)
+    vocab_size = workdirs.read_facts(workdir)["vocab_size"]
     if not workdirs.holds_checkpoints(workdir):
         raise UserError(f"--workdir {workdir}: no checkpoints in it yet")
     checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
@@ -45,17 +54,33 @@ def open_run(workdir: Path, step: int | None) -> Run:
         raise UserError(f"--step is {step}; allowed: one of {', '.join(map(str, there))}")
     params = checkpoints.restore_params(step)
     checkpoints.close()
+    model = make_model(config.model, vocab_size, config.seq_len)
+    want, found = shapes(jax.eval_shape(model.init, jax.random.key(0))), shapes(params)
+    if wrong := sorted(key for key in want.keys() | found.keys() if want.get(key) != found.get(key)):
+        key = wrong[0]
+        raise UserError(f"{path}: not of this checkpoint: {key} would be {want.get(key)} and is {found.get(key)}")
     folder = workdir / "tokenizer"
     tokenizer = data.load_tokenizer(folder) if folder.exists() else None
-    vocab_size = workdirs.read_facts(workdir)["vocab_size"]
-    return Run(workdir, config, step, make_model(config.model, vocab_size, config.seq_len), params, tokenizer)
+    return Run(workdir, config, step, model, vocab_size, params, tokenizer)
 
 
 def score(run: Run, config: Config) -> dict[str, Any]:
-    """The scores of a run on the validation data of `config`, tokenized with the run's own tokenizer."""
+    """The scores of a run on the validation data of `config`, tokenized with the run's own tokenizer.
+
+    Raises:
+      UserError: the data is of another vocabulary.
+      Diverged: the loss is not a number.
+    """
     if config.data != run.config.data and run.tokenizer is not None:
         config.data.tokenizer_path = str(run.folder / "tokenizer")
     corpus = data.prepare(config)
+    bare = config.data.source == "tokens" and corpus.tokenizer is None  # ids that do not say what they stand for
+    same = bare or workdirs.holds_tokenizer(run.folder, corpus.tokenizer)
+    if corpus.vocab_size != run.vocab_size or not same:
+        raise UserError(
+            f"data.source is {config.data.source!r}: {corpus.vocab_size} token ids that are not those of the run, which"
+            f" has {run.vocab_size}; allowed: data in the vocabulary of {run.folder}"
+        )
     devices = runtime.choose_devices(config)
     mesh = Mesh(np.array(devices), (steps.AXIS,))
     params = jax.device_put(run.params, NamedSharding(mesh, PartitionSpec()))
@@ -64,4 +89,12 @@ def score(run: Run, config: Config) -> dict[str, Any]:
         process_index=0, process_count=1, limit=config.eval.batches,
     )  # fmt: skip
     eval_step = steps.pmap_eval_step(steps.make_eval_step(config, run.model), devices)
-    return evaluate(eval_step, params, batches, corpus.bytes_per_token)
+    scores = evaluate(eval_step, params, batches, corpus.bytes_per_token)
+    if not math.isfinite(scores["eval_loss"]):
+        raise Diverged(f"the validation loss of step {run.step} in {run.folder} is {scores['eval_loss']}")
+    return scores
+
+
+def shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    """{'embed/embedding': (V, D), ...}"""
+    return {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

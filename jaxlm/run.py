@@ -12,6 +12,7 @@ import jax
 
 from jaxlm import data
 from jaxlm import step as steps
+from jaxlm import workdir as workdirs
 from jaxlm.config import Config
 from jaxlm.console import human
 from jaxlm.hooks import Profiler, StopSignal, make_evaluation, make_on_step, make_writer
@@ -30,7 +31,12 @@ def run(config: Config, workdir: Path) -> int:
       CheckpointError: there is a checkpoint, and it cannot be used.
     """
     stop = StopSignal()
-    parts, state, start = build(config, workdir)
+    with workdirs.Lock() as lock:
+        return _run(config, workdir, lock, stop)
+
+
+def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal) -> int:
+    parts, state, start = build(config, workdir, lock)
     describe(parts, state, start)
     if start == config.steps:  # a finished run: its numbers are written already
         scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
@@ -60,7 +66,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
     def every(period: int) -> Callable[[int], bool]:
         return lambda step: step == config.steps or (period > 0 and step % period == 0)
 
-    profiler = Profiler(parts.workdir / "profile", start, config.log.profile_steps)
+    profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (every(config.eval.every_steps), evaluate),
              (every(config.checkpoint.every_steps), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
@@ -68,6 +74,8 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
     try:
         if checkpoints.latest() is None:
             save(0, state)
+        if profiler.due(start):
+            profiler(start, state)
         parts.reporter.start()
         state, step = train(
             state, steps.pmap_train_step(step_of_one, parts.devices), batches, start=start, steps=config.steps,
@@ -78,6 +86,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         checkpoints.wait()
     finally:
         parts.reporter.stop()
+        profiler.close()
         batches.close()
         checkpoints.close()
     return step, scores

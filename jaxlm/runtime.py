@@ -99,6 +99,8 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
       UserError: the three values do not go together.
     """
     if coordinator is not None and num_processes is not None and process_id is not None:
+        if num_processes < 1:
+            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
         return num_processes

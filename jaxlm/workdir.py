@@ -1,17 +1,67 @@
 """The folder of a run: its configuration, and whether a command may go on in it."""
 
 import dataclasses
+import fcntl
+import filecmp
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
+import shutil
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli import from_dict
+from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config, UserError, changes
+
+# All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
+FILES = ("config.json", "metrics.jsonl", "wandb_id")
+FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "profile", "wandb")
+LOCK = ".lock"
+
+
+class Lock:
+    """Held while a run writes in its workdir; the system frees it when the process ends, however it does."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def take(self, workdir: Path) -> None:
+        """Raises UserError if another run holds it, or the folder cannot be written."""
+        if self._file is not None:
+            return
+        with _writing(workdir):
+            file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"--workdir {workdir}: another run is at work in it; allowed: one at a time") from None
+        except OSError:
+            pass  # a file system that knows no locks
+        self._file = file
+
+    def free(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.free()
+
+
+def begun(workdir: Path) -> bool:
+    """Whether the folder is a run's."""
+    return (workdir / "config.json").exists()
 
 
 def holds_checkpoints(workdir: Path) -> bool:
@@ -36,12 +86,11 @@ def check(workdir: Path, config: Config) -> str | None:
         raise UserError(f"--workdir {workdir}: {existing} is not writable; allowed: a folder that you may write to")
     path = workdir / "config.json"
     if not path.exists():
-        if holds_checkpoints(workdir):
-            raise UserError(
-                f"--workdir {workdir}: holds checkpoints but no config.json; allowed: a new folder or a run's own"
-            )
+        _check_foreign(workdir)
         return None
-    old = from_dict(_read(path)["config"], str(path))
+    old, gained = from_saved(read_saved(path)["config"], str(path))
+    _check_obstacles(workdir)
+    read_facts(workdir)
     free, refused = changes(old, config)
     if holds_checkpoints(workdir):
         if refused:
@@ -54,42 +103,133 @@ def check(workdir: Path, config: Config) -> str | None:
             raise UserError(
                 f"checkpoint.resume is 'never'; allowed: auto, since {workdir} holds checkpoints, or another workdir"
             )
-    return ", ".join(f"{k} {was!r} -> {now!r}" for k, (was, now) in (free | refused).items()) or None
+    new = [f"{key} is new: {value!r}" for key, value in gained.items()]
+    return ", ".join(new + [f"{k} {was!r} -> {now!r}" for k, (was, now) in (free | refused).items()]) or None
 
 
-def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | None) -> None:
-    """Makes the folder and writes config.json in it.
+def _check_foreign(workdir: Path) -> None:
+    """Raises UserError if a folder that is no workdir holds something that a run would write over."""
+    for name in (*FILES, *FOLDERS, LOCK):
+        path = workdir / name
+        ours = name == LOCK and path.is_file() and not path.stat().st_size  # of a run that was killed at once
+        if os.path.lexists(path) and not ours:
+            raise UserError(
+                f"--workdir {workdir}: holds {name} but no config.json of a run; allowed: a new folder or a run's own"
+            )
+
+
+def _check_obstacles(workdir: Path) -> None:
+    """Raises UserError if something in a workdir is not what a run wrote there."""
+    checkpoints = workdir / "checkpoints"
+    steps = [p for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
+    for path in (*(workdir / name for name in FOLDERS), *steps):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path}: is a file; allowed: a folder, as a run makes it, or nothing")
+    for path in (workdir / name for name in FILES):
+        if os.path.lexists(path) and not path.is_file():
+            raise UserError(f"{path}: is no file; allowed: a file, as a run makes it, or nothing")
+
+
+def check_metrics(workdir: Path) -> None:
+    """Raises UserError if metrics.jsonl holds something else than a run's lines, the last of which may be half."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return
+    number = 0
+    try:
+        for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], 1):  # noqa: B007
+            if not isinstance(json.loads(line)["step"], int):
+                raise ValueError("its step is no whole number")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"line {number} is none of a run's" if number else f"unreadable ({error})"
+        raise UserError(f"{path}: {what}; allowed: the metrics of a run, or no file") from error
+
+
+def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | None, lock: Lock) -> None:
+    """Makes the folder, locks it, and writes config.json in it.
 
     Raises:
-      UserError: the folder cannot be made or written.
+      UserError: the folder cannot be made or written, or another run has begun in it meanwhile.
     """
     path = workdir / "config.json"
-    history = _read(path).get("history", []) if path.exists() else []
+    history = read_facts(workdir)["history"] if path.exists() else []
     if changed:
         history.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed})
     content = {"config": dataclasses.asdict(config), "versions": _versions(), **facts, "history": history}
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        new = not path.exists()
+        lock.take(workdir)
+        if new and path.exists():
+            raise UserError(f"--workdir {workdir}: another run began in it just now; allowed: one at a time")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
+    """Puts the tokenizer (or none) in a workdir, in place of one that a run without a checkpoint left there.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    folder = workdir / "tokenizer"
+    with _writing(workdir):
+        if folder.exists() and not holds_checkpoints(workdir):
+            shutil.rmtree(folder)
+        if tokenizer is None or folder.exists():
+            return
+        temporary = _beside(folder)
+        temporary.mkdir()
+        tokenizer.save(temporary)
+        temporary.rename(folder)
+
+
+def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
+    """Whether the tokenizer in a workdir is this one: the same files."""
+    folder = workdir / "tokenizer"
+    if tokenizer is None:
+        return not folder.exists()
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save(Path(saved))
+        names = os.listdir(saved)
+        return filecmp.cmpfiles(saved, folder, names, shallow=False)[0] == names
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen half-written."""
+    temporary = _beside(path)
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder that nobody has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+@contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}; allowed: a folder that you may write to") from error
 
 
 def read_facts(workdir: Path) -> dict[str, Any]:
-    """The content of config.json, facts of the data included."""
-    return _read(workdir / "config.json")
+    """The content of config.json, facts of the data included.
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict) and "config" in content:
-            return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable ({error}); allowed: the config.json of a run") from error
-    raise UserError(f"{path}: not the configuration of a run")
+    Raises:
+      UserError: it is not as `claim` wrote it.
+    """
+    path = workdir / "config.json"
+    content = read_saved(path)
+    for key, kind in (("vocab_size", int), ("data_fingerprint", str), ("history", list)):
+        if type(content.get(key)) is not kind:
+            raise UserError(f"{path}: {key} is {content.get(key)!r}; allowed: what a run wrote there")
+    return content
 
 
 def _versions() -> dict[str, str | None]:

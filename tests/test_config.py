@@ -108,7 +108,8 @@ POSSIBLE = [
     "data.tokenizer=bytes data.vocab_size=0",
     "data.source=text data.path=a data.val_path=b data.val_fraction=0",
     "data.source=synthetic data.vocab_size=2",
-    "seed=-1",
+    "seed=0",
+    "seed=4294967294",
     "optim.b1=0 optim.b2=0 optim.weight_decay=0",
 ]
 

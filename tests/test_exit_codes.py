@@ -41,6 +41,11 @@ def files(tmp_path: Path) -> Path:
     np.save(tmp_path / "short.npy", np.zeros(5, np.uint16))
     np.save(tmp_path / "ids.npy", np.full(1000, 70, np.uint16))
     (tmp_path / "config.py").write_text("def get_config():\n    return 1 / 0\n")
+    (tmp_path / "leaves.py").write_text("import sys\ndef get_config():\n    sys.exit(0)\n")
+    (tmp_path / "huge.py").write_text(
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n"
+        "    c.optim.lr = 10**400\n    return c\n"
+    )
     return tmp_path
 
 
@@ -86,6 +91,13 @@ WRONG = {  # name: (overrides, words of the message)
     "prompt": ([*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
                ["eval.sample_prompt", "'Q'", "eval.sample_tokens"]),
     "warmup": (["optim.warmup_steps=3"], ["optim.warmup_steps", "3", "2"]),
+    "profile of more steps than there are": (["log.profile_steps=3"], ["log.profile_steps", "3", "2"]),
+    "larger than JAX's integers": (["steps=3000000000"], ["steps", "3000000000", "2147483647"]),
+    "many digits": (["eval.sample_tokens=" + "9" * 5000], ["eval.sample_tokens"]),
+    "a seed of 33 bits": (["seed=4294967295"], ["seed", "4294967295", "4294967294"]),
+    "infinite in float32": (["optim.eps=1e300"], ["optim.eps", "1e+300", "3.4e+38"]),
+    "zero in float32": (["optim.eps=1e-300"], ["optim.eps", "1e-300", "1.2e-38"]),
+    "weights from a name too long": (["checkpoint.resume=" + "x" * 5000], ["checkpoint.resume", "too long"]),
 }  # fmt: skip
 
 
@@ -130,6 +142,17 @@ def test_a_tracker_that_is_not_installed(
             ["--process_id", "2"],
         ),
         (["--config", "CONFIG", "--num_processes", "two"], ["--num_processes", "two"]),
+        (
+            ["--config", "CONFIG", "--coordinator", "a:1", "--num_processes", "0", "--process_id", "0"],
+            ["--num_processes", "0", "1 or more"],
+        ),
+        (["--config", "CONFIG", "--workdir", ""], ["--workdir", "''"]),
+        (["--config", "CONFIG", "--workdir", "x" * 300], ["--workdir", "too long"]),
+        (["--config", "CONFIG", "--workdir", "~nosuchuser/run"], ["--workdir", "~nosuchuser/run"]),
+        (["--config", "x" * 5000], ["--config", "too long"]),
+        (["--config", "CONFIG", "--noconfig.deterministic=3"], ["--noconfig.deterministic=3", "no value"]),
+        (["--config", "FILES/leaves.py"], ["leaves.py", "SystemExit"]),
+        (["--config", "FILES/huge.py"], ["optim.lr", "3.4e+38"]),
     ],
 )
 def test_wrong_command_line(
@@ -228,6 +251,10 @@ def test_tools(
         (["--temperature=-1"], ["--temperature", "-1"]),
         (["--top_p=0"], ["--top_p", "0"]),
         (["--num_samples=0"], ["--num_samples", "0"]),
+        (["--num_samples=99999999999999"], ["--num_samples", "2147483647"]),
+        (["--max_new_tokens=99999999999999"], ["--max_new_tokens", "2147483647"]),
+        (["--temperature=inf"], ["--temperature", "inf"]),
+        (["--seed=99999999999999"], ["--seed", "4294967294"]),
         (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
     ],
 )

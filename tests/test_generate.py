@@ -67,6 +67,23 @@ def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
     assert len({tuple(row) for row in np.asarray(new_BT)}) == 3
 
 
+@pytest.mark.parametrize("length", [7, 8, 9, 13])
+def test_a_long_prompt_is_read_in_chunks(
+    length: int, rope: tuple[Model, Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 tokens here, with 1 to 4 left whose logits begin the text."""
+    model, params = rope
+    prompt_BT = prompts(2, length)
+    whole = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
+    generate.clear_cache()  # type: ignore[attr-defined]  # compiled with the chunks of before
+    monkeypatch.setattr("jaxlm.generate.CHUNK", 4)
+    chunks = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
+    np.testing.assert_array_equal(chunks, whole)
+    seen = str(jax.make_jaxpr(lambda: generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2))())
+    assert f"i32[2,{length}]" in seen and "dynamic_slice" in seen
+    generate.clear_cache()  # type: ignore[attr-defined]
+
+
 def test_cached_logits_are_the_uncached_ones(rope: tuple[Model, Params]) -> None:
     """A prompt, then several tokens at once, then one: any split of a text into calls."""
     model, params = rope

@@ -21,7 +21,7 @@ from jaxlm.main import exit_code
 
 def main() -> int:
     parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps a round (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument(
@@ -29,7 +29,7 @@ def main() -> int:
     )
     parser.add_argument("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
     args, overrides = parser.parse_known_args()
-    config = cli.load(args.config, overrides)
+    config = cli.load(cli.user_path("--config", args.config), overrides)
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
@@ -92,9 +92,10 @@ class Trainer:
         import jax
 
         from jaxlm import hooks, parts, step
+        from jaxlm.workdir import Lock
 
         self.config = config
-        self.parts, self.state, _ = parts.build(config, workdir, quiet=True)
+        self.parts, self.state, _ = parts.build(config, workdir, Lock(), quiet=True)
         self.vocab_size = self.parts.corpus.vocab_size
         self._write = hooks.make_writer(self.parts, 0)
         self._step = step.pmap_train_step(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 from jaxlm import cli, runtime
 from jaxlm.config import UserError, flatten
@@ -13,11 +12,12 @@ def main() -> int:
     parser = cli.Parser(
         description=__doc__, allow_abbrev=False, epilog="--config.data.… scores other data with the run's tokenizer."
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run, e.g. runs/base")
+    parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args, overrides = parser.parse_known_args()
-    trained = flatten(cli.load_workdir(args.workdir))
-    config = cli.load_workdir(args.workdir, overrides)
+    workdir = cli.user_path("--workdir", args.workdir)
+    trained = flatten(cli.load_workdir(workdir))
+    config = cli.load_workdir(workdir, overrides)
     for key, value in flatten(config).items():
         if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
             raise UserError(
@@ -30,7 +30,7 @@ def main() -> int:
 
     from jaxlm.restore import open_run, score
 
-    run = open_run(args.workdir, args.step)
+    run = open_run(workdir, args.step)
     print(json.dumps({"step": run.step, **score(run, config)}))
     return 0
 

@@ -7,7 +7,6 @@ The last line on stdout is one JSON object.
 
 import json
 import sys
-from pathlib import Path
 
 from jaxlm import cli
 from jaxlm.data import Corpus, prepare
@@ -31,10 +30,10 @@ def summary(corpus: Corpus) -> dict:
 
 def main() -> int:
     parser = cli.Parser(prog="prepare_data.py", description="Tokenize a corpus once into the token store.")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="a file of configs/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
-    facts = summary(prepare(cli.load(args.config, overrides)))
+    facts = summary(prepare(cli.load(cli.user_path("--config", args.config), overrides)))
     for split in ("train", "val"):
         print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
     print(f"vocabulary {facts['vocab_size']:,}  store {facts['folder']}")
