@@ -150,6 +150,7 @@ POSITIVE = (
     "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
 )  # fmt: skip
 MAX_INT = 2**31 - 1  # of JAX's integers
+MAX_LAYERS = 10_000  # more are a slip, and would end in a full memory
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
 MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
@@ -241,6 +242,7 @@ def validate(c: Config) -> Config:
         require(flatten(c)[key] <= 1, key, "0 to 1")
 
     m, o, d = c.model, c.optim, c.data
+    require(m.num_layers <= MAX_LAYERS, "model.num_layers", f"at most {MAX_LAYERS}")
     require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
     kv_heads = m.num_kv_heads or m.num_heads
     require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")

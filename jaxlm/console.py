@@ -40,7 +40,8 @@ class Reporter:
 
     def train(self, m: dict[str, Any]) -> None:
         mfu = "" if m["mfu"] is None else f" · MFU {m['mfu']:.1%}"
-        text = f"loss {m['loss']:.4f} · {human(m['tokens_per_second'])} tokens/s{mfu}"
+        rate = f" · {human(m['tokens_per_second'])} tokens/s{mfu}" if m["step"] > 1 else ""  # the first is compilation
+        text = f"loss {m['loss']:.4f}{rate}"
         if self.console.is_terminal:
             self._bar.update(self._task, completed=m["step"], text=text)
         elif time.monotonic() - self._last_line > PLAIN_SECONDS or m["step"] in (1, self._steps):

@@ -1,14 +1,12 @@
-"""What happens beside the steps: metrics, evaluation with a sample of text, profiling, signals to stop."""
+"""What happens beside the steps: metrics, evaluation with a sample of text, profiling."""
 
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlm import metrics
 from jaxlm import step as steps
@@ -100,30 +98,6 @@ def sample_text(parts: Parts, params: Any) -> str | None:
     key = jax.random.key(c.seed)
     tokens = generate(parts.model, here, prompt[None], key, max_new_tokens=new, temperature=0.8, top_p=0.95)
     return tokenizer.decode(np.concatenate([prompt[1:], np.asarray(tokens[0])]))
-
-
-class StopSignal:
-    """SIGTERM or SIGINT: stop after the step under way. A second one ends the process at once."""
-
-    AGREE_EVERY = 10  # steps; with several processes, all must stop after the same one
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-
-    def agreed(self, step: int) -> bool:
-        """Whether all processes are to stop after `step` updates."""
-        if jax.process_count() == 1:
-            return self.received
-        if step % self.AGREE_EVERY:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(self.received)).any())
 
 
 class Profiler:

@@ -5,12 +5,16 @@ unusable, 75 stopped by a signal after saving.
 """
 
 import argparse
+import errno
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxlm import cli, runtime
 from jaxlm.config import UserError
+from jaxlm.stop import EXIT_CODE, Stopped, StopSignal
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -21,6 +25,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
+    parser.add_argument(
+        "--max_minutes", type=float, metavar="M",
+        help="train for so long at most, counted from now: where not all steps fit on this machine, fewer are"
+        " made, and the learning rate's schedule is that of the smaller number",
+    )  # fmt: skip
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")
     parser.add_argument("--process_id", type=int, metavar="I", help="many hosts, by hand: which one this is, from 0")
@@ -28,10 +37,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def run(argv: list[str]) -> int:
+    began, stop = time.monotonic(), StopSignal()
     args, overrides = _parse(argv)
     file = cli.user_path("--config", args.config)
     workdir = Path("runs") / file.stem if args.workdir is None else cli.user_path("--workdir", args.workdir)
     config = cli.load(file, overrides)
+    if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
+        raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
     processes = runtime.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
     runtime.configure_jax(config, processes)
@@ -40,7 +52,7 @@ def run(argv: list[str]) -> int:
 
     from jaxlm import run as runs
 
-    return runs.run(config, workdir)
+    return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, stop)
 
 
 def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
@@ -50,14 +62,30 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
     except UserError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped:
+        print(f"{name}: stopped before the first step; run the same command again", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
-        if code is None:
+        full = _exhausted(error)
+        if code is None and full is None:
             raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return code
+        print(f"{name}: {full or ' '.join(str(error).split())}", file=sys.stderr)
+        return code or 2
+
+
+def _exhausted(error: BaseException | None) -> str | None:
+    """What a user can do about a full disk or memory, where that is what an error, or one behind it, says."""
+    while error is not None:
+        text = " ".join(str(error).split())[:300]
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
+            return f"{text}; make room and run the same command again: what was saved whole is still there"
+        if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+            return f"out of memory: {text}; a smaller batch_size, more optim.accum_steps or model.remat=full need less"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def build(
     """
     workdirs.check(workdir, config)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("log.wandb is True; allowed: false, or the package: pip install 'jaxlm[wandb]'")
+        raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
     corpus = data.prepare(config, progress=not quiet)
     _check_prompt(config, corpus)
     devices = runtime.choose_devices(config)

@@ -1,5 +1,6 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -13,31 +14,41 @@ import jax
 from jaxlm import data
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
+from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
-from jaxlm.hooks import Profiler, StopSignal, make_evaluation, make_on_step, make_writer
+from jaxlm.fit import fit
+from jaxlm.hooks import Profiler, make_evaluation, make_on_step, make_writer
 from jaxlm.model import num_params
 from jaxlm.parts import Parts, build, train_batches
+from jaxlm.stop import EXIT_CODE as STOPPED
+from jaxlm.stop import StopSignal
 from jaxlm.train import train
 
-STOPPED = 75  # exit code: stopped by a signal after saving
 
-
-def run(config: Config, workdir: Path) -> int:
+def run(config: Config, workdir: Path, deadline: float | None = None, stop: StopSignal | None = None) -> int:
     """Trains; returns the exit code.
+
+    Args:
+      deadline: of `time.monotonic()`, for a new run: it makes fewer steps where not all of `steps` fit before that.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
       CheckpointError: there is a checkpoint, and it cannot be used.
+      Stopped: a signal came before training began.
     """
-    stop = StopSignal()
+    stop, asked = stop or StopSignal(), config.steps
+    if deadline is not None:
+        config = _fitted(config, workdir, deadline)
     with workdirs.Lock() as lock:
-        return _run(config, workdir, lock, stop)
+        return _run(config, workdir, lock, stop, asked)
 
 
-def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal) -> int:
+def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, asked: int) -> int:
     parts, state, start = build(config, workdir, lock)
     describe(parts, state, start)
+    if config.steps < asked:
+        parts.reporter.say(f"--max_minutes: {config.steps} of {asked} steps fit on this machine")
     if start == config.steps:  # a finished run: its numbers are written already
         scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
     else:
@@ -49,8 +60,18 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal) -
     return 0
 
 
+def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
+    """With the number of steps that fits before the deadline; a run that has begun keeps the number it was given."""
+    workdirs.check(workdir, config)
+    if workdirs.holds_checkpoints(workdir):
+        saved, _ = from_saved(read_saved(workdir / "config.json")["config"], str(workdir / "config.json"))
+        return dataclasses.replace(config, steps=min(config.steps, saved.steps))
+    return fit(config, deadline)
+
+
 def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) -> tuple[int, dict[str, Any]]:
     """The loop with its hooks; returns the updates done and the scores of the newest evaluation."""
+    stop.defer()
     config, checkpoints = parts.config, parts.checkpoints
     write = make_writer(parts, start)
     evaluation = make_evaluation(parts, write)
@@ -109,7 +130,7 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
 
     say(f"{c.data.source} · {size('train')} · {size('val')}")
     if start:
-        say(f"goes on after step {start}")
+        say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
 
 
 def finish(parts: Parts, scores: dict[str, Any]) -> None:

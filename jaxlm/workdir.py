@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, and whether a command may go on in it."""
 
 import dataclasses
+import errno
 import fcntl
 import filecmp
 import importlib.metadata
@@ -43,8 +44,11 @@ class Lock:
         except BlockingIOError:
             os.close(file)
             raise UserError(f"--workdir {workdir}: another run is at work in it; allowed: one at a time") from None
-        except OSError:
-            pass  # a file system that knows no locks
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                os.close(file)
+                raise UserError(f"--workdir {workdir}: {LOCK} cannot be locked ({error.strerror})") from error
+            # a file system that knows no locks
         self._file = file
 
     def free(self) -> None:

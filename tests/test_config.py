@@ -73,6 +73,7 @@ IMPOSSIBLE = [
     ("model.num_heads=64", "model.num_heads", "even head size"),  # heads of 3
     ("model.num_heads=1 model.d_model=7", "model.num_heads", "even head size"),
     ("model.num_heads=1 model.d_model=7 model.position=sinusoidal", "model.d_model", "even"),
+    ("model.num_layers=2000000000", "model.num_layers", "at most 10000"),
     ("optim.accum_steps=3", "batch_size", "a multiple of optim.accum_steps = 3"),
     ("steps=7 optim.warmup_steps=8", "optim.warmup_steps", "at most steps = 7"),
     ("optim.adam_lr=0", "optim.adam_lr", "optim.name=muon"),

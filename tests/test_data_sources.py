@@ -87,6 +87,16 @@ def test_share_held_out():
     assert 850 < held < 1150
 
 
+def test_of_few_files_one_is_held_out_and_one_is_not(config: Config, tmp_path: Path):
+    write(tmp_path, {"d/a.txt": LINES, "d/b.txt": LINES, "d/c.txt": LINES})
+    config.data.path = str(tmp_path / "d")
+    by_hash = sorted(["a.txt", "b.txt", "c.txt"], key=lambda n: hashlib.sha1(n.encode()).hexdigest())
+    config.data.val_fraction = 1e-9
+    assert names(config, "val") == by_hash[:1] and names(config, "train") == sorted(by_hash[1:])
+    config.data.val_fraction = 0.999
+    assert names(config, "train") == by_hash[-1:] and names(config, "val") == sorted(by_hash[:-1])
+
+
 def test_stdlib_leaves_tests_out(config: Config, tmp_path: Path, monkeypatch):
     files = {f"module_{i}.py": f"x = {i}\n" * 20 for i in range(150)}
     others = {"test/a.py": "x", "pkg/tests/b.py": "x", "site-packages/c.py": "x", "pkg/__init__.py": "", "d.txt": "x"}
@@ -121,8 +131,6 @@ def test_messages_about_text(config: Config, tmp_path: Path):
     for path, message in cases.items():
         with pytest.raises(UserError, match=message):
             open_corpus(config, tmp_path / path)
-    with pytest.raises(UserError, match=r"data\.val_fraction is 1e-09, which holds out 0 of 2"):
-        open_corpus(config, tmp_path / "few", val_fraction=1e-9)
     with pytest.raises(UserError, match=r"data\.val_path is '.*gone'"):
         open_corpus(config, tmp_path / "few", val_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"every file is in data\.val_path too"):

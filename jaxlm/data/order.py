@@ -1,8 +1,9 @@
 """Which tokens are in batch N: a pure function of the corpus, the configuration and N.
 
 The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets, so an epoch
-holds every target once. Sample i of the run is window p(i mod W) of epoch i // W, where p is a keyed permutation that
-is computed, not stored; a run can therefore go on at any batch at once. Each epoch cuts at another offset.
+holds every target once, but for the fewer than T that are left over. Sample i of the run is window p(i mod W) of epoch
+i // W, where p is a keyed permutation that is computed, not stored; a run can therefore go on at any batch at once.
+Each epoch starts to cut at another token, one of those left over, and so leaves out others.
 """
 
 from functools import lru_cache

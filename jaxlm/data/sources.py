@@ -57,7 +57,11 @@ def open_source(data: DataConfig) -> Source:
 
 def held_out(name: str, val_fraction: float) -> bool:
     """Whether a document is one of validation: depends on its name alone, so that others may come and go."""
-    return int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16) % round(1 / val_fraction) == 0
+    return _digest(name) % round(1 / val_fraction) == 0
+
+
+def _digest(name: str) -> int:
+    return int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16)
 
 
 def _stdlib(data: DataConfig) -> Source:
@@ -93,15 +97,15 @@ def _text(data: DataConfig) -> Source:
 
 
 def _by_name(files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: int = 0) -> Source:
-    """Each file a document, of which `val_fraction` are held out by their names."""
-    split = {name: held_out(name, val_fraction) for name in files}
-    held = sum(split.values())
-    if held in (0, len(files)):
-        raise UserError(f"data.val_fraction is {val_fraction}, which holds out {held} of {len(files)} documents; "
-                        "allowed: a value that leaves some on both sides, or files in data.val_path")  # fmt: skip
+    """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
+    held = {name for name in files if held_out(name, val_fraction)}
+    if not held:  # few files: one of them, and again one that its name decides
+        held = {min(files, key=_digest)}
+    if len(held) == len(files):
+        held.remove(max(files, key=_digest))
 
     def documents(which: Split) -> Iterator[Document]:
-        return _read_files({name: path for name, path in files.items() if split[name] == (which == "val")})
+        return _read_files({name: path for name, path in files.items() if (name in held) == (which == "val")})
 
     key = key | {"files": _identify(files), "val_fraction": val_fraction}
     return Source(key, documents, _size(files), skipped)
