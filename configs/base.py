@@ -70,6 +70,7 @@ def get_config() -> Config:
             path="",
             val_path="",
             text_key="text",
+            on_error="stop",
             tfds_name="",
             split="train",
             val_split="",

@@ -75,10 +75,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
-    source: Literal["stdlib", "text", "tfds", "tokens", "synthetic"]
-    path: str  # text: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
-    val_path: str  # held-out data of `text` and `tokens`; "" = a part of `path`
-    text_key: str  # tfds: the text feature
+    source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]
+    path: str  # text, jsonl, parquet: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
+    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`
+    text_key: str  # jsonl, parquet, tfds: where a record has its text; in jsonl and parquet dots lead into objects
+    on_error: Literal["stop", "skip"]  # jsonl, parquet: at a record that is no good; those skipped are counted
     tfds_name: str  # tfds: builder, `name[/config][:version]`
     split: str  # tfds
     val_split: str  # tfds; "" = a part of `split`
@@ -145,6 +146,7 @@ CHANGEABLE = (
 )
 
 
+FILE_SOURCES = ("text", "jsonl", "parquet")
 POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
     "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
@@ -256,12 +258,14 @@ def validate(c: Config) -> Config:
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
-    if d.source in ("text", "tokens"):
+    if d.source in ("jsonl", "parquet"):
+        require(bool(d.text_key), "data.text_key", "the key of a record's text")
+    if d.source in (*FILE_SOURCES, "tokens"):
         require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
     if d.source == "tfds":
         require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
         require(bool(d.split), "data.split", "the name of a split")
-    if not (d.val_path if d.source in ("text", "tokens") else d.val_split if d.source == "tfds" else ""):
+    if not (d.val_path if d.source in (*FILE_SOURCES, "tokens") else d.val_split if d.source == "tfds" else ""):
         require(
             0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named"
         )

@@ -80,6 +80,8 @@ IMPOSSIBLE = [
     ("data.source=text", "data.path", "data.source=text"),
     ("data.source=tokens", "data.path", "data.source=tokens"),
     ("data.source=tfds", "data.tfds_name", "data.source=tfds"),
+    ("data.source=jsonl", "data.path", "data.source=jsonl"),
+    ("data.source=parquet data.path=a data.text_key=", "data.text_key", "the key of a record's text"),
     ("data.source=tfds data.tfds_name=lm1b data.split=", "data.split", "name of a split"),
     ("data.val_fraction=0", "data.val_fraction", "more than 0"),
     ("data.val_fraction=1", "data.val_fraction", "less than 1"),

@@ -1,4 +1,4 @@
-"""Data, in the order it flows: sources -> tokenizers -> store -> order -> stream.
+"""Data, in the order it flows: files -> sources (records) -> tokenizers -> store -> order -> stream.
 
 `prepare` turns what `data.*` names into a `Corpus` of token ids, once; `train_stream` and `eval_batches` cut batches
 out of it. Importing this package imports none of tensorflow, tensorflow_datasets, sentencepiece and jax.

@@ -6,9 +6,7 @@ validation never share a document.
 
 import codecs
 import dataclasses
-import glob
 import hashlib
-import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
+from jaxlm.data.files import HASH_LIMIT, PACKED, identify, list_files, opened
 
 Split = Literal["train", "val"]
 
 BLOCK = 1 << 23  # bytes read at a time
-HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -37,11 +35,12 @@ class Source:
     key: dict[str, Any]  # JSON; all that shapes the documents
     documents: Callable[[Split], Iterator[Document]]
     num_bytes: int  # of all documents; 0 = unknown
-    skipped: int = 0  # files of the standard library that are not UTF-8 or cannot be read
+    # Files of the standard library, or records of each split as it was last read, that are no good.
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def open_source(data: DataConfig) -> Source:
-    """The documents that `data.source`, one of stdlib, text and tfds, names.
+    """The documents that `data.source`, one of stdlib, text, jsonl, parquet and tfds, names.
 
     Raises:
       UserError: there are none, or they cannot be read.
@@ -50,6 +49,10 @@ def open_source(data: DataConfig) -> Source:
         return _stdlib(data)
     if data.source == "text":
         return _text(data)
+    if data.source in ("jsonl", "parquet"):
+        from jaxlm.data.records import open_records
+
+        return open_records(data)
     from jaxlm.data.tfds_source import open_tfds
 
     return open_tfds(data)
@@ -77,7 +80,7 @@ def _stdlib(data: DataConfig) -> Source:
             skipped += 1
     if not files:
         raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")
-    return _by_name(files, {"source": "stdlib"}, data.val_fraction, skipped)
+    return _by_name(files, {"source": "stdlib"}, data.val_fraction, {"files": skipped})
 
 
 def _text(data: DataConfig) -> Source:
@@ -89,14 +92,16 @@ def _text(data: DataConfig) -> Source:
         if not files:
             raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
         by_split = {"train": files, "val": val}
-        key = {"source": "text", "train": _identify(files), "val": _identify(val)}
-        return Source(key, lambda split: _read_files(by_split[split]), _size(files) + _size(val))
+        key = {"source": "text", "train": identify(files), "val": identify(val)}
+        return Source(key, lambda split: _read_files(by_split[split]), _text_size(*files.values(), *val.values()))
     if len(files) == 1:
         return _one_file(*files.popitem(), data.val_fraction)
     return _by_name(files, {"source": "text"}, data.val_fraction)
 
 
-def _by_name(files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: int = 0) -> Source:
+def _by_name(
+    files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: dict[str, int] | None = None
+) -> Source:
     """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
     held = {name for name in files if held_out(name, val_fraction)}
     if not held:  # few files: one of them, and again one that its name decides
@@ -107,8 +112,8 @@ def _by_name(files: dict[str, Path], key: dict[str, Any], val_fraction: float, s
     def documents(which: Split) -> Iterator[Document]:
         return _read_files({name: path for name, path in files.items() if (name in held) == (which == "val")})
 
-    key = key | {"files": _identify(files), "val_fraction": val_fraction}
-    return Source(key, documents, _size(files), skipped)
+    key = key | {"files": identify(files), "val_fraction": val_fraction}
+    return Source(key, documents, _text_size(*files.values()), skipped or {})
 
 
 def _one_file(name: str, path: Path, val_fraction: float) -> Source:
@@ -127,36 +132,13 @@ def _one_file(name: str, path: Path, val_fraction: float) -> Source:
             if which == "train" and position >= cut:
                 return
 
-    key = {"source": "text", "files": _identify({name: path}), "val_fraction": val_fraction}
-    return Source(key, documents, path.stat().st_size)
+    key = {"source": "text", "files": identify({name: path}), "val_fraction": val_fraction}
+    return Source(key, documents, _text_size(path))
 
 
-def list_files(key: str, pattern: str) -> dict[str, Path]:
-    """{name: path} of a file, of a folder's files or of a glob's, sorted by name; empty files are left out.
-
-    A name is the path relative to the folder, or to the glob's part before its first wildcard.
-
-    Raises:
-      UserError: names `key`, when there is no such path or nothing in it.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        files = {path.name: path}
-    elif path.is_dir():
-        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    elif glob.has_magic(pattern):
-        plain = re.split(r"[*?[]", str(path))[0]
-        root = Path(plain if plain.endswith("/") else Path(plain).parent)
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        files = {p.relative_to(root).as_posix(): p for p in found if p.is_file()}
-    else:
-        raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
-    if not files:
-        raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
-    full = {name: files[name] for name in sorted(files) if files[name].stat().st_size}
-    if not full:
-        raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
-    return full
+def _text_size(*paths: Path) -> int:
+    """Bytes of the text in files; 0 = unknown."""
+    return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
 
 
 def _read_files(files: dict[str, Path]) -> Iterator[Document]:
@@ -171,12 +153,12 @@ def read_parts(path: Path) -> Iterator[str]:
     Tokens never cross from a line into the newline after it (see `tokenizers`), so parts are tokenized as the whole.
 
     Raises:
-      UserError: the file cannot be read, or is not UTF-8; names the byte.
+      UserError: the file cannot be read, or is not UTF-8; names the byte (of the text, where the file is packed).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, offset, block = "", 0, b"-"
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             while block:
                 block = file.read(BLOCK)
                 offset += len(block)
@@ -188,21 +170,16 @@ def read_parts(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         at = offset - len(error.object) + error.start
         raise UserError(f"{path}: not UTF-8 at byte {at} ({error.reason}); allowed: UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror})") from error
 
 
-def content_hash(path: Path) -> str:
-    """sha256 of a file.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+def parts_of(text: str) -> Iterator[str]:
+    """A text in parts of at most BLOCK characters, so that no long one is tokenized at once."""
+    while len(text) > BLOCK:
+        cut = text.rfind("\n", 1, BLOCK)
+        cut = cut if cut > 0 else BLOCK
+        yield text[:cut]
+        text = text[cut:]
+    yield text
 
 
 def array_hash(array: np.ndarray) -> str:
@@ -214,16 +191,3 @@ def array_hash(array: np.ndarray) -> str:
     for start in starts[::stride] if stride > 1 else starts:
         digest.update(array[start : start + step].tobytes())
     return digest.hexdigest()
-
-
-def _size(files: dict[str, Path]) -> int:
-    return sum(path.stat().st_size for path in files.values())
-
-
-def _identify(files: dict[str, Path]) -> list[list[Any]]:
-    """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
-    by_content = _size(files) <= HASH_LIMIT
-    return [
-        [name, path.stat().st_size, content_hash(path) if by_content else path.stat().st_mtime_ns]
-        for name, path in files.items()
-    ]

@@ -24,8 +24,9 @@ import numpy as np
 from jaxlm.config import Config, DataConfig, UserError
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
+from jaxlm.data.files import content_hash
 from jaxlm.data.progress import Progress, track
-from jaxlm.data.sources import Document, Source, Split, content_hash, open_source
+from jaxlm.data.sources import Document, Source, Split, open_source
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, to_bytes
 
 FORMAT = 1
@@ -123,13 +124,17 @@ def _fill(folder: Path, source: Source, config: Config, progress: bool) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with track("tokenizing", source.num_bytes, progress) as bar:
         facts = {s: _write_split(folder / f"{s}.bin", source.documents(s), tokenizer, dtype, bar) for s in SPLITS}
+    if source.skipped and progress:
+        print(
+            f"skipped: {', '.join(f'{n} {what}' for what, n in source.skipped.items() if n) or 'none'}", file=sys.stderr
+        )
     where = f"data.source={config.data.source} {config.data.path or config.data.tfds_name}".rstrip()
     check_lengths(where, facts["train"]["tokens"], facts["val"]["tokens"], config.seq_len)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     manifest = {
         "format": FORMAT, "dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "source": config.data.source,
-        "skipped": source.skipped, **facts,
+        "skipped": sum(source.skipped.values()), **facts,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     for path in folder.rglob("*"):

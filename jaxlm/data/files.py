@@ -1,0 +1,107 @@
+"""Files: which of them a path names, their bytes unpacked, and what tells them from others.
+
+`.gz`, `.bz2`, `.xz` and `.zst` are read as they are; one that is cut short is refused, not read up to there.
+"""
+
+import bz2
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from jaxlm.config import UserError
+
+HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def list_files(key: str, pattern: str) -> dict[str, Path]:
+    """{name: path} of a file, of a folder's files or of a glob's, sorted by name; empty files are left out.
+
+    A name is the path relative to the folder, or to the glob's part before its first wildcard.
+
+    Raises:
+      UserError: names `key`, when there is no such path or nothing in it.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        files = {path.name: path}
+    elif path.is_dir():
+        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    elif glob.has_magic(pattern):
+        plain = re.split(r"[*?[]", str(path))[0]
+        root = Path(plain if plain.endswith("/") else Path(plain).parent)
+        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        files = {p.relative_to(root).as_posix(): p for p in found if p.is_file()}
+    else:
+        raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
+    if not files:
+        raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
+    full = {name: files[name] for name in sorted(files) if files[name].stat().st_size}
+    if not full:
+        raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
+    return full
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where its name says that it is packed.
+
+    Raises:
+      UserError: it cannot be read, here or while it is used, or is damaged.
+    """
+    try:
+        with path.open("rb") as raw, _unpacked(path, raw) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        packed = f", or not a whole {path.suffix} file" if path.suffix in PACKED else ""
+        raise UserError(f"{path}: unreadable ({reason}){packed}") from error
+
+
+def _unpacked(path: Path, raw: BinaryIO) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".bz2":
+        return bz2.BZ2File(raw)
+    if path.suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    if path.suffix == ".zst":
+        import pyarrow  # whose reader, unlike others, notices a file that is cut short
+
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
+    return raw
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+
+
+def total_size(files: dict[str, Path]) -> int:
+    return sum(path.stat().st_size for path in files.values())
+
+
+def identify(files: dict[str, Path]) -> list[list[Any]]:
+    """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
+    by_content = total_size(files) <= HASH_LIMIT
+    return [
+        [name, path.stat().st_size, content_hash(path) if by_content else path.stat().st_mtime_ns]
+        for name, path in files.items()
+    ]

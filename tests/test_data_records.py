@@ -1,0 +1,141 @@
+"""JSON-lines, Parquet and packed files: what is read, and what is refused or skipped and counted."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxlm.config import Config, UserError
+from jaxlm.data import sources as sources_lib
+from jaxlm.data.sources import open_source
+from tests.corpora import LINES, make_config, open_corpus, text, write
+
+RECORDS = [{"id": i, "doc": {"text": f"record {i}: naïve \u2028 漢字\n\n" * 3}} for i in range(60)]
+
+
+def zst(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+
+
+def jsonl(records: list[Any]) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = make_config(tmp_path)
+    config.data.text_key, config.data.val_fraction = "doc.text", 0.1
+    return config
+
+
+def documents(config: Config, split: Any) -> list[str]:
+    return [d.text for d in open_source(config.data).documents(split)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", *(f"jsonl{p}" for p in PACK if p), "parquet"])
+def test_a_record_is_a_document(config: Config, tmp_path: Path, kind: str):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=7)
+    else:
+        path.write_bytes(PACK[kind.removeprefix("jsonl")](jsonl(RECORDS)))
+    corpus = open_corpus(config, path, source=kind.split(".")[0])
+    train, val = documents(config, "train"), documents(config, "val")
+    assert len(val) > 1 and sorted(train + val) == sorted(r["doc"]["text"] for r in RECORDS)
+    assert text(corpus, "train") == "".join(train) and text(corpus, "val") == "".join(val)
+    assert [corpus.facts[s]["documents"] for s in ("train", "val")] == [len(train), len(val)]
+    assert corpus.facts["skipped"] == 0
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_packed_text(config: Config, tmp_path: Path, monkeypatch, suffix: str):
+    monkeypatch.setattr(sources_lib, "BLOCK", 1000)
+    plain = open_corpus(config, write(tmp_path, {"a.txt": LINES + "é"}) / "a.txt")
+    path = tmp_path / f"b.txt{suffix}"
+    path.write_bytes(PACK[suffix]((LINES + "é").encode()))
+    packed = open_corpus(config, path)
+    assert packed.fingerprint == plain.fingerprint and text(packed, "train") + text(packed, "val") == LINES + "é"
+
+
+@pytest.mark.parametrize("suffix", [p for p in PACK if p])
+def test_files_cut_short_are_refused(config: Config, tmp_path: Path, suffix: str):
+    data = PACK[suffix](np.random.default_rng(0).integers(97, 123, 300_000, np.uint8).tobytes())
+    for name, content in (("half", data[: len(data) // 2]), ("end", data[:-3]), ("no", b"plain text, not packed")):
+        path = tmp_path / f"{name}.txt{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a whole \{suffix} file"):
+            open_corpus(config, path)
+    assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
+
+
+def test_validation_files(config: Config, tmp_path: Path):
+    write(
+        tmp_path, {"d/a.jsonl": jsonl(RECORDS[:30]), "d/b.jsonl": jsonl(RECORDS[30:50]), "v.jsonl": jsonl(RECORDS[50:])}
+    )
+    corpus = open_corpus(config, tmp_path / "d", source="jsonl", val_path=str(tmp_path / "v.jsonl"))
+    assert text(corpus, "train") == "".join(r["doc"]["text"] for r in RECORDS[:50])
+    assert text(corpus, "val") == "".join(r["doc"]["text"] for r in RECORDS[50:])
+    with pytest.raises(UserError, match=r"every file is in data\.val_path too"):
+        open_corpus(config, tmp_path / "d", val_path=str(tmp_path / "d"))
+
+
+BAD = {
+    b'{"doc": {"txt": "a"}}': r"a\.jsonl line 2: no 'doc\.text' \(data\.text_key\); its keys: txt",
+    b'{"doc": "a"}': r"line 2: no 'doc\.text' .*none in str",
+    b'["doc"]': r"line 2: no 'doc\.text' .*none in list",
+    b'{"doc": {"text": 5}}': r"line 2: 'doc\.text' is int; allowed: a text",
+    b'{"doc": {"text": ""}}': r"line 2: 'doc\.text' is empty",
+    b'{"doc": {"text": "a\\u0000b"}}': r"line 2: 'doc\.text' holds a NUL",
+    b'{"doc": {"text": "a"': r"line 2: no JSON \(",
+    b'{"doc": {"text": "a\xff"}}': r"line 2: not UTF-8 at byte 19",
+    b"[" * 100_000: r"line 2: no JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
+def test_bad_records_are_refused_or_skipped_and_counted(config: Config, tmp_path: Path, capsys, line: bytes):
+    lines = jsonl(RECORDS).splitlines()
+    write(tmp_path, {"a.jsonl": b"\n".join([lines[0], line, b"", *lines[1:]])})
+    with pytest.raises(UserError, match=BAD[line]):
+        open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
+    corpus = open_corpus(config, tmp_path / "a.jsonl", on_error="skip")
+    assert corpus.facts["skipped"] == 1
+    assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)
+
+
+def test_bad_parquet(config: Config, tmp_path: Path):
+    pq.write_table(
+        pa.Table.from_pylist([*RECORDS[:3], {"id": 3, "doc": {"text": None}}, *RECORDS[3:]]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet row 4: 'doc\.text' is NoneType"):
+        open_corpus(config, tmp_path / "a.parquet", source="parquet")
+    assert open_corpus(config, tmp_path / "a.parquet", on_error="skip").facts["skipped"] == 1
+    with pytest.raises(UserError, match=r"data\.text_key is 'body'; allowed with .*a\.parquet: id, doc"):
+        open_corpus(config, tmp_path / "a.parquet", text_key="body")
+    data = (tmp_path / "a.parquet").read_bytes()
+    write(tmp_path, {"b.parquet": data[:-100], "c.parquet": b"no parquet"})
+    for name in "bc":
+        with pytest.raises(UserError, match=rf"{name}\.parquet: unreadable as Parquet"):
+            open_corpus(config, tmp_path / f"{name}.parquet", text_key="doc.text")
+
+
+def test_a_long_record_is_tokenized_in_parts(config: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sources_lib, "BLOCK", 100)
+    long = "x" * 450 + "\n" + LINES[:500]
+    write(tmp_path, {"a.jsonl": jsonl([*RECORDS, {"doc": {"text": long}}])})
+    corpus = open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
+    assert long in text(corpus, "train") + text(corpus, "val")
+    assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS) + 1
