@@ -4,6 +4,7 @@ A checkpoint is three items: `params`, `ema` (where there is one) and `train` (s
 state). The place in the data needs no saving: batch N is a function of the configuration and N.
 """
 
+import logging as std_logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from jaxlm.config import CheckpointConfig
 from jaxlm.step import AXIS, STATE_AXES, Device, TrainState
 
-logging.set_verbosity(logging.ERROR)  # Orbax warns of a read-only folder, and of every item that it was not asked for
+# Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
+logging.set_verbosity(logging.FATAL)
 
 
 class CheckpointError(RuntimeError):
@@ -33,6 +35,7 @@ class Checkpointer:
     """The `checkpoints` folder of a workdir."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
+        self._saving = False
         newest = LatestN(config.keep)
         best = BestN(
             get_metric_fn=lambda m: m["eval_loss"],
@@ -66,6 +69,10 @@ class Checkpointer:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone."""
         if step == self.latest():
             return
+        if not self._saving:
+            self._saving = True
+            _hide_cut_off()
+            std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
         state = _globalize(state)
         if jax.default_backend() == "cpu":
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
@@ -121,8 +128,7 @@ class Checkpointer:
     @contextmanager
     def _damage(self, step: int) -> Iterator[None]:
         """Makes an error in reading a step a CheckpointError, without the tracebacks of reads that it cuts off."""
-        before = sys.unraisablehook
-        sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
+        before = _hide_cut_off()
         try:
             yield
         except Exception as error:  # of many kinds: every one means that this checkpoint is of no use here
@@ -136,6 +142,13 @@ class Checkpointer:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _hide_cut_off() -> Any:
+    """Keeps what an error cuts off, in Orbax's background, from writing tracebacks of its own; gives the hook before."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
+    return before
 
 
 def _abstract(tree: Any) -> Any:

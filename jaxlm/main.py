@@ -78,14 +78,16 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
 
 def _exhausted(error: BaseException | None) -> str | None:
     """What a user can do about a full disk or memory, where that is what an error, or one behind it, says."""
+    memory = None
     while error is not None:
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        short = text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
-            return f"{text}; make room and run the same command again: what was saved whole is still there"
+            return f"the disk is full: {short}; make room and run the same command again, what was saved whole is there"
         if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-            return f"out of memory: {text}; a smaller batch_size, more optim.accum_steps or model.remat=full need less"
+            memory = f"out of memory: {short}; a smaller batch_size, more optim.accum_steps or model.remat=full need less"
         error = error.__cause__ or error.__context__
-    return None
+    return memory
 
 
 if __name__ == "__main__":

@@ -42,12 +42,17 @@ def test_full_disk_and_full_memory_are_one_line(capsys: pytest.CaptureFixture[st
         except OSError as error:
             raise RuntimeError("a write in the background failed") from error
 
+    def long() -> int:  # as TensorStore says it, with paths between
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error writing {'path/' * 100}: {os.strerror(errno.ENOSPC)}")
+
     def memory() -> int:
         return int(jnp.zeros((1 << 20, 1 << 20, 1 << 10))[0, 0, 0])
 
     assert exit_code(disk) == 2
     err = capsys.readouterr().err
     assert err.startswith("jaxlm: ") and "No space left" in err and "checkpoints/7" in err and err.count("\n") == 1
+    assert exit_code(long) == 2
+    assert capsys.readouterr().err.startswith("jaxlm: the disk is full: RESOURCE_EXHAUSTED")
     assert exit_code(memory) == 2
     err = capsys.readouterr().err
     assert err.startswith("jaxlm: out of memory") and "model.remat=full" in err and err.count("\n") == 1
