@@ -49,6 +49,7 @@ def run(argv: list[str]) -> int:
     runtime.configure_jax(config, processes)
     if processes > 1:
         runtime.join(args.coordinator, args.num_processes, args.process_id)
+        stop.listen()
 
     from jaxlm import run as runs
 

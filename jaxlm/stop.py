@@ -20,6 +20,10 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = self._deferred = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Takes the signals; again after `jax.distributed.initialize`, which takes SIGTERM for itself."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
