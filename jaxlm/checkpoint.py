@@ -145,7 +145,7 @@ class Checkpointer:
 
 
 def _hide_cut_off() -> Any:
-    """Keeps what an error cuts off, in Orbax's background, from writing tracebacks of its own; gives the hook before."""
+    """Keeps what an error cuts off in Orbax's background from writing tracebacks of its own; gives the hook before."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
     return before

@@ -86,7 +86,7 @@ def _exhausted(error: BaseException | None) -> str | None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in text:
             return f"the disk is full: {short}; make room and run the same command again, what was saved whole is there"
         if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
-            memory = f"out of memory: {short}; a smaller batch_size, more optim.accum_steps or model.remat=full need less"
+            memory = f"out of memory: {short}; a smaller batch_size, more accum_steps or model.remat=full need less"
         error = error.__cause__ or error.__context__
     return memory
 
