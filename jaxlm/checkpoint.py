@@ -35,7 +35,8 @@ class Checkpointer:
     """The `checkpoints` folder of a workdir."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig, read_only: bool = False):
-        self._saving = False
+        if not read_only:
+            _hide_cut_off()
         newest = LatestN(config.keep)
         best = BestN(
             get_metric_fn=lambda m: m["eval_loss"],
@@ -69,10 +70,6 @@ class Checkpointer:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone."""
         if step == self.latest():
             return
-        if not self._saving:
-            self._saving = True
-            _hide_cut_off()
-            std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
         state = _globalize(state)
         if jax.default_backend() == "cpu":
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
@@ -146,6 +143,7 @@ class Checkpointer:
 
 def _hide_cut_off() -> Any:
     """Keeps what an error cuts off in Orbax's background from writing tracebacks of its own; gives the hook before."""
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     before = sys.unraisablehook
     sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
     return before

@@ -10,22 +10,22 @@ import time
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import data, runtime
 from jaxlm import step as steps
-from jaxlm.checkpoint import place
 from jaxlm.config import Config, UserError, validate
-from jaxlm.model import make_model
+from jaxlm.parts import begin
+from jaxlm.train import train
 
-WARM, TIMED, SHARE = 2, 8, 0.94  # steps run before the clock starts and timed; what the loop leaves to the steps
+WARM, TIMED = 4, 10  # steps before the clock starts, and steps that are timed
+SHARE = 0.94  # of the time, that is planned for: metrics, progress and checkpoints take some
 
 
 def fit(config: Config, deadline: float) -> Config:
     """The configuration with `steps` lowered to what can be trained before `deadline`, if not all of them can.
 
-    Compiles the step and runs it a few times on a state that is thrown away; the time of compiling it once more, with
-    the other number of steps in its schedule, is taken off. With several processes the first one decides.
+    Compiles the step and runs the loop for a few steps on a state that is thrown away; the time of compiling it once
+    more, with the other number of steps in its schedule, is taken off. With several processes the first one decides.
 
     Args:
       deadline: of `time.monotonic()`.
@@ -60,27 +60,18 @@ def _measure(config: Config) -> tuple[float, float]:
     """Seconds to compile the step, and seconds of one."""
     corpus = data.prepare(config)
     devices = runtime.choose_devices(config)
-    local = [d for d in devices if d.process_index == jax.process_index()]
-    model = make_model(config.model, corpus.vocab_size, config.seq_len)
-    state = place(steps.init_state(config, model, len(local)), local)
+    model, local, sharding, state = begin(config, corpus.vocab_size, devices)
     step = steps.pmap_train_step(steps.make_train_step(config, model, devices), devices)
     batches = data.train_stream(
-        corpus, config, 0, num_devices=len(local), process_index=jax.process_index(), process_count=jax.process_count()
-    )
+        corpus, dataclasses.replace(config, steps=WARM + TIMED), 0, num_devices=len(local),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    ends: list[float] = []
     try:
-        sharding = NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS))
-        batch = jax.device_put(next(batches), sharding)
+        train(
+            state, step, batches, start=0, steps=WARM + TIMED, sharding=sharding,
+            on_step=lambda done: ends.append(done.seconds), hooks=[], should_stop=lambda step: False,
+        )  # fmt: skip
     finally:
         batches.close()
-
-    def run(count: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(count):
-            state, _ = step(state, batch)
-            jax.block_until_ready(state.step)
-        return time.perf_counter() - start
-
-    compiling = run(1)
-    run(WARM)
-    return compiling, run(TIMED) / TIMED
+    return ends[0], (ends[-1] - ends[WARM - 1]) / TIMED

@@ -50,6 +50,7 @@ def run(argv: list[str]) -> int:
     if processes > 1:
         runtime.join(args.coordinator, args.num_processes, args.process_id)
         stop.listen()
+        stop.defer()  # one that leaves before the others would have them wait for it
 
     from jaxlm import run as runs
 

@@ -58,9 +58,7 @@ def build(
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
     _check_same_corpus(workdir, corpus)
-    local = [d for d in devices if d.process_index == jax.process_index()]
-    model = make_model(config.model, corpus.vocab_size, config.seq_len)
-    fresh = place(steps.init_state(config, model, len(local)), local)
+    model, local, sharding, fresh = begin(config, corpus.vocab_size, devices)
     state, start, origin = _load_state(config, workdir, fresh)
 
     def claim() -> None:
@@ -70,13 +68,22 @@ def build(
 
     _on_first(workdir, claim)
 
-    sharding = NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS))
     checkpoints = Checkpointer(workdir, config.checkpoint)
     reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
     for line in (changed and f"changed since the last run: {changed}", origin):
         if line:
             reporter.say(line)
     return Parts(config, workdir, corpus, model, devices, local, sharding, checkpoints, reporter), state, start
+
+
+def begin(
+    config: Config, vocab_size: int, devices: list[Device]
+) -> tuple[Model, list[Device], NamedSharding, steps.TrainState]:
+    """The model, this process's devices, the sharding of a batch over them, and the initial state on them."""
+    local = [d for d in devices if d.process_index == jax.process_index()]
+    model = make_model(config.model, vocab_size, config.seq_len)
+    state = place(steps.init_state(config, model, len(local)), local)
+    return model, local, NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS)), state
 
 
 def train_batches(parts: Parts, start: int) -> data.TrainStream:

@@ -33,7 +33,8 @@ class TrainState(NamedTuple):
 
 
 # Which part of the state each device has its own of: None = the same everywhere, 0 = split along the first axis.
-STATE_AXES = TrainState(step=None, params=None, opt_state=None, ema=None, sync=0)  # type: ignore[arg-type]
+_AXES: dict[str, Any] = {"step": None, "params": None, "opt_state": None, "ema": None, "sync": 0}
+STATE_AXES = TrainState(**_AXES)
 
 
 def init_state(config: Config, model: Model, num_devices: int) -> TrainState:

@@ -139,14 +139,17 @@ def check_metrics(workdir: Path) -> None:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return
-    number = 0
     try:
-        for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], 1):  # noqa: B007
-            if not isinstance(json.loads(line)["step"], int):
-                raise ValueError("its step is no whole number")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"line {number} is none of a run's" if number else f"unreadable ({error})"
-        raise UserError(f"{path}: {what}; allowed: the metrics of a run, or no file") from error
+        lines = path.read_text("utf-8").split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); allowed: the metrics of a run, or no file") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            known = isinstance(json.loads(line)["step"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            known = False
+        if not known:
+            raise UserError(f"{path}: line {number} is none of a run's; allowed: the metrics of a run, or no file")
 
 
 def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | None, lock: Lock) -> None:

@@ -23,8 +23,9 @@ def test_base_names_every_key(base: Config) -> None:
 
 
 def test_every_key_must_be_given() -> None:
-    for cls in [Config, *(f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type))]:
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    classes: list[Any] = [Config, *(f.type for f in configs.sections())]
+    for cls in classes:
+        for field in dataclasses.fields(cls):
             assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             assert field.kw_only
 

@@ -44,7 +44,8 @@ def config(**changes: Any) -> OptimConfig:
 
 
 def flat(tree: Any) -> Flat:
-    return {tuple(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}  # type: ignore[attr-defined]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(jax.tree_util.keystr((k,), simple=True) for k in path): np.asarray(x) for path, x in leaves}
 
 
 def draw(seed: int, shapes: Any = None) -> Any:

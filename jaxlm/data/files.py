@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jaxlm.config import UserError
+from jaxlm.config import DataConfig, UserError
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -76,7 +76,7 @@ def _unpacked(path: Path, raw: BinaryIO) -> Any:
     if path.suffix == ".zst":
         import pyarrow  # whose reader, unlike others, notices a file that is cut short
 
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # it knows no lines
         return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     return raw
 
@@ -94,14 +94,23 @@ def content_hash(path: Path) -> str:
         raise UserError(f"{path}: unreadable ({error.strerror})") from error
 
 
-def total_size(files: dict[str, Path]) -> int:
-    return sum(path.stat().st_size for path in files.values())
-
-
 def identify(files: dict[str, Path]) -> list[list[Any]]:
     """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
-    by_content = total_size(files) <= HASH_LIMIT
-    return [
-        [name, path.stat().st_size, content_hash(path) if by_content else path.stat().st_mtime_ns]
-        for name, path in files.items()
-    ]
+    stats = {name: path.stat() for name, path in files.items()}
+    by_content = sum(s.st_size for s in stats.values()) <= HASH_LIMIT
+    return [[n, s.st_size, content_hash(files[n]) if by_content else s.st_mtime_ns] for n, s in stats.items()]
+
+
+def train_and_val(data: DataConfig) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The files of `data.path`, less those of `data.val_path`, and the latter: none where it is empty.
+
+    Raises:
+      UserError: there are none.
+    """
+    train = list_files("data.path", data.path)
+    val = list_files("data.val_path", data.val_path) if data.val_path else {}
+    inside = {path.resolve() for path in val.values()}
+    train = {name: path for name, path in train.items() if path.resolve() not in inside}
+    if not train:
+        raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+    return train, val

@@ -8,14 +8,14 @@ import codecs
 import dataclasses
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import HASH_LIMIT, PACKED, identify, list_files, opened
+from jaxlm.data.files import HASH_LIMIT, PACKED, identify, opened, train_and_val
 
 Split = Literal["train", "val"]
 
@@ -36,7 +36,7 @@ class Source:
     documents: Callable[[Split], Iterator[Document]]
     num_bytes: int  # of all documents; 0 = unknown
     # Files of the standard library, or records of each split as it was last read, that are no good.
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def open_source(data: DataConfig) -> Source:
@@ -84,13 +84,8 @@ def _stdlib(data: DataConfig) -> Source:
 
 
 def _text(data: DataConfig) -> Source:
-    files = list_files("data.path", data.path)
-    if data.val_path:
-        val = list_files("data.val_path", data.val_path)
-        inside = {path.resolve() for path in val.values()}
-        files = {name: path for name, path in files.items() if path.resolve() not in inside}
-        if not files:
-            raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+    files, val = train_and_val(data)
+    if val:
         by_split = {"train": files, "val": val}
         key = {"source": "text", "train": identify(files), "val": identify(val)}
         return Source(key, lambda split: _read_files(by_split[split]), _text_size(*files.values(), *val.values()))
@@ -100,7 +95,7 @@ def _text(data: DataConfig) -> Source:
 
 
 def _by_name(
-    files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: dict[str, int] | None = None
+    files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: Mapping[str, int] | None = None
 ) -> Source:
     """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
     held = {name for name in files if held_out(name, val_fraction)}

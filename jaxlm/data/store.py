@@ -124,17 +124,16 @@ def _fill(folder: Path, source: Source, config: Config, progress: bool) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     with track("tokenizing", source.num_bytes, progress) as bar:
         facts = {s: _write_split(folder / f"{s}.bin", source.documents(s), tokenizer, dtype, bar) for s in SPLITS}
-    if source.skipped and progress:
-        print(
-            f"skipped: {', '.join(f'{n} {what}' for what, n in source.skipped.items() if n) or 'none'}", file=sys.stderr
-        )
+    skipped = sum(source.skipped.values())
+    if skipped and progress:
+        print(f"skipped {skipped} files or records that are no good", file=sys.stderr)
     where = f"data.source={config.data.source} {config.data.path or config.data.tfds_name}".rstrip()
     check_lengths(where, facts["train"]["tokens"], facts["val"]["tokens"], config.seq_len)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     manifest = {
         "format": FORMAT, "dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "source": config.data.source,
-        "skipped": sum(source.skipped.values()), **facts,
+        "skipped": skipped, **facts,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     for path in folder.rglob("*"):
