@@ -1,4 +1,4 @@
-"""Eight simulated devices, a token-store cache of the test session's own, and runs that several files look at."""
+"""Eight simulated devices, caches of the test session's own, and runs that several files look at."""
 
 import gc
 import os
@@ -16,6 +16,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    # What one test compiled another loads. In this process alone: on some machines XLA prints about each program it
+    # loads, and what other processes print is looked at.
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
