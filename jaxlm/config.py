@@ -84,8 +84,9 @@ class DataConfig:
     split: str  # tfds
     val_split: str  # tfds; "" = a part of `split`
     val_fraction: float  # held out where no validation data is named
-    tokenizer: Literal["sentencepiece", "bytes", "chars"]
-    tokenizer_path: str  # a sentencepiece .model or the tokenizer folder of a run; "" = made of the corpus
+    tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]
+    tokenizer_path: str  # a sentencepiece .model, a run's tokenizer folder, hf: tokenizer.json; "" = made of the corpus
+    sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
     vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
     cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
     packing: Literal["concat"]  # documents run on, one after the other
@@ -269,6 +270,9 @@ def validate(c: Config) -> Config:
         require(
             0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named"
         )
+    if d.tokenizer == "hf":
+        require(bool(d.tokenizer_path), "data.tokenizer_path",
+                "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it")  # fmt: skip
     if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or d.source in ("tokens", "synthetic"):
         floor = 2 if d.source in ("tokens", "synthetic") else 300  # 256 bytes, special and some learned pieces
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")

@@ -1,0 +1,168 @@
+"""sentencepiece: models that are trained on the corpus, without loss, and models made elsewhere."""
+
+import io
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.config import UserError
+from jaxlm.data.tokenizer_base import UNKNOWN, Tokenizer, code_points, to_bytes, write_spec
+
+SAMPLE_CHARACTERS = 20_000_000  # of the training text, to train sentencepiece on
+
+# Newlines lead: a sentence is a line with the newlines before it, so "\n        return" may become one piece, and
+# no piece has a newline after anything else. Text can therefore be cut before newlines without changing its ids.
+SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
+CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
+LINE = re.compile(r"\n*[^\n]+|\n+")
+MAX_LINE = 1000  # characters; longer ones are cut, for the time it takes grows faster than the length
+# sentencepiece writes a space as U+2581, and takes no surrogates: these characters go as bytes.
+AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
+SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
+
+
+def _library() -> Any:
+    """sentencepiece, whose functions are made at run time, where no type checker sees them."""
+    import sentencepiece
+
+    return sentencepiece
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model; lossless where `train_sentencepiece` made it."""
+
+    def __init__(self, model: bytes, lossless: bool, name: str):
+        """`name` is what errors call the model.
+
+        Raises:
+          UserError: it is no sentencepiece model, or has no bos.
+        """
+        try:
+            self._processor = _library().SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{name}: not a sentencepiece model") from error
+        sp = self._processor
+        if sp.bos_id() < 0:
+            raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
+        super().__init__([_piece_bytes(sp, i) for i in range(sp.vocab_size())], sp.bos_id())
+        self._model = model
+        self._lossless = lossless
+        self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
+        self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
+        # Models made elsewhere mostly put a space before the text; it is no part of it.
+        self._adds_space = not lossless and self.pieces[sp.encode("a")[0]].startswith(b" ")
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        if not self._lossless:  # may normalize and add a space, so whole texts only
+            texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
+            encoded = self._processor.encode(texts, num_threads=self.num_threads)
+            return [np.array(ids, np.int32) for ids in encoded]
+        lines: list[str] = []
+        ends = [0]
+        ids: dict[str, list[int]] = {}
+        for text in texts:
+            if self._as_bytes is AS_BYTES and text.isascii():
+                lines += _lines(text)
+            else:
+                for i, part in enumerate(self._as_bytes.split(text)):
+                    if i % 2:
+                        ids[part] = [self._byte_ids[b] for b in to_bytes(part)]
+                        lines.append(part)
+                    else:
+                        lines += _lines(part)
+            ends.append(len(lines))
+        # A third of the lines of code are there twice ("\n        else:"), so each is given to the library once.
+        new = [line for line in dict.fromkeys(lines) if line not in ids]
+        ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
+        return [
+            np.fromiter(itertools.chain.from_iterable(map(ids.__getitem__, lines[a:b])), np.int32)
+            for a, b in itertools.pairwise(ends)
+        ]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def save(self, folder: Path) -> None:
+        (folder / "sentencepiece.model").write_bytes(self._model)
+        write_spec(folder, {"kind": "sentencepiece", "lossless": self._lossless})
+
+
+def _lines(text: str) -> list[str]:
+    """The text cut where that changes no ids, and where lines are too long."""
+    lines = LINE.findall(text)
+    if max(map(len, lines), default=0) <= MAX_LINE:
+        return lines
+    return [line[i : i + MAX_LINE] for line in lines for i in range(0, len(line), MAX_LINE)]
+
+
+def _piece_bytes(sp: Any, i: int) -> bytes:
+    if sp.is_control(i) or sp.is_unused(i):
+        return b""
+    if sp.is_unknown(i):
+        return UNKNOWN
+    piece = sp.id_to_piece(i)
+    return bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else to_bytes(piece.replace("\u2581", " "))
+
+
+def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
+    """Every k-th of the chunks, with k the smallest power of two that keeps them to `limit` characters."""
+    kept: list[str] = []
+    size, k = 0, 1
+    for i, chunk in enumerate(chunks):
+        if i % k == 0:
+            kept.append(chunk)
+            size += len(chunk)
+        while size > limit and len(kept) > 1:
+            kept, k = kept[::2], 2 * k
+            size = sum(map(len, kept))
+    return kept
+
+
+def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
+    """A lossless model with at most `vocab_size` pieces; the same bytes on every machine.
+
+    Pieces may hold several words ("self." or "\\n        return"): on Python source with 2048 pieces that gives 3.23
+    bytes a token with BPE, where splitting at spaces gives 2.90.
+
+    Raises:
+      UserError: the text does not do for a model of that size.
+    """
+    sentencepiece = _library()
+
+    def train(texts: Iterable[str], coverage: float) -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(s for text in texts for s in SENTENCE.findall(AS_BYTES.sub("\n", text))),
+            model_writer=model, model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False,
+            character_coverage=coverage, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            split_by_whitespace=False, split_by_unicode_script=False, allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=32, bos_id=0, unk_id=1, eos_id=-1, pad_id=-1,
+            num_threads=1, minloglevel=2)  # fmt: skip  # more threads give other pieces
+        return model.getvalue()
+
+    try:
+        try:
+            return train(texts, coverage=0.9995)  # the rarest characters are left to byte pieces
+        except RuntimeError as error:
+            if "required_chars" not in str(error):
+                raise
+            return train(_without_rare_characters(texts, (vocab_size - 258) // 2), coverage=1.0)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.vocab_size is {vocab_size}: no sentencepiece model of this text ({reason})") from error
+
+
+def _without_rare_characters(texts: list[str], keep: int) -> Iterator[str]:
+    """The texts with all but the `keep` most frequent characters replaced by newlines."""
+    counts = np.zeros(0x110000, np.int64)
+    for text in texts:
+        np.add.at(counts, code_points(text), 1)
+    rare = set(np.flatnonzero(counts)) - set(np.argsort(-counts, kind="stable")[: max(keep, 0)])
+    table = dict.fromkeys(map(int, rare), "\n")
+    return (text.translate(table) for text in texts)

@@ -1,0 +1,106 @@
+"""What a tokenizer is, and the two that need no library.
+
+Every id stands for a fixed string of UTF-8 bytes (its piece), so decoding is a join, and the bytes of a text are
+counted exactly from its ids. Lone surrogates, which UTF-8 proper has no bytes for, get three ("surrogatepass").
+"""
+
+import abc
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.config import UserError
+
+SPEC = "jaxlm_tokenizer.json"  # in a saved folder: {"kind": ..., and what that kind needs}
+UNKNOWN = "\ufffd".encode()
+
+
+def to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32 [len(text)]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+class Tokenizer(abc.ABC):
+    """Ids 0 … vocab_size - 1, of which `bos_id` opens a document and stands for no text."""
+
+    num_threads: int  # that `encode` may use
+
+    def __init__(self, pieces: list[bytes], bos_id: int):
+        self.pieces = pieces
+        self.bos_id = bos_id
+        self.num_threads = os.cpu_count() or 1
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @abc.abstractmethod
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """int32 ids [n] of each text, without bos."""
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text that ids [n] stand for; bytes that are no UTF-8, as a model may sample, become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        data = b"".join([self.pieces[i] for i in ids])
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
+
+    def bytes_per_token(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes of the text each id stands for; they add up to those of an encoded text."""
+        return np.array([len(piece) for piece in self.pieces], np.int32)
+
+    @abc.abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what `load_tokenizer` needs into a folder that exists."""
+
+
+class ByteTokenizer(Tokenizer):
+    """A token for each byte of UTF-8."""
+
+    def __init__(self) -> None:
+        super().__init__([*(bytes([i]) for i in range(256)), b""], bos_id=256)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(to_bytes(text), np.uint8).astype(np.int32) for text in texts]
+
+    def save(self, folder: Path) -> None:
+        write_spec(folder, {"kind": "bytes"})
+
+
+class CharTokenizer(Tokenizer):
+    """A token for each character of an alphabet."""
+
+    def __init__(self, alphabet: list[str]):
+        self.alphabet = sorted(alphabet)
+        super().__init__([*map(to_bytes, self.alphabet), b""], bos_id=len(alphabet))
+        self._ids = np.full(0x110000, -1, np.int32)  # by code point
+        self._ids[[ord(c) for c in self.alphabet]] = np.arange(len(alphabet))
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Raises UserError where a character is not in the alphabet."""
+        encoded = []
+        for text in texts:
+            ids = self._ids[code_points(text)]
+            if ids.size and ids.min() < 0:
+                c = text[int(np.argmin(ids))]
+                raise UserError(f"character {c!r} (U+{ord(c):04X}) is unknown to the tokenizer; "
+                                f"allowed: its {len(self.alphabet)} characters (data.tokenizer=chars)")  # fmt: skip
+            encoded.append(ids)
+        return encoded
+
+    def save(self, folder: Path) -> None:
+        write_spec(folder, {"kind": "chars", "alphabet": self.alphabet})
+
+
+def write_spec(folder: Path, spec: dict[str, Any]) -> None:
+    (folder / SPEC).write_text(json.dumps(spec), "utf-8")  # ASCII: surrogates are escaped
