@@ -198,6 +198,10 @@ def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save(Path(saved))
         names = os.listdir(saved)
+        renamed = folder / "jaxlm_tokenizer.json"
+        if renamed.name in names and not renamed.exists() and "tokenizer.json" not in names:
+            (Path(saved) / renamed.name).rename(Path(saved) / "tokenizer.json")  # as older versions called it
+            names = os.listdir(saved)
         return filecmp.cmpfiles(saved, folder, names, shallow=False)[0] == names
 
 

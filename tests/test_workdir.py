@@ -98,7 +98,7 @@ def test_tokenizer_of_a_start_that_was_killed_is_replaced(text: dict[str, Any], 
 @pytest.mark.parametrize("content", ['{"kind": "chars", "alphabet": ["a"]}', "[1,"])
 def test_another_tokenizer_in_a_workdir_is_noticed(content: str, text: dict[str, Any], tmp_path: Path):
     assert run(tmp_path / "run", **text, **{"data.tokenizer": "bytes"}) == 0
-    (tmp_path / "run/tokenizer/tokenizer.json").write_text(content)
+    (tmp_path / "run/tokenizer/jaxlm_tokenizer.json").write_text(content)
     assert "tokenizer" in refusal(tmp_path / "run", **text | {"data.tokenizer": "bytes", "steps": 2})
 
 

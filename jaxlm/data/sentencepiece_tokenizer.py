@@ -133,6 +133,11 @@ def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", 
       UserError: the text does not do for a model of that size.
     """
     sentencepiece = _library()
+    # Another number of threads gives other unigram pieces, so it is the same whatever the machine has. By default
+    # unigram begins with a million pieces: with 25 for each that stays, 2 MB of code train in 12 s instead of 21.
+    pinned = {"num_threads": 1}
+    if kind == "unigram":
+        pinned = {"num_threads": 16, "seed_sentencepiece_size": min(25 * vocab_size, 1_000_000)}
 
     def train(texts: Iterable[str], coverage: float) -> bytes:
         model = io.BytesIO()
@@ -143,7 +148,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", 
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             split_by_whitespace=False, split_by_unicode_script=False, allow_whitespace_only_pieces=True,
             max_sentencepiece_length=32, bos_id=0, unk_id=1, eos_id=-1, pad_id=-1,
-            num_threads=1, minloglevel=2)  # fmt: skip  # more threads give other pieces
+            minloglevel=2, **pinned)  # fmt: skip
         return model.getvalue()
 
     try:

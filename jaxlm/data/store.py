@@ -76,12 +76,15 @@ def _key(data: DataConfig, source: Source) -> dict[str, Any]:
     tokenizer: dict[str, Any] = {"kind": data.tokenizer}
     if data.tokenizer_path:
         path = Path(data.tokenizer_path).expanduser()
+        if data.tokenizer == "hf" and path.is_dir():
+            path /= "tokenizer.json"  # beside which may be the weights of a model
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         tokenizer["files"] = [content_hash(file) for file in files if not file.is_dir()]
     elif data.tokenizer == "sentencepiece":
-        tokenizer["vocab_size"] = data.vocab_size
-    if data.tokenizer == "sentencepiece":
-        tokenizer["version"] = importlib.metadata.version("sentencepiece")
+        tokenizer |= {"model": data.sentencepiece, "vocab_size": data.vocab_size}
+    library = {"sentencepiece": "sentencepiece", "hf": "tokenizers"}.get(data.tokenizer)
+    if library:
+        tokenizer["version"] = importlib.metadata.version(library)
     return {"format": FORMAT, "source": source.key, "tokenizer": tokenizer}
 
 

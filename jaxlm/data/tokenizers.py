@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlm.config import DataConfig, UserError
+from jaxlm.config import DataConfig, UserError, show
+from jaxlm.data.hf_tokenizer import FILE as HF_FILE
+from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import (
     CHUNK,
     SAMPLE_CHARACTERS,
@@ -31,7 +33,12 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
       UserError: the model cannot be loaded, or the corpus is no good to train one.
     """
     if data.tokenizer_path:
-        return load_tokenizer(data.tokenizer_path)
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        if isinstance(tokenizer, HfTokenizer) != (data.tokenizer == "hf"):
+            allowed = "one of Hugging Face" if data.tokenizer == "hf" else "none of Hugging Face, or data.tokenizer=hf"
+            raise UserError(f"data.tokenizer_path is {data.tokenizer_path!r}, a {type(tokenizer).__name__}; "
+                            f"allowed with data.tokenizer={data.tokenizer}: {allowed}")  # fmt: skip
+        return tokenizer
     if data.tokenizer == "bytes":
         return ByteTokenizer()
     if data.tokenizer == "chars":
@@ -45,29 +52,63 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a folder that `save` wrote, or a sentencepiece model file.
+    """The tokenizer in a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, a sentencepiece model.
 
     Raises:
       UserError: there is none, or it is unusable.
     """
     path = Path(path).expanduser()
-    if path.name == "sentencepiece.model" and (path.parent / "tokenizer.json").is_file():
+    if path.name in (*OWN, "sentencepiece.model") and _own_spec(path.parent):
         path = path.parent
-    if path.is_file():
-        return SentencePieceTokenizer(path.read_bytes(), lossless=False, name=str(path))
     try:
-        spec = json.loads((path / "tokenizer.json").read_text("utf-8"))
-        if spec["kind"] == "bytes":
-            return ByteTokenizer()
-        if spec["kind"] == "chars":
-            return CharTokenizer(spec["alphabet"])
-        if spec["kind"] == "sentencepiece":
-            model = path / "sentencepiece.model"
-            return SentencePieceTokenizer(model.read_bytes(), spec["lossless"], str(model))
+        if path.is_file():
+            content = path.read_bytes()
+            if path.suffix == ".json":
+                return HfTokenizer(content, str(path))
+            return SentencePieceTokenizer(content, lossless=False, name=str(path))
+        return _load_folder(path)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; allowed: a tokenizer folder or a .model file") from None
-    except UserError:
+        raise UserError(f"{error.filename}: no such file; allowed: a tokenizer folder, a Hugging Face "
+                        "tokenizer.json or a sentencepiece .model file") from None  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    file = _own_spec(folder)
+    if file is None:
+        return HfTokenizer((folder / HF_FILE).read_bytes(), str(folder / HF_FILE))
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+        kind = spec["kind"]
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "chars":
+            return CharTokenizer(spec["alphabet"])
+        if kind == "hf":
+            return HfTokenizer((folder / HF_FILE).read_bytes(), str(folder / HF_FILE))
+        if kind == "sentencepiece":
+            model = folder / "sentencepiece.model"
+            return SentencePieceTokenizer(model.read_bytes(), spec["lossless"], str(model))
+    except (UserError, OSError):
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'tokenizer.json'}: unreadable ({error})") from error
-    raise UserError(f"{path / 'tokenizer.json'}: kind is {spec['kind']!r}; allowed: bytes, chars, sentencepiece")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: unreadable ({error}); allowed: as jaxlm wrote it") from error
+    raise UserError(f"{file}: kind is {show(kind)}; allowed: bytes, chars, hf, sentencepiece")
+
+
+OWN = (
+    SPEC,
+    HF_FILE,
+)  # a saved folder's description was called tokenizer.json, before Hugging Face's could be beside it
+
+
+def _own_spec(folder: Path) -> Path | None:
+    """The file in a folder that says what `save` put there; None where that was not jaxlm's."""
+    if (folder / SPEC).is_file():
+        return folder / SPEC
+    try:
+        spec = json.loads((folder / HF_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return folder / HF_FILE if isinstance(spec, dict) and "kind" in spec else None
