@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from configs.base import get_config
 from jaxlm.config import UserError, validate
@@ -67,7 +68,7 @@ def test_chars_round_trip(text: str):
 @example("a\u2581 \u2581\u2581b")
 @example("\ud83d\ude00\0\r\n\t")
 @example("\n" * 2500 + "x")
-@example("x" * 2500)
+@example("x" * 2001)
 @settings(deadline=None)
 def test_sentencepiece_round_trip(sentencepiece: SentencePieceTokenizer, text: str):
     check(sentencepiece, text)
@@ -151,6 +152,9 @@ def test_sentencepiece_training_repeats(sentencepiece: SentencePieceTokenizer):
 
 def test_unigram_training_repeats_with_as_many_threads_everywhere(unigram: SentencePieceTokenizer):
     assert train_sentencepiece([CODE[:30_000]], 500, "unigram") == unigram._model
+    model = ModelProto()
+    model.ParseFromString(unigram._model)
+    assert model.trainer_spec.num_threads == 16
 
 
 def test_the_kind_of_model_is_that_of_the_configuration(tmp_path: Path):
@@ -362,7 +366,9 @@ def test_hf_ids_are_those_of_the_library(hf: dict[str, HfTokenizer], hf_specs: d
     assert len(CODE) / len(hf[kind].encode([CODE])[0]) > 1.2
 
 
-def test_hf_special_tokens_in_a_text_are_text(hf: dict[str, HfTokenizer]):
+def test_hf_special_tokens_in_a_text_are_text(hf: dict[str, HfTokenizer], monkeypatch: pytest.MonkeyPatch):
+    """At once: cutting their names is for models whose vocabulary has them, and cuts words too."""
+    monkeypatch.delattr(HfTokenizer, "_encode_names")
     (ids,) = hf["byte-level"].encode(["<|endoftext|>"])
     assert len(ids) > 1 and hf["byte-level"].bos_id not in ids
     assert hf["byte-level"].decode([hf["byte-level"].bos_id]) == ""
