@@ -63,7 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
             return [np.array(ids, np.int32) for ids in encoded]
         lines: list[str] = []
         ends = [0]
-        ids: dict[str, list[int]] = {}
+        ids: dict[str, list[int]] = {}  # of a line, or of characters that go as bytes
         for text in texts:
             if self._as_bytes is AS_BYTES and text.isascii():
                 lines += _lines(text)
@@ -75,13 +75,16 @@ class SentencePieceTokenizer(Tokenizer):
                     else:
                         lines += _lines(part)
             ends.append(len(lines))
-        # A third of the lines of code are there twice ("\n        else:"), so each is given to the library once.
-        new = [line for line in dict.fromkeys(lines) if line not in ids]
-        ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
-        return [
-            np.fromiter(itertools.chain.from_iterable(map(ids.__getitem__, lines[a:b])), np.int32)
-            for a, b in itertools.pairwise(ends)
-        ]
+        # A third of the lines of code are there twice ("\n        else:"): those are given to the library once.
+        new = dict.fromkeys(lines)
+        if ids or len(new) < 0.8 * len(lines):
+            new = [line for line in new if line not in ids]
+            ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
+            encoded = list(map(ids.__getitem__, lines))
+        else:  # where few are, as in prose, finding them costs more than it saves
+            encoded = self._processor.encode(lines, num_threads=self.num_threads)
+        spans = itertools.pairwise(ends)
+        return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text = super().decode(ids)
