@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ def test_sharded_updates_slot_in(monkeypatch: pytest.MonkeyPatch, name: str):
     assert any(x.size % DEVICES for x in jax.tree.leaves(want.params))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want.params)
     monkeypatch.setattr(steps, "make_sync", lambda parallel, axis: sharded(params))
-    monkeypatch.setattr(steps, "STATE_AXES", steps.STATE_AXES._replace(opt_state=0))  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "STATE_AXES", cast(Any, steps.STATE_AXES)._replace(opt_state=0))
 
     def own_optimizer_state(state: steps.TrainState) -> steps.TrainState:
         optimizer = make_optimizer(config.optim, config.steps)
