@@ -69,7 +69,12 @@ def get_config() -> Config:
             source="stdlib",  # the source of the running Python's standard library
             path="",
             val_path="",
+            mixture="",
             text_key="text",
+            prompt_key="",
+            response_key="",
+            messages_key="",
+            chat_template="<|{role}|>\n{content}\n",
             on_error="stop",
             tfds_name="",
             split="train",

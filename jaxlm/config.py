@@ -78,8 +78,13 @@ class DataConfig:
     source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]
     path: str  # text, jsonl, parquet: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
     val_path: str  # held-out data of files and `tokens`; "" = a part of `path`
+    mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
     text_key: str  # jsonl, parquet, tfds: where a record has its text; in jsonl and parquet dots lead into objects
-    on_error: Literal["stop", "skip"]  # jsonl, parquet: at a record that is no good; those skipped are counted
+    prompt_key: str  # jsonl, parquet: with response_key, a text that is read and not learned; "" = none
+    response_key: str  # jsonl, parquet: a text that is learned; instead of text_key
+    messages_key: str  # jsonl, parquet: a list of {role, content}, the assistant's learned; instead of text_key
+    chat_template: str  # how a message is written, with {role} and {content}; "" with prompts = texts as they are
+    on_error: Literal["stop", "skip"]  # text, jsonl, parquet: at a file or record that is no good; skipped are counted
     tfds_name: str  # tfds: builder, `name[/config][:version]`
     split: str  # tfds
     val_split: str  # tfds; "" = a part of `split`
@@ -89,7 +94,7 @@ class DataConfig:
     sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
     vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
     cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
-    packing: Literal["concat"]  # documents run on, one after the other
+    packing: Literal["concat", "document"]  # documents run on, or: whole ones side by side, each seeing itself alone
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -148,6 +153,7 @@ CHANGEABLE = (
 
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
+MIXED_SOURCES = ("stdlib", *FILE_SOURCES, "tfds", "tokens")
 POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
     "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
@@ -259,9 +265,16 @@ def validate(c: Config) -> Config:
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
+    if d.mixture:
+        mixture(d)
     if d.source in ("jsonl", "parquet"):
-        require(bool(d.text_key), "data.text_key", "the key of a record's text")
-    if d.source in (*FILE_SOURCES, "tokens"):
+        require(bool(d.text_key or d.response_key or d.messages_key), "data.text_key", "the key of a record's text")
+    if d.prompt_key or d.response_key:
+        require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
+        require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
+    if d.messages_key or d.chat_template:
+        require(d.chat_template.count("{content}") == 1, "data.chat_template", "a text with {content} once")
+    if d.source in (*FILE_SOURCES, "tokens") and not d.mixture:
         require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
     if d.source == "tfds":
         require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
@@ -278,6 +291,29 @@ def validate(c: Config) -> Config:
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
     require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
     return c
+
+
+def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
+    """The weight of each source of `data.mixture`, and `data` with that source.
+
+    Raises:
+      UserError: names the part of it that is wrong.
+    """
+    found = []
+    for part in data.mixture.split(";"):
+        weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
+        allowed = "WEIGHT SOURCE [PATH]; ... with weights of more than 0 and sources " + ", ".join(MIXED_SOURCES)
+        needs_path = source != "stdlib"
+        number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight)
+        if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or source not in MIXED_SOURCES:
+            raise UserError(f"data.mixture has {show(part.strip())}; allowed: {allowed}")
+        if bool(path) != needs_path:
+            what = "a path (tfds: a name) after it" if needs_path else "no path after it"
+            raise UserError(f"data.mixture has {show(part.strip())}; allowed with {source}: {what}")
+        keys: dict[str, Any] = {"tfds_name" if source == "tfds" else "path": path} if path else {}
+        own = dataclasses.replace(data, mixture="", source=source, val_path="", **keys)
+        found.append((float(weight), own))
+    return found
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:

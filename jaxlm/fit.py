@@ -63,7 +63,7 @@ def _measure(config: Config) -> tuple[float, float]:
     model, local, sharding, state = begin(config, corpus.vocab_size, devices)
     step = steps.pmap_train_step(steps.make_train_step(config, model, devices), devices)
     batches = data.train_stream(
-        corpus, dataclasses.replace(config, steps=WARM + TIMED), 0, num_devices=len(local),
+        data.TrainOrder(corpus, config), dataclasses.replace(config, steps=WARM + TIMED), 0, num_devices=len(local),
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     ends: list[float] = []

@@ -58,6 +58,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
             m = {"step": done.step, **{k: float(v) for k, v in done.metrics.items()}}
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds,
                   "mfu": rate * flops / (peak * len(parts.devices)) if peak else None}  # fmt: skip
+            m |= _consumed(parts, done.step)
             write(m)
             parts.reporter.train(m)
         elif done.step != start + 1:  # the first step is when all is compiled: no measure of the others
@@ -65,6 +66,14 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
         last_step, last_seconds = done.step, done.seconds
 
     return on_step
+
+
+def _consumed(parts: Parts, step: int) -> dict[str, float]:
+    """Epochs of the training data; of a mixture those of each source, and its tokens."""
+    sources = parts.order.consumed(step)
+    if not parts.corpus.shares:
+        return {"epochs": sources[0].epochs}
+    return {f"epochs/{s.name}": s.epochs for s in sources} | {f"tokens/{s.name}": s.tokens for s in sources}
 
 
 def make_evaluation(parts: Parts, write: metrics.Writer) -> Callable[[int, steps.TrainState], dict[str, Any]]:

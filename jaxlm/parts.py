@@ -28,6 +28,7 @@ class Parts(NamedTuple):
     config: Config
     workdir: Path
     corpus: data.Corpus
+    order: data.TrainOrder
     model: Model
     devices: list[Device]  # of all processes
     local: list[Device]  # of this one
@@ -53,6 +54,7 @@ def build(
         raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
     corpus = data.prepare(config, progress=not quiet)
     _check_prompt(config, corpus)
+    order = data.TrainOrder(corpus, config)
     devices = runtime.choose_devices(config)
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
@@ -73,7 +75,7 @@ def build(
     for line in (changed and f"changed since the last run: {changed}", origin):
         if line:
             reporter.say(line)
-    return Parts(config, workdir, corpus, model, devices, local, sharding, checkpoints, reporter), state, start
+    return Parts(config, workdir, corpus, order, model, devices, local, sharding, checkpoints, reporter), state, start
 
 
 def begin(
@@ -89,7 +91,7 @@ def begin(
 def train_batches(parts: Parts, start: int) -> data.TrainStream:
     """The batches that this process trains on, from the one after `start` updates."""
     return data.train_stream(
-        parts.corpus, parts.config, start, num_devices=len(parts.local),
+        parts.order, parts.config, start, num_devices=len(parts.local),
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 

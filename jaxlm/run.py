@@ -128,7 +128,11 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         known = [k for k in ("documents", "bytes", "tokens") if k in facts[split]]
         return f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in known)
 
-    say(f"{c.data.source} · {size('train')} · {size('val')}")
+    say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
+    for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
+        say(
+            f"  {share.weight:.3g} {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all steps"
+        )
     if start:
         say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
 

@@ -28,7 +28,7 @@ def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):
     cut = int(len(content) * 0.9)
     assert text(corpus, "train") == content[:cut]
     assert text(corpus, "val") == content[cut:]
-    assert corpus.facts["train"]["documents"] == 1 and corpus.train[0] == 256
+    assert corpus.facts["train"]["documents"] == 1 and np.asarray(corpus.train)[0] == 256
 
 
 @pytest.mark.parametrize("block", [100, 1000, 3000])

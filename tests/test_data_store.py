@@ -1,7 +1,8 @@
 """The token store: made once, whole or not at all, and checked when it is opened."""
 
-import hashlib
+import gzip
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,12 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxlm.config import Config, UserError
+from jaxlm.data import build as build_lib
 from jaxlm.data import compression_baselines, open_store, prepare
+from jaxlm.data import files as files_lib
 from jaxlm.data import store as store_lib
 from jaxlm.data.sources import open_source
 from tests.corpora import LINES, make_config, open_corpus, text, write
@@ -37,11 +41,12 @@ def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
         expected = "".join(d.text for d in open_source(config.data).documents(split))
         assert text(corpus, split) == expected
         facts, tokens = corpus.facts[split], getattr(corpus, split)
-        assert facts["bytes"] == len(expected.encode()) == corpus.bytes_per_token[tokens].sum()
-        assert facts["tokens"] == len(tokens)
-        assert facts["documents"] == (tokens == corpus.tokenizer.bos_id).sum()
-        assert facts["sha256"] == hashlib.sha256((corpus.folder / f"{split}.bin").read_bytes()).hexdigest()
-    assert corpus.train.dtype == np.dtype("<u2") and isinstance(corpus.train, np.memmap)
+        ids = np.asarray(tokens)
+        assert facts["bytes"] == len(expected.encode()) == corpus.bytes_per_token[ids].sum()
+        assert facts["tokens"] == len(tokens) == len(ids)
+        assert facts["documents"] == len(tokens.starts)
+        np.testing.assert_array_equal(np.flatnonzero(ids == corpus.tokenizer.bos_id), tokens.starts)
+    assert corpus.train.dtype == np.dtype("<u2") and isinstance(corpus.train.shards[0].base, np.memmap)
     assert corpus.vocab_size == corpus.tokenizer.vocab_size == len(corpus.bytes_per_token)
 
 
@@ -54,7 +59,7 @@ def test_store_is_made_once_and_the_same_everywhere(config: Config, tmp_path: Pa
     assert first.fingerprint == other.fingerprint
     for path in (p for p in first.folder.rglob("*") if p.is_file()):
         assert path.read_bytes() == (other.folder / path.relative_to(first.folder)).read_bytes(), path.name
-    monkeypatch.setattr(store_lib, "_build", lambda *a: pytest.fail("built again"))
+    monkeypatch.setattr(store_lib, "make_shards", lambda *a: pytest.fail("built again"))
     assert prepare(config, progress=False).fingerprint == first.fingerprint
 
 
@@ -87,10 +92,9 @@ import time
 c = get_config()
 c.seq_len, c.data.source, c.data.tokenizer, c.data.path, c.data.cache_dir = 16, "text", "bytes", {path!r}, {cache!r}
 read = sources.read_parts
-def slow(path):
-    print("reading", flush=True)
+def slow(*part):
     time.sleep({sleep})
-    yield from read(path)
+    yield from read(*part)
 sources.read_parts = slow
 print(prepare(c).fingerprint)
 """
@@ -117,25 +121,102 @@ def test_killed_half_way_leaves_no_store(config: Config, tmp_path: Path):
     path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
     process = start(config, path, sleep=2)
     cache, deadline = Path(config.data.cache_dir), time.monotonic() + 30
-    while not list(cache.glob("*.tmp/train.bin")) and time.monotonic() < deadline:
+    while not list(cache.glob("*.building/train/00000.bin")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert list(cache.glob("*.tmp/train.bin")), "killed too early or too late to mean something"
-    assert not [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".tmp"]
+    assert list(cache.glob("*.building/train/00000.bin")), "killed too early or too late to mean something"
+    assert not [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".building"]
     corpus = open_corpus(config, path)
     assert text(corpus, "train") + text(corpus, "val") == LINES
-    assert not list(cache.glob("*.tmp"))
+    assert not list(cache.glob("*.building"))
 
 
 def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_lib, "_write_split", full)
+    monkeypatch.setattr(build_lib.os, "fsync", full)
     with pytest.raises(UserError, match=r"data\.cache_dir .*No space left"):
         open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt")
     assert [p.suffix for p in Path(config.data.cache_dir).iterdir()] == [".lock"]
+
+
+def shards_of(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of several units: small documents, one that is cut, and a packed one."""
+    monkeypatch.setattr(files_lib, "UNIT_BYTES", 20_000)
+    files: dict[str, str | bytes] = {f"d/{i:02}.txt": f"{i}\n" + LINES[: 100 * i] for i in range(40)}
+    write(tmp_path, files | {"d/long.txt": LINES * 8 + "\n\n\nend", "d/packed.txt.gz": gzip.compress(LINES.encode())})
+    config.data.val_fraction = 0.2
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "sentencepiece"])
+def test_shards_made_by_processes_hold_what_one_process_makes(config: Config, tmp_path: Path, monkeypatch, tokenizer):
+    config.data.tokenizer, config.data.vocab_size = tokenizer, 320
+    folder = shards_of(config, tmp_path, monkeypatch)
+    many = open_corpus(config, folder)
+    assert many.folder and len(many.train.shards) > 5 and multiprocessing.active_children() == []
+    monkeypatch.setattr(store_lib, "UNIT_BYTES", 1)  # another store
+    monkeypatch.setattr(files_lib, "UNIT_BYTES", 1 << 25)
+    one = open_corpus(config, folder)
+    assert len(one.train.shards) == 1 and one.facts == many.facts
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(getattr(one, split), getattr(many, split))
+        np.testing.assert_array_equal(getattr(one, split).starts, getattr(many, split).starts)
+    monkeypatch.setattr(build_lib, "num_processes", lambda: 1)
+    monkeypatch.setattr(files_lib, "UNIT_BYTES", 20_000)
+    alone = open_corpus(config, folder, cache_dir=str(tmp_path / "alone"))
+    assert alone.fingerprint == many.fingerprint
+
+
+def test_only_unfinished_shards_are_made_again(config: Config, tmp_path: Path, monkeypatch):
+    folder = shards_of(config, tmp_path, monkeypatch)
+    whole = open_corpus(config, folder)
+    monkeypatch.setattr(build_lib, "num_processes", lambda: 1)
+    make = build_lib._make_shard
+    made: list[int] = []
+
+    def counted(path: Path, index: int, *rest: Any) -> Any:
+        if len(made) == 3:
+            raise error
+        made.append(index)
+        return make(path, index, *rest)
+
+    monkeypatch.setattr(build_lib, "_make_shard", counted)
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        made.clear()
+        cache = tmp_path / type(error).__name__
+        with pytest.raises((KeyboardInterrupt, UserError), match=r"^$|No space left.*kept in .*building"):
+            open_corpus(config, folder, cache_dir=str(cache))
+        assert made == [0, 1, 2] and not list(cache.glob("*/manifest.json"))
+        monkeypatch.setattr(build_lib, "_make_shard", lambda p, i, *rest: made.append(i) or make(p, i, *rest))
+        again = open_corpus(config, folder)
+        assert made == list(range(len(whole.train.shards))) and again.fingerprint == whole.fingerprint
+        monkeypatch.setattr(build_lib, "_make_shard", counted)
+
+
+def test_a_bad_file_among_many_ends_all_processes(config: Config, tmp_path: Path, monkeypatch):
+    folder = shards_of(config, tmp_path, monkeypatch)
+    write(folder, {"11.txt": b"caf\xe9 " * 9})
+    with pytest.raises(UserError, match=r"11\.txt: not UTF-8 at byte 3"):
+        open_corpus(config, folder)
+    assert multiprocessing.active_children() == []
+    assert not [p for p in Path(config.data.cache_dir).iterdir() if p.is_dir()]
+    corpus = open_corpus(config, folder, on_error="skip")
+    assert corpus.facts["skipped"] == 1
+    assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == 41
+
+
+def killed(*args: object) -> None:
+    """As when memory runs out."""
+    os._exit(137)
+
+
+def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(build_lib, "_work", killed)
+    with pytest.raises(UserError, match="killed, as it is when memory runs out"):
+        open_corpus(config, shards_of(config, tmp_path, monkeypatch))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -151,17 +232,25 @@ def test_cache_that_is_a_file(config: Config, tmp_path: Path):
         open_corpus(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "a.txt"))
 
 
-def test_damaged_stores_are_named(config: Config, tmp_path: Path):
+def test_damaged_stores_are_named(config: Config, tmp_path: Path, monkeypatch):
     folder = open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt").folder
     assert folder
-    content = (folder / "val.bin").read_bytes()
-    (folder / "val.bin").write_bytes(content[:-2])
-    with pytest.raises(UserError, match=rf"val\.bin: {len(content) - 2} bytes; allowed: {len(content)}"):
+    shard = folder / "val/00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    with pytest.raises(UserError, match=rf"val/00000\.bin: {len(content) - 2} bytes; allowed: {len(content)}"):
         prepare(config)
-    (folder / "val.bin").unlink()
-    with pytest.raises(UserError, match=r"val\.bin: no such file"):
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
         prepare(config)
-    (folder / "val.bin").write_bytes(content)
+    monkeypatch.setattr(store_lib, "CHECKED_BYTES", 0)  # as for a large one
+    prepare(config)
+    with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
+        open_store(folder, verify=True)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"val/00000\.bin: no such file"):
+        prepare(config)
+    shard.write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     for broken in ("", "[]", json.dumps(manifest | {"format": 99}), json.dumps({"format": 1})):
         (folder / "manifest.json").write_text(broken)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, batch_at, eval_batches, train_stream
+from jaxlm.data import Corpus, TrainOrder, eval_batches, train_stream
 from jaxlm.data import stream as stream_lib
 from jaxlm.data.order import ROUNDS, num_windows, permute, window_starts
 from jaxlm.data.stream import TrainStream
+from jaxlm.data.tokens import Tokens
 
 
 def make_config(**keys: int) -> Config:
@@ -27,9 +28,13 @@ def make_config(**keys: int) -> Config:
 
 
 def make_corpus(num_tokens: int) -> Corpus:
-    tokens = np.arange(num_tokens, dtype=np.uint32)  # a token says where it is
+    tokens = Tokens([np.arange(num_tokens, dtype=np.uint32)])  # a token says where it is
     return Corpus(train=tokens, val=tokens, vocab_size=num_tokens, tokenizer=None, bytes_per_token=None,
                   fingerprint="", folder=None, facts={})  # fmt: skip
+
+
+def batch_at(corpus: Corpus, config: Config, n: int) -> dict[str, np.ndarray]:
+    return TrainOrder(corpus, config).batch(n)
 
 
 def keys(seed: int) -> np.ndarray:
@@ -97,7 +102,7 @@ def test_order_is_golden():
 def test_batch_is_windows_of_the_corpus():
     config, corpus = make_config(), make_corpus(500)
     for n in (0, 4, 5, 10**9):
-        batch = batch_at(corpus.train, config, n)
+        batch = batch_at(corpus, config, n)
         assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
             "inputs": ((12, 8), "int32"), "targets": ((12, 8), "int32")}  # fmt: skip
         np.testing.assert_array_equal(np.diff(batch["inputs"]), 1)
@@ -107,14 +112,14 @@ def test_batch_is_windows_of_the_corpus():
 def test_every_target_once_across_batches_that_straddle_epochs():
     config, corpus = make_config(batch_size=7), make_corpus(500)
     windows = num_windows(500, 8)
-    seen = np.concatenate([batch_at(corpus.train, config, n)["targets"] for n in range(-(-3 * windows // 7))])
+    seen = np.concatenate([batch_at(corpus, config, n)["targets"] for n in range(-(-3 * windows // 7))])
     for epoch in range(3):
         targets = seen[epoch * windows : (epoch + 1) * windows].ravel()
         assert len(np.unique(targets)) == windows * 8 == len(targets)
 
 
 def test_more_rows_than_windows():
-    batch = batch_at(make_corpus(20).train, make_config(batch_size=64), 3)
+    batch = batch_at(make_corpus(20), make_config(batch_size=64), 3)
     assert batch["inputs"].shape == (64, 8)
 
 
@@ -122,7 +127,7 @@ def test_far_away_batches_are_as_quick():
     config, corpus = make_config(batch_size=64), make_corpus(100_000)
     begin = time.monotonic()
     for n in range(10**9, 10**9 + 20):
-        batch_at(corpus.train, config, n)
+        batch_at(corpus, config, n)
     assert time.monotonic() - begin < 1
 
 
@@ -130,11 +135,11 @@ def test_far_away_batches_are_as_quick():
 @pytest.mark.parametrize(("processes", "devices"), [(1, 1), (1, 4), (2, 3), (3, 2)])
 def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: int):
     config, corpus = make_config(steps=30), make_corpus(500)
-    streams = [train_stream(corpus, config, 25, num_devices=devices, process_index=p, process_count=processes,
+    streams = [train_stream(TrainOrder(corpus, config), config, 25, num_devices=devices, process_index=p, process_count=processes,
                             backend=backend) for p in range(processes)]  # fmt: skip
     count = 0
     for n, parts in enumerate(zip(*streams, strict=True), start=25):
-        whole = batch_at(corpus.train, config, n)
+        whole = batch_at(corpus, config, n)
         for name in whole:
             assert all(part[name].shape == (devices, 12 // processes // devices, 8) for part in parts)
             together = np.concatenate([part[name].reshape(-1, 8) for part in parts])
@@ -147,10 +152,10 @@ def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: in
 def test_auto_moves_over_without_losing_or_repeating_a_batch(monkeypatch):
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=200), make_corpus(500)
-    stream = train_stream(corpus, config, 0, num_devices=1)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
     moved = 0
     for n, batch in enumerate(stream):
-        np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus.train, config, n)["inputs"])
+        np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus, config, n)["inputs"])
         if n == 4:
             stream.settle()
         moved += stream._ahead is not None
@@ -164,14 +169,14 @@ def test_without_tensorflow(monkeypatch):
     monkeypatch.setattr(stream_lib, "import_tensorflow", absent)
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=50), make_corpus(500)
-    stream = train_stream(corpus, config, 0, num_devices=1)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
     first = [next(stream) for _ in range(10)]
     stream.settle()
     rest = list(stream)
     for n, batch in enumerate(first + rest):
-        np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus.train, config, n)["inputs"])
+        np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus, config, n)["inputs"])
     with pytest.raises(ImportError):
-        train_stream(corpus, config, 0, num_devices=1, backend="tf")
+        train_stream(TrainOrder(corpus, config), config, 0, num_devices=1, backend="tf")
 
 
 @pytest.mark.parametrize("backend", ["auto", "tf", "thread"])
@@ -192,7 +197,7 @@ def test_errors_are_raised_not_swallowed(backend: str):
 def test_close_ends_the_background_work(backend):
     config, corpus = make_config(steps=10**9), make_corpus(500)
     before = threading.active_count()
-    stream = train_stream(corpus, config, 10**8, num_devices=1, backend=backend)
+    stream = train_stream(TrainOrder(corpus, config), config, 10**8, num_devices=1, backend=backend)
     list(itertools.islice(stream, 3))
     stream.close()
     stream.close()
@@ -219,16 +224,16 @@ def test_batches_are_made_ahead(backend):
 
 def test_batches_that_do_not_divide():
     with pytest.raises(UserError, match="batch_size is 12; allowed: a multiple of 5 devices x 1 hosts"):
-        train_stream(make_corpus(500), make_config(), 0, num_devices=5)
+        train_stream(TrainOrder(make_corpus(500), make_config()), make_config(), 0, num_devices=5)
 
 
 def test_memory_mapped_corpora(tmp_path: Path):
     np.arange(500, dtype="<u2").tofile(tmp_path / "a.bin")
-    corpus = dataclasses.replace(make_corpus(500), train=np.memmap(tmp_path / "a.bin", "<u2", mode="r"))
+    corpus = dataclasses.replace(make_corpus(500), train=Tokens([np.memmap(tmp_path / "a.bin", "<u2", mode="r")]))
     config = make_config(steps=3)
-    for batch, n in zip(train_stream(corpus, config, 0, num_devices=2), range(3), strict=True):
+    for batch, n in zip(train_stream(TrainOrder(corpus, config), config, 0, num_devices=2), range(3), strict=True):
         inputs = batch["inputs"].reshape(12, 8)
-        np.testing.assert_array_equal(inputs, batch_at(make_corpus(500).train, config, n)["inputs"])
+        np.testing.assert_array_equal(inputs, batch_at(make_corpus(500), config, n)["inputs"])
         assert not isinstance(inputs, np.memmap)
 
 
@@ -240,7 +245,8 @@ def test_memory_mapped_corpora(tmp_path: Path):
 def test_evaluation_covers_every_target_once(num_tokens: int, seq_len: int, per_device: int, split: tuple[int, int]):
     processes, devices = split
     rows = per_device * processes * devices
-    tokens, config = np.arange(100, 100 + num_tokens, dtype=np.uint16), make_config(seq_len=seq_len)
+    config = make_config(seq_len=seq_len)
+    tokens = Tokens([np.arange(100, 100 + num_tokens, dtype=np.uint16)])
     hosts = [list(eval_batches(tokens, config, rows, num_devices=devices, process_index=p, process_count=processes))
              for p in range(processes)]  # fmt: skip
     assert len({len(batches) for batches in hosts}) == 1
@@ -257,7 +263,7 @@ def test_evaluation_covers_every_target_once(num_tokens: int, seq_len: int, per_
 
 
 def test_evaluation_limit():
-    tokens, config = np.arange(1000, dtype=np.uint16), make_config()
+    tokens, config = Tokens([np.arange(1000, dtype=np.uint16)]), make_config()
     some = list(eval_batches(tokens, config, 4, num_devices=2, limit=3))
     everything = list(eval_batches(tokens, config, 4, num_devices=2))
     assert len(some) == 3 and len(everything) == 32

@@ -17,7 +17,7 @@ from jaxlm.config import UserError, validate
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import CHUNK, SentencePieceTokenizer, spread_sample, train_sentencepiece
 from jaxlm.data.sources import open_source
-from jaxlm.data.store import _key
+from jaxlm.data.store import _tokenizer_key
 from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, to_bytes
 
@@ -460,16 +460,16 @@ def test_hf_needs_a_path_and_its_own_kind_of_file(hf: dict[str, HfTokenizer], tm
 def test_the_store_is_named_after_the_kind_of_model_and_the_file(hf: dict[str, HfTokenizer], tmp_path: Path):
     data = get_config().data
     source = open_source(data)
-    bpe = _key(data, source)
+    bpe = _tokenizer_key(data, [source])
     data.sentencepiece = "unigram"
-    assert _key(data, source) != bpe
+    assert _tokenizer_key(data, [source]) != bpe
     hf["metaspace"].save(tmp_path)
     data.tokenizer, data.tokenizer_path = "hf", str(tmp_path)
-    key = _key(data, source)
-    assert key["tokenizer"]["version"] == importlib.metadata.version("tokenizers")
+    key = _tokenizer_key(data, [source])
+    assert key["version"] == importlib.metadata.version("tokenizers")
     (tmp_path / "model.safetensors").write_text("weights")
-    assert _key(data, source) == key
+    assert _tokenizer_key(data, [source]) == key
     data.tokenizer_path = str(tmp_path / "tokenizer.json")
-    assert _key(data, source) == key
+    assert _tokenizer_key(data, [source]) == key
     hf["byte-level"].save(tmp_path)
-    assert _key(data, source) != key
+    assert _tokenizer_key(data, [source]) != key

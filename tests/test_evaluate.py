@@ -13,6 +13,7 @@ from jaxlm import step as steps
 from jaxlm.cli import load
 from jaxlm.config import Config
 from jaxlm.data import eval_batches
+from jaxlm.data.tokens import Tokens
 from jaxlm.evaluate import evaluate
 from jaxlm.model import make_model
 
@@ -47,7 +48,7 @@ def score(
     model, params = model_and_params()
     local = jax.devices()[:devices]
     step = steps.pmap_eval_step(steps.make_eval_step(config, model), local)
-    return evaluate(step, params, eval_batches(tokens, config, ROWS, num_devices=devices, limit=limit), table)
+    return evaluate(step, params, eval_batches(Tokens([tokens]), config, ROWS, num_devices=devices, limit=limit), table)
 
 
 @cache
@@ -114,5 +115,5 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     worse = params | {"head": jax.tree.map(lambda x: 1e5 * x, params["head"])}
     config = make_config()
     step = steps.pmap_eval_step(steps.make_eval_step(config, model), jax.devices()[:1])
-    scores = evaluate(step, worse, eval_batches(TOKENS, config, ROWS, num_devices=1), None)
+    scores = evaluate(step, worse, eval_batches(Tokens([TOKENS]), config, ROWS, num_devices=1), None)
     assert scores["eval_loss"] > 1000 and math.isfinite(scores["eval_perplexity"])

@@ -82,8 +82,9 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
 def test_it_overfits_one_batch(tmp_path: Path):
     """The corpus is one batch: each epoch, one step long, is those sequences again."""
     tokens = np.random.default_rng(0).permutation(np.arange(8 * 8 + 1)).astype(np.uint16)
-    np.save(tmp_path / "train.npy", tokens)
-    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "train.npy",
+    for name in ("train.npy", "val.npy"):
+        np.save(tmp_path / name, tokens)
+    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
             "data.vocab_size": 65, "seq_len": 8, "model.dropout": 0, "optim.lr": 0.02, "checkpoint.every_steps": 0,
             "eval.every_steps": 0, "optim.ema_decay": 0, "steps": 100}  # fmt: skip
     assert run(tmp_path / "run", **keys) == 0

@@ -1,4 +1,5 @@
-"""Data, in the order it flows: files -> sources (records) -> tokenizers -> store -> order -> stream.
+"""Data, in the order it flows: files -> sources (records, conversations) -> tokenizers -> store
+(build) -> order (packing) -> stream.
 
 `prepare` turns what `data.*` names into a `Corpus` of token ids, once; `train_stream` and `eval_batches` cut batches
 out of it. Importing this package imports none of tensorflow, tensorflow_datasets, sentencepiece and jax.
@@ -6,16 +7,17 @@ out of it. Importing this package imports none of tensorflow, tensorflow_dataset
 
 from jaxlm.data.baselines import compression_baselines
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.order import batch_at
-from jaxlm.data.store import open_store, prepare
+from jaxlm.data.order import TrainOrder
+from jaxlm.data.prepare import prepare
+from jaxlm.data.store import open_store
 from jaxlm.data.stream import TrainStream, eval_batches, train_stream
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Corpus",
     "Tokenizer",
+    "TrainOrder",
     "TrainStream",
-    "batch_at",
     "compression_baselines",
     "eval_batches",
     "load_tokenizer",

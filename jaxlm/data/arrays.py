@@ -1,14 +1,20 @@
 """Corpora that are token ids from the start: raw token files, and a synthetic stream."""
 
+import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from jaxlm.config import Config, UserError
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
-from jaxlm.data.sources import BLOCK, array_hash
+from jaxlm.data.files import HASH_LIMIT, train_and_val
+from jaxlm.data.sources import BLOCK
 from jaxlm.data.tokenizers import load_tokenizer
+from jaxlm.data.tokens import Tokens
 
+SUFFIXES = (".bin", ".npy")
+MAGIC, HEADER = 20240520, 256  # of llm.c's .bin: the first of as many int32
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 1 << 20, 1 << 15  # tokens
 
 
@@ -18,8 +24,8 @@ def synthetic(config: Config) -> Corpus:
     Depends on `seed`, `data.vocab_size` and nothing else.
     """
     vocab_size = config.data.vocab_size
-    train = _chains(vocab_size, SYNTHETIC_TRAIN, seed=[config.seed % 2**64, 0])
-    val = _chains(vocab_size, SYNTHETIC_VAL, seed=[config.seed % 2**64, 1])
+    train = [_chains(vocab_size, SYNTHETIC_TRAIN, seed=[config.seed % 2**64, 0])]
+    val = [_chains(vocab_size, SYNTHETIC_VAL, seed=[config.seed % 2**64, 1])]
     return _corpus(config, "data.source=synthetic", train, val, vocab_size)
 
 
@@ -35,7 +41,8 @@ def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 409
 
 
 def raw_tokens(config: Config) -> Corpus:
-    """Tokens of .bin (uint16, little-endian, as nanoGPT writes them) or .npy (1-D integers) files, memory-mapped.
+    """Tokens of .bin (uint16, little-endian, as nanoGPT and, with a header, llm.c write them) or .npy (1-D integers)
+    files, memory-mapped; a folder's or a glob's one after the other.
 
     Without `data.val_path` the last `data.val_fraction` of the tokens are held out.
 
@@ -43,39 +50,48 @@ def raw_tokens(config: Config) -> Corpus:
       UserError: a file is missing or of another kind, or holds an id that is not below `data.vocab_size`.
     """
     data = config.data
-    train = _open_array("data.path", data.path)
-    if data.val_path:
-        val = _open_array("data.val_path", data.val_path)
-        _check_ids(val, data.val_path, data.vocab_size)
-    _check_ids(train, data.path, data.vocab_size)
+    train, val = ([open_array(path) for path in files.values()] for files in train_and_val(data, SUFFIXES))
+    for path, array in (*train, *val):
+        _check_ids(array, path, data.vocab_size)
+    train, val = [array for _, array in train], [array for _, array in val]
     if not data.val_path:
-        cut = int(len(train) * (1 - data.val_fraction))
-        train, val = train[:cut], train[cut:]
+        whole = Tokens(train)
+        cut = int(len(whole) * (1 - data.val_fraction))
+        train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
     return _corpus(config, f"data.path {data.path}", train, val, data.vocab_size)
 
 
-def _open_array(key: str, name: str) -> np.ndarray:
-    path = Path(name).expanduser()
-    if not path.is_file() or path.suffix not in (".bin", ".npy"):
-        found = f"a {path.suffix or 'plain'} file" if path.is_file() else "no such file"
-        raise UserError(f"{key} is '{name}': {found}; allowed with data.source=tokens: a token store, .bin or .npy")
+def open_array(path: Path) -> tuple[Path, np.ndarray]:
+    """The ids of a .bin or .npy file. Raises UserError where it is none."""
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
         elif path.stat().st_size % 2:
-            raise UserError(f"{key} {path}: {path.stat().st_size} bytes; allowed: a .bin of uint16 has an even number")
+            raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: a .bin of uint16 has an even number")
         else:
-            array = np.memmap(path, "<u2", mode="r") if path.stat().st_size else np.empty(0, "<u2")
+            array = _without_header(path, np.memmap(path, "<u2", mode="r"))
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{key} {path}: unreadable ({error})") from error
+        raise UserError(f"{path}: unreadable ({error})") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{key} {path}: {array.dtype} of shape {array.shape}; allowed: one dimension of integers")
-    return array
+        raise UserError(f"{path}: {array.dtype} of shape {array.shape}; allowed: one dimension of integers")
+    return path, array
 
 
-def _check_ids(array: np.ndarray, name: str, vocab_size: int) -> None:
+def _without_header(path: Path, array: np.ndarray) -> np.ndarray:
+    """llm.c's .bin opens with 256 int32: its magic number, a version, and the number of tokens."""
+    header = array[: 2 * HEADER].view("<i4") if len(array) >= 2 * HEADER else np.zeros(3, np.int32)
+    if header[0] != MAGIC:
+        return array
+    tokens = array[2 * HEADER :]
+    if header[1] != 1 or header[2] != len(tokens):
+        raise UserError(f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
+                        f"1 (uint16), and the {header[2]} tokens that it says")  # fmt: skip
+    return tokens
+
+
+def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
     for start in range(0, len(array), BLOCK):
         block = array[start : start + BLOCK]
         bad = np.flatnonzero((block < 0) | (block >= vocab_size))
@@ -84,19 +100,38 @@ def _check_ids(array: np.ndarray, name: str, vocab_size: int) -> None:
                             f"allowed: 0 to data.vocab_size - 1 = {vocab_size - 1}")  # fmt: skip
 
 
-def _corpus(config: Config, where: str, train: np.ndarray, val: np.ndarray, vocab_size: int) -> Corpus:
-    check_lengths(where, len(train), len(val), config.seq_len)
+def _corpus(config: Config, where: str, train: list[np.ndarray], val: list[np.ndarray], vocab_size: int) -> Corpus:
     path = config.data.tokenizer_path if config.data.source == "tokens" else ""
     tokenizer = load_tokenizer(path) if path else None
     if tokenizer and tokenizer.vocab_size != vocab_size:
         raise UserError(f"data.vocab_size is {vocab_size}; allowed with the tokenizer {path}: {tokenizer.vocab_size}")
+    splits = [Tokens(part, starts=tokenizer and partial(_starts, part, tokenizer.bos_id)) for part in (train, val)]
+    check_lengths(where, len(splits[0]), len(splits[1]), config.seq_len)
     return Corpus(
-        train=train,
-        val=val,
+        train=splits[0],
+        val=splits[1],
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         bytes_per_token=tokenizer.bytes_per_token() if tokenizer else None,
-        fingerprint=fingerprint(vocab_size, array_hash(train), array_hash(val)),
+        fingerprint=fingerprint(vocab_size, *(list(map(array_hash, part)) for part in (train, val))),
         folder=None,
-        facts={"source": config.data.source, "train": {"tokens": len(train)}, "val": {"tokens": len(val)}},
+        facts={"source": where} | {name: {"tokens": len(s)} for name, s in zip(("train", "val"), splits, strict=True)},
     )
+
+
+def _starts(arrays: list[np.ndarray], bos_id: int) -> np.ndarray:
+    """Where documents start: at each bos, and at the first token."""
+    offsets = np.cumsum([0, *map(len, arrays)])
+    found = [np.flatnonzero(array == bos_id) + offset for array, offset in zip(arrays, offsets, strict=False)]
+    return np.unique(np.concatenate([[0], *found]).astype(np.int64))
+
+
+def array_hash(array: np.ndarray) -> str:
+    """sha256 of a 1-D array; of a sample of blocks where it is larger than HASH_LIMIT."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
+    step = BLOCK // array.itemsize
+    starts = range(0, array.size, step)
+    stride = -(-array.nbytes // HASH_LIMIT)
+    for start in starts[::stride] if stride > 1 else starts:
+        digest.update(array[start : start + step].tobytes())
+    return digest.hexdigest()

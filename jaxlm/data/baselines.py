@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.tokenizers import Tokenizer, to_bytes
+from jaxlm.data.tokens import Tokens
 
 MAX_TRAIN_BYTES = 64 << 20  # xz -9 looks no further back
 
@@ -46,10 +47,11 @@ def compression_baselines(corpus: Corpus) -> dict[str, float]:
     return baselines
 
 
-def text_of(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
+def text_of(tokens: Tokens, tokenizer: Tokenizer) -> bytes:
     """The documents that tokens [n] hold, one after the other, as UTF-8."""
-    ends = np.flatnonzero(np.asarray(tokens) == tokenizer.bos_id)
-    return b"".join(to_bytes(tokenizer.decode(ids[1:])) for ids in np.split(np.asarray(tokens), ends) if ids.size)
+    whole = np.asarray(tokens)
+    ends = np.flatnonzero(whole == tokenizer.bos_id)
+    return b"".join(to_bytes(tokenizer.decode(ids[1:])) for ids in np.split(whole, ends) if ids.size)
 
 
 def _unigram_bytes(train: bytes, val: bytes) -> float:

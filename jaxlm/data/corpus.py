@@ -1,32 +1,40 @@
-"""What a run trains and is judged on: two arrays of token ids and what they mean."""
+"""What a run trains and is judged on: token ids and what they mean."""
 
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from jaxlm.config import UserError
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokens import Tokens
+
+
+class Share(NamedTuple):
+    """A source of a mixture."""
+
+    name: str
+    weight: float  # of the training samples; all shares add up to 1
+    train: Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    train: np.ndarray  # unsigned ids [num_tokens], memory-mapped where they come from a file
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     vocab_size: int
     tokenizer: Tokenizer | None  # None: ids without a text
-    bytes_per_token: np.ndarray | None  # int32 [vocab_size], UTF-8 bytes each id stands for
-    fingerprint: str  # of the ids themselves: equal where two corpora are, whatever files they come from
+    bytes_per_token: Any  # int32 [vocab_size], UTF-8 bytes each id stands for; None: ids without a text
+    fingerprint: str  # of the shards of ids: another where they are others
     folder: Path | None  # of the token store; None: no store
-    facts: dict[str, Any]  # documents, bytes and tokens of each split, files skipped
+    facts: dict[str, Any]  # documents, bytes and tokens of each split, files and records skipped
+    shares: tuple[Share, ...] = ()  # of a mixture, whose tokens are those of all sources, one after the other
 
 
-def fingerprint(vocab_size: int, train_sha256: str, val_sha256: str) -> str:
-    """A short name of the ids of both splits."""
-    return hashlib.sha256(json.dumps([vocab_size, train_sha256, val_sha256]).encode()).hexdigest()[:16]
+def fingerprint(vocab_size: int, *digests: Any) -> str:
+    """A short name of ids."""
+    return hashlib.sha256(json.dumps([vocab_size, *digests]).encode()).hexdigest()[:16]
 
 
 def check_lengths(where: str, num_train: int, num_val: int, seq_len: int) -> None:

@@ -11,15 +11,19 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from jaxlm.config import DataConfig, UserError
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+UNIT_BYTES, MAX_UNITS = 32 << 20, 256  # of what one process reads at a time; each unit becomes two open files
+LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
+
+T = TypeVar("T")
 
 
 def list_files(key: str, pattern: str) -> dict[str, Path]:
@@ -101,16 +105,61 @@ def identify(files: dict[str, Path]) -> list[list[Any]]:
     return [[n, s.st_size, content_hash(files[n]) if by_content else s.st_mtime_ns] for n, s in stats.items()]
 
 
-def train_and_val(data: DataConfig) -> tuple[dict[str, Path], dict[str, Path]]:
+def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], dict[str, Path]]:
     """The files of `data.path`, less those of `data.val_path`, and the latter: none where it is empty.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or one has none of the suffixes.
     """
     train = list_files("data.path", data.path)
     val = list_files("data.val_path", data.val_path) if data.val_path else {}
     inside = {path.resolve() for path in val.values()}
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
+    for path in (*train.values(), *val.values()):
+        if suffixes and path.suffix not in suffixes:
+            raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source={data.source}: "
+                            + ", ".join(suffixes))  # fmt: skip
     if not train:
         raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
     return train, val
+
+
+def unit_bytes(total: int) -> int:
+    """About how many of `total` bytes one process reads at a time."""
+    return max(UNIT_BYTES, -(-total // MAX_UNITS))
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """The items in groups, in their order, each of which is closed once it has `limit` bytes."""
+    groups: list[list[T]] = []
+    left = 0
+    for item in items:
+        if left <= 0:
+            groups.append([])
+            left = limit
+        groups[-1].append(item)
+        left -= size(item)
+    return groups
+
+
+def line_ends(path: Path, start: int, stop: int, step: int) -> list[int]:
+    """Where to cut the bytes start ... stop of a file that is not packed: about every `step` bytes, at a newline that
+    ends a line which is not empty.
+    """
+    cuts = []
+    with opened(path) as file:
+        for position in range(start + step, stop - step // 2, step):
+            file.seek(position)
+            found = re.search(rb"[^\n]\n", file.read(min(LINE_BYTES, stop - position)))
+            if found and (not cuts or position > cuts[-1]):
+                cuts.append(position + found.start() + 1)
+    return cuts
+
+
+def skip(file: BinaryIO, num_bytes: int) -> None:
+    """Goes on by so many bytes, also where a file cannot be sought in."""
+    if file.seekable():
+        file.seek(num_bytes, io.SEEK_CUR)
+        return
+    while num_bytes and (block := file.read(min(num_bytes, 1 << 20))):
+        num_bytes -= len(block)

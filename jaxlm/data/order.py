@@ -3,16 +3,27 @@
 The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets, so an epoch
 holds every target once, but for the fewer than T that are left over. Sample i of the run is window p(i mod W) of epoch
 i // W, where p is a keyed permutation that is computed, not stored; a run can therefore go on at any batch at once.
-Each epoch starts to cut at another token, one of those left over, and so leaves out others.
+Each epoch starts to cut at another token, one of those left over, and so leaves out others. Where documents are packed,
+the windows are the rows of the packing. In a mixture, each source has an order of its own.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxlm.config import Config
+from jaxlm.data.corpus import Corpus, Share
+from jaxlm.data.packing import pack
+from jaxlm.data.tokens import Tokens
 
 ROUNDS = 8
+WEIGHT_BITS = 32  # of a mixture's weights
+
+Rows = dict[
+    str, np.ndarray
+]  # inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T]
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
@@ -45,10 +56,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _epoch_keys(seed: int, epoch: int) -> tuple[np.ndarray, int]:
     state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(ROUNDS + 1, np.uint64)
     return state[:ROUNDS], int(state[ROUNDS])
+
+
+def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` things each sample of the run (int64 [n], counted from 0) is, and the number drawn for its epoch
+    (uint64 [n]).
+    """
+    epochs, places = np.divmod(sample, count)
+    found, drawn = np.empty_like(places), np.empty(len(places), np.uint64)
+    for epoch in np.unique(epochs):
+        keys, number = _epoch_keys(seed, int(epoch))
+        here = epochs == epoch
+        found[here], drawn[here] = permute(places[here], count, keys), number
+    return found, drawn
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
@@ -60,25 +84,167 @@ def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int) 
     """int64 [n]: where the window of each sample of the run (int64 [n], counted from 0) starts among the tokens."""
     windows = num_windows(num_tokens, seq_len)
     spare = num_tokens - 1 - windows * seq_len
-    epochs, places = np.divmod(sample, windows)
-    starts = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        keys, drawn = _epoch_keys(seed, int(epoch))
-        here = epochs == epoch
-        starts[here] = permute(places[here], windows, keys) * seq_len + drawn % (spare + 1)
-    return starts
+    places, drawn = shuffled(sample, windows, seed)
+    return places * seq_len + (drawn % np.uint64(spare + 1)).astype(np.int64)
 
 
-def batch_at(tokens: np.ndarray, config: Config, n: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-    """Rows of the global batch of update n + 1 (n counts from 0).
+class Order(Protocol):
+    """The rows of a run, in the order in which they are trained on, and those of an evaluation."""
 
-    Returns:
-      inputs, targets: int32 [R, T].
+    per_epoch: int  # rows of an epoch of training
+    count: int  # rows of an epoch in order
+
+    def rows(self, sample: np.ndarray) -> Rows:
+        """Those of the samples of a run (int64 [R], counted from 0)."""
+        ...
+
+    def in_order(self, first: int, last: int) -> Rows:
+        """Rows first ... last - 1 of an epoch that holds every target once; beyond its end nothing is learned."""
+        ...
+
+
+class Windows:
+    """Documents run on, one after the other."""
+
+    def __init__(self, tokens: Tokens, T: int, seed: int):
+        self.tokens, self.T, self.seed = tokens, T, seed
+        self.per_epoch, self.count = num_windows(len(tokens), T), -(-(len(tokens) - 1) // T)
+
+    def rows(self, sample: np.ndarray) -> Rows:
+        return self._at(window_starts(sample, len(self.tokens), self.T, self.seed))
+
+    def _at(self, starts: np.ndarray) -> Rows:
+        if self.tokens.masks is None:  # one read for both
+            ids = self.tokens.windows(starts, self.T + 1)
+            return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}
+        return {"inputs": self.tokens.windows(starts, self.T), "targets": self.tokens.targets(starts + 1, self.T)}
+
+    def in_order(self, first: int, last: int) -> Rows:
+        out = _empty(last - first, self.T)
+        whole = min(last, (len(self.tokens) - 1) // self.T)
+        if whole > first:
+            for name, found in self._at(np.arange(first, whole) * self.T).items():
+                out[name][: whole - first] = found
+        start, rest = whole * self.T, len(self.tokens) - 1 - whole * self.T
+        if first <= whole < last and rest > 0:  # the last row is not full
+            out["inputs"][whole - first, :rest] = self.tokens.windows(np.array([start]), rest)[0]
+            out["targets"][whole - first, :rest] = self.tokens.targets(np.array([start + 1]), rest)[0]
+        return out
+
+
+class Packed:
+    """Whole documents side by side, each of which sees itself alone: `positions` start at 0 with each."""
+
+    def __init__(self, tokens: Tokens, T: int, seed: int):
+        self.tokens, self.T, self.seed = tokens, T, seed
+        self.packing = pack(tokens, T)
+        self.per_epoch = self.count = len(self.packing.rows) - 1
+        self._places = np.arange(T, dtype=np.int32)
+
+    def rows(self, sample: np.ndarray) -> Rows:
+        return self._at(shuffled(sample, self.count, self.seed)[0])
+
+    def in_order(self, first: int, last: int) -> Rows:
+        out = self._at(np.arange(first, min(last, self.count)))
+        missing = last - max(first, min(last, self.count))
+        empty = _empty(missing, self.T) | {"positions": np.zeros((missing, self.T), np.int32)}
+        return {name: np.concatenate([out[name], empty[name]]) for name in out}
+
+    def _at(self, places: np.ndarray) -> Rows:
+        out = _empty(len(places), self.T) | {"positions": np.zeros((len(places), self.T), np.int32)}
+        starts, lengths, rows = self.packing
+        for r, place in enumerate(places.tolist()):
+            at = 0
+            for piece in range(rows[place], rows[place + 1]):
+                start, n = int(starts[piece]), int(lengths[piece])
+                self.tokens.copy(start, out["inputs"][r, at : at + n], out["targets"][r, at : at + n])
+                out["positions"][r, at : at + n] = self._places[:n]
+                at += n
+        return out
+
+
+def _empty(num_rows: int, T: int) -> Rows:
+    return {"inputs": np.zeros((num_rows, T), np.int32), "targets": np.full((num_rows, T), -1, np.int32)}
+
+
+class Mixed:
+    """Each sample is of one of several sources: at any time, each has had its share of the samples to within one per
+    source, and every sample is of it with the probability of its weight (over seeds).
     """
-    sample = np.arange(n * config.batch_size, (n + 1) * config.batch_size, dtype=np.int64)[rows]
-    starts = window_starts(sample, len(tokens), config.seq_len, config.seed)
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), config.seq_len + 1)[starts]
-    return {
-        "inputs": windows[:, :-1].astype(np.int32, order="C"),
-        "targets": windows[:, 1:].astype(np.int32, order="C"),
-    }
+
+    def __init__(self, parts: Sequence[Order], weights: list[float], seed: int):
+        self.parts = parts
+        # Source k takes its share of what the sources before it leave.
+        left = np.cumsum(weights[::-1])[::-1]
+        self._shares = [max(1, round(w / rest * 2**WEIGHT_BITS)) for w, rest in zip(weights, left, strict=True)]
+        self._phases = np.random.SeedSequence([seed % 2**64, 2**64 - 1]).generate_state(len(parts)).tolist()
+
+    def taken(self, sample: int) -> list[int]:
+        """How many of the samples before this one are of each source."""
+        counts = []
+        for share, phase in zip(self._shares, self._phases, strict=True):
+            counts.append(int(_share_of(np.int64(sample), share, phase)))
+            sample -= counts[-1]
+        return counts
+
+    def split(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each sample, and how many samples that source has had before it."""
+        source = np.full(len(sample), -1)
+        place = sample.copy()  # among those that the sources so far leave
+        for k, (share, phase) in enumerate(zip(self._shares, self._phases, strict=True)):
+            left = source < 0
+            before = _share_of(place, share, phase)
+            taken = left & (_share_of(place + 1, share, phase) > before)
+            source[taken] = k
+            place = np.where(taken, before, np.where(left, place - before, place))
+        return source, place
+
+    def rows(self, sample: np.ndarray) -> Rows:
+        if len(self.parts) == 1:
+            return self.parts[0].rows(sample)
+        source, place = self.split(sample)
+        out: Rows = {}
+        for k in np.unique(source):
+            for name, found in self.parts[k].rows(place[source == k]).items():
+                out.setdefault(name, np.empty((len(sample), found.shape[1]), np.int32))[source == k] = found
+        return out
+
+
+def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
+    """floor(number * share / 2^32 + phase / 2^32), without overflow for numbers below 2^50."""
+    high, low = (number >> 20) * share, (number & 0xFFFFF) * share
+    return (high >> 12) + ((((high & 0xFFF) << 20) + low + phase) >> WEIGHT_BITS)
+
+
+def make_order(tokens: Tokens, config: Config) -> Windows | Packed:
+    return (Packed if config.data.packing == "document" else Windows)(tokens, config.seq_len, config.seed)
+
+
+class Consumed(NamedTuple):
+    """What a run has had of a source."""
+
+    name: str
+    tokens: int
+    epochs: float
+
+
+class TrainOrder:
+    """The rows that a run trains on."""
+
+    def __init__(self, corpus: Corpus, config: Config):
+        shares = corpus.shares or [Share("", 1.0, corpus.train)]
+        self._names = [share.name for share in shares]
+        self._parts = [make_order(share.train, config) for share in shares]
+        self._mixed = Mixed(self._parts, [share.weight for share in shares], config.seed)
+        self._T, self._batch_size = config.seq_len, config.batch_size
+
+    def batch(self, n: int, rows: slice = slice(None)) -> Rows:
+        """Rows of the global batch of update n + 1 (n counts from 0)."""
+        first = n * self._batch_size
+        return self._mixed.rows(np.arange(first, first + self._batch_size, dtype=np.int64)[rows])
+
+    def consumed(self, steps: int) -> list[Consumed]:
+        """Tokens and epochs of each source after so many updates; one without a name where there is no mixture."""
+        taken = self._mixed.taken(steps * self._batch_size)
+        parts = zip(self._names, taken, self._parts, strict=True)
+        return [Consumed(name, count * self._T, count / part.per_epoch) for name, count, part in parts]

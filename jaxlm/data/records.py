@@ -1,13 +1,28 @@
-"""JSON-lines and Parquet files: a document a record."""
+"""JSON-lines and Parquet files: a document a record, a text or a conversation."""
 
+import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import identify, opened, train_and_val
-from jaxlm.data.sources import Document, Source, Split, held_out, parts_of
+from jaxlm.data.conversations import conversation
+from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, train_and_val, unit_bytes
+from jaxlm.data.sources import Document, Skipped, Source, Split, Unit, held_out, parts_of
+
+
+class Part(NamedTuple):
+    """Of a file, or all of it."""
+
+    name: str
+    path: Path
+    split: Split | None  # None: each record's place decides
+    num_bytes: int
+    start: int = 0  # in bytes, or in row groups
+    stop: int | None = None
+    first_row: int = 0  # of a Parquet file's, counted from 0
 
 
 def open_records(data: DataConfig) -> Source:
@@ -19,82 +34,171 @@ def open_records(data: DataConfig) -> Source:
       UserError: there are no files, or, while documents are read, a file is damaged, or a record is no good and
         `data.on_error` is stop.
     """
-    records, unit = (_lines, "line") if data.source == "jsonl" else (_rows, "row")
     files, val = train_and_val(data)
-    skipped: dict[str, int] = {}
-
-    def documents(which: Split) -> Iterator[Document]:
-        skipped[which] = 0
-        for name, path in (val if val and which == "val" else files).items():
-            for number, record in records(path, data.text_key):
-                if not val and held_out(f"{name}:{number}", data.val_fraction) != (which == "val"):
-                    continue
-                try:
-                    text = _text(record, f"{path} {unit} {number}", data.text_key)
-                except UserError:
-                    if data.on_error == "stop":
-                        raise
-                    skipped[which] += 1
-                    continue
-                for index, part in enumerate(parts_of(text)):
-                    yield Document(f"{name} {unit} {number}", part, first=index == 0)
-
+    shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *_conversation_keys(data))}
     key = {
-        "source": data.source, "text_key": data.text_key, "on_error": data.on_error, "train": identify(files),
-        "val": identify(val), "val_fraction": None if val else data.val_fraction,
+        **shapes, "train": identify(files), "val": identify(val), "val_fraction": None if val else data.val_fraction,
     }  # fmt: skip
-    return Source(key, documents, 0, skipped)
+
+    def units() -> list[Unit]:
+        whole = [Part(n, p, "train" if val else None, p.stat().st_size) for n, p in files.items()]
+        whole += [Part(n, p, "val", p.stat().st_size) for n, p in val.items()]
+        limit = unit_bytes(sum(part.num_bytes for part in whole))
+        cut = _cut_lines if data.source == "jsonl" else _cut_rows
+        parts = [piece for part in whole for piece in cut(part, limit)]
+        return [Unit(partial(_read, group, data), sum(part.num_bytes for part in group))
+                for group in grouped(parts, lambda part: part.num_bytes, limit)]  # fmt: skip
+
+    return Source(data.path, key, units, 0, masked=bool(_conversation_keys(data)))
 
 
-def _lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, counted from 1 with those that are."""
-    with opened(path) as file:
-        for number, line in enumerate(iter(file.readline, b""), 1):
+def _conversation_keys(data: DataConfig) -> tuple[str, ...]:
+    if data.messages_key:
+        return ("messages_key", "chat_template")
+    return ("prompt_key", "response_key", "chat_template") if data.response_key else ()
+
+
+def _cut_lines(part: Part, limit: int) -> list[Part]:
+    if part.num_bytes <= 2 * limit or part.path.suffix in PACKED:
+        return [part]
+    ends = [end + 1 for end in line_ends(part.path, 0, part.num_bytes, limit)]  # after the newline
+    spans = itertools.pairwise([0, *ends, part.num_bytes])
+    return [part._replace(start=a, stop=b, num_bytes=b - a) for a, b in spans]
+
+
+def _cut_rows(part: Part, limit: int) -> list[Part]:
+    with _parquet(part.path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        rows, pieces = 0, []
+        for group in grouped(enumerate(groups), lambda g: g[1].total_byte_size, limit):
+            first, last = group[0][0], group[-1][0]
+            size = sum(g.total_byte_size for _, g in group)
+            pieces.append(part._replace(start=first, stop=last + 1, num_bytes=size, first_row=rows))
+            rows += sum(g.num_rows for _, g in group)
+    return pieces
+
+
+def _read(parts: list[Part], data: DataConfig) -> Iterator[Document | Skipped]:
+    records, unit = (_lines, "line") if data.source == "jsonl" else (_rows, "row")
+    for part in parts:
+        for place, number, record in records(part, data):
+            split = part.split
+            if split is None:
+                split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
+            try:
+                texts = _texts(record, data)
+            except UserError as error:
+                reason = f"{part.path} {unit} {number()}{error}"
+                if data.on_error == "stop":
+                    raise UserError(reason) from None
+                yield Skipped(reason)
+                continue
+            first = True
+            for text, predicted in texts:
+                for piece in parts_of(text):
+                    yield Document(f"{part.name} {place}", piece, split, first, predicted)
+                    first = False
+
+
+def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, bytes]]:
+    """The lines that are not blank: at which byte (of the text, where the file is packed), what gives its number,
+    counted from 1 with the blank ones, and its bytes.
+    """
+    place, counted, at = part.start, 0, 0  # lines in the bytes before `at`
+
+    def number() -> int:
+        nonlocal counted, at
+        counted, at = counted + _newlines(part.path, at, place), place
+        return counted + 1
+
+    with opened(part.path) as file:
+        if part.start:
+            file.seek(part.start)
+        while (part.stop is None or place < part.stop) and (line := file.readline()):
             if line.strip():
-                yield number, line
+                yield place, number, line
+            place += len(line)
 
 
-def _rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows, counted from 1, with the one column in which `key` leads to a text."""
+def _newlines(path: Path, start: int, stop: int) -> int:
+    with opened(path) as file:
+        file.seek(start) if file.seekable() else file.read(start)
+        blocks = [min(1 << 20, stop - i) for i in range(start, stop, 1 << 20)]
+        return sum(file.read(size).count(b"\n") for size in blocks)
+
+
+def _parquet(path: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            column, columns = key.split(".")[0], file.schema_arrow.names
-            if column not in columns:
-                raise UserError(
-                    f"data.text_key is '{key}'; allowed with {path}: {', '.join(columns)}, or inside of them"
-                )
-            number = 0
-            for batch in file.iter_batches(columns=[column]):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except UserError:
-        raise
+        return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: unreadable as Parquet ({' '.join(str(error).split())})") from error
 
 
-def _text(record: bytes | dict[str, Any], where: str, key: str) -> str:
-    """The text of a line of JSON, or of a row. Raises UserError where there is none under the key, or an empty one."""
+def _rows(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, dict[str, Any]]]:
+    """The rows: its number, counted from 1, what gives that number, and the columns in which the keys lead to texts."""
+    import pyarrow
+
+    keys = {k: getattr(data, k) for k in _conversation_keys(data) if k != "chat_template" and getattr(data, k)}
+    with _parquet(part.path) as file:
+        columns = file.schema_arrow.names
+        for name, key in (keys or {"text_key": data.text_key}).items():
+            if key.split(".")[0] not in columns:
+                allowed = f"allowed with {part.path}: {', '.join(columns)}, or inside of them"
+                raise UserError(f"data.{name} is '{key}'; {allowed}")
+        wanted = sorted({key.split(".")[0] for key in keys.values() or [data.text_key]})
+        row = part.first_row
+        groups = range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop)
+        try:
+            for batch in file.iter_batches(batch_size=1024, row_groups=list(groups), columns=wanted):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield row, lambda row=row: row, record
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{part.path}: unreadable as Parquet ({' '.join(str(error).split())})") from error
+
+
+def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, bool]]:
+    """The texts of a record and whether each is to be learned. Raises UserError, what comes after the record's name."""
     value: Any = record
     if isinstance(record, bytes):
         try:
             value = json.loads(record.decode())
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
+            raise UserError(f": not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: no JSON ({error}); allowed: an object a line") from None
-    for name in key.split("."):
-        if not isinstance(value, dict) or name not in value:
+            raise UserError(f": no JSON ({error}); allowed: an object a line") from None
+    if data.messages_key:
+        return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, data.chat_template)
+    if data.response_key:
+        asked = _text(value, "prompt_key", data.prompt_key, empty=True) if data.prompt_key else ""
+        answer = _text(value, "response_key", data.response_key)
+        if not data.chat_template:
+            return [(asked, False), (answer, True)] if asked else [(answer, True)]
+        turns = [{"role": "user", "content": asked}] if asked else []
+        return conversation([*turns, {"role": "assistant", "content": answer}], "", data.chat_template)
+    return [(_text(value, "text_key", data.text_key), True)]
+
+
+def _at(value: Any, name: str, key: str) -> Any:
+    """What is under a key with dots."""
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
             keys = ", ".join(value) if isinstance(value, dict) else f"none in {type(value).__name__}"
-            raise UserError(f"{where}: no '{key}' (data.text_key); its keys: {keys[:200]}")
-        value = value[name]
-    if not isinstance(value, str) or not value:
+            raise UserError(f": no '{key}' (data.{name}); its keys: {keys[:200]}")
+        value = value[part]
+    return value
+
+
+def _text(value: Any, name: str, key: str, empty: bool = False) -> str:
+    value = _at(value, name, key)
+    if not isinstance(value, str) or not (value or empty):
         what = "empty" if value == "" else type(value).__name__
-        raise UserError(f"{where}: '{key}' is {what}; allowed: a text")
+        raise UserError(f": '{key}' is {what}; allowed: a text")
     if "\0" in value:
-        raise UserError(f"{where}: '{key}' holds a NUL character; allowed: text")
+        raise UserError(f": '{key}' holds a NUL character; allowed: text")
     return value

@@ -1,21 +1,22 @@
 """Documents: where the text comes from, and which of it is held out.
 
-A source can be read again and again, and gives the same documents in the same order each time. Train and
-validation never share a document.
+A source is cut into units, which processes read side by side; it gives the same documents in the same order each time.
+Train and validation never share a document.
 """
 
 import codecs
 import dataclasses
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import HASH_LIMIT, PACKED, identify, opened, train_and_val
+from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, skip, train_and_val, unit_bytes
 
 Split = Literal["train", "val"]
 
@@ -25,18 +26,44 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    """A document or a part of one."""
+
     name: str
     text: str
-    first: bool = True  # False: goes on where the document before it stopped; a long file comes in parts
+    split: Split
+    first: bool = True  # False: goes on where the one before it stopped
+    predicted: bool = True  # False: to be read, not to be learned, as a prompt is
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Something that is no good, and was left out."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What one process reads; can be pickled."""
+
+    read: Callable[[], Iterator[Document | Skipped]]
+    num_bytes: int  # 0 = unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
+    name: str  # for people
     key: dict[str, Any]  # JSON; all that shapes the documents
-    documents: Callable[[Split], Iterator[Document]]
+    units: Callable[[], list[Unit]]
     num_bytes: int  # of all documents; 0 = unknown
-    # Files of the standard library, or records of each split as it was last read, that are no good.
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    masked: bool = False  # whether some of the text is not to be learned
+    skipped: int = 0  # files that were left out already
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        for unit in self.units():
+            for document in unit.read():
+                if isinstance(document, Document) and document.split == split:
+                    yield document
 
 
 def open_source(data: DataConfig) -> Source:
@@ -80,55 +107,93 @@ def _stdlib(data: DataConfig) -> Source:
             skipped += 1
     if not files:
         raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")
-    return _by_name(files, {"source": "stdlib"}, data.val_fraction, {"files": skipped})
+    return _by_name(data, files, skipped)
 
 
 def _text(data: DataConfig) -> Source:
     files, val = train_and_val(data)
-    if val:
-        by_split = {"train": files, "val": val}
-        key = {"source": "text", "train": identify(files), "val": identify(val)}
-        return Source(key, lambda split: _read_files(by_split[split]), _text_size(*files.values(), *val.values()))
-    if len(files) == 1:
-        return _one_file(*files.popitem(), data.val_fraction)
-    return _by_name(files, {"source": "text"}, data.val_fraction)
+    if not val:
+        return _one_file(data, *files.popitem()) if len(files) == 1 else _by_name(data, files)
+    parts = [Part(n, p, "train") for n, p in files.items()] + [Part(n, p, "val") for n, p in val.items()]
+    return _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
 
 
-def _by_name(
-    files: dict[str, Path], key: dict[str, Any], val_fraction: float, skipped: Mapping[str, int] | None = None
-) -> Source:
+def _by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
     """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
-    held = {name for name in files if held_out(name, val_fraction)}
+    held = {name for name in files if held_out(name, data.val_fraction)}
     if not held:  # few files: one of them, and again one that its name decides
         held = {min(files, key=_digest)}
     if len(held) == len(files):
         held.remove(max(files, key=_digest))
-
-    def documents(which: Split) -> Iterator[Document]:
-        return _read_files({name: path for name, path in files.items() if (name in held) == (which == "val")})
-
-    key = key | {"files": identify(files), "val_fraction": val_fraction}
-    return Source(key, documents, _text_size(*files.values()), skipped or {})
+    parts = [Part(name, path, "val" if name in held else "train") for name, path in files.items()]
+    return _text_source(data, {"files": identify(files), "val_fraction": data.val_fraction}, parts, skipped)
 
 
-def _one_file(name: str, path: Path, val_fraction: float) -> Source:
+def _one_file(data: DataConfig, name: str, path: Path) -> Source:
     """The first characters are a training document, the last `val_fraction` of them a validation document."""
-    cut = int(sum(map(len, read_parts(path))) * (1 - val_fraction))
 
-    def documents(which: Split) -> Iterator[Document]:
-        position, first = 0, True
-        for part in read_parts(path):
-            middle = min(max(cut - position, 0), len(part))
-            position += len(part)
-            text = part[:middle] if which == "train" else part[middle:]
-            if text:
-                yield Document(f"{name} ({which})", text, first)
-                first = False
-            if which == "train" and position >= cut:
-                return
+    def units() -> list[Unit]:
+        cut = _byte_of_character(path, 1 - data.val_fraction)
+        parts = [Part(f"{name} (train)", path, "train", 0, cut), Part(f"{name} (val)", path, "val", cut)]
+        return _units([part for part in parts if part.stop != 0], cuts=True)
 
-    key = {"source": "text", "files": identify({name: path}), "val_fraction": val_fraction}
-    return Source(key, documents, _text_size(path))
+    key = {"source": "text", "files": identify({name: path}), "val_fraction": data.val_fraction}
+    return Source(str(path), key, units, _text_size(path))
+
+
+def _byte_of_character(path: Path, share: float) -> int:
+    """At which byte (of the text, where the file is packed) that share of a file's characters ends."""
+    with opened(path) as file:
+        counts = [int(np.count_nonzero(_opens_character(block))) for block in iter(partial(file.read, BLOCK), b"")]
+    ends = np.cumsum([0, *counts])
+    cut = int(int(ends[-1]) * share)
+    block = int(np.searchsorted(ends, cut, "right")) - 1
+    with opened(path) as file:
+        skip(file, block * BLOCK)
+        opens = np.flatnonzero(_opens_character(file.read(BLOCK)))
+    return block * BLOCK + (int(opens[cut - ends[block]]) if len(opens) else 0)
+
+
+def _opens_character(block: bytes) -> np.ndarray:
+    return (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
+
+
+class Part(NamedTuple):
+    """Of a text file, or all of it."""
+
+    name: str
+    path: Path
+    split: Split
+    start: int = 0  # in bytes of the text
+    stop: int | None = None
+    first: bool = True
+
+
+def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipped: int = 0) -> Source:
+    key = {"source": data.source, "on_error": data.on_error} | key
+    skips = data.on_error == "skip"
+    name = data.source if data.source == "stdlib" else data.path
+    size = _text_size(*(part.path for part in parts))
+    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped)
+
+
+def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
+    """Parts in units of about the same size; large ones are cut at the ends of lines where `cuts` is set."""
+    limit = unit_bytes(sum(map(_part_size, parts)))
+    pieces: list[Part] = []
+    for part in parts:
+        stop, ends = part.start + _part_size(part), []
+        if cuts and stop - part.start > 2 * limit and part.path.suffix not in PACKED:
+            ends = line_ends(part.path, part.start, stop, limit)
+        starts = [part.start, *ends]
+        pieces += [part._replace(start=a, stop=b, first=a == part.start)
+                   for a, b in zip(starts, [*ends, part.stop], strict=True)]  # fmt: skip
+    return [Unit(partial(_read_text, group, skips), sum(map(_part_size, group)))
+            for group in grouped(pieces, _part_size, limit)]  # fmt: skip
+
+
+def _part_size(part: Part) -> int:
+    return max((part.path.stat().st_size if part.stop is None else part.stop) - part.start, 0)
 
 
 def _text_size(*paths: Path) -> int:
@@ -136,26 +201,40 @@ def _text_size(*paths: Path) -> int:
     return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
 
 
-def _read_files(files: dict[str, Path]) -> Iterator[Document]:
-    for name, path in files.items():
-        for index, part in enumerate(read_parts(path)):
-            yield Document(name, part, first=index == 0)
+def _read_text(parts: list[Part], skips: bool) -> Iterator[Document | Skipped]:
+    for part in parts:
+        if skips:  # read before it is used, so that no half of it is
+            try:
+                for _ in read_parts(part.path, part.start, part.stop):
+                    pass
+            except UserError as error:
+                yield Skipped(str(error))
+                continue
+        first = part.first
+        for text in read_parts(part.path, part.start, part.stop):
+            yield Document(part.name, text, part.split, first)
+            first = False
 
 
-def read_parts(path: Path) -> Iterator[str]:
-    """The text of a file, unchanged, in parts of about BLOCK bytes that end before a newline wherever they can.
+def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
+    wherever they can.
 
     Tokens never cross from a line into the newline after it (see `tokenizers`), so parts are tokenized as the whole.
 
     Raises:
-      UserError: the file cannot be read, or is not UTF-8; names the byte (of the text, where the file is packed).
+      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the text, where the file is
+        packed).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset, block = "", 0, b"-"
+    rest, offset, block = "", start, b"-"
     try:
         with opened(path) as file:
+            skip(file, start)
             while block:
-                block = file.read(BLOCK)
+                block = file.read(BLOCK if stop is None else min(BLOCK, stop - offset))
+                if b"\0" in block:
+                    raise UserError(f"{path}: a NUL at byte {offset + block.index(0)}; allowed: text")
                 offset += len(block)
                 text = rest + decoder.decode(block, final=not block)
                 cut = len(text[: text.rfind("\n") + 1].rstrip("\n")) if block else 0
@@ -175,14 +254,3 @@ def parts_of(text: str) -> Iterator[str]:
         yield text[:cut]
         text = text[cut:]
     yield text
-
-
-def array_hash(array: np.ndarray) -> str:
-    """sha256 of a 1-D array; of a sample of blocks where it is larger than HASH_LIMIT."""
-    digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
-    step = BLOCK // array.itemsize
-    starts = range(0, array.size, step)
-    stride = -(-array.nbytes // HASH_LIMIT)
-    for start in starts[::stride] if stride > 1 else starts:
-        digest.update(array[start : start + step].tobytes())
-    return digest.hexdigest()

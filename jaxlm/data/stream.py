@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm.config import Config, UserError
-from jaxlm.data.corpus import Corpus
-from jaxlm.data.order import batch_at
+from jaxlm.data.order import TrainOrder, make_order
 from jaxlm.data.tf_import import import_tensorflow
+from jaxlm.data.tokens import Tokens
 
-Batch = dict[str, np.ndarray]  # inputs, targets: int32 [devices, B, T]
+Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
 MakeBatch = Callable[[int], Batch]
 
 AHEAD = 4  # batches made before they are asked for
@@ -43,7 +43,7 @@ def _shard(batch: Batch, num_devices: int) -> Batch:
 
 
 def train_stream(
-    corpus: Corpus,
+    order: TrainOrder,
     config: Config,
     start_step: int,
     *,
@@ -62,10 +62,7 @@ def train_stream(
       UserError: batch_size does not divide over the devices.
     """
     rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
-    tokens = np.asarray(corpus.train)
-    return TrainStream(
-        lambda n: _shard(batch_at(tokens, config, n, rows), num_devices), start_step, config.steps, backend
-    )
+    return TrainStream(lambda n: _shard(order.batch(n, rows), num_devices), start_step, config.steps, backend)
 
 
 class TrainStream:
@@ -190,7 +187,7 @@ def _thread_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, 
 
 
 def eval_batches(
-    tokens: np.ndarray,
+    tokens: Tokens,
     config: Config,
     rows_per_batch: int,
     *,
@@ -199,10 +196,10 @@ def eval_batches(
     process_count: int = 1,
     limit: int = 0,
 ) -> Iterator[Batch]:
-    """Windows of [num_tokens] ids, one after the other, in which every target (all but the first id) is once.
+    """The tokens in order, in rows in which every target (all but the first id) is once.
 
-    What is missing from the last window and the last batch is filled with targets of -1, which do not count, so that
-    all batches have one shape and all processes the same number of them.
+    What is missing from the last row and the last batch is filled with targets of -1, which do not count, so that all
+    batches have one shape and all processes the same number of them.
 
     Args:
       rows_per_batch: sequences over all processes and devices.
@@ -212,18 +209,12 @@ def eval_batches(
       UserError: rows_per_batch does not divide over the devices.
     """
     rows = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
-    tokens, T = np.asarray(tokens), config.seq_len
-    num_targets = len(tokens) - 1
-    count = -(-num_targets // (T * rows_per_batch))
-
-    def at(position: np.ndarray, valid: np.ndarray, fill: int) -> np.ndarray:
-        return np.where(valid, tokens[np.minimum(position, num_targets)].astype(np.int32), fill).astype(np.int32)
+    order = make_order(tokens, config)
+    count = -(-order.count // rows_per_batch)
 
     def batches() -> Iterator[Batch]:
         for b in range(min(count, limit) if limit else count):
-            starts = np.arange(b * rows_per_batch, (b + 1) * rows_per_batch)[rows] * T
-            position = starts[:, None] + np.arange(T)
-            valid = position < num_targets
-            yield _shard({"inputs": at(position, valid, 0), "targets": at(position + 1, valid, -1)}, num_devices)
+            first = b * rows_per_batch
+            yield _shard(order.in_order(first + rows.start, first + rows.stop), num_devices)
 
     return batches()

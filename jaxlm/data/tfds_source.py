@@ -12,14 +12,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.sources import Document, Source, Split, held_out
+from jaxlm.data.files import MAX_UNITS
+from jaxlm.data.sources import Document, Source, Split, Unit, held_out
 from jaxlm.data.tf_import import import_tensorflow
 
 STALL_SECONDS = 60  # without a new byte
+UNIT_EXAMPLES = 20_000  # that one process reads at a time
 
 T = TypeVar("T")
 
@@ -31,18 +34,10 @@ def open_tfds(data: DataConfig) -> Source:
       UserError: it, its split or its text feature is not to be had.
     """
     builder = _bounded(lambda: _builder(data), STALL_SECONDS, data)
-    splits = _load(builder, data)
+    splits = _load(builder, data)  # {name: number of examples}
     features = list(builder.info.features or {})
     if data.text_key not in features:
         raise UserError(f"data.text_key is '{data.text_key}'; allowed with {data.tfds_name}: {', '.join(features)}")
-
-    def documents(which: Split) -> Iterator[Document]:
-        own = which == "val" and data.val_split
-        split = data.val_split if own else data.split
-        for index, example in enumerate(splits[split]().as_numpy_iterator()):
-            name = f"{split}:{index}"
-            if own or (which == "train" and data.val_split) or held_out(name, data.val_fraction) == (which == "val"):
-                yield Document(name, _text(example[data.text_key], name, data))
 
     known = {n: [s.num_examples, s.num_bytes, s.shard_lengths] for n, s in builder.info.splits.items()}
     key = {
@@ -50,7 +45,38 @@ def open_tfds(data: DataConfig) -> Source:
         "text_key": data.text_key, "split": data.split, "val_split": data.val_split,
         "val_fraction": None if data.val_split else data.val_fraction,
     }  # fmt: skip
-    return Source(key, documents, num_bytes=0)
+
+    def units_of(split: str, which: Split | None) -> list[Unit]:
+        count = min(MAX_UNITS, -(-splits[split] // UNIT_EXAMPLES)) or 1
+        return [Unit(partial(_read, data, split, which, i, count), 0) for i in range(count)]
+
+    def units() -> list[Unit]:
+        if data.val_split:
+            return units_of(data.split, "train") + units_of(data.val_split, "val")
+        return units_of(data.split, None)
+
+    return Source(f"{data.tfds_name} {data.split}", key, units, num_bytes=0)
+
+
+def _read(data: DataConfig, split: str, which: Split | None, index: int, count: int) -> Iterator[Document]:
+    """One of `count` parts of a split, whose examples' places decide what is held out where `which` is None."""
+    import tensorflow_datasets as tfds
+
+    builder = _builder(data)
+    part: Any = split if count == 1 else tfds.even_splits(split, count)[index]
+    before = sum(builder.info.splits[p].num_examples for p in tfds.even_splits(split, count)[:index]) if index else 0
+    for place, example in enumerate(_dataset(builder, part).as_numpy_iterator(), before):
+        name = f"{split}:{place}"
+        drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
+        yield Document(name, _text(example[data.text_key], name, data), which or drawn)
+
+
+def _dataset(builder: Any, split: Any) -> Any:
+    import tensorflow_datasets as tfds
+
+    import_tensorflow()
+    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    return builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
 
 
 def _data_dir(data: DataConfig) -> str | None:
@@ -71,34 +97,31 @@ def _builder(data: DataConfig) -> Any:
                         "or one prepared under data.path") from error  # fmt: skip
 
 
-def _load(builder: Any, data: DataConfig) -> dict[str, Callable[[], Any]]:
-    """{split: what opens it as a tf.data.Dataset}, after fetching the dataset where it is not there."""
-    import tensorflow_datasets as tfds
-
+def _load(builder: Any, data: DataConfig) -> dict[str, int]:
+    """{split: number of its examples, 0 where it is unknown}, after fetching the dataset where it is not there."""
     try:
         import_tensorflow()
     except ImportError as error:
         raise UserError(f"data.source is 'tfds', and tensorflow is not installed ({error}); "
                         "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
-    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
 
-    def open_split(key: str, split: str) -> Callable[[], Any]:
-        def open_dataset() -> Any:
-            return builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
-
+    def size(key: str, split: str) -> int:
         try:
-            open_dataset()
-        except AssertionError:  # not prepared
-            _download(builder, data)
-            open_dataset()
+            try:
+                dataset = _dataset(builder, split)
+            except AssertionError:  # not prepared
+                _download(builder, data)
+                dataset = _dataset(builder, split)
+            return max(int(dataset.cardinality()), 0)
+        except UserError:
+            raise
         except (ValueError, KeyError) as error:
             raise UserError(f"data.{key} is '{split}'; allowed with {builder.info.full_name}: "
                             f"{', '.join(builder.info.splits)}, and slices of them") from error  # fmt: skip
-        return open_dataset
 
-    splits = {data.split: open_split("split", data.split)}
+    splits = {data.split: size("split", data.split)}
     if data.val_split:
-        splits[data.val_split] = open_split("val_split", data.val_split)
+        splits[data.val_split] = size("val_split", data.val_split)
     return splits
 
 

@@ -1,0 +1,90 @@
+"""From `data.*` to the corpus that it names: one source, or a mixture of several under one tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import Config, DataConfig, UserError, mixture
+from jaxlm.data.arrays import raw_tokens, synthetic
+from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
+from jaxlm.data.sources import open_source
+from jaxlm.data.store import open_store, stored, stored_tokenizer
+from jaxlm.data.tokens import chain
+
+
+def prepare(config: Config, *, progress: bool = True) -> Corpus:
+    """The corpus that `config.data` names: opened where a store of it exists, else made.
+
+    Any number of processes may call this at once; one of them makes the store, the others wait. `progress` shows it
+    on stderr.
+
+    Raises:
+      UserError: the data is missing, unreadable, too short or does not fit the configuration.
+    """
+    data = config.data
+    if data.mixture:
+        return _mixed(config, progress)
+    if data.source == "synthetic":
+        return synthetic(config)
+    if data.source == "tokens":
+        path = Path(data.path).expanduser()
+        store = path.is_dir() and (path / "manifest.json").exists()
+        corpus = open_store(path) if store else raw_tokens(config)
+    else:
+        source = open_source(data)
+        tokenizer, name = stored_tokenizer(data, [source], progress)
+        corpus = stored(data, source, tokenizer, name, config.seq_len, progress)
+    return _checked(corpus, config)
+
+
+def _mixed(config: Config, progress: bool) -> Corpus:
+    weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
+    sources = {i: open_source(part) for i, part in enumerate(parts) if part.source != "tokens"}
+    tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
+    corpora = []
+    for i, part in enumerate(parts):
+        if i in sources:
+            corpora.append(stored(part, sources[i], tokenizer, name, config.seq_len, progress))
+            continue
+        corpus = prepare(dataclasses.replace(config, data=part), progress=progress)
+        if corpus.vocab_size != tokenizer.vocab_size or (
+            corpus.tokenizer and corpus.tokenizer.pieces != tokenizer.pieces
+        ):
+            raise UserError(f"data.mixture: {part.path} has other token ids than the rest; allowed: tokens of the same "
+                            "tokenizer (data.tokenizer_path)")  # fmt: skip
+        corpora.append(corpus)
+    names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
+    shares = [
+        Share(name, weight / sum(weights), corpus.train)
+        for name, weight, corpus in zip(names, weights, corpora, strict=True)
+    ]
+    facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
+    return _checked(
+        Corpus(
+            train=chain([c.train for c in corpora]), val=chain([c.val for c in corpora]),
+            vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, bytes_per_token=tokenizer.bytes_per_token(),
+            fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)), folder=None,
+            facts={"source": "mixture", "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
+            shares=tuple(shares),
+        ),
+        config,
+    )  # fmt: skip
+
+
+def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:
+    """The sums of what is known of all."""
+    known = [k for k in ("documents", "bytes", "tokens") if all(k in found for found in facts)]
+    return {k: sum(found[k] for found in facts) for k in known}
+
+
+def _path(data: DataConfig) -> str:
+    return data.tfds_name if data.source == "tfds" else data.path
+
+
+def _checked(corpus: Corpus, config: Config) -> Corpus:
+    where = str(corpus.folder or config.data.path or config.data.source)
+    check_lengths(where, len(corpus.train), len(corpus.val), config.seq_len)
+    if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
+        raise UserError(f"data.packing is 'document', and nobody knows where documents start in {where}; allowed with "
+                        "files of token ids: packing=concat, or data.tokenizer_path, whose bos opens them")  # fmt: skip
+    return corpus

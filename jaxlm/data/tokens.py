@@ -1,0 +1,110 @@
+"""Token ids in many memory-mapped files, read as one array."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+
+class Tokens:
+    """Ids [num_tokens] of unsigned integers, in the order of their shards."""
+
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        masks: Sequence[np.ndarray] | None = None,
+        starts: Callable[[], np.ndarray] | None = None,
+    ):
+        """
+        Args:
+          shards: ids [n] each, all of one dtype.
+          masks: bool [n] each, whether an id is learned as a target; None: all are.
+          starts: gives int64 [documents], where each document opens with its bos; None: nobody knows.
+        """
+        # A memmap's slices cost three times those of an array.
+        self.shards = [np.asarray(shard) for shard in shards if shard.size]
+        self.masks = None if masks is None else [np.asarray(mask) for mask in masks if mask.size]
+        self._starts = starts
+        self.dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
+        self._ends = np.cumsum([0, *map(len, self.shards)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = self.shards[0] if len(self.shards) == 1 else np.concatenate([*self.shards, np.empty(0, self.dtype)])
+        return whole.astype(dtype or self.dtype, copy=bool(copy))
+
+    @cached_property
+    def starts(self) -> np.ndarray | None:
+        """int64 [documents], where each document opens with its bos; None: nobody knows."""
+        return None if self._starts is None else self._starts()
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """int32 [n, length]: the ids from each of `starts` (int64 [n]) on."""
+        return self._gather(self.shards, starts, length, np.dtype(np.int32))
+
+    def targets(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """int32 [n, length]: the same with -1 where an id is not learned."""
+        ids = self.windows(starts, length)
+        if self.masks is not None:
+            ids[~self._gather(self.masks, starts, length, np.dtype(bool))] = -1
+        return ids
+
+    def copy(self, start: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Fills inputs [n] with the ids from `start` on, and targets [n] with those one further on, -1 where an id is
+        not learned. After the last token comes the first: what ends a document is what opens one.
+        """
+        n = len(inputs)
+        inputs[:] = self._read(self.shards, start, n)
+        if start + n < len(self):
+            targets[:] = self._read(self.shards, start + 1, n)
+        else:
+            targets[:-1] = inputs[1:]
+            targets[-1] = self.shards[0][0]
+        if self.masks is not None:
+            learned = self._read(self.masks, start + 1, min(n, len(self) - start - 1))
+            targets[: len(learned)][~learned] = -1
+
+    def parts(self, start: int, stop: int) -> list[np.ndarray]:
+        """The shards of a part, as views."""
+        spans = zip(self.shards, self._ends, strict=False)
+        return [shard[max(start - end, 0) : max(stop - end, 0)] for shard, end in spans if start - end < len(shard)]
+
+    def _gather(self, shards: list[np.ndarray], starts: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
+        if len(shards) == 1:
+            return np.lib.stride_tricks.sliding_window_view(shards[0], length)[starts].astype(dtype, order="C")
+        out = np.empty((len(starts), length), dtype)
+        for row, start in zip(out, starts.tolist(), strict=True):
+            row[:] = self._read(shards, start, length)
+        return out
+
+    def _read(self, shards: list[np.ndarray], start: int, length: int) -> np.ndarray:
+        """A view where it lies in one shard."""
+        first = int(np.searchsorted(self._ends, start, "right")) - 1
+        if first >= len(shards):
+            return np.empty(0, self.dtype)
+        start -= int(self._ends[first])
+        part = shards[first][start : start + length]
+        if len(part) == length:
+            return part
+        parts = [part]
+        while length > sum(map(len, parts)) and first + 1 < len(shards):
+            first += 1
+            parts.append(shards[first][: length - sum(map(len, parts))])
+        return np.concatenate(parts)
+
+
+def chain(parts: Sequence[Tokens]) -> Tokens:
+    """Several as one, in their order."""
+    masks = None
+    if any(part.masks is not None for part in parts):
+        masks = [m for p in parts for m in (p.masks or [np.ones(len(shard), bool) for shard in p.shards])]
+
+    def starts() -> np.ndarray:
+        offsets = np.cumsum([0, *map(len, parts)])
+        return np.concatenate([p.starts + offset for p, offset in zip(parts, offsets, strict=False)])
+
+    known = all(part._starts is not None for part in parts)
+    return Tokens([shard for part in parts for shard in part.shards], masks, starts if known else None)
