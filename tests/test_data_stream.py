@@ -34,7 +34,7 @@ def make_corpus(num_tokens: int) -> Corpus:
 
 
 def batch_at(corpus: Corpus, config: Config, n: int) -> dict[str, np.ndarray]:
-    return TrainOrder(corpus, config).batch(n)
+    return {name: batches[0] for name, batches in TrainOrder(corpus, config).batches(n, 1).items()}
 
 
 def keys(seed: int) -> np.ndarray:
@@ -135,7 +135,8 @@ def test_far_away_batches_are_as_quick():
 @pytest.mark.parametrize(("processes", "devices"), [(1, 1), (1, 4), (2, 3), (3, 2)])
 def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: int):
     config, corpus = make_config(steps=30), make_corpus(500)
-    streams = [train_stream(TrainOrder(corpus, config), config, 25, num_devices=devices, process_index=p, process_count=processes,
+    order = TrainOrder(corpus, config)
+    streams = [train_stream(order, config, 25, num_devices=devices, process_index=p, process_count=processes,
                             backend=backend) for p in range(processes)]  # fmt: skip
     count = 0
     for n, parts in enumerate(zip(*streams, strict=True), start=25):
@@ -181,10 +182,10 @@ def test_without_tensorflow(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "tf", "thread"])
 def test_errors_are_raised_not_swallowed(backend: str):
-    def make(n: int) -> dict[str, np.ndarray]:
-        if n == 7:
+    def make(first: int, count: int) -> dict[str, np.ndarray]:
+        if first <= 7 < first + count:
             raise UserError("the disk is gone")
-        return {"inputs": np.full((1, 1, 2), n, np.int32)}
+        return {"inputs": np.arange(first, first + count, dtype=np.int32).reshape(count, 1, 1, 1)}
 
     stream = TrainStream(make, 0, 100, backend)
     assert [int(next(stream)["inputs"][0, 0, 0]) for _ in range(7)] == list(range(7))
@@ -209,9 +210,9 @@ def test_close_ends_the_background_work(backend):
 def test_batches_are_made_ahead(backend):
     made = []
 
-    def make(n: int) -> dict[str, np.ndarray]:
-        made.append(n)
-        return {"inputs": np.zeros((1, 1, 2), np.int32)}
+    def make(first: int, count: int) -> dict[str, np.ndarray]:
+        made.extend(range(first, first + count))
+        return {"inputs": np.zeros((count, 1, 1, 2), np.int32)}
 
     stream = TrainStream(make, 0, 100, backend)
     next(stream)

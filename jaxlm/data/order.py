@@ -238,10 +238,11 @@ class TrainOrder:
         self._mixed = Mixed(self._parts, [share.weight for share in shares], config.seed)
         self._T, self._batch_size = config.seq_len, config.batch_size
 
-    def batch(self, n: int, rows: slice = slice(None)) -> Rows:
-        """Rows of the global batch of update n + 1 (n counts from 0)."""
-        first = n * self._batch_size
-        return self._mixed.rows(np.arange(first, first + self._batch_size, dtype=np.int64)[rows])
+    def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
+        """Rows of the global batches of updates first + 1 ... first + count (counted from 0), [count, R, T]."""
+        n = np.arange(first, first + count, dtype=np.int64)[:, None]
+        sample = n * self._batch_size + np.arange(self._batch_size)[rows]
+        return {k: v.reshape(*sample.shape, -1) for k, v in self._mixed.rows(sample.reshape(-1)).items()}
 
     def consumed(self, steps: int) -> list[Consumed]:
         """Tokens and epochs of each source after so many updates; one without a name where there is no mixture."""

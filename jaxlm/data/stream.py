@@ -8,7 +8,7 @@ batches are made as they are asked for; without TensorFlow a thread makes batche
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +19,10 @@ from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.data.tokens import Tokens
 
 Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
-MakeBatch = Callable[[int], Batch]
+MakeBatches = Callable[[int, int], Batch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
 
 AHEAD = 4  # batches made before they are asked for
-BLOCK, BLOCK_BYTES = 16, 2**20  # batches that tf.data makes at a time, at most
+BLOCK, BLOCK_BYTES = 16, 2**20  # batches that are made at a time, at most
 PATIENCE = 64  # batches served before tensorflow is imported: a short run need not pay for it
 
 
@@ -38,8 +38,9 @@ def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, pr
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def _shard(batch: Batch, num_devices: int) -> Batch:
-    return {k: v.reshape(num_devices, -1, *v.shape[1:]) for k, v in batch.items()}
+def _shard(rows: Batch, num_devices: int) -> Batch:
+    """[..., R, T] -> [..., devices, B, T]"""
+    return {k: v.reshape(*v.shape[:-2], num_devices, -1, v.shape[-1]) for k, v in rows.items()}
 
 
 def train_stream(
@@ -62,17 +63,19 @@ def train_stream(
       UserError: batch_size does not divide over the devices.
     """
     rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
-    return TrainStream(lambda n: _shard(order.batch(n, rows), num_devices), start_step, config.steps, backend)
+    return TrainStream(
+        lambda first, count: _shard(order.batches(first, count, rows), num_devices), start_step, config.steps, backend
+    )
 
 
 class TrainStream:
     """An iterator of batches; `close` ends what it runs in the background. An error in making a batch is raised."""
 
-    def __init__(self, make: MakeBatch, start: int, stop: int, backend: str = "auto"):
+    def __init__(self, make: MakeBatches, start: int, stop: int, backend: str = "auto"):
         self._make, self._next, self._stop = make, start, stop
         self._served = 0
         self._ahead: Generator[Batch, None, None] | None = None
-        self._open: Callable[[MakeBatch, int, int], Generator[Batch, None, None]] | None = None
+        self._open: Callable[[MakeBatches, int, int], Generator[Batch, None, None]] | None = None
         self._importer = threading.Thread(target=self._choose, args=(backend,), name="tensorflow-import")
         if backend != "auto":
             self._choose(backend)
@@ -100,7 +103,7 @@ class TrainStream:
             self._ahead = self._open(self._make, n, self._stop)
         elif self._open is None and self._served == PATIENCE:
             self._importer.start()
-        batch = self._make(n) if self._ahead is None else next(self._ahead)
+        batch = _one(self._make, n) if self._ahead is None else next(self._ahead)
         self._next += 1
         self._served += 1
         return batch
@@ -119,18 +122,26 @@ class TrainStream:
             self._ahead = None
 
 
-def _tf_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, None, None]:
-    """The batches by tf.data: steps → blocks of whole batches, in order → made ahead.
+def _one(make: MakeBatches, n: int) -> Batch:
+    return {name: batches[0] for name, batches in make(n, 1).items()}
 
-    An element costs tf.data most of a millisecond however small it is, so small batches come many at a time.
+
+def _block(probe: Batch) -> int:
+    """How many batches are made at a time: a batch, however small it is, costs tf.data most of a millisecond, and the
+    order a quarter of one.
     """
+    return max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
+
+
+def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, None, None]:
+    """The batches by tf.data: steps → blocks of whole batches, in order → made ahead."""
     tf = import_tensorflow()
-    probe = make(start)
-    size = max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
+    probe = _one(make, start)
+    size = _block(probe)
 
     def load(first: np.ndarray) -> list[np.ndarray]:
-        batches = [make(n) for n in range(int(first), min(int(first) + size, stop))]
-        return [np.stack([batch[name] for batch in batches]) for name in probe]
+        batches = make(int(first), min(size, stop - int(first)))
+        return [batches[name] for name in probe]
 
     def to_block(first: Any) -> dict[str, Any]:
         arrays = tf.numpy_function(load, [first], [x.dtype for x in probe.values()])
@@ -147,14 +158,14 @@ def _tf_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, None
             try:
                 block = next(blocks)
             except tf.errors.OpError:  # made here, the batch that failed fails again, with its own error
-                yield from (make(n) for n in range(first, min(first + size, stop)))
+                yield from (_one(make, n) for n in range(first, min(first + size, stop)))
                 raise
             yield from ({name: block[name][i] for name in probe} for i in range(min(size, stop - first)))
     finally:
         del blocks
 
 
-def _thread_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, None, None]:
+def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, None, None]:
     """The batches by a thread that keeps a short queue full."""
     ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=AHEAD)
     closed = threading.Event()
@@ -166,10 +177,18 @@ def _thread_batches(make: MakeBatch, start: int, stop: int) -> Generator[Batch, 
 
     def work() -> None:
         try:
-            for n in range(start, stop):
+            size = _block(_one(make, start))
+            for first in range(start, stop, size):
                 if closed.is_set():
                     return
-                put(make(n))
+                count = min(size, stop - first)
+                try:
+                    block = make(first, count)
+                    batches: Iterable[Batch] = [{k: v[i] for k, v in block.items()} for i in range(count)]
+                except Exception:  # made alone, the batch that failed fails again, after those before it
+                    batches = (_one(make, n) for n in range(first, first + count))
+                for batch in batches:
+                    put(batch)
         except Exception as error:
             put(error)
 

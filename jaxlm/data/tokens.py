@@ -1,5 +1,7 @@
 """Token ids in many memory-mapped files, read as one array."""
 
+import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -27,10 +29,10 @@ class Tokens:
         self.masks = None if masks is None else [np.asarray(mask) for mask in masks if mask.size]
         self._starts = starts
         self.dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
-        self._ends = np.cumsum([0, *map(len, self.shards)])
+        self._ends = [0, *itertools.accumulate(map(len, self.shards))]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self.shards[0] if len(self.shards) == 1 else np.concatenate([*self.shards, np.empty(0, self.dtype)])
@@ -57,14 +59,13 @@ class Tokens:
         not learned. After the last token comes the first: what ends a document is what opens one.
         """
         n = len(inputs)
-        inputs[:] = self._read(self.shards, start, n)
-        if start + n < len(self):
-            targets[:] = self._read(self.shards, start + 1, n)
-        else:
-            targets[:-1] = inputs[1:]
+        ids = self._read(self.shards, start, n + 1)
+        inputs[:] = ids[:n]
+        targets[: len(ids) - 1] = ids[1:]
+        if len(ids) == n:
             targets[-1] = self.shards[0][0]
         if self.masks is not None:
-            learned = self._read(self.masks, start + 1, min(n, len(self) - start - 1))
+            learned = self._read(self.masks, start, n + 1)[1:]
             targets[: len(learned)][~learned] = -1
 
     def parts(self, start: int, stop: int) -> list[np.ndarray]:
@@ -82,10 +83,8 @@ class Tokens:
 
     def _read(self, shards: list[np.ndarray], start: int, length: int) -> np.ndarray:
         """A view where it lies in one shard."""
-        first = int(np.searchsorted(self._ends, start, "right")) - 1
-        if first >= len(shards):
-            return np.empty(0, self.dtype)
-        start -= int(self._ends[first])
+        first = bisect.bisect_right(self._ends, start) - 1
+        start -= self._ends[first]
         part = shards[first][start : start + length]
         if len(part) == length:
             return part
