@@ -130,9 +130,7 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
 
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
-        say(
-            f"  {share.weight:.3g} {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all steps"
-        )
+        say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
     if start:
         say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
 

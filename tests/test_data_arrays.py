@@ -9,6 +9,7 @@ import pytest
 from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
+from jaxlm.data.tokenizer_base import ByteTokenizer
 from tests.corpora import open_corpus
 
 
@@ -73,3 +74,31 @@ def test_synthetic(config: Config):
     np.testing.assert_array_equal(corpus.train, prepare(config).train)
     config.seed = 1
     assert prepare(config).fingerprint != corpus.fingerprint
+
+
+def test_files_of_llm_c_and_several_of_them(config: Config, tmp_path: Path):
+    ids = np.arange(1000) % 50
+    (tmp_path / "d").mkdir()
+    for i, part in enumerate(np.split(ids, [300, 310, 700])):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(part)
+        (tmp_path / f"d/{i}.bin").write_bytes(header.tobytes() + part.astype("<u2").tobytes())
+    for path in ("d", "d/*.bin"):
+        corpus = open_corpus(config, tmp_path / path)
+        np.testing.assert_array_equal(corpus.train, ids[:950])
+        np.testing.assert_array_equal(corpus.val, ids[950:])
+    starts = np.arange(930)
+    np.testing.assert_array_equal(corpus.train.windows(starts, 17), (starts[:, None] + np.arange(17)) % 50)
+    whole = (tmp_path / "d/0.bin").read_bytes()
+    (tmp_path / "short.bin").write_bytes(whole[:-2])
+    with pytest.raises(UserError, match=r"short\.bin: version 1 with 299 tokens; allowed .*the 300 tokens"):
+        open_corpus(config, tmp_path / "short.bin")
+
+
+def test_documents_start_at_each_bos(config: Config, tmp_path: Path):
+    ids = np.array([*range(5), 256, *range(9), 256, 256, *range(40)] * 4)
+    np.save(tmp_path / "a.npy", ids)
+    ByteTokenizer().save(tmp_path)
+    corpus = open_corpus(config, tmp_path / "a.npy", tokenizer_path=str(tmp_path), vocab_size=257, val_fraction=0.25)
+    assert corpus.train.starts is not None
+    np.testing.assert_array_equal(corpus.train.starts, [0, *np.flatnonzero(np.asarray(corpus.train) == 256)])

@@ -1,0 +1,190 @@
+"""What the model is shown, taken apart: batches by documents, what of them is learned, and what a corpus is made of.
+
+Numbers only; `tools/inspect_data.py` shows them. Of a large corpus a sample is counted that is the same each time.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.order import Order, Packed, Rows, TrainOrder, make_order
+from jaxlm.data.sources import Split
+from jaxlm.data.tokens import Tokens
+
+SAMPLE_TOKENS, BLOCK = 10_000_000, 1 << 16  # tokens that are counted at most, so many side by side
+SAMPLE_DOCUMENTS = 1_000_000  # whose lengths are looked at, at most
+PADDING_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the histogram of rows by their share of padding
+
+
+class Piece(NamedTuple):
+    """What a row has of one document."""
+
+    start: int  # its place in the row
+    length: int  # places of the row
+    opens: bool | None  # whether the document starts here; None: ids without a text do not say
+    ids: np.ndarray  # int32 [n]: all that is read, and a last target that is only predicted
+    learned: np.ndarray  # bool [n]: whether it is predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows [R, T] of one update, or of validation in order."""
+
+    rows: Rows
+    filled: np.ndarray  # int64 [R]: the places of a row that are not padding
+    sources: np.ndarray | None  # int64 [R]: which of the corpus's shares a row is of; None: no mixture
+    bos_id: int | None
+
+    def pieces(self, row: int) -> Iterator[Piece]:
+        inputs, targets, filled = self.rows["inputs"][row], self.rows["targets"][row], int(self.filled[row])
+        alone = "positions" in self.rows  # packed documents see nothing of each other, nor predict each other
+        if not filled:
+            return
+        if alone:
+            starts = np.flatnonzero(self.rows["positions"][row, :filled] == 0)
+        else:
+            starts = np.union1d(0, [] if self.bos_id is None else np.flatnonzero(inputs[:filled] == self.bos_id))
+        for a, b in itertools.pairwise([*map(int, starts), filled]):
+            ids, learned = inputs[a:b], targets[a:b] >= 0
+            learned = np.concatenate([[not alone and a > 0 and targets[a - 1] >= 0], learned])
+            if (alone or b == filled) and learned[-1]:
+                ids = np.append(ids, targets[b - 1])
+            opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
+            yield Piece(a, b - a, opens, ids, learned[: len(ids)])
+
+    def counts(self) -> dict[str, int | None]:
+        """Rows, their places by whether a target is learned there, and (parts of) documents, None where not known."""
+        places, learned = self.rows["targets"].size, int((self.rows["targets"] >= 0).sum())
+        padding = places - int(self.filled.sum())
+        rows = len(self.filled)
+        found = None if self.bos_id is None else sum(1 for row in range(rows) for _ in self.pieces(row))
+        return {"rows": rows, "places": places, "learned": learned, "only_read": places - learned - padding,
+                "padding": padding, "documents": found}  # fmt: skip
+
+
+class View:
+    """The batches of a split, and the rows that they are taken from."""
+
+    def __init__(self, corpus: Corpus, config: Config, split: Split):
+        self.corpus, self.config = corpus, config
+        self.order = TrainOrder(corpus, config) if split == "train" else None
+        if self.order:
+            self._mixed = self.order._mixed  # has what no batch says: which source a row is of
+            self.parts, self.num_batches = self._mixed.parts, config.steps
+            self._weights = [share.weight for share in corpus.shares] or [1.0]
+        else:
+            self.parts, self._weights = [make_order(corpus.val, config)], [1.0]
+            self.num_batches = -(-self.parts[0].count // config.batch_size)
+
+    def batch(self, n: int) -> Batch:
+        """That of update n + 1, or the n-th of validation, whose last one may have fewer rows."""
+        first, sources = n * self.config.batch_size, None
+        if self.order:
+            rows = {name: batches[0] for name, batches in self.order.batches(n, 1).items()}
+            if self.corpus.shares:
+                sources = self._mixed.split(np.arange(first, first + self.config.batch_size))[0]
+        else:
+            rows = self.parts[0].in_order(first, min(first + self.config.batch_size, self.parts[0].count))
+        tokenizer = self.corpus.tokenizer
+        return Batch(rows, self._filled(first, rows), sources, tokenizer and tokenizer.bos_id)
+
+    def _filled(self, first: int, rows: Rows) -> np.ndarray:
+        T = rows["inputs"].shape[1]
+        if "positions" in rows:  # padding is a place that goes on from nothing and is followed by nothing
+            stops = np.pad(rows["positions"][:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+            padding = (rows["positions"] == 0) & stops & (rows["targets"] < 0)
+            return T - padding.sum(1)
+        if self.order:
+            return np.full(len(rows["inputs"]), T)
+        return np.minimum(len(self.corpus.val) - 1 - (first + np.arange(len(rows["inputs"]))) * T, T)
+
+    def padding(self) -> tuple[float, np.ndarray]:
+        """The share of padding in all places of the split, and the share of its rows (float64 [7]) that have none of
+        it, and those up to each further one of PADDING_EDGES; sources of a mixture count with their weights.
+        """
+        total, rows = 0.0, np.zeros(len(PADDING_EDGES))
+        for part, weight in zip(self.parts, self._weights, strict=True):
+            empty = self._padding(part)
+            total += weight * float(empty.mean())
+            bins = np.searchsorted(PADDING_EDGES, empty)
+            rows += weight * np.bincount(bins, minlength=len(PADDING_EDGES)) / len(empty)
+        return total, rows
+
+    def _padding(self, part: Order) -> np.ndarray:
+        """float64 [rows]: the share of each that is padding; of rows without any, one stands for all."""
+        T = self.config.seq_len
+        if isinstance(part, Packed):
+            return 1 - np.add.reduceat(part.packing.lengths, part.packing.rows[:-1]) / T
+        if self.order:
+            return np.zeros(1)
+        return np.append(np.zeros(part.count - 1), part.count - (len(self.corpus.val) - 1) / T)
+
+
+def mixture_shares(view: View, batch: Batch, n: int) -> list[dict]:
+    """The share of the rows that each source has: wanted, in batch n, in those up to it, and in the whole run."""
+    if batch.sources is None or view.order is None:
+        return []
+    found = np.bincount(batch.sources, minlength=len(view.corpus.shares)) / len(batch.sources)
+    per_row, size = view.config.seq_len, view.config.batch_size
+    so_far, run = view.order.consumed(n + 1), view.order.consumed(view.num_batches)
+    return [
+        {"source": share.name, "wanted": share.weight, "batch": float(here),
+         "so_far": before.tokens / ((n + 1) * size * per_row), "run": all_.tokens / (view.num_batches * size * per_row),
+         "epochs": all_.epochs}
+        for share, here, before, all_ in zip(view.corpus.shares, found, so_far, run, strict=True)
+    ]  # fmt: skip
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """int64: `count` of the numbers 0 ... total - 1, evenly spaced; all where there are no more."""
+    return np.arange(total) if total <= count else np.arange(count) * total // count
+
+
+def _blocks(tokens: Tokens) -> Iterator[np.ndarray]:
+    """All tokens, or blocks of them that are evenly spaced, SAMPLE_TOKENS at most."""
+    for block in spread(-(-len(tokens) // BLOCK), max(1, SAMPLE_TOKENS // BLOCK)).tolist():
+        yield from tokens.parts(block * BLOCK, (block + 1) * BLOCK)
+
+
+def token_counts(tokens: Tokens, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: how often each id is in the sample."""
+    counts = np.zeros(vocab_size, np.int64)
+    for block in _blocks(tokens):
+        counts += np.bincount(block.astype(np.int64), minlength=vocab_size)
+    return counts
+
+
+def learned_share(tokens: Tokens) -> float:
+    """Of the tokens in the sample."""
+    if tokens.masks is None:
+        return 1.0
+    return float(np.concatenate([*_blocks(Tokens(tokens.masks))]).mean())
+
+
+class Documents(NamedTuple):
+    lengths: np.ndarray  # int64 [n], in tokens with bos
+    total: int | None  # documents there are; None: not counted, these are the first
+
+
+def documents(corpus: Corpus, split: Split) -> Documents | None:
+    """Lengths of the documents of a split, or of some that are evenly spaced; None where nobody knows them."""
+    tokens: Tokens = getattr(corpus, split)
+    if corpus.tokenizer is None:
+        return None
+    if "documents" not in corpus.facts[split] and len(tokens) > SAMPLE_TOKENS:
+        # Of files of bare tokens nobody knows where documents start but who reads all of them.
+        begin = np.concatenate(tokens.parts(0, SAMPLE_TOKENS))
+        starts = np.union1d(0, np.flatnonzero(begin == corpus.tokenizer.bos_id))
+        lengths = np.diff(starts)  # without the last, which is cut
+        return Documents(lengths, None) if len(lengths) else None
+    starts = tokens.starts
+    if starts is None or not len(starts):
+        return None
+    picked = spread(len(starts), SAMPLE_DOCUMENTS)
+    ends = np.append(starts, len(tokens))[picked + 1]
+    return Documents(ends - starts[picked], len(starts))
