@@ -7,14 +7,18 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jaxlm.config import Config, UserError
+from jaxlm.data import build as build_lib
+from jaxlm.data import files as files_lib
 from jaxlm.data import sources as sources_lib
-from jaxlm.data.sources import open_source
+from jaxlm.data import store as store_lib
+from jaxlm.data.sources import Document, open_source
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
 RECORDS = [{"id": i, "doc": {"text": f"record {i}: naïve \u2028 漢字\n\n" * 3}} for i in range(60)]
@@ -139,3 +143,90 @@ def test_a_long_record_is_tokenized_in_parts(config: Config, tmp_path: Path, mon
     corpus = open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
     assert long in text(corpus, "train") + text(corpus, "val")
     assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS) + 1
+
+
+def in_memory(name: str, files: dict[str, bytes]) -> str:
+    """Files of fsspec's store in memory; their address."""
+    store = fsspec.filesystem("memory")
+    for path, content in files.items():
+        store.pipe(f"/{name}/{path}", content)
+    return f"memory://{name}"
+
+
+def test_addresses(config: Config, tmp_path: Path):
+    """What a path names is the same in another store."""
+    files = {
+        "d/a.jsonl": jsonl(RECORDS[:30]),
+        "d/sub/b.jsonl.gz": gzip.compress(jsonl(RECORDS[30:])),
+        "c.txt": b"other",
+    }
+    address = in_memory("addresses", files)
+    write(tmp_path, files)
+    for path in ("d", "d/a.jsonl", "d/*.jsonl", "d/**/*.gz"):
+        here = open_corpus(config, tmp_path / path, source="jsonl")
+        there = open_corpus(config, f"{address}/{path}")
+        assert there.fingerprint == here.fingerprint and text(there, "train"), path
+        assert there.folder != here.folder
+    before = open_corpus(config, f"{address}/d").folder
+    in_memory("addresses", {"d/a.jsonl": jsonl(RECORDS[30:])})
+    assert open_corpus(config, f"{address}/d").folder != before
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(RECORDS), table)
+    address = in_memory("parquet", {"t.parquet": table.read_bytes()})
+    there = open_corpus(config, f"{address}/t.parquet", source="parquet")
+    assert sum(there.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)
+
+
+def test_processes_read_addresses(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files_lib, "UNIT_BYTES", 2000)
+    write(tmp_path, {"a.jsonl": jsonl(RECORDS)})
+    here = open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
+    there = open_corpus(config, f"file://{tmp_path}/a.jsonl")
+    assert len(here.train.shards) > 2 and there.fingerprint == here.fingerprint
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("nope://a/b", r"data\.path is 'nope://a/b': Unsupported filesystem.*allowed: a path, or an address"),
+        ("s3://a/b", r"data\.path is 's3://a/b': Install s3fs"),
+        ("memory://nothing/there", r"data\.path is 'memory://nothing/there': no such file or folder"),
+    ],
+)
+def test_addresses_that_are_no_good(config: Config, address: str, words: str):
+    with pytest.raises(UserError, match=words):
+        open_corpus(config, address, source="jsonl")
+
+
+def test_token_files_are_of_this_machine(config: Config):
+    address = in_memory("ids", {"a.bin": bytes(2000)})
+    with pytest.raises(UserError, match=r"a\.bin: not on this machine; allowed .*memory-mapped"):
+        open_corpus(config, f"{address}/a.bin", source="tokens")
+
+
+def test_lines_of_many_units(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Cut at any byte: each record once, as in one unit, and errors name the line of the file."""
+    path = write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl"
+    monkeypatch.setattr(build_lib, "num_processes", lambda: 1)
+    whole = open_corpus(config, path, source="jsonl")
+    for size in (137, 400, 1000):
+        monkeypatch.setattr(files_lib, "UNIT_BYTES", size)
+        monkeypatch.setattr(store_lib, "UNIT_BYTES", size)
+        parts = open_corpus(config, path)
+        for split in ("train", "val"):
+            np.testing.assert_array_equal(getattr(parts, split), getattr(whole, split))
+        assert len(open_source(config.data).units()) > 5
+    lines = jsonl(RECORDS).splitlines(keepends=True)
+    write(tmp_path, {"a.jsonl": b"\n".join([b"", *lines[:50], b"{}\n", *lines[50:]])})  # blank lines between
+    with pytest.raises(UserError, match=r"a\.jsonl line 102: no 'doc\.text'"):
+        open_corpus(config, path)
+
+
+def test_a_long_line(config: Config, tmp_path: Path):
+    """20 MB in one record, tokenized a part at a time."""
+    long = "word after word " * 1_300_000
+    path = write(tmp_path, {"a.jsonl": jsonl([*RECORDS, {"doc": {"text": long}}])}) / "a.jsonl"
+    config.data.source, config.data.path = "jsonl", str(path)
+    units = open_source(config.data).units()
+    found = [d for unit in units for d in unit.read() if isinstance(d, Document)]
+    assert "".join(d.text for d in found[60:]) == long and [d.first for d in found[60:]] == [True, False, False]

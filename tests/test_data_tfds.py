@@ -10,7 +10,7 @@ import pytest
 
 from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import prepare, tfds_source
+from jaxlm.data import prepare, store, tfds_source
 from jaxlm.data.baselines import text_of
 from jaxlm.data.sources import held_out, open_source
 
@@ -73,6 +73,33 @@ def test_documents_held_out_of_one_split(config: Config):
     half = open_source(config.data)
     assert half.key != source.key
     assert len(list(half.documents("train"))) + len(list(half.documents("val"))) == 25
+
+
+def test_units_of_a_split_are_the_split(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Read by processes; which example is held out does not depend on how many there are."""
+    config.data.val_fraction = 0.2
+    whole = prepare(config, progress=False)
+    documents = [d for unit in open_source(config.data).units() for d in unit.read()]
+    monkeypatch.setattr(tfds_source, "UNIT_EXAMPLES", 20)
+    units = open_source(config.data).units()
+    assert len(units) == 3 and len(documents) == 50
+    assert [d for unit in units for d in unit.read()] == documents
+    monkeypatch.setattr(store, "UNIT_BYTES", 1)  # another store
+    parts = prepare(config, progress=False)
+    assert len(parts.train.shards) == 3
+    np.testing.assert_array_equal(parts.train, whole.train)
+
+
+def test_array_record(config: Config, tmp_path: Path):
+    """The other format in which datasets are kept."""
+    builder = TinyStoriesOfTests(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    assert list(tmp_path.rglob("*.array_record*"))
+    expected = prepare(config, progress=False)
+    config.data.path = str(tmp_path)
+    corpus = prepare(config, progress=False)
+    assert corpus.folder != expected.folder
+    np.testing.assert_array_equal(corpus.train, expected.train)
 
 
 def test_mock_data(config: Config, tmp_path: Path):

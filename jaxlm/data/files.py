@@ -1,6 +1,7 @@
 """Files: which of them a path names, their bytes unpacked, and what tells them from others.
 
-`.gz`, `.bz2`, `.xz` and `.zst` are read as they are; one that is cut short is refused, not read up to there.
+`.gz`, `.bz2`, `.xz` and `.zst` are read as they are; one that is cut short is refused, not read up to there. A path
+may be an address that fsspec knows (s3://, gs://, hf://, https://): it then is a UPath, which does what a Path does.
 """
 
 import bz2
@@ -9,6 +10,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -34,17 +36,21 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
     Raises:
       UserError: names `key`, when there is no such path or nothing in it.
     """
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        files = {path.name: path}
-    elif path.is_dir():
-        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    elif glob.has_magic(pattern):
-        plain = re.split(r"[*?[]", str(path))[0]
-        root = Path(plain if plain.endswith("/") else Path(plain).parent)
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        files = {p.relative_to(root).as_posix(): p for p in found if p.is_file()}
-    else:
+    path = located(key, pattern)
+    plain = re.split(r"[*?[]", str(path))[0]
+    root = path if plain == str(path) else located(key, plain if plain.endswith("/") else os.path.dirname(plain))
+    try:
+        if path.is_file():
+            files = {path.name: path}
+        elif path.is_dir():
+            files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+        elif root is not path:
+            files = {p.relative_to(root).as_posix(): p for p in _globbed(path, root) if p.is_file()}
+        else:
+            files = None
+    except OSError as error:
+        raise UserError(f"{key} is '{pattern}': cannot be listed ({error.strerror or error})") from error
+    if files is None:
         raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
     if not files:
         raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
@@ -52,6 +58,30 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
     if not full:
         raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
     return full
+
+
+def located(key: str, path: str) -> Path:
+    """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
+    if "://" not in path:
+        return Path(path).expanduser()
+    import upath
+
+    try:
+        found = upath.UPath(path)
+        assert found.fs is not None
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key} is '{path}': {error}; allowed: a path, or an address that fsspec knows") from error
+    return cast(Path, found)
+
+
+def is_remote(path: Path) -> bool:
+    return not isinstance(path, Path)
+
+
+def _globbed(path: Path, root: Path) -> Iterable[Path]:
+    if is_remote(path):
+        return root.glob(str(path)[len(str(root)) :].lstrip("/"))
+    return [Path(p) for p in glob.glob(str(path), recursive=True)]
 
 
 @contextmanager
@@ -102,7 +132,12 @@ def identify(files: dict[str, Path]) -> list[list[Any]]:
     """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
     stats = {name: path.stat() for name, path in files.items()}
     by_content = sum(s.st_size for s in stats.values()) <= HASH_LIMIT
-    return [[n, s.st_size, content_hash(files[n]) if by_content else s.st_mtime_ns] for n, s in stats.items()]
+    found = []
+    for name, s in stats.items():
+        remote = cast(Any, files[name]) if is_remote(files[name]) else None  # whose store tells versions apart
+        version = remote.fs.ukey(remote.path) if remote else content_hash(files[name]) if by_content else s.st_mtime_ns
+        found.append([name, s.st_size, version])
+    return found
 
 
 def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -116,6 +151,9 @@ def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dic
     inside = {path.resolve() for path in val.values()}
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
     for path in (*train.values(), *val.values()):
+        if suffixes and is_remote(path):
+            raise UserError(f"{path}: not on this machine; allowed with data.source={data.source}: files that can be "
+                            "memory-mapped")  # fmt: skip
         if suffixes and path.suffix not in suffixes:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source={data.source}: "
                             + ", ".join(suffixes))  # fmt: skip

@@ -6,7 +6,7 @@ Numbers only; `tools/inspect_data.py` shows them. Of a large corpus a sample is 
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,39 @@ from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import Order, Packed, Rows, TrainOrder, make_order
 from jaxlm.data.sources import Split
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
 SAMPLE_TOKENS, BLOCK = 10_000_000, 1 << 16  # tokens that are counted at most, so many side by side
 SAMPLE_DOCUMENTS = 1_000_000  # whose lengths are looked at, at most
+MARKS = "⟨⟩‹›"  # around what is no text
 PADDING_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the histogram of rows by their share of padding
+
+
+def visible(data: bytes, lines: bool = True) -> str:
+    """Bytes as text that moves no cursor: what is no UTF-8, cannot be printed, or is a mark is written \\x1b, \\u27e8.
+
+    `lines` keeps newlines.
+    """
+    kept = "\n" if lines else ""
+    text = data.decode("utf-8", "backslashreplace")
+    fine = (
+        c if c in kept or (c.isprintable() and c not in MARKS) else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(fine)
+
+
+def decoded(ids: list[int], tokenizer: Tokenizer | None, lines: bool = True) -> list[tuple[str, bool]]:
+    """What ids stand for, and whether that is text; ids that stand for no text are marks."""
+    if tokenizer is None:
+        return [(" ".join(map(str, ids)) + " ", True)]
+    found = []
+    for is_text, group in itertools.groupby(ids, lambda i: bool(tokenizer.pieces[i])):
+        if is_text:
+            found.append((visible(b"".join(tokenizer.pieces[i] for i in group), lines), True))
+        else:
+            found += [("⟨bos⟩" if i == tokenizer.bos_id else f"⟨id {i}⟩", False) for i in group]
+    return found
 
 
 class Piece(NamedTuple):
@@ -57,14 +85,13 @@ class Batch:
             opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
             yield Piece(a, b - a, opens, ids, learned[: len(ids)])
 
-    def counts(self) -> dict[str, int | None]:
-        """Rows, their places by whether a target is learned there, and (parts of) documents, None where not known."""
-        places, learned = self.rows["targets"].size, int((self.rows["targets"] >= 0).sum())
-        padding = places - int(self.filled.sum())
-        rows = len(self.filled)
-        found = None if self.bos_id is None else sum(1 for row in range(rows) for _ in self.pieces(row))
-        return {"rows": rows, "places": places, "learned": learned, "only_read": places - learned - padding,
-                "padding": padding, "documents": found}  # fmt: skip
+    def counts(self, rows: slice = slice(None)) -> dict[str, int | None]:
+        """The targets of some rows by what becomes of them, and their (parts of) documents; None where not known."""
+        targets, filled = self.rows["targets"][rows], int(self.filled[rows].sum())
+        learned, picked = int((targets >= 0).sum()), range(len(self.filled))[rows]
+        found = None if self.bos_id is None else sum(1 for row in picked for _ in self.pieces(row))
+        return {"rows": len(picked), "targets": targets.size, "learned": learned, "masked": filled - learned,
+                "padding": targets.size - filled, "documents": found}  # fmt: skip
 
 
 class View:
@@ -125,18 +152,17 @@ class View:
         return np.append(np.zeros(part.count - 1), part.count - (len(self.corpus.val) - 1) / T)
 
 
-def mixture_shares(view: View, batch: Batch, n: int) -> list[dict]:
-    """The share of the rows that each source has: wanted, in batch n, in those up to it, and in the whole run."""
+def mixture_shares(view: View, batch: Batch, n: int) -> list[dict[str, Any]]:
+    """The share of the rows that each source has in batch n, in those up to it, and wanted; epochs of the whole run."""
     if batch.sources is None or view.order is None:
         return []
     found = np.bincount(batch.sources, minlength=len(view.corpus.shares)) / len(batch.sources)
-    per_row, size = view.config.seq_len, view.config.batch_size
+    places = (n + 1) * view.config.batch_size * view.config.seq_len
     so_far, run = view.order.consumed(n + 1), view.order.consumed(view.num_batches)
     return [
-        {"source": share.name, "wanted": share.weight, "batch": float(here),
-         "so_far": before.tokens / ((n + 1) * size * per_row), "run": all_.tokens / (view.num_batches * size * per_row),
-         "epochs": all_.epochs}
-        for share, here, before, all_ in zip(view.corpus.shares, found, so_far, run, strict=True)
+        {"source": share.name, "batch": here, "so_far": before.tokens / places, "wanted": share.weight,
+         "epochs": whole.epochs}
+        for share, here, before, whole in zip(view.corpus.shares, found.tolist(), so_far, run, strict=True)
     ]  # fmt: skip
 
 
@@ -169,6 +195,13 @@ def learned_share(tokens: Tokens) -> float:
 class Documents(NamedTuple):
     lengths: np.ndarray  # int64 [n], in tokens with bos
     total: int | None  # documents there are; None: not counted, these are the first
+
+    def summary(self, seq_len: int) -> dict[str, Any]:
+        """As JSON."""
+        lengths = self.lengths
+        return {"total": self.total, "counted": len(lengths), "mean": float(lengths.mean()),
+                "median": float(np.median(lengths)), "min": int(lengths.min()), "max": int(lengths.max()),
+                "longer_than_seq_len": float((lengths > seq_len).mean())}  # fmt: skip
 
 
 def documents(corpus: Corpus, split: Split) -> Documents | None:

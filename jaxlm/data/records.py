@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.conversations import conversation
-from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, train_and_val, unit_bytes
+from jaxlm.data.files import PACKED, grouped, identify, is_remote, line_ends, opened, train_and_val, unit_bytes
 from jaxlm.data.sources import Document, Skipped, Source, Split, Unit, held_out, parts_of
 
 
@@ -132,7 +132,7 @@ def _parquet(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path.open("rb") if is_remote(path) else path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: unreadable as Parquet ({' '.join(str(error).split())})") from error
 

@@ -65,18 +65,23 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
     builder = _builder(data)
     part: Any = split if count == 1 else tfds.even_splits(split, count)[index]
     before = sum(builder.info.splits[p].num_examples for p in tfds.even_splits(split, count)[:index]) if index else 0
-    for place, example in enumerate(_dataset(builder, part).as_numpy_iterator(), before):
+    for place, example in enumerate(_examples(builder, part)[1](), before):
         name = f"{split}:{place}"
         drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
         yield Document(name, _text(example[data.text_key], name, data), which or drawn)
 
 
-def _dataset(builder: Any, split: Any) -> Any:
+def _examples(builder: Any, split: Any) -> tuple[int, Callable[[], Iterator[dict[str, Any]]]]:
+    """Number of the examples of a split, 0 where it is unknown, and what gives them."""
     import tensorflow_datasets as tfds
 
     import_tensorflow()
+    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # which tf.data does not read
+        source = builder.as_data_source(split=split)
+        return len(source), lambda: iter(source)
     read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    return builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
+    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=read_config)
+    return max(int(dataset.cardinality()), 0), dataset.as_numpy_iterator
 
 
 def _data_dir(data: DataConfig) -> str | None:
@@ -108,11 +113,10 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
     def size(key: str, split: str) -> int:
         try:
             try:
-                dataset = _dataset(builder, split)
+                return _examples(builder, split)[0]
             except AssertionError:  # not prepared
                 _download(builder, data)
-                dataset = _dataset(builder, split)
-            return max(int(dataset.cardinality()), 0)
+                return _examples(builder, split)[0]
         except UserError:
             raise
         except (ValueError, KeyError) as error:
