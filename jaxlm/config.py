@@ -267,6 +267,12 @@ def validate(c: Config) -> Config:
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
     if d.mixture:
         mixture(d)
+        require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
+    if not d.mixture and d.source not in ("jsonl", "parquet"):
+        for key in ("prompt_key", "response_key", "messages_key"):
+            require(
+                not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; jsonl and parquet have keys"
+            )
     if d.source in ("jsonl", "parquet"):
         require(bool(d.text_key or d.response_key or d.messages_key), "data.text_key", "the key of a record's text")
     if d.prompt_key or d.response_key:

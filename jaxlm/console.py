@@ -15,7 +15,7 @@ class Reporter:
     """Progress as a bar on a terminal, as plain lines elsewhere. A process that is not the first one says nothing."""
 
     def __init__(self, steps: int, start: int, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._steps, self._last_line, self._estimated = steps, 0.0, False
         self._bar = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), BarColumn(), TextColumn("{task.fields[text]}"),

@@ -150,6 +150,7 @@ def test_bad_conversations(config: Config, tmp_path: Path, messages: Any, words:
         ({"response_key": "a", "messages_key": "m"}, r"data\.messages_key is 'm'"),
         ({"messages_key": "m", "chat_template": "{role}"}, r"data\.chat_template is '\{role\}'"),
         ({"messages_key": "m", "chat_template": ""}, r"data\.chat_template is ''"),
+        ({"messages_key": "m", "source": "text"}, r"data\.messages_key is 'm'; allowed: none with data\.source=text"),
     ],
 )
 def test_keys_that_do_not_go_together(config: Config, keys: dict[str, str], words: str):

@@ -18,6 +18,7 @@ from jaxlm.data.packing import best_fit, pack, pieces
 from jaxlm.data.tokens import Tokens
 from jaxlm.model import make_model
 from tests.corpora import LINES, make_config, open_corpus, write
+from tests.runs import numbers, run
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 
@@ -186,3 +187,16 @@ def test_what_packing_needs(tmp_path: Path):
     config.data.source, config.data.vocab_size, config.data.packing = "tokens", 50, "document"
     with pytest.raises(UserError, match=r"data\.packing is 'document', and nobody knows where documents start"):
         open_corpus(config, tmp_path / "a.npy")
+
+
+def test_packed_steps_do_not_depend_on_the_devices(tmp_path: Path):
+    """Rows hold different numbers of targets; every target weighs the same, however rows are split."""
+    write(tmp_path, {f"d/{i:02}.txt": LINES[i : 3 * i + 7] for i in range(60)})
+    keys = {"data.source": "text", "data.path": tmp_path / "d", "data.tokenizer": "bytes", "data.packing": "document",
+            "seq_len": 64, "steps": 3, "log.every_steps": 1, "eval.sample_tokens": 0}  # fmt: skip
+    assert run(tmp_path / "one", **keys, **{"parallel.devices": 1}) == 0
+    assert run(tmp_path / "four", **keys, **{"parallel.devices": 4, "optim.accum_steps": 2}) == 0
+    one, four = numbers(tmp_path / "one"), numbers(tmp_path / "four")
+    assert len(one) == len(four) == 4
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)

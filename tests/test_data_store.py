@@ -1,5 +1,6 @@
 """The token store: made once, whole or not at all, and checked when it is opened."""
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -309,3 +310,32 @@ def test_command(config: Config, tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"prepare_data\.py: data\.path is .*\n", done.stderr)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_processes_end_with_one_that_is_killed(config: Config, tmp_path: Path):
+    path = write(tmp_path, {f"d/{i}.txt": LINES for i in range(40)}) / "d"
+    script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=0)
+    script = script.replace("c = get_config()", "c = get_config()\nfrom jaxlm.data import files\n"
+                            "files.UNIT_BYTES = 5 * 10**4")  # fmt: skip
+    file = tmp_path / "script.py"
+    file.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
+    process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert len(workers) >= 2, "they were not there yet, or no longer"
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

@@ -102,8 +102,10 @@ def test_array_record(config: Config, tmp_path: Path):
     np.testing.assert_array_equal(corpus.train, expected.train)
 
 
-def test_mock_data(config: Config, tmp_path: Path):
-    config.data.tfds_name, config.data.path, config.data.text_key, config.data.val_fraction = "lm1b", "", "text", 0.2
+@pytest.mark.parametrize("name", ["lm1b", "c4/en", "wikipedia/20230601.en", "wiki40b/en", "pg19", "tiny_shakespeare"])
+def test_mock_data(config: Config, name: str):
+    key = "book_text" if name == "pg19" else "text"
+    config.data.tfds_name, config.data.path, config.data.text_key, config.data.val_fraction = name, "", key, 0.2
     with tfds.testing.mock_data(num_examples=60):
         corpus = prepare(config, progress=False)
     assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 60

@@ -1,7 +1,8 @@
 """How fast a configuration trains: the step alone, the whole trainer around it, and nanoGPT beside them.
 
 All that is compared runs in turns, round by round, and medians are reported, so that a noisy machine is noisy for all.
-The last line of output is one JSON object.
+The last line of output is one JSON object. `bench.py data` measures how fast data is prepared and fed; see
+`bench.py data --help`.
 """
 
 import json
@@ -20,6 +21,10 @@ from jaxlm.main import exit_code
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["data"]:
+        import bench_data  # beside this file
+
+        return bench_data.main(sys.argv[2:])
     parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps a round (default: 20)")

@@ -1,11 +1,12 @@
-"""How fast a configuration's data is prepared and fed: preparation, feeding and waiting, each a line of text.
+"""How fast a configuration's data is prepared and fed, in three parts.
 
-Preparation is the making of a token store in a cache that is thrown away, beside the tokenizer's library alone on the
-same texts, already in memory, by as many processes. Feeding is how fast batches come when nothing else is done, and how
-soon the first one far into a run. Waiting is the share of a training loop's time that it spends in taking batches,
-when steps take a given time: asleep, and in a computation on all devices.
+Preparation: making the token store, in a cache that is thrown away, beside the tokenizer's library alone, which has the
+same texts in memory already and as many processes; wanted: 0.9 of its speed. Feeding: batches when nothing else is
+done, and the first one far into a run; wanted: 20 million tokens/s at 1024 tokens on two cores, and 10 ms. Waiting: the
+share of its time that the training loop spends in taking batches, when a step takes a given time, asleep or computing
+on all devices; wanted: at most 1%.
 
-What is compared runs in turns, round by round, and medians are reported. The last line of output is one JSON object.
+What is compared runs in turns, and medians over the rounds are reported. The last line of output is one JSON object.
 """
 
 import contextlib
@@ -26,23 +27,26 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from jaxlm import cli, runtime
 from jaxlm.config import Config, DataConfig, UserError, mixture
-from jaxlm.data import Corpus, TrainOrder, prepare, train_stream
-from jaxlm.data.build import BATCH_CHARACTERS, num_processes
+from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
+from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
 from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import Document, Unit, open_source
 from jaxlm.data.store import stored, stored_tokenizer
-from jaxlm.data.stream import BLOCK, PATIENCE, Batch, TrainStream
+from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
+from jaxlm.data.tokenizers import to_bytes
 
-ENOUGH_BYTES = 100_000_000  # of a corpus: beside the work on fewer, the start of the processes is long
-END = 2 * 10**9  # steps: the batches never end
-FAR = 10**9  # the step to go on from
-FEED_SECONDS = 0.5  # of a round of feeding, at least
+ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
+FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
+FEED_SECONDS = 0.5  # of a round, at least
 MAX_MS = 60_000
+
+Library = Literal["sentencepiece", "tokenizers"]
+Backend = Literal["auto", "tf", "thread"]
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--steps", type=int, default=200, help="batches a round, at least (default: 200)")
     parser.add_argument(
-        "--compute_ms", type=float, default=20.0, metavar="MS", help="length of a step to wait in (default: 20)"
+        "--compute_ms", type=float, default=20.0, metavar="MS", help="a step takes, waiting (default: 20)"
     )
     args, overrides = parser.parse_known_args(argv)
     config = cli.load(cli.user_path("--config", args.config), overrides)
@@ -64,15 +68,19 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--compute_ms is {args.compute_ms}; allowed: more than 0, at most {MAX_MS}")
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     config.steps = END
-    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        config.data.cache_dir = folder
-        result["preparation"] = measure_preparation(config, Path(folder), args.rounds)  # while this process is small
+        config.data.cache_dir = f"{folder}/cache"
+        preparation = None
+        # Before jax and tensorflow are imported: a process that is started is at first as large as this one.
+        if text_parts(config.data):
+            _apart(save_tokenizer, config.data, Path(folder))
+            config.data.tokenizer_path = folder
+            preparation = measure_preparation(config, args.rounds)
         corpus = prepare(config, progress=False)
-        result["feeding"] = measure_feeding(corpus, config, args.rounds, args.steps)
+        feeding = measure_feeding(corpus, config, args.rounds, args.steps)
         runtime.configure_jax(config, 1)
-        result["waiting"] = measure_waiting(corpus, config, args.rounds, args.steps, args.compute_ms / 1e3)
-    print(json.dumps(result))
+        waiting = measure_waiting(corpus, config, args.rounds, args.steps, args.compute_ms)
+    print(json.dumps({"preparation": preparation, "feeding": feeding, "waiting": waiting}))
     return 0
 
 
@@ -80,60 +88,334 @@ def main(argv: list[str]) -> int:
 
 
 class Built(NamedTuple):
-    """A token store."""
+    """Token stores that were made."""
 
     seconds: float
     documents: int
     bytes: int
     tokens: int
-    peak_bytes: int  # memory of the largest process that tokenized
+    processes: int  # at once
+    peak_bytes: int  # memory of the largest of them
 
 
-class Bare(NamedTuple):
-    """What a tokenizer's library did."""
+class Encoded(NamedTuple):
+    """What a library did."""
 
-    name: str
     seconds: float
     tokens: int
 
 
-def measure_preparation(config: Config, folder: Path, rounds: int) -> dict[str, Any] | None:
-    """None where there is no text. Has `config.data` name the tokenizer, and the cache of the last store, in `folder`.
+def text_parts(data: DataConfig) -> list[DataConfig]:
+    """The sources that are text; several in a mixture."""
+    parts = [part for _, part in mixture(data)] if data.mixture else [data]
+    return [part for part in parts if part.source not in ("tokens", "synthetic")]
 
-    Each store and each library has a process of its own: what a process and those that it started took of memory is
-    only known of all its life.
-    """
-    parts = [part for part in ([p for _, p in mixture(config.data)] if config.data.mixture else [config.data])
-             if part.source not in ("tokens", "synthetic")]  # fmt: skip
-    if not parts:
-        print("preparation · none: this data is token ids already")
-        return None
-    (folder / "tokenizer").mkdir()
-    _apart(save_tokenizer, config.data, parts, folder / "tokenizer")
-    config.data.tokenizer_path = str(folder / "tokenizer")
+
+def measure_preparation(config: Config, rounds: int) -> dict[str, Any]:
+    """With the tokenizer in the folder `data.tokenizer_path`; leaves the last stores in `data.cache_dir`."""
+    parts, folder = text_parts(config.data), Path(config.data.tokenizer_path)
+    library = library_of(folder)
     builds: list[Built] = []
-    bares: list[Bare] = []
-    processes = 0
+    alone: list[Encoded] = []
+
+    def build() -> None:
+        shutil.rmtree(config.data.cache_dir, ignore_errors=True)
+        builds.append(build_stores(parts, config.seq_len))
+
+    def encode() -> None:
+        if library:
+            seconds, tokens = zip(*(_apart(encode_alone, library, folder, part) for part in parts), strict=True)
+            alone.append(Encoded(sum(seconds), sum(tokens)))
+
     for i in range(rounds):
-        cache = Path(config.data.cache_dir)
-        if i:
-            shutil.rmtree(cache)
-        config.data.cache_dir = str(folder / f"round-{i}")
-        mine = [dataclasses.replace(p, cache_dir=config.data.cache_dir, tokenizer_path=config.data.tokenizer_path)
-                for p in parts]  # fmt: skip
-
-        def ours(mine: list[DataConfig] = mine) -> None:
-            stores = [_apart(build_store, part, config.seq_len) for part in mine]
-            *sums, peaks = zip(*stores, strict=True)
-            builds.append(Built(*map(sum, sums), max(peaks)))
-
-        def bare(mine: list[DataConfig] = mine) -> None:
-            nonlocal processes
-            processes, found = _apart(run_library, mine, folder / "tokenizer")
-            bares.extend([found] if found else [])
-
-        for run in (ours, bare) if i % 2 else (bare, ours):
+        for run in (build, encode) if i % 2 else (encode, build):
             run()
-        print(f"round {i + 1}/{rounds} · store {builds[-1].seconds:.2f} s"
-              + f" · {bares[-1].name} alone {bares[-1].seconds:.2f} s" * bool(bares))  # fmt: skip
-    return _preparation(builds, bares, processes)
+        if not i and builds[0].bytes < ENOUGH_BYTES:
+            print(f"bench.py: a corpus of {builds[0].bytes / 1e6:.1f} MB; below {ENOUGH_BYTES / 1e6:.0f} MB, starting "
+                  "processes and the machine's noise hide how fast texts are tokenized", file=sys.stderr)  # fmt: skip
+        more = f" · {library} alone {alone[-1].seconds:.2f} s" if library else ""
+        print(f"round {i + 1}/{rounds} · store {builds[-1].seconds:.2f} s{more}", flush=True)
+    return _preparation(library, builds, alone)
+
+
+def _preparation(library: Library | None, builds: list[Built], alone: list[Encoded]) -> dict[str, Any]:
+    first, seconds = builds[0], statistics.median(b.seconds for b in builds)
+    result = {
+        "documents": first.documents,
+        "bytes": first.bytes,
+        "tokens": first.tokens,
+        "processes": first.processes,
+        "peak_process_bytes": max(b.peak_bytes for b in builds),
+        "seconds": seconds,
+        "tokens_per_second": first.tokens / seconds,
+        "mb_per_second": first.bytes / seconds / 1e6,
+        "library": library,
+        "library_tokens": None,
+        "library_mb_per_second": None,
+        "over_library": None,
+    }
+    line = (f"preparation · {first.bytes / 1e6:.1f} MB · processes: {first.processes}, of up to "
+            f"{result['peak_process_bytes'] / 1e6:.0f} MB · {result['mb_per_second']:.2f} MB/s, "
+            f"{result['tokens_per_second'] / 1e6:.2f} million tokens/s")  # fmt: skip
+    if alone:
+        result["library_tokens"] = alone[0].tokens
+        result["library_mb_per_second"] = first.bytes / statistics.median(a.seconds for a in alone) / 1e6
+        result["over_library"] = statistics.median(a.seconds / b.seconds for a, b in zip(alone, builds, strict=True))
+        line += f" · {library} alone {result['library_mb_per_second']:.2f} MB/s · ratio {result['over_library']:.2f}"
+    print(line, flush=True)
+    return result
+
+
+def save_tokenizer(data: DataConfig, folder: Path) -> None:
+    """Makes the tokenizer of a configuration, or takes the one that it names, and saves it."""
+    sources = [open_source(part) for part in text_parts(data)]
+    stored_tokenizer(data, sources, True)[0].save(folder)
+
+
+def build_stores(parts: list[DataConfig], seq_len: int) -> Built:
+    """Each in a process of its own: the memory of those that a process starts is known of all its life only."""
+    stores = [_apart(build_store, part, seq_len) for part in parts]
+    *sums, processes, peaks = zip(*stores, strict=True)
+    return Built(*map(sum, sums), processes=max(processes), peak_bytes=max(peaks))
+
+
+def build_store(data: DataConfig, seq_len: int) -> Built:
+    start = time.perf_counter()
+    source = open_source(data)
+    tokenizer, name = stored_tokenizer(data, [source], False)
+    corpus = stored(data, source, tokenizer, name, seq_len, False)
+    seconds = time.perf_counter() - start
+    documents, size, tokens = (sum(corpus.facts[s][k] for s in SPLITS) for k in ("documents", "bytes", "tokens"))
+    processes = min(num_processes(), len(source.units()))
+    who = resource.RUSAGE_CHILDREN if processes > 1 else resource.RUSAGE_SELF  # one unit is tokenized in this process
+    peak = resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Built(seconds, documents, size, tokens, processes, peak)
+
+
+def library_of(folder: Path) -> Library | None:
+    """The library of a saved tokenizer; None where it needs none."""
+    if (folder / "sentencepiece.model").exists():
+        return "sentencepiece"
+    return "tokenizers" if (folder / "tokenizer.json").exists() else None
+
+
+def encode_alone(library: Library, folder: Path, data: DataConfig) -> Encoded:
+    """Has processes take shares of the texts, and all begin to encode them when the last has its share."""
+    units = open_source(data).units()
+    count = min(num_processes(), len(units))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(context.Barrier(count),)) as pool:
+        futures = [pool.submit(encode_share, library, folder, units, i, count) for i in range(count)]
+        starts, ends, tokens = zip(*(future.result() for future in futures), strict=True)
+    return Encoded(max(ends) - min(starts), sum(tokens))
+
+
+def encode_share(library: Library, folder: Path, units: list[Unit], index: int, count: int) -> tuple[float, float, int]:
+    """When it began and ended, by a clock that is the same in all processes, and how many tokens it gave."""
+    try:
+        encode = _encoder(library, folder, (os.cpu_count() or 1) if count == 1 else 1)
+        documents = (d for unit in units for d in unit.read() if isinstance(d, Document))
+        texts = (to_bytes(d.text).decode("utf-8", "replace") for d in documents)  # none takes surrogates
+        if library == "sentencepiece":  # which is slower with long texts
+            texts = (chunk for text in texts for chunk in CHUNK.findall(text))
+        batches = list(_batches(itertools.islice(texts, index, None, count)))
+    except BaseException:
+        _barrier.abort()
+        raise
+    _barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(map(encode, batches))
+    return start, time.perf_counter(), tokens
+
+
+def _encoder(library: Library, folder: Path, threads: int) -> Callable[[list[str]], int]:
+    """A function that encodes texts and gives the number of tokens."""
+    if library == "sentencepiece":
+        import sentencepiece
+
+        processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
+        return lambda texts: sum(map(len, processor.encode(texts, num_threads=threads)))
+    import tokenizers
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return lambda texts: sum(map(len, tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of about as many characters as the store's makers tokenize at a time."""
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function gives in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, context, initializer=_begin) as pool:
+            return pool.submit(function, *args).result()
+    except BrokenProcessPool as error:
+        raise UserError("a process was killed, as it is when memory runs out; allowed: a smaller corpus") from error
+
+
+_barrier: Any
+
+
+def _begin(barrier: Any = None) -> None:
+    """Prepares a process: it ends with its parent, also where that is killed."""
+    global _barrier
+    _barrier = barrier
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# Feeding
+
+
+def measure_feeding(corpus: Corpus, config: Config, rounds: int, steps: int) -> dict[str, Any]:
+    """Of both packings, where documents are known."""
+    orders = {}
+    for packing in ("concat", "document") if corpus.train.starts is not None else ("concat",):
+        data = dataclasses.replace(config.data, packing=packing)
+        orders[packing] = TrainOrder(corpus, dataclasses.replace(config, data=data))
+    measures: dict[str, Callable[[TrainOrder], float]] = {
+        "thread_tokens_per_second": lambda order: feed(order, config, "thread", steps),
+        "seek_ms": lambda order: seek(order, config, "auto"),  # as a run does
+        "thread_seek_ms": lambda order: seek(order, config, "thread"),
+    }
+    if _has_tensorflow():
+        measures["tf_tokens_per_second"] = lambda order: feed(order, config, "tf", steps)
+        measures["tf_seek_ms"] = lambda order: seek(order, config, "tf")
+    found: dict[tuple[str, str], list[float]] = {(p, m): [] for p in orders for m in measures}
+    for i in range(rounds):
+        for packing, name in list(found)[:: 1 if i % 2 else -1]:
+            found[packing, name].append(measures[name](orders[packing]))
+    result: dict[str, Any] = {"seq_len": config.seq_len, "batch_size": config.batch_size, "document": None}
+    for packing in orders:
+        medians = {name: statistics.median(found[packing, name]) for name in measures}
+        result[packing] = {"tf_tokens_per_second": None, "tf_seek_ms": None} | medians
+        shown = " · ".join(_show(name, value) for name, value in medians.items())
+        print(f"feeding · {packing}, {config.batch_size} x {config.seq_len} tokens · {shown}", flush=True)
+    return result
+
+
+def _show(name: str, value: float) -> str:
+    if name.endswith("_ms"):
+        return f"{name.removesuffix('_ms')} {value:.1f} ms"
+    return f"{name.removesuffix('_tokens_per_second')} {value / 1e6:.1f} million tokens/s"
+
+
+def _has_tensorflow() -> bool:
+    try:
+        import_tensorflow()
+    except Exception:  # absent or broken
+        return False
+    return True
+
+
+def feed(order: TrainOrder, config: Config, backend: Backend, steps: int) -> float:
+    """Tokens a second, with what fills the rows of packed documents."""
+    with contextlib.closing(train_stream(order, config, 0, num_devices=1, backend=backend)) as stream:
+        for _ in range(2 * BLOCK):  # what is made ahead is taken
+            next(stream)
+        count, start = 0, time.perf_counter()
+        while count < steps or time.perf_counter() - start < FEED_SECONDS:
+            next(stream)
+            count += 1
+        return count * config.batch_size * config.seq_len / (time.perf_counter() - start)
+
+
+def seek(order: TrainOrder, config: Config, backend: Backend) -> float:
+    """Milliseconds to the first batch of a run that goes on after FAR steps."""
+    start = time.perf_counter()
+    with contextlib.closing(train_stream(order, config, FAR, num_devices=1, backend=backend)) as stream:
+        next(stream)
+        return (time.perf_counter() - start) * 1e3
+
+
+# Waiting
+
+
+class Timed:
+    """A stream of batches, and the seconds that were spent in taking them."""
+
+    def __init__(self, stream: TrainStream):
+        self._stream = stream
+        self.seconds = 0.0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._stream)
+        self.seconds += time.perf_counter() - start
+        return batch
+
+
+def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, compute_ms: float) -> dict[str, Any]:
+    """Of the training loop itself, with steps that learn nothing.
+
+    The loop takes a batch while the devices compute, so of the share with a computation the devices wait for less.
+    """
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from jaxlm.train import train
+
+    devices = runtime.choose_devices(config)
+    sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
+    kinds = {"sleep": lambda: time.sleep(compute_ms / 1e3), "computation": _computation(sharding, compute_ms / 1e3)}
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    with contextlib.closing(train_stream(TrainOrder(corpus, config), config, 0, num_devices=len(devices))) as stream:
+        for _ in range(PATIENCE + 1):
+            next(stream)
+        stream.settle()
+        for _ in range(2 * BLOCK):  # with the first of these, making batches ahead begins
+            next(stream)
+        for i in range(rounds):
+            for kind in list(kinds)[:: 1 if i % 2 else -1]:
+                batches, start = Timed(stream), time.perf_counter()
+                train(
+                    cast(Any, None), lambda state, batch, kind=kind: (state, {"done": kinds[kind]()}), batches, start=0,
+                    steps=steps, sharding=sharding, on_step=lambda done: None, hooks=[], should_stop=lambda step: False,
+                )  # fmt: skip
+                seconds = time.perf_counter() - start
+                found[kind].append((batches.seconds / seconds, seconds / steps * 1e3))
+    result: dict[str, Any] = {"compute_ms": compute_ms, "devices": f"{len(devices)} x {devices[0].device_kind}"}
+    for kind, numbers in found.items():
+        result[f"{kind}_share"], result[f"{kind}_step_ms"] = map(statistics.median, zip(*numbers, strict=True))
+    print(f"waiting · steps of {compute_ms:g} ms · "
+          + " · ".join(f"{kind} {result[f'{kind}_share']:.2%} (a step {result[f'{kind}_step_ms']:.1f} ms)"
+                       for kind in kinds), flush=True)  # fmt: skip
+    return result
+
+
+def _computation(sharding: Any, seconds: float) -> Callable[[], Any]:
+    """Has all devices compute for about so long; gives an array that is there when they are done."""
+    import jax
+    import numpy as np
+
+    size, trial = 256, 50
+    x = jax.device_put(np.full((len(sharding.device_set), size, size), 1 / size, np.float32), sharding)
+    multiply = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda _, x: x @ x, x))
+    took = []
+    for _ in range(4):  # the first compiles; the fastest is least disturbed by others
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, trial))
+        took.append(time.perf_counter() - start)
+    times = max(1, round(trial * seconds / min(took)))
+    return lambda: multiply(x, times)

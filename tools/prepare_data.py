@@ -9,7 +9,7 @@ import json
 import sys
 
 from jaxlm import cli
-from jaxlm.data import Corpus, prepare
+from jaxlm.data import Corpus, open_store, prepare
 from jaxlm.main import exit_code
 
 
@@ -29,11 +29,16 @@ def summary(corpus: Corpus) -> dict:
 
 
 def main() -> int:
-    parser = cli.Parser(prog="prepare_data.py", description="Tokenize a corpus once into the token store.")
+    parser = cli.Parser(
+        prog="prepare_data.py", description="Tokenize a corpus once into the token store.", allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
-    facts = summary(prepare(cli.load(cli.user_path("--config", args.config), overrides)))
+    corpus = prepare(cli.load(cli.user_path("--config", args.config), overrides))
+    if corpus.folder:
+        open_store(corpus.folder, verify=True)
+    facts = summary(corpus)
     for split in ("train", "val"):
         print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
     print(f"vocabulary {facts['vocab_size']:,}  store {facts['folder']}")

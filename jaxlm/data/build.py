@@ -67,6 +67,7 @@ def _num_bytes(facts: dict) -> int:
 @contextlib.contextmanager
 def _workers(folder: Path, count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with this one, at once where it is stopped or fails."""
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(folder,))
     try:
@@ -77,8 +78,9 @@ def _workers(folder: Path, count: int) -> Iterator[ProcessPoolExecutor]:
                         " with more memory, or fewer cores (taskset)") from error  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+            process.join()
 
 
 _tokenizer: Tokenizer

@@ -19,7 +19,7 @@ from jaxlm.data.tokens import Tokens
 
 SAMPLE_TOKENS, BLOCK = 10_000_000, 1 << 16  # tokens that are counted at most, so many side by side
 SAMPLE_DOCUMENTS = 1_000_000  # whose lengths are looked at, at most
-MARKS = "⟨⟩‹›"  # around what is no text
+MARKS = "⟨⟩‹›"  # around what is no text, and around what is not learned
 PADDING_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the histogram of rows by their share of padding
 
 
@@ -85,7 +85,7 @@ class Batch:
             opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
             yield Piece(a, b - a, opens, ids, learned[: len(ids)])
 
-    def counts(self, rows: slice = slice(None)) -> dict[str, int | None]:
+    def counts(self, rows: slice = slice(None)) -> dict[str, Any]:
         """The targets of some rows by what becomes of them, and their (parts of) documents; None where not known."""
         targets, filled = self.rows["targets"][rows], int(self.filled[rows].sum())
         learned, picked = int((targets >= 0).sum()), range(len(self.filled))[rows]
@@ -101,7 +101,7 @@ class View:
         self.corpus, self.config = corpus, config
         self.order = TrainOrder(corpus, config) if split == "train" else None
         if self.order:
-            self._mixed = self.order._mixed  # has what no batch says: which source a row is of
+            self._mixed = self.order.mixed  # has what no batch says: which source a row is of
             self.parts, self.num_batches = self._mixed.parts, config.steps
             self._weights = [share.weight for share in corpus.shares] or [1.0]
         else:
@@ -122,7 +122,7 @@ class View:
 
     def _filled(self, first: int, rows: Rows) -> np.ndarray:
         T = rows["inputs"].shape[1]
-        if "positions" in rows:  # padding is a place that goes on from nothing and is followed by nothing
+        if "positions" in rows:  # what starts at a place, does not go on, and has nothing to learn, is padding
             stops = np.pad(rows["positions"][:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
             padding = (rows["positions"] == 0) & stops & (rows["targets"] < 0)
             return T - padding.sum(1)

@@ -234,18 +234,19 @@ class TrainOrder:
     def __init__(self, corpus: Corpus, config: Config):
         shares = corpus.shares or [Share("", 1.0, corpus.train)]
         self._names = [share.name for share in shares]
-        self._parts = [make_order(share.train, config) for share in shares]
-        self._mixed = Mixed(self._parts, [share.weight for share in shares], config.seed)
+        self.mixed = Mixed(
+            [make_order(share.train, config) for share in shares], [share.weight for share in shares], config.seed
+        )
         self._T, self._batch_size = config.seq_len, config.batch_size
 
     def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
         """Rows of the global batches of updates first + 1 ... first + count (counted from 0), [count, R, T]."""
         n = np.arange(first, first + count, dtype=np.int64)[:, None]
         sample = n * self._batch_size + np.arange(self._batch_size)[rows]
-        return {k: v.reshape(*sample.shape, -1) for k, v in self._mixed.rows(sample.reshape(-1)).items()}
+        return {k: v.reshape(*sample.shape, -1) for k, v in self.mixed.rows(sample.reshape(-1)).items()}
 
     def consumed(self, steps: int) -> list[Consumed]:
         """Tokens and epochs of each source after so many updates; one without a name where there is no mixture."""
-        taken = self._mixed.taken(steps * self._batch_size)
-        parts = zip(self._names, taken, self._parts, strict=True)
+        taken = self.mixed.taken(steps * self._batch_size)
+        parts = zip(self._names, taken, self.mixed.parts, strict=True)
         return [Consumed(name, count * self._T, count / part.per_epoch) for name, count, part in parts]
