@@ -127,6 +127,12 @@ def _muon(c: OptimConfig, steps: int, sharing: Sharing | None) -> optax.Gradient
     return optax.partition({"muon": muon, "table": adamw(c.embed_lr or c.adam_lr), "adamw": adamw(c.adam_lr)}, _groups)
 
 
+def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
+    """Scaled down to a root mean square of at most 1: that of each layer, where layers are stacked."""
+    own = tuple(range(int(path[0].key == "layers"), x.ndim))
+    return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
+
+
 def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -> optax.GradientTransformation:
     """The optax chain of a configuration, from averaged (and clipped) gradients to updates.
 
@@ -139,9 +145,9 @@ def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -
         "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
         "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
         "adafactor": lambda: optax.chain(
-            # Shazeer and Stern, Adafactor: with their constants, but the update of a stack of layers clipped as one.
+            # Shazeer and Stern, Adafactor, with their constants.
             optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
-            optax.clip_by_block_rms(1.0),
+            optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
         ),
         "sgd": lambda: optax.trace(c.momentum, nesterov=True),
     }[c.name]()

@@ -36,7 +36,7 @@ SHAPES = {
 }
 Flat = dict[tuple[str, ...], Any]
 MATRICES = {("embed", "embedding"), ("layers", "attention", "query", "kernel"), ("layers", "mlp", "down", "kernel"),
-            ("head", "kernel"), ("wide", "kernel")}  # fmt: skip
+            ("head", "kernel"), ("layers", "wide", "kernel")}  # fmt: skip
 
 
 def config(**changes: Any) -> OptimConfig:
@@ -106,7 +106,8 @@ def adafactor(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:  # S
     else:
         memory["v"] = v = decay * memory.get("v", 0) + (1 - decay) * square
     u = g / np.sqrt(v)
-    return u / max(1, math.sqrt((u**2).mean()))
+    own = tuple(range(memory["stacked"], g.ndim))  # each layer's is clipped
+    return u / np.maximum(1, np.sqrt((u**2).mean(own, keepdims=True)))
 
 
 def newton_schulz(x: np.ndarray) -> np.ndarray:
@@ -128,14 +129,17 @@ def follow(
     params, memory = {k: x.astype(np.float64) for k, x in flat(draw(0, shapes)).items()}, {}
     for n in range(updates):
         for key, g in flat(draw(n + 1, shapes)).items():
-            direction = rule(memory.setdefault(key, {}), g.astype(np.float64), n)
+            own = memory.setdefault(key, {"stacked": int(key[0] == "layers")})
+            direction = rule(own, g.astype(np.float64), n)
             params[key] = params[key] - lr_at(n, peak) * (direction + decay * (key in MATRICES) * params[key])
     return params
 
 
 @pytest.mark.parametrize("name, rule", [("adamw", adam), ("lion", lion), ("sgd", nesterov), ("adafactor", adafactor)])
 def test_updates_are_those_of_the_formulas(name: str, rule: Callable[..., np.ndarray]) -> None:
-    shapes = SHAPES | {"wide": {"kernel": (2, 130, 128)}} if name == "adafactor" else SHAPES
+    shapes = (
+        SHAPES | {"layers": SHAPES["layers"] | {"wide": {"kernel": (2, 130, 128)}}} if name == "adafactor" else SHAPES
+    )
     got, expected = run(make_optimizer(config(name=name), STEPS), 5, shapes), follow(rule, 5, shapes)
     for key in expected:
         np.testing.assert_allclose(
