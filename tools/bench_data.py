@@ -409,13 +409,16 @@ def _computation(sharding: Any, seconds: float) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    size, trial = 256, 50
+    size, times = 256, 50
     x = jax.device_put(np.full((len(sharding.device_set), size, size), 1 / size, np.float32), sharding)
     multiply = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda _, x: x @ x, x))
-    took = []
-    for _ in range(4):  # the first compiles; the fastest is least disturbed by others
+
+    def took() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(multiply(x, trial))
-        took.append(time.perf_counter() - start)
-    times = max(1, round(trial * seconds / min(took)))
+        jax.block_until_ready(multiply(x, times))
+        return time.perf_counter() - start
+
+    took()  # compiles
+    for _ in range(2):  # the second time at about the right length, of which the call itself is a small part
+        times = max(1, round(times * seconds / min(took() for _ in range(3))))
     return lambda: multiply(x, times)

@@ -167,7 +167,7 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, No
 
 def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, None, None]:
     """The batches by a thread that keeps a short queue full."""
-    ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=AHEAD)
+    ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=max(AHEAD, BLOCK))  # the loop may take many at once
     closed = threading.Event()
 
     def put(item: Batch | Exception) -> None:
