@@ -322,13 +322,13 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_processes_end_with_one_that_is_killed(config: Config, tmp_path: Path):
+def test_processes_of_a_script_end_with_it(config: Config, tmp_path: Path):
     path = write(tmp_path, {f"d/{i}.txt": LINES for i in range(40)}) / "d"
     script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=0)
     script = script.replace("c = get_config()", "c = get_config()\nfrom jaxlm.data import files\n"
                             "files.UNIT_BYTES = 5 * 10**4")  # fmt: skip
     file = tmp_path / "script.py"
-    file.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
+    file.write_text(script)  # without `if __name__ == "__main__"`, as people write them
     process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
     while len(workers := children(process.pid)) < 2 and time.monotonic() < deadline and process.poll() is None:

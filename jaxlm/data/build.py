@@ -10,7 +10,9 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -53,7 +55,8 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
             bar.advance(_num_bytes(facts[i]))
     else:
         with _workers(folder, min(num_processes(), len(left))) as pool:
-            futures = {pool.submit(_work, folder, i, units[i], masked): i for i in left}
+            with _no_main():
+                futures = {pool.submit(_work, folder, i, units[i], masked): i for i in left}
             for future in as_completed(futures):
                 facts[futures[future]] = future.result()
                 bar.advance(_num_bytes(future.result()))
@@ -81,6 +84,19 @@ def _workers(folder: Path, count: int) -> Iterator[ProcessPoolExecutor]:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
             process.join()
+
+
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Processes that are started do not import the program: they need nothing of it, and a script without
+    `if __name__ == "__main__"` would do again in each what it does.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
 
 
 _tokenizer: Tokenizer

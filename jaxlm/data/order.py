@@ -19,6 +19,7 @@ from jaxlm.data.packing import pack
 from jaxlm.data.tokens import Tokens
 
 ROUNDS = 8
+CHUNK = 2048  # samples whose places are made at once
 WEIGHT_BITS = 32  # of a mixture's weights
 
 Rows = dict[
@@ -62,16 +63,32 @@ def _epoch_keys(seed: int, epoch: int) -> tuple[np.ndarray, int]:
     return state[:ROUNDS], int(state[ROUNDS])
 
 
-def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` things each sample of the run (int64 [n], counted from 0) is, and the number drawn for its epoch
-    (uint64 [n]).
-    """
+@lru_cache(maxsize=64)
+def _shuffled_chunk(chunk: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`shuffled` for the samples chunk * CHUNK ... (chunk + 1) * CHUNK - 1."""
+    sample = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=np.int64)
     epochs, places = np.divmod(sample, count)
     found, drawn = np.empty_like(places), np.empty(len(places), np.uint64)
     for epoch in np.unique(epochs):
         keys, number = _epoch_keys(seed, int(epoch))
         here = epochs == epoch
         found[here], drawn[here] = permute(places[here], count, keys), number
+    return found, drawn
+
+
+def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` things each sample of the run (int64 [n], counted from 0) is, and the number drawn for its epoch
+    (uint64 [n]).
+
+    Made for many samples at once and kept: a few cost as much as a thousand.
+    """
+    found, drawn = np.empty(len(sample), np.int64), np.empty(len(sample), np.uint64)
+    chunks = sample // CHUNK
+    for chunk in np.unique(chunks):
+        here = chunks == chunk
+        places = sample[here] - chunk * CHUNK
+        whole = _shuffled_chunk(int(chunk), count, seed)
+        found[here], drawn[here] = whole[0][places], whole[1][places]
     return found, drawn
 
 
