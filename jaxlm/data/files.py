@@ -22,7 +22,7 @@ from jaxlm.config import DataConfig, UserError
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-UNIT_BYTES, MAX_UNITS = 32 << 20, 256  # of what one process reads at a time; each unit becomes two open files
+UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; each unit becomes two open files
 LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
 
 T = TypeVar("T")

@@ -65,7 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
         ends = [0]
         ids: dict[str, list[int]] = {}  # of a line, or of characters that go as bytes
         for text in texts:
-            if self._as_bytes is AS_BYTES and text.isascii():
+            if self._as_bytes is AS_BYTES and not _has_any_as_bytes(text):
                 lines += _lines(text)
             else:
                 for i, part in enumerate(self._as_bytes.split(text)):
@@ -100,7 +100,24 @@ def _lines(text: str) -> list[str]:
     lines = LINE.findall(text)
     if max(map(len, lines), default=0) <= MAX_LINE:
         return lines
-    return [line[i : i + MAX_LINE] for line in lines for i in range(0, len(line), MAX_LINE)]
+    cut: list[str] = []
+    done = 0
+    for i in [i for i, line in enumerate(lines) if len(line) > MAX_LINE]:
+        cut += lines[done:i]
+        cut += [lines[i][k : k + MAX_LINE] for k in range(0, len(lines[i]), MAX_LINE)]
+        done = i + 1
+    return cut + lines[done:]
+
+
+def _has_any_as_bytes(text: str) -> bool:
+    """What AS_BYTES finds, ten times as fast."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a surrogate
+        return True
+    return "\u2581" in text
 
 
 def _piece_bytes(sp: Any, i: int) -> bytes:
