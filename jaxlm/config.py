@@ -7,6 +7,7 @@ lines. Nothing here imports jax or the rest of jaxlm, so a wrong configuration i
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -265,38 +266,46 @@ def validate(c: Config) -> Config:
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
+    _check_data(d, require)
+    require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
+    return c
+
+
+def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
+    parts = [part for _, part in mixture(d)] if d.mixture else [d]
     if d.mixture:
-        mixture(d)
         require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
-    if not d.mixture and d.source not in ("jsonl", "parquet"):
-        for key in ("prompt_key", "response_key", "messages_key"):
-            require(
-                not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; jsonl and parquet have keys"
-            )
-    if d.source in ("jsonl", "parquet"):
-        require(bool(d.text_key or d.response_key or d.messages_key), "data.text_key", "the key of a record's text")
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
         require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
-    if d.messages_key or d.chat_template:
-        require(d.chat_template.count("{content}") == 1, "data.chat_template", "a text with {content} once")
-    if d.source in (*FILE_SOURCES, "tokens") and not d.mixture:
-        require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
-    if d.source == "tfds":
-        require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
-        require(bool(d.split), "data.split", "the name of a split")
-    if not (d.val_path if d.source in (*FILE_SOURCES, "tokens") else d.val_split if d.source == "tfds" else ""):
-        require(
-            0 < d.val_fraction < 1, "data.val_fraction", "more than 0 and less than 1 when no validation data is named"
-        )
+    if d.messages_key or (d.response_key and d.chat_template):
+        fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
+        require(fits, "data.chat_template", "a text with {role}, and with {content} once")
+    if not any(part.source in ("jsonl", "parquet") for part in parts):
+        for key in ("response_key", "messages_key"):
+            require(
+                not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; jsonl and parquet have keys"
+            )
+    for part in parts:
+        files = part.source in (*FILE_SOURCES, "tokens")
+        if part.source in ("jsonl", "parquet"):
+            has_key = bool(d.text_key or d.response_key or d.messages_key)
+            require(has_key, "data.text_key", "the key of a record's text")
+        if files:
+            require(bool(part.path), "data.path", f"a path; data.source={d.source} needs one")
+        if part.source == "tfds":
+            require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
+            require(bool(part.split), "data.split", "the name of a split")
+        if not (part.val_path if files else part.val_split if part.source == "tfds" else ""):
+            require(0 < d.val_fraction < 1, "data.val_fraction",
+                    "more than 0 and less than 1 when no validation data is named")  # fmt: skip
     if d.tokenizer == "hf":
         require(bool(d.tokenizer_path), "data.tokenizer_path",
                 "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it")  # fmt: skip
-    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or d.source in ("tokens", "synthetic"):
-        floor = 2 if d.source in ("tokens", "synthetic") else 300  # 256 bytes, special and some learned pieces
+    ids = any(part.source in ("tokens", "synthetic") for part in parts)
+    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
+        floor = 2 if ids else 300  # 256 bytes, special and some learned pieces
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
-    require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
-    return c
 
 
 def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.config import UserError
 from jaxlm.model import Params
 
 
@@ -36,6 +37,9 @@ def evaluate(
         if len(sums) > 2:
             jax.block_until_ready(sums[-2])  # batches do not pile up on the devices
     total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}  # in float64
+    if not total["targets"]:
+        raise UserError("the validation data has no target that is learned; allowed: more of it (data.val_fraction, "
+                        "data.val_path), or more eval.batches")  # fmt: skip
     loss = total["nll"] / total["targets"]
     return {
         "eval_loss": loss,

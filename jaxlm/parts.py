@@ -181,6 +181,11 @@ def _check_prompt(config: Config, corpus: data.Corpus) -> None:
 
 def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
     """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
+    if jax.process_count() > 1:
+        mine = np.frombuffer(bytes.fromhex(corpus.fingerprint), np.uint8)
+        if (multihost_utils.process_allgather(mine) != mine).any():
+            raise UserError(f"data: not the same on all hosts (fingerprint {corpus.fingerprint} on this one); allowed: "
+                            "the same files, or a data.cache_dir that all see")  # fmt: skip
     if not workdirs.holds_checkpoints(workdir):
         return
     facts = workdirs.read_facts(workdir)

@@ -102,3 +102,23 @@ def test_documents_start_at_each_bos(config: Config, tmp_path: Path):
     corpus = open_corpus(config, tmp_path / "a.npy", tokenizer_path=str(tmp_path), vocab_size=257, val_fraction=0.25)
     assert corpus.train.starts is not None
     np.testing.assert_array_equal(corpus.train.starts, [0, *np.flatnonzero(np.asarray(corpus.train) == 256)])
+
+
+def test_the_cut_is_at_the_end_of_a_document(config: Config, tmp_path: Path):
+    """Else one would be in both splits, and the last targets would be those of another."""
+    ids = np.array([i for n in range(10) for i in (256, *range(n, n + 20))])
+    np.save(tmp_path / "a.npy", ids)
+    ByteTokenizer().save(tmp_path)
+    corpus = open_corpus(config, tmp_path / "a.npy", tokenizer_path=str(tmp_path), vocab_size=257, val_fraction=0.25)
+    assert len(corpus.train) == 8 * 21 and np.asarray(corpus.val)[0] == 256
+    x, y = np.zeros((2, 20), np.int32)
+    corpus.train.copy(8 * 21 - 20, x, y)
+    assert y.tolist() == [*range(8, 27), 256]
+
+
+def test_newer_files_of_llm_c(config: Config, tmp_path: Path):
+    ids, header = np.arange(1000) * 100, np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 1000
+    (tmp_path / "a.bin").write_bytes(header.tobytes() + ids.astype("<u4").tobytes())
+    corpus = open_corpus(config, tmp_path / "a.bin", vocab_size=100_000)
+    np.testing.assert_array_equal(corpus.train, ids[:950])

@@ -119,7 +119,7 @@ def test_prompts_and_responses(config: Config, tmp_path: Path, template: str, pr
 def test_templates():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     assert conversation(messages, "m", "[{role}] {content}</s>{role}") == [
-        ("[user] ", False), ("a {role} {content}</s>{role}", False), ("[assistant] ", False), ("b</s>{role}", True)
+        ("[user] ", False), ("a {role} {content}</s>user", False), ("[assistant] ", False), ("b</s>assistant", True)
     ]  # fmt: skip
 
 

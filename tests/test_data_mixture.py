@@ -163,3 +163,35 @@ def test_a_run_says_what_it_has_had_of_each_source(folder: Path, tmp_path: Path,
     assert last[f"tokens/text {folder / 'a'}"] == 24 * 16 and last[f"tokens/jsonl {folder / 'b.jsonl'}"] == 8 * 16
     assert last[f"epochs/text {folder / 'a'}"] > 0
     assert "0.75 of text" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stores_alone_and_the_same_source_twice(folder: Path, tmp_path: Path):
+    config = make_config(tmp_path)
+    stores = [open_corpus(config, folder / "a"), open_corpus(config, folder / "b.jsonl", source="jsonl")]
+    config.data.tokenizer = "sentencepiece"  # which the stores bring along
+    config.data.mixture = "; ".join(f"1 tokens {store.folder}" for store in stores)
+    corpus = prepare(validate(config), progress=False)
+    assert corpus.tokenizer and len(corpus.train) == sum(len(store.train) for store in stores)
+    config.data.tokenizer, twice = "bytes", f"text {folder / 'a'}"
+    config.data.mixture = f"1 {twice}; 2 {twice}"
+    corpus = prepare(validate(config), progress=False)
+    assert [share.name for share in corpus.shares] == [f"{twice} (1)", f"{twice} (2)"]
+    first, second = TrainOrder(corpus, config).mixed.parts
+    assert (first.rows(np.arange(20))["inputs"] != second.rows(np.arange(20))["inputs"]).any()  # orders of their own
+
+
+def test_a_file_in_two_sources_is_refused(folder: Path, tmp_path: Path):
+    """Which hold out by its name in each: what one validates on, the other would train on."""
+    config = make_config(tmp_path)
+    config.data.mixture = f"1 text {folder}; 1 text {folder / 'a'}"
+    with pytest.raises(UserError, match=r"data\.mixture: .*1\.txt is in '.*' and in '.*'; allowed: in one"):
+        prepare(validate(config), progress=False)
+
+
+def test_an_unused_source_asks_for_nothing():
+    config = get_config()
+    config.data.source, config.data.mixture = "tfds", "1 stdlib"
+    validate(config)
+    config.data.val_split, config.data.val_fraction = "test", 0.0
+    with pytest.raises(UserError, match=r"data\.val_fraction is 0"):
+        validate(config)

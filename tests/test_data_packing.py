@@ -71,7 +71,7 @@ def tokens_of(documents: list[list[int]], shards: int = 1, learned: bool = False
     ids = np.array([i for document in documents for i in (BOS, *document)], np.uint16)
     starts = np.flatnonzero(ids == BOS)
     masks = np.array_split((ids % 2 == 0) | (ids == BOS), shards) if learned else None
-    return Tokens(np.array_split(ids, shards), masks, lambda: starts)
+    return Tokens(np.array_split(ids, shards), masks, lambda: starts, BOS)
 
 
 DOCUMENTS = st.lists(st.lists(st.integers(10, 40), max_size=30), min_size=1, max_size=40)

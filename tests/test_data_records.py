@@ -1,6 +1,7 @@
 """JSON-lines, Parquet and packed files: what is read, and what is refused or skipped and counted."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -15,10 +16,12 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import build as build_lib
+from jaxlm.data import documents as documents_lib
 from jaxlm.data import files as files_lib
 from jaxlm.data import sources as sources_lib
 from jaxlm.data import store as store_lib
-from jaxlm.data.sources import Document, open_source
+from jaxlm.data.documents import Document
+from jaxlm.data.sources import open_source
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
 RECORDS = [{"id": i, "doc": {"text": f"record {i}: naïve \u2028 漢字\n\n" * 3}} for i in range(60)]
@@ -97,7 +100,7 @@ def test_validation_files(config: Config, tmp_path: Path):
 
 
 BAD = {
-    b'{"doc": {"txt": "a"}}': r"a\.jsonl line 2: no 'doc\.text' \(data\.text_key\); its keys: txt",
+    b'{"doc": {"txt": "a"}}': r"a\.jsonl line 2: no 'doc\.text' \(data\.text_key\); its keys: \['txt'\]",
     b'{"doc": "a"}': r"line 2: no 'doc\.text' .*none in str",
     b'["doc"]': r"line 2: no 'doc\.text' .*none in list",
     b'{"doc": {"text": 5}}': r"line 2: 'doc\.text' is int; allowed: a text",
@@ -137,7 +140,7 @@ def test_bad_parquet(config: Config, tmp_path: Path):
 
 
 def test_a_long_record_is_tokenized_in_parts(config: Config, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(sources_lib, "BLOCK", 100)
+    monkeypatch.setattr(documents_lib, "BLOCK", 100)
     long = "x" * 450 + "\n" + LINES[:500]
     write(tmp_path, {"a.jsonl": jsonl([*RECORDS, {"doc": {"text": long}}])})
     corpus = open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
@@ -211,7 +214,7 @@ def test_lines_of_many_units(config: Config, tmp_path: Path, monkeypatch: pytest
     whole = open_corpus(config, path, source="jsonl")
     for size in (137, 400, 1000):
         monkeypatch.setattr(files_lib, "UNIT_BYTES", size)
-        monkeypatch.setattr(store_lib, "UNIT_BYTES", size)
+        monkeypatch.setattr(store_lib, "SHAPE", [size])
         parts = open_corpus(config, path)
         for split in ("train", "val"):
             np.testing.assert_array_equal(getattr(parts, split), getattr(whole, split))
@@ -230,3 +233,75 @@ def test_a_long_line(config: Config, tmp_path: Path):
     units = open_source(config.data).units()
     found = [d for unit in units for d in unit.read() if isinstance(d, Document)]
     assert "".join(d.text for d in found[60:]) == long and [d.first for d in found[60:]] == [True, False, False]
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".bz2"])
+def test_streams_one_after_the_other(config: Config, tmp_path: Path, suffix: str):
+    """As parallel packers write them; a later one that is damaged is not taken for the end."""
+    pack = PACK[suffix]
+    first, second = pack(jsonl(RECORDS[:30])), pack(jsonl(RECORDS[30:]))
+    padding = bytes(8) if suffix == ".xz" else b""
+    whole = write(tmp_path, {f"a.jsonl{suffix}": first + padding + second + padding}) / f"a.jsonl{suffix}"
+    corpus = open_corpus(config, whole, source="jsonl")
+    assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)
+    for name, content in (("header", first + b"\xff" + second[1:]), ("rubbish", first + second + b"rubbish")):
+        path = write(tmp_path, {f"{name}.jsonl{suffix}": content}) / f"{name}.jsonl{suffix}"
+        with pytest.raises(UserError, match=rf"{name}\.jsonl\{suffix}: unreadable"):
+            open_corpus(config, path)
+
+
+def test_links_lead_to_one_document(config: Config, tmp_path: Path):
+    write(tmp_path, {f"d/{i}.txt": f"document {i} " * 9 for i in range(40)})
+    for i in range(40):
+        (tmp_path / f"d/z{i}.txt").symlink_to(tmp_path / f"d/{i}.txt")
+    (tmp_path / "d/x").symlink_to(tmp_path / "d")
+    (tmp_path / "d/y").symlink_to(tmp_path / "d")
+    for path in ("d", "d/**/*.txt"):
+        corpus = open_corpus(config, tmp_path / path, source="text", val_fraction=0.2)
+        assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == 40
+
+
+def test_damaged_files_are_skipped_from_there_on(config: Config, tmp_path: Path):
+    packed = gzip.compress(jsonl(RECORDS) * 50)
+    write(tmp_path, {"d/a.jsonl": jsonl(RECORDS), "d/b.jsonl.gz": packed[: len(packed) // 2]})
+    with pytest.raises(UserError, match=r"b\.jsonl\.gz: unreadable"):
+        open_corpus(config, tmp_path / "d", source="jsonl")
+    corpus = open_corpus(config, tmp_path / "d", on_error="skip")
+    assert corpus.facts["skipped"] >= 1
+    assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) >= len(RECORDS)
+
+
+def test_files_that_change_while_they_are_read(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl"
+    make = store_lib.make_shards
+
+    def late(*args: Any) -> Any:
+        write(tmp_path, {"a.jsonl": jsonl(RECORDS[::-1])})
+        return make(*args)
+
+    monkeypatch.setattr(store_lib, "make_shards", late)
+    with pytest.raises(UserError, match="files changed while they were read"):
+        open_corpus(config, path, source="jsonl")
+    assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
+
+
+def test_keys_with_dots_and_byte_order_marks(config: Config, tmp_path: Path):
+    records = [{"a.b": f"text {i} " * 9} for i in range(40)]
+    path = write(tmp_path, {"a.jsonl": b"\xef\xbb\xbf" + jsonl(records)}) / "a.jsonl"
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    for source in ("jsonl", "parquet"):
+        corpus = open_corpus(config, path.with_suffix(f".{source}"), source=source, text_key="a.b")
+        assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == 40
+
+
+KEYS = {"text_key": "t", "on_error": "skip", "val_fraction": 0.2, "messages_key": "m", "response_key": "r"}
+
+
+def test_whatever_shapes_records_is_in_their_key(config: Config, tmp_path: Path):
+    config.data.source, config.data.path = "jsonl", str(write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl")
+    found = [open_source(config.data).key]
+    for key, value in KEYS.items():
+        found.append(open_source(dataclasses.replace(config.data, **{key: value})).key)
+    for keys in ({"messages_key": "m"}, {"response_key": "r"}, {"response_key": "r", "prompt_key": "p"}):
+        found.append(open_source(dataclasses.replace(config.data, chat_template="{role}:{content}", **keys)).key)
+    assert len({json.dumps(key) for key in found}) == len(found)

@@ -9,7 +9,8 @@ import pytest
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
 from jaxlm.data import sources as sources_lib
-from jaxlm.data.sources import held_out, open_source, read_parts
+from jaxlm.data.documents import Split, held_out
+from jaxlm.data.sources import open_source, read_parts
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
 
@@ -18,7 +19,7 @@ def config(tmp_path: Path) -> Config:
     return make_config(tmp_path)
 
 
-def names(config: Config, split: sources_lib.Split) -> list[str]:
+def names(config: Config, split: Split) -> list[str]:
     return [d.name for d in open_source(config.data).documents(split) if d.first]
 
 
@@ -85,6 +86,12 @@ def test_held_out_by_name_alone(config: Config, tmp_path: Path):
 def test_share_held_out():
     held = sum(held_out(f"package/module_{i}.py", 0.05) for i in range(20_000))
     assert 850 < held < 1150
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.95])
+def test_the_share_that_is_asked_for_is_held_out(share: float):
+    held = np.mean([held_out(f"a.jsonl:{i}", share) for i in range(20_000)])
+    assert abs(held - share) < 4 * np.sqrt(share * (1 - share) / 20_000)
 
 
 def test_of_few_files_one_is_held_out_and_one_is_not(config: Config, tmp_path: Path):

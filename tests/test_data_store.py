@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_shards_made_by_processes_hold_what_one_process_makes(config: Config, tm
     folder = shards_of(config, tmp_path, monkeypatch)
     many = open_corpus(config, folder)
     assert many.folder and len(many.train.shards) > 5 and multiprocessing.active_children() == []
-    monkeypatch.setattr(store_lib, "UNIT_BYTES", 1)  # another store
+    monkeypatch.setattr(store_lib, "SHAPE", [1])  # another store
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 1 << 25)
     one = open_corpus(config, folder)
     assert len(one.train.shards) == 1 and one.facts == many.facts
@@ -218,6 +219,31 @@ def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkey
     monkeypatch.setattr(build_lib, "_work", killed)
     with pytest.raises(UserError, match="killed, as it is when memory runs out"):
         open_corpus(config, shards_of(config, tmp_path, monkeypatch))
+    assert list(Path(config.data.cache_dir).glob("*.building"))  # what was done would be there
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"x": 1}', "\xff", "WHOLE"])
+def test_what_a_crash_left_is_made_again(config: Config, tmp_path: Path, monkeypatch, content: str):
+    """Facts that are no facts, and facts of files that are not there."""
+    folder = shards_of(config, tmp_path, monkeypatch)
+    whole = open_corpus(config, folder)
+    assert whole.folder
+    made = json.loads((whole.folder / "manifest.json").read_text())["shards"][0]
+    left = tmp_path / "cache2" / f"{whole.folder.name}.building"
+    left.mkdir(parents=True)
+    (left / "00000.json").write_text(json.dumps(made) if content == "WHOLE" else content)
+    assert open_corpus(config, folder, cache_dir=str(tmp_path / "cache2")).fingerprint == whole.fingerprint
+
+
+def test_a_folder_of_others_is_left_alone(config: Config, tmp_path: Path):
+    path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
+    folder = open_corpus(config, path).folder
+    assert folder
+    shutil.rmtree(folder)
+    write(folder, {"precious.txt": "theirs"})
+    with pytest.raises(UserError, match=f"{folder.name}: not a whole token store"):
+        open_corpus(config, path)
+    assert (folder / "precious.txt").read_text() == "theirs"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -12,7 +12,8 @@ from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare, store, tfds_source
 from jaxlm.data.baselines import text_of
-from jaxlm.data.sources import held_out, open_source
+from jaxlm.data.documents import held_out
+from jaxlm.data.sources import open_source
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -84,7 +85,7 @@ def test_units_of_a_split_are_the_split(config: Config, monkeypatch: pytest.Monk
     units = open_source(config.data).units()
     assert len(units) == 3 and len(documents) == 50
     assert [d for unit in units for d in unit.read()] == documents
-    monkeypatch.setattr(store, "UNIT_BYTES", 1)  # another store
+    monkeypatch.setattr(store, "SHAPE", [1])  # another store
     parts = prepare(config, progress=False)
     assert len(parts.train.shards) == 3
     np.testing.assert_array_equal(parts.train, whole.train)

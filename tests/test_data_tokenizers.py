@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxlm.config import UserError, validate
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import CHUNK, SentencePieceTokenizer, spread_sample, train_sentencepiece
 from jaxlm.data.sources import open_source
-from jaxlm.data.store import _tokenizer_key
+from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
 from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, to_bytes
 
@@ -463,13 +464,24 @@ def test_the_store_is_named_after_the_kind_of_model_and_the_file(hf: dict[str, H
     bpe = _tokenizer_key(data, [source])
     data.sentencepiece = "unigram"
     assert _tokenizer_key(data, [source]) != bpe
+    before = _saved_hash(hf["metaspace"])
     hf["metaspace"].save(tmp_path)
-    data.tokenizer, data.tokenizer_path = "hf", str(tmp_path)
-    key = _tokenizer_key(data, [source])
-    assert key["version"] == importlib.metadata.version("tokenizers")
     (tmp_path / "model.safetensors").write_text("weights")
-    assert _tokenizer_key(data, [source]) == key
+    data.tokenizer, data.tokenizer_path = "hf", str(tmp_path)
+    assert stored_tokenizer(data, [], progress=False)[1] == before
     data.tokenizer_path = str(tmp_path / "tokenizer.json")
-    assert _tokenizer_key(data, [source]) == key
+    assert stored_tokenizer(data, [], progress=False)[1] == before
     hf["byte-level"].save(tmp_path)
-    assert _tokenizer_key(data, [source]) != key
+    assert stored_tokenizer(data, [], progress=False)[1] != before
+
+
+def test_a_model_is_another_tokenizer_than_its_folder(tmp_path: Path):
+    """The folder says that it is lossless; the bare model is taken for one made elsewhere."""
+    SentencePieceTokenizer(train_sentencepiece([CODE], 400), lossless=True, name="test").save(tmp_path)
+    shutil.copy(tmp_path / "sentencepiece.model", tmp_path / "bare.model")
+    data = get_config().data
+    names = set()
+    for path in (tmp_path, tmp_path / "sentencepiece.model", tmp_path / "bare.model"):
+        data.tokenizer_path = str(path)
+        names.add(stored_tokenizer(data, [], progress=False)[1])
+    assert len(names) == 2

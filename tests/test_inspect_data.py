@@ -108,8 +108,8 @@ def test_packed_documents(inspected, tmp_path: Path):
     seen = inspected("--split", "val", seq_len=12, **packed)
     assert seen.rows == [[abc, defghij]] and seen.numbers["batch"]["documents"] == 2
     seen = inspected("--split", "val", seq_len=8, **packed)
-    assert seen.rows == [[defghij], [abc, "⟨padding · 4 places⟩"]]
-    assert seen.headers[1].endswith("documents: 1 · targets: 4 learned, 4 padding")
+    assert seen.rows == [[abc, "⟨padding · 4 places⟩"], [defghij]]
+    assert seen.headers[0].endswith("documents: 1 · targets: 4 learned, 4 padding")
     assert seen.numbers["padding_share"] == 0.25 and "25.00% of all places are padding" in seen.out
     seen = inspected("--split", "val", seq_len=3, **packed)
     assert sorted(seen.rows) == sorted([

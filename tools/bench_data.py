@@ -33,8 +33,9 @@ from jaxlm import cli, runtime
 from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
+from jaxlm.data.documents import Document, Unit
 from jaxlm.data.sentencepiece_tokenizer import CHUNK
-from jaxlm.data.sources import Document, Unit, open_source
+from jaxlm.data.sources import open_source
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow

@@ -1,4 +1,4 @@
-"""Data, in the order it flows: files -> sources (records, conversations) -> tokenizers -> store
+"""Data, in the order it flows: files -> documents -> sources (records, conversations) -> tokenizers -> store
 (build) -> order (packing) -> stream.
 
 `prepare` turns what `data.*` names into a `Corpus` of token ids, once; `train_stream` and `eval_batches` cut batches

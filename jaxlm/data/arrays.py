@@ -1,6 +1,7 @@
 """Corpora that are token ids from the start: raw token files, and a synthetic stream."""
 
 import hashlib
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -8,13 +9,17 @@ import numpy as np
 
 from jaxlm.config import Config, UserError
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
+from jaxlm.data.documents import BLOCK
 from jaxlm.data.files import HASH_LIMIT, train_and_val
-from jaxlm.data.sources import BLOCK
-from jaxlm.data.tokenizers import load_tokenizer
+from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.data.tokens import Tokens
 
 SUFFIXES = (".bin", ".npy")
-MAGIC, HEADER = 20240520, 256  # of llm.c's .bin: the first of as many int32
+HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
+MAGIC = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}  # magic number: version and dtype of the tokens
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 1 << 20, 1 << 15  # tokens
 
 
@@ -26,7 +31,7 @@ def synthetic(config: Config) -> Corpus:
     vocab_size = config.data.vocab_size
     train = [_chains(vocab_size, SYNTHETIC_TRAIN, seed=[config.seed % 2**64, 0])]
     val = [_chains(vocab_size, SYNTHETIC_VAL, seed=[config.seed % 2**64, 1])]
-    return _corpus(config, "data.source=synthetic", train, val, vocab_size)
+    return _corpus(config, "data.source=synthetic", train, val, None)
 
 
 def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 4096) -> np.ndarray:
@@ -50,6 +55,10 @@ def raw_tokens(config: Config) -> Corpus:
       UserError: a file is missing or of another kind, or holds an id that is not below `data.vocab_size`.
     """
     data = config.data
+    tokenizer = load_tokenizer(data.tokenizer_path) if data.tokenizer_path else None
+    if tokenizer and tokenizer.vocab_size != data.vocab_size:
+        raise UserError(f"data.vocab_size is {data.vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
+                        f"{tokenizer.vocab_size}")  # fmt: skip
     train, val = ([open_array(path) for path in files.values()] for files in train_and_val(data, SUFFIXES))
     for path, array in (*train, *val):
         _check_ids(array, path, data.vocab_size)
@@ -57,8 +66,11 @@ def raw_tokens(config: Config) -> Corpus:
     if not data.val_path:
         whole = Tokens(train)
         cut = int(len(whole) * (1 - data.val_fraction))
+        if tokenizer:  # at the end of a document
+            starts = _starts(train, tokenizer.bos_id)
+            cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
-    return _corpus(config, f"data.path {data.path}", train, val, data.vocab_size)
+    return _corpus(config, f"data.path {data.path}", train, val, tokenizer)
 
 
 def open_array(path: Path) -> tuple[Path, np.ndarray]:
@@ -72,22 +84,25 @@ def open_array(path: Path) -> tuple[Path, np.ndarray]:
             array = _without_header(path, np.memmap(path, "<u2", mode="r"))
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: unreadable ({error})") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: several arrays; allowed: a .npy, which has one")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(f"{path}: {array.dtype} of shape {array.shape}; allowed: one dimension of integers")
     return path, array
 
 
 def _without_header(path: Path, array: np.ndarray) -> np.ndarray:
-    """llm.c's .bin opens with 256 int32: its magic number, a version, and the number of tokens."""
     header = array[: 2 * HEADER].view("<i4") if len(array) >= 2 * HEADER else np.zeros(3, np.int32)
-    if header[0] != MAGIC:
+    if int(header[0]) not in MAGIC:
         return array
+    version, dtype = MAGIC[int(header[0])]
     tokens = array[2 * HEADER :]
-    if header[1] != 1 or header[2] != len(tokens):
+    tokens = tokens[: len(tokens) // (dtype.itemsize // 2) * (dtype.itemsize // 2)].view(dtype)
+    if header[1] != version or header[2] != len(tokens):
         raise UserError(f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
-                        f"1 (uint16), and the {header[2]} tokens that it says")  # fmt: skip
+                        f"{version} ({dtype.name}), and the {header[2]} tokens that it says")  # fmt: skip
     return tokens
 
 
@@ -100,12 +115,11 @@ def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
                             f"allowed: 0 to data.vocab_size - 1 = {vocab_size - 1}")  # fmt: skip
 
 
-def _corpus(config: Config, where: str, train: list[np.ndarray], val: list[np.ndarray], vocab_size: int) -> Corpus:
-    path = config.data.tokenizer_path if config.data.source == "tokens" else ""
-    tokenizer = load_tokenizer(path) if path else None
-    if tokenizer and tokenizer.vocab_size != vocab_size:
-        raise UserError(f"data.vocab_size is {vocab_size}; allowed with the tokenizer {path}: {tokenizer.vocab_size}")
-    splits = [Tokens(part, starts=tokenizer and partial(_starts, part, tokenizer.bos_id)) for part in (train, val)]
+def _corpus(
+    config: Config, where: str, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None
+) -> Corpus:
+    vocab_size = config.data.vocab_size
+    splits = [_tokens(part, tokenizer) for part in (train, val)]
     check_lengths(where, len(splits[0]), len(splits[1]), config.seq_len)
     return Corpus(
         train=splits[0],
@@ -117,6 +131,12 @@ def _corpus(config: Config, where: str, train: list[np.ndarray], val: list[np.nd
         folder=None,
         facts={"source": where} | {name: {"tokens": len(s)} for name, s in zip(("train", "val"), splits, strict=True)},
     )
+
+
+def _tokens(arrays: list[np.ndarray], tokenizer: Tokenizer | None) -> Tokens:
+    if tokenizer is None:
+        return Tokens(arrays)
+    return Tokens(arrays, starts=partial(_starts, arrays, tokenizer.bos_id), end=tokenizer.bos_id)
 
 
 def _starts(arrays: list[np.ndarray], bos_id: int) -> np.ndarray:

@@ -23,13 +23,17 @@ from typing import Any, get_args
 import numpy as np
 
 from jaxlm.config import UserError
+from jaxlm.data.documents import Document, Skipped, Split, Unit
 from jaxlm.data.progress import Progress
-from jaxlm.data.sources import Document, Skipped, Split, Unit
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, to_bytes
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 BATCH_CHARACTERS = 1 << 22  # tokenized at a time
 REASONS = 100  # of what is skipped in a unit, that are kept
+
+
+class Unfinished(UserError):
+    """What is done is worth keeping: another run may get further."""
 
 
 def num_processes() -> int:
@@ -45,7 +49,7 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
     """
     for split in SPLITS:
         (folder / split).mkdir(exist_ok=True)
-    facts = {i: json.loads(file.read_text()) for i in range(len(units)) if (file := _facts(folder, i)).is_file()}
+    facts = {i: found for i in range(len(units)) if (found := _whole(folder, i, tokenizer))}
     for found in facts.values():
         bar.advance(_num_bytes(found))
     left = [i for i in range(len(units)) if i not in facts]
@@ -63,6 +67,22 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
     return [facts[i] for i in range(len(units))]
 
 
+def _whole(folder: Path, index: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The facts of a shard that an earlier run left whole; None where it did not."""
+    try:
+        facts = json.loads(_facts(folder, index).read_text())
+        for split in SPLITS:
+            for suffix in facts[split]["sha256"]:
+                each = {"bin": token_dtype(tokenizer.vocab_size).itemsize, "starts": 8, "mask": 1}[suffix]
+                count = facts[split]["documents" if suffix == "starts" else "tokens"]
+                if (folder / split / f"{index:05}.{suffix}").stat().st_size != each * count:
+                    return None
+            _ = facts[split]["bytes"] + 0
+        return facts if isinstance(facts["skipped"], int) and isinstance(facts["reasons"], list) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _num_bytes(facts: dict) -> int:
     return sum(facts[split]["bytes"] for split in SPLITS)
 
@@ -77,8 +97,8 @@ def _workers(folder: Path, count: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
         pool.shutdown()
     except BrokenProcessPool as error:
-        raise UserError(f"{folder}: a process that tokenizes was killed, as it is when memory runs out; run it again"
-                        " with more memory, or fewer cores (taskset)") from error  # fmt: skip
+        raise Unfinished(f"{folder}: a process that tokenizes was killed, as it is when memory runs out; what is done "
+                         "is kept, run it again with more memory, or fewer cores (taskset)") from error  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
@@ -141,7 +161,10 @@ def _make_shard(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, mask
     facts = {split: shards[split].facts() for split in SPLITS} | {"skipped": count, "reasons": skipped}
     file = _facts(folder, index)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts), "utf-8")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(facts, out)
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(temporary, file)
     return facts
 

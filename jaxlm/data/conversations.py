@@ -21,7 +21,7 @@ def conversation(messages: Any, key: str, template: str) -> list[tuple[str, bool
     Raises:
       UserError: they are not messages, or none is the assistant's; says what comes after the record's name.
     """
-    before, after = (template or "{content}").split("{content}")
+    before, after = template.split("{content}")
     texts: list[tuple[str, bool]] = []
     if not isinstance(messages, list):
         raise UserError(f": '{key}' is {type(messages).__name__}; allowed: a list of messages with role and content")
@@ -33,9 +33,13 @@ def conversation(messages: Any, key: str, template: str) -> list[tuple[str, bool
             if "\0" in found[name]:
                 raise UserError(f": '{key}' message {i} holds a NUL character; allowed: text")
         learned = found["role"] == LEARNED
-        texts += [(before.replace("{role}", found["role"]), False), (found["content"] + after, learned)]
+        start, end = (part.replace("{role}", found["role"]) for part in (before, after))
+        texts += [(start, False), (found["content"] + end, learned)]
     while texts and not texts[-1][1]:
         texts.pop()
     if not texts:
         raise UserError(f": '{key}' has no message of role '{LEARNED}', so nothing to learn")
-    return [(text, learned) for text, learned in texts if text]
+    texts = [(text, learned) for text, learned in texts if text]
+    if not texts:
+        raise UserError(f": '{key}' is empty; allowed: texts")
+    return texts

@@ -5,7 +5,6 @@ may be an address that fsspec knows (s3://, gs://, hf://, https://): it then is 
 """
 
 import bz2
-import glob
 import gzip
 import hashlib
 import io
@@ -18,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from jaxlm.config import DataConfig, UserError
+from jaxlm.config import DataConfig, UserError, show
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; each unit becomes two open files
+UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; a unit becomes two maps of files, or four
 LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
 
 T = TypeVar("T")
@@ -38,7 +37,7 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
     """
     path = located(key, pattern)
     plain = re.split(r"[*?[]", str(path))[0]
-    root = path if plain == str(path) else located(key, plain if plain.endswith("/") else os.path.dirname(plain))
+    root = path if plain == str(path) else located(key, plain if plain.endswith("/") else os.path.dirname(plain) or ".")
     try:
         if path.is_file():
             files = {path.name: path}
@@ -48,13 +47,14 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
             files = {p.relative_to(root).as_posix(): p for p in _globbed(path, root) if p.is_file()}
         else:
             files = None
-    except OSError as error:
-        raise UserError(f"{key} is '{pattern}': cannot be listed ({error.strerror or error})") from error
+    except Exception as error:  # a store elsewhere may raise anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{key} is '{pattern}': cannot be listed ({' '.join(reason.split())})") from error
     if files is None:
         raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
     if not files:
         raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
-    full = {name: files[name] for name in sorted(files) if files[name].stat().st_size}
+    full = {name: path for name, path in _distinct(files).items() if path.stat().st_size}
     if not full:
         raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
     return full
@@ -63,15 +63,27 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
 def located(key: str, path: str) -> Path:
     """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
     if "://" not in path:
-        return Path(path).expanduser()
+        return local(key, path)
     import upath
 
     try:
         found = upath.UPath(path)
         assert found.fs is not None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{key} is '{path}': {error}; allowed: a path, or an address that fsspec knows") from error
+    except Exception as error:  # a store elsewhere may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{key} is '{path}': {reason}; allowed: a path, or an address that fsspec knows") from error
     return cast(Path, found)
+
+
+def local(key: str, path: str) -> Path:
+    """A path of this machine. Raises UserError, which names `key`, where no file could ever be there."""
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{key} is {show(path)}: {reason}; allowed: a path that can be") from error
+    return found
 
 
 def is_remote(path: Path) -> bool:
@@ -79,9 +91,24 @@ def is_remote(path: Path) -> bool:
 
 
 def _globbed(path: Path, root: Path) -> Iterable[Path]:
-    if is_remote(path):
-        return root.glob(str(path)[len(str(root)) :].lstrip("/"))
-    return [Path(p) for p in glob.glob(str(path), recursive=True)]
+    """The paths below `root` that the glob `path` names; `**` does not follow links to folders."""
+    pattern = str(path) if str(root) == "." else str(path)[len(str(root)) :].lstrip("/")
+    return root.glob(pattern)
+
+
+def real(paths: Iterable[Path]) -> frozenset[Any]:
+    """The files that paths lead to, through links."""
+    return frozenset(path if is_remote(path) else path.resolve() for path in paths)
+
+
+def _distinct(files: dict[str, Path]) -> dict[str, Path]:
+    """In the order of their names; a file that is there under several, by links, once: else validation could hold
+    what training has.
+    """
+    seen: dict[Any, str] = {}
+    for name in sorted(files):
+        seen.setdefault(next(iter(real([files[name]]))), name)
+    return {name: files[name] for name in seen.values()}
 
 
 @contextmanager
@@ -103,16 +130,43 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 def _unpacked(path: Path, raw: BinaryIO) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if path.suffix == ".xz":
-        return lzma.LZMAFile(raw)
+    if path.suffix in (".bz2", ".xz"):
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if path.suffix == ".bz2" else lzma.LZMADecompressor))
     if path.suffix == ".zst":
         import pyarrow  # whose reader, unlike others, notices a file that is cut short
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # it knows no lines
         return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     return raw
+
+
+class _Streams(io.RawIOBase):
+    """The streams of a .bz2 or .xz file, one after the other. Python's own readers take one that is damaged, after the
+    first, for the end.
+    """
+
+    def __init__(self, raw: BinaryIO, make: Callable[[], Any]):
+        self._raw, self._make, self._stream = raw, make, make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0") or self._raw.read(1 << 20).lstrip(b"\0")  # or padding
+                if not rest:
+                    return 0
+                self._stream = self._make()
+                data = self._stream.decompress(rest, len(buffer))
+            else:
+                more = self._raw.read(1 << 20) if self._stream.needs_input else b""
+                if self._stream.needs_input and not more:
+                    raise EOFError("it ends too soon")
+                data = self._stream.decompress(more, len(buffer))
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
 
 
 def content_hash(path: Path) -> str:
@@ -122,6 +176,8 @@ def content_hash(path: Path) -> str:
       UserError: the file cannot be read.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise UserError(f"{path}: not a file; allowed: a file")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -168,11 +224,11 @@ def unit_bytes(total: int) -> int:
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """The items in groups, in their order, each of which is closed once it has `limit` bytes."""
+    """The items in groups of about `limit` bytes, in their order."""
     groups: list[list[T]] = []
     left = 0
     for item in items:
-        if left <= 0:
+        if 2 * left < limit:
             groups.append([])
             left = limit
         groups[-1].append(item)

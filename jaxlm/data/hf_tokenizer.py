@@ -61,7 +61,10 @@ class HfTokenizer(Tokenizer):
         if bos is None:
             raise UserError(f"{name}: its special tokens are {show(sorted(special))}; allowed: one of them that opens "
                             f"a document ({' '.join(BOS)})")  # fmt: skip
-        pieces = [b""] * (max(vocab.values()) + 1)
+        size = max(vocab.values()) + 1
+        if size > 2 * len(vocab) + 1000:
+            raise UserError(f"{name}: an id of {size - 1} with {len(vocab)} pieces; allowed: ids without large gaps")
+        pieces = [b""] * size
         for text, i in vocab.items():
             if text not in special:
                 pieces[i] = _piece_bytes(text, alphabet, literal=text in added)
@@ -95,8 +98,13 @@ class HfTokenizer(Tokenizer):
         return [np.fromiter(itertools.chain.from_iterable(ids[a:b]), np.int32) for a, b in itertools.pairwise(ends)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        with _parallel(self.num_threads > 1):
-            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            with _parallel(self.num_threads > 1):
+                encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:  # the library's own has no other base
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self._name}: `tokenizers` fails with it ({show(str(error))})") from error
         return [encoding.ids for encoding in encodings]
 
     def _encode_names(self, text: str) -> list[int]:

@@ -233,8 +233,10 @@ def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
     return (high >> 12) + ((((high & 0xFFF) << 20) + low + phase) >> WEIGHT_BITS)
 
 
-def make_order(tokens: Tokens, config: Config) -> Windows | Packed:
-    return (Packed if config.data.packing == "document" else Windows)(tokens, config.seq_len, config.seed)
+def make_order(tokens: Tokens, config: Config, number: int = 0) -> Windows | Packed:
+    """`number` is that of the source in a mixture: each has an order of its own."""
+    seed = config.seed + number * 2**32
+    return (Packed if config.data.packing == "document" else Windows)(tokens, config.seq_len, seed)
 
 
 class Consumed(NamedTuple):
@@ -252,7 +254,9 @@ class TrainOrder:
         shares = corpus.shares or [Share("", 1.0, corpus.train)]
         self._names = [share.name for share in shares]
         self.mixed = Mixed(
-            [make_order(share.train, config) for share in shares], [share.weight for share in shares], config.seed
+            [make_order(share.train, config, i) for i, share in enumerate(shares)],
+            [share.weight for share in shares],
+            config.seed,
         )
         self._T, self._batch_size = config.seq_len, config.batch_size
 

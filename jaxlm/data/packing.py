@@ -75,10 +75,17 @@ def best_fit(lengths: np.ndarray, T: int) -> np.ndarray:
 
 
 def pack(tokens: Tokens, T: int) -> Packing:
-    """The packing of all documents of a corpus, whose `starts` are known."""
+    """The packing of all documents of a corpus, whose `starts` are known; rows in the order of their first pieces, so
+    that some of them are no other than the rest.
+    """
+    if T in tokens.packings:
+        return tokens.packings[T]
     assert tokens.starts is not None
     starts, lengths = pieces(tokens.starts, len(tokens), T)
     row_of = best_fit(lengths, T)
+    first = np.unique(row_of, return_index=True)[1]  # of each row's pieces
+    row_of = np.argsort(np.argsort(first))[row_of]
     order = np.argsort(row_of, kind="stable")
     rows = np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))
-    return Packing(starts[order], lengths[order], rows)
+    tokens.packings[T] = Packing(starts[order], lengths[order], rows)
+    return tokens.packings[T]

@@ -1,12 +1,14 @@
 """From `data.*` to the corpus that it names: one source, or a mixture of several under one tokenizer."""
 
 import dataclasses
-from pathlib import Path
+import itertools
 from typing import Any
 
 from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
+from jaxlm.data.documents import Source
+from jaxlm.data.files import local
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
 from jaxlm.data.tokens import chain
@@ -27,9 +29,15 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.source == "synthetic":
         return synthetic(config)
     if data.source == "tokens":
-        path = Path(data.path).expanduser()
-        store = path.is_dir() and (path / "manifest.json").exists()
-        corpus = open_store(path) if store else raw_tokens(config)
+        path = None if "://" in data.path else local("data.path", data.path)
+        if path and (path / "manifest.json").exists():
+            if data.val_path:
+                raise UserError(
+                    f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none"
+                )
+            corpus = open_store(path)
+        else:
+            corpus = raw_tokens(config)
     else:
         source = open_source(data)
         tokenizer, name = stored_tokenizer(data, [source], progress)
@@ -40,7 +48,15 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
 def _mixed(config: Config, progress: bool) -> Corpus:
     weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
     sources = {i: open_source(part) for i, part in enumerate(parts) if part.source != "tokens"}
-    tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
+    _check_distinct(list(sources.values()))
+    if sources or config.data.tokenizer_path:
+        tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
+    else:
+        tokenizer, name = prepare(dataclasses.replace(config, data=parts[0]), progress=progress).tokenizer, ""
+        if tokenizer is None:
+            raise UserError(
+                "data.mixture: token ids without a tokenizer; allowed: data.tokenizer_path, or a token store"
+            )
     corpora = []
     for i, part in enumerate(parts):
         if i in sources:
@@ -54,6 +70,7 @@ def _mixed(config: Config, progress: bool) -> Corpus:
                             "tokenizer (data.tokenizer_path)")  # fmt: skip
         corpora.append(corpus)
     names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
+    names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     shares = [
         Share(name, weight / sum(weights), corpus.train)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
@@ -69,6 +86,18 @@ def _mixed(config: Config, progress: bool) -> Corpus:
         ),
         config,
     )  # fmt: skip
+
+
+def _check_distinct(sources: list[Source]) -> None:
+    """Raises UserError where a file is in two sources that hold out differently: one would train on what the other
+    validates on.
+    """
+    for a, b in itertools.combinations(sources, 2):
+        both = a.files & b.files
+        if both and a.key != b.key:
+            raise UserError(
+                f"data.mixture: {min(map(str, both))} is in '{a.name}' and in '{b.name}'; allowed: in one of them"
+            )
 
 
 def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:

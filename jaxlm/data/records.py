@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.config import DataConfig, UserError
+from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.conversations import conversation
-from jaxlm.data.files import PACKED, grouped, identify, is_remote, line_ends, opened, train_and_val, unit_bytes
-from jaxlm.data.sources import Document, Skipped, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.files import PACKED, grouped, identify, is_remote, line_ends, opened, real, train_and_val, unit_bytes
 
 
 class Part(NamedTuple):
@@ -23,6 +23,10 @@ class Part(NamedTuple):
     start: int = 0  # in bytes, or in row groups
     stop: int | None = None
     first_row: int = 0  # of a Parquet file's, counted from 0
+
+
+class NoColumn(UserError):
+    """The key is wrong, not the file."""
 
 
 def open_records(data: DataConfig) -> Source:
@@ -46,10 +50,11 @@ def open_records(data: DataConfig) -> Source:
         limit = unit_bytes(sum(part.num_bytes for part in whole))
         cut = _cut_lines if data.source == "jsonl" else _cut_rows
         parts = [piece for part in whole for piece in cut(part, limit)]
-        return [Unit(partial(_read, group, data), sum(part.num_bytes for part in group))
+        return [Unit(partial(_read, group, data))
                 for group in grouped(parts, lambda part: part.num_bytes, limit)]  # fmt: skip
 
-    return Source(data.path, key, units, 0, masked=bool(_conversation_keys(data)))
+    return Source(data.path, key, units, 0, masked=bool(_conversation_keys(data)),
+                  files=real([*files.values(), *val.values()]))  # fmt: skip
 
 
 def _conversation_keys(data: DataConfig) -> tuple[str, ...]:
@@ -79,25 +84,34 @@ def _cut_rows(part: Part, limit: int) -> list[Part]:
 
 
 def _read(parts: list[Part], data: DataConfig) -> Iterator[Document | Skipped]:
-    records, unit = (_lines, "line") if data.source == "jsonl" else (_rows, "row")
     for part in parts:
-        for place, number, record in records(part, data):
-            split = part.split
-            if split is None:
-                split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
-            try:
-                texts = _texts(record, data)
-            except UserError as error:
-                reason = f"{part.path} {unit} {number()}{error}"
-                if data.on_error == "stop":
-                    raise UserError(reason) from None
-                yield Skipped(reason)
-                continue
-            first = True
-            for text, predicted in texts:
-                for piece in parts_of(text):
-                    yield Document(f"{part.name} {place}", piece, split, first, predicted)
-                    first = False
+        try:
+            yield from _read_part(part, data)
+        except UserError as error:
+            if data.on_error == "stop" or isinstance(error, NoColumn):
+                raise
+            yield Skipped(str(error))  # the rest of a damaged file
+
+
+def _read_part(part: Part, data: DataConfig) -> Iterator[Document | Skipped]:
+    records, unit = (_lines, "line") if data.source == "jsonl" else (_rows, "row")
+    for place, number, record in records(part, data):
+        split = part.split
+        if split is None:
+            split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
+        try:
+            texts = _texts(record, data)
+        except UserError as error:
+            reason = f"{part.path} {unit} {number()}{error}"
+            if data.on_error == "stop":
+                raise UserError(reason) from None
+            yield Skipped(reason)
+            continue
+        first = True
+        for text, predicted in texts:
+            for piece in parts_of(text):
+                yield Document(f"{part.name} {place}", piece, split, first, predicted)
+                first = False
 
 
 def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, bytes]]:
@@ -145,10 +159,10 @@ def _rows(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, dict[str, An
     with _parquet(part.path) as file:
         columns = file.schema_arrow.names
         for name, key in (keys or {"text_key": data.text_key}).items():
-            if key.split(".")[0] not in columns:
+            if _column(key, columns) not in columns:
                 allowed = f"allowed with {part.path}: {', '.join(columns)}, or inside of them"
-                raise UserError(f"data.{name} is '{key}'; {allowed}")
-        wanted = sorted({key.split(".")[0] for key in keys.values() or [data.text_key]})
+                raise NoColumn(f"data.{name} is '{key}'; {allowed}")
+        wanted = sorted({_column(key, columns) for key in keys.values() or [data.text_key]})
         row = part.first_row
         groups = range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop)
         try:
@@ -156,10 +170,14 @@ def _rows(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, dict[str, An
                 for record in batch.to_pylist():
                     row += 1
                     yield row, lambda row=row: row, record
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
             raise UserError(f"{part.path}: unreadable as Parquet ({' '.join(str(error).split())})") from error
+
+
+def _column(key: str, columns: list[str]) -> str:
+    return key if key in columns else key.split(".")[0]
 
 
 def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, bool]]:
@@ -167,7 +185,7 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, 
     value: Any = record
     if isinstance(record, bytes):
         try:
-            value = json.loads(record.decode())
+            value = json.loads(record.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(f": not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
         except (ValueError, RecursionError) as error:
@@ -185,11 +203,13 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, 
 
 
 def _at(value: Any, name: str, key: str) -> Any:
-    """What is under a key with dots."""
+    """What is under a key, whose dots lead into objects."""
+    if isinstance(value, dict) and key in value:
+        return value[key]
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            keys = ", ".join(value) if isinstance(value, dict) else f"none in {type(value).__name__}"
-            raise UserError(f": no '{key}' (data.{name}); its keys: {keys[:200]}")
+            keys = show(list(value)) if isinstance(value, dict) else f"none in {type(value).__name__}"
+            raise UserError(f": no '{key}' (data.{name}); its keys: {keys}")
         value = value[part]
     return value
 

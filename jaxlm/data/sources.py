@@ -1,69 +1,23 @@
-"""Documents: where the text comes from, and which of it is held out.
+"""Sources: where the text comes from, and which of it is held out.
 
 A source is cut into units, which processes read side by side; it gives the same documents in the same order each time.
 Train and validation never share a document.
 """
 
 import codecs
-import dataclasses
-import hashlib
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, skip, train_and_val, unit_bytes
+from jaxlm.data.documents import BLOCK, Document, Skipped, Source, Split, Unit, digest, held_out
+from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, real, skip, train_and_val, unit_bytes
 
-Split = Literal["train", "val"]
-
-BLOCK = 1 << 23  # bytes read at a time
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A document or a part of one."""
-
-    name: str
-    text: str
-    split: Split
-    first: bool = True  # False: goes on where the one before it stopped
-    predicted: bool = True  # False: to be read, not to be learned, as a prompt is
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """Something that is no good, and was left out."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What one process reads; can be pickled."""
-
-    read: Callable[[], Iterator[Document | Skipped]]
-    num_bytes: int  # 0 = unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    name: str  # for people
-    key: dict[str, Any]  # JSON; all that shapes the documents
-    units: Callable[[], list[Unit]]
-    num_bytes: int  # of all documents; 0 = unknown
-    masked: bool = False  # whether some of the text is not to be learned
-    skipped: int = 0  # files that were left out already
-
-    def documents(self, split: Split) -> Iterator[Document]:
-        for unit in self.units():
-            for document in unit.read():
-                if isinstance(document, Document) and document.split == split:
-                    yield document
 
 
 def open_source(data: DataConfig) -> Source:
@@ -83,15 +37,6 @@ def open_source(data: DataConfig) -> Source:
     from jaxlm.data.tfds_source import open_tfds
 
     return open_tfds(data)
-
-
-def held_out(name: str, val_fraction: float) -> bool:
-    """Whether a document is one of validation: depends on its name alone, so that others may come and go."""
-    return _digest(name) % round(1 / val_fraction) == 0
-
-
-def _digest(name: str) -> int:
-    return int(hashlib.sha1(name.encode("utf-8", "surrogatepass")).hexdigest(), 16)
 
 
 def _stdlib(data: DataConfig) -> Source:
@@ -122,9 +67,9 @@ def _by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Sour
     """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
     held = {name for name in files if held_out(name, data.val_fraction)}
     if not held:  # few files: one of them, and again one that its name decides
-        held = {min(files, key=_digest)}
+        held = {min(files, key=digest)}
     if len(held) == len(files):
-        held.remove(max(files, key=_digest))
+        held.remove(max(files, key=digest))
     parts = [Part(name, path, "val" if name in held else "train") for name, path in files.items()]
     return _text_source(data, {"files": identify(files), "val_fraction": data.val_fraction}, parts, skipped)
 
@@ -138,7 +83,7 @@ def _one_file(data: DataConfig, name: str, path: Path) -> Source:
         return _units([part for part in parts if part.stop != 0], cuts=True)
 
     key = {"source": "text", "files": identify({name: path}), "val_fraction": data.val_fraction}
-    return Source(str(path), key, units, _text_size(path))
+    return Source(str(path), key, units, _text_size(path), files=real([path]))
 
 
 def _byte_of_character(path: Path, share: float) -> int:
@@ -174,7 +119,8 @@ def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipp
     skips = data.on_error == "skip"
     name = data.source if data.source == "stdlib" else data.path
     size = _text_size(*(part.path for part in parts))
-    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped)
+    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped,
+                  files=real(part.path for part in parts))  # fmt: skip
 
 
 def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
@@ -188,7 +134,7 @@ def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
         starts = [part.start, *ends]
         pieces += [part._replace(start=a, stop=b, first=a == part.start)
                    for a, b in zip(starts, [*ends, part.stop], strict=True)]  # fmt: skip
-    return [Unit(partial(_read_text, group, skips), sum(map(_part_size, group)))
+    return [Unit(partial(_read_text, group, skips))
             for group in grouped(pieces, _part_size, limit)]  # fmt: skip
 
 
@@ -220,7 +166,7 @@ def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
     """The text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
     wherever they can.
 
-    Tokens never cross from a line into the newline after it (see `tokenizers`), so parts are tokenized as the whole.
+    sentencepiece's tokens never cross from a line into the newline after it: its parts are tokenized as the whole.
 
     Raises:
       UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the text, where the file is
@@ -244,13 +190,3 @@ def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[
     except UnicodeDecodeError as error:
         at = offset - len(error.object) + error.start
         raise UserError(f"{path}: not UTF-8 at byte {at} ({error.reason}); allowed: UTF-8 text") from None
-
-
-def parts_of(text: str) -> Iterator[str]:
-    """A text in parts of at most BLOCK characters, so that no long one is tokenized at once."""
-    while len(text) > BLOCK:
-        cut = text.rfind("\n", 1, BLOCK)
-        cut = cut if cut > 0 else BLOCK
-        yield text[:cut]
-        text = text[cut:]
-    yield text

@@ -8,12 +8,16 @@ The .bin files are token ids, uint16 or uint32, little-endian; each document is 
 which tokens of its shard documents start. The manifest has counts and the sha256 of every file.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
+import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -24,23 +28,29 @@ import filelock
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.build import SPLITS, make_shards, token_dtype
+from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
-from jaxlm.data.files import MAX_UNITS, UNIT_BYTES, content_hash
+from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
+from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, local
+from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
-from jaxlm.data.sources import Document, Source, Split, Unit
+from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer
+from jaxlm.data.sources import open_source
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokens import Tokens
 
 FORMAT = 2
+COUNTS = ("documents", "bytes", "tokens")  # of a shard
 CHECKED_BYTES = 1 << 28  # of a store whose files are compared with their hashes whenever it is opened
 SAMPLE_BYTES = 1 << 29  # of a corpus that are read to train a tokenizer on
+# Beside the source and the tokenizer, what decides which tokens are in which shard, and what a tokenizer is trained on.
+SHAPE = [FORMAT, UNIT_BYTES, MAX_UNITS, LINE_BYTES, BLOCK, SAMPLE_BYTES, SAMPLE_CHARACTERS]
 
 
 def cache_folder(data: DataConfig) -> Path:
     """Where token stores are kept."""
     if data.cache_dir:
-        return Path(data.cache_dir).expanduser().absolute()
+        return local("data.cache_dir", data.cache_dir).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "jaxlm"
 
 
@@ -50,10 +60,10 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
     Raises:
       UserError: it cannot be loaded, or the corpus is no good to train one.
     """
-    key = _tokenizer_key(data, sources)
-    name = _short(key)
-    if "sources" not in key:
-        return make_tokenizer(data, _no_texts, _no_texts), name
+    if data.tokenizer_path or data.tokenizer == "bytes":
+        tokenizer = make_tokenizer(data, _no_texts, _no_texts)
+        return tokenizer, _saved_hash(tokenizer)
+    name = _short(_tokenizer_key(data, sources))
     folder = cache_folder(data) / f"tokenizer-{name}"
 
     def make(temporary: Path) -> None:
@@ -66,7 +76,10 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
         tokenizer.save(temporary)
 
     _made_once(folder, make, lambda folder: folder.is_dir(), progress)
-    return load_tokenizer(folder), name
+    tokenizer = load_tokenizer(folder)
+    if data.tokenizer == "sentencepiece" and tokenizer.vocab_size < data.vocab_size and progress:
+        print(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size} pieces", file=sys.stderr)
+    return tokenizer, name
 
 
 def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, seq_len: int, progress: bool) -> Corpus:
@@ -77,11 +90,12 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
     Raises:
       UserError: the data is unreadable or too short, or the store cannot be written.
     """
-    shape = [FORMAT, UNIT_BYTES, MAX_UNITS]
-    folder = cache_folder(data) / _short({"format": shape, "source": source.key, "tokenizer": name})
+    folder = cache_folder(data) / _short({"shape": SHAPE, "source": source.key, "tokenizer": name})
 
     def make(temporary: Path) -> None:
         _fill(temporary, source, tokenizer, seq_len, progress)
+        if open_source(data).key != source.key:
+            raise UserError(f"data.source={source.name}: files changed while they were read; run it again")
 
     _made_once(folder, make, lambda folder: (folder / "manifest.json").is_file(), progress)
     return open_store(folder)
@@ -92,20 +106,21 @@ def _short(key: dict[str, Any]) -> str:
 
 
 def _tokenizer_key(data: DataConfig, sources: list[Source]) -> dict[str, Any]:
-    """All that shapes a tokenizer; with `sources` where it is made of them."""
-    key: dict[str, Any] = {"kind": data.tokenizer}
-    library = {"sentencepiece": "sentencepiece", "hf": "tokenizers"}.get(data.tokenizer)
-    if library:
-        key["version"] = importlib.metadata.version(library)
-    if data.tokenizer_path:
-        path = Path(data.tokenizer_path).expanduser()
-        if data.tokenizer == "hf" and path.is_dir():
-            path /= "tokenizer.json"  # beside which may be the weights of a model
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return key | {"files": [content_hash(file) for file in files if not file.is_dir()]}
+    """All that shapes a tokenizer that is made of a corpus."""
+    key: dict[str, Any] = {"shape": SHAPE, "kind": data.tokenizer, "sources": [source.key for source in sources]}
     if data.tokenizer == "sentencepiece":
-        key |= {"model": data.sentencepiece, "vocab_size": data.vocab_size}
-    return key if data.tokenizer == "bytes" else key | {"sources": [source.key for source in sources]}
+        version = importlib.metadata.version("sentencepiece")
+        key |= {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
+    return key
+
+
+def _saved_hash(tokenizer: Tokenizer) -> str:
+    """What names a tokenizer: all that it saves, and the library that reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+    library = {SentencePieceTokenizer: "sentencepiece", HfTokenizer: "tokenizers"}.get(type(tokenizer))
+    return _short({"files": files, "version": importlib.metadata.version(library) if library else None})
 
 
 def _no_texts() -> Iterator[str]:
@@ -133,18 +148,21 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
         with _locked(cache / f"{folder.name}.lock", progress):
             if whole(folder):
                 return
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise UserError(f"{folder}: not a whole token store, and not made by jaxlm as it is; move it away")
             temporary.mkdir(exist_ok=True)
             try:
                 make(temporary)
                 _sync(temporary)
                 os.rename(temporary, folder)
                 _sync_folder(cache)
+            except Unfinished:
+                raise
             except UserError:  # the data is no good: another run would not get further
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     except OSError as error:
-        kept = f"; what is done is kept in {temporary}" if any(temporary.glob("*.json")) else ""
+        kept = f"; what is done is kept in {temporary}" if any(temporary.glob("?????.json")) else ""
         if not kept:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"data.cache_dir {cache}: cannot be written ({error.strerror or error}){kept}") from error
@@ -168,9 +186,13 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, progress: bool) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
+    try:
+        units = source.units()
+    except OSError as error:
+        raise UserError(f"{error.filename}: unreadable ({error.strerror})") from error
     with track("tokenizing", source.num_bytes, progress) as bar:
-        shards = make_shards(folder, source.units(), tokenizer, source.masked, bar)
-    totals = {s: {k: sum(shard[s][k] for shard in shards) for k in ("documents", "bytes", "tokens")} for s in SPLITS}
+        shards = make_shards(folder, units, tokenizer, source.masked, bar)
+    totals = {s: {k: sum(shard[s][k] for shard in shards) for k in COUNTS} for s in SPLITS}
     skipped = source.skipped + sum(shard["skipped"] for shard in shards)
     if skipped and progress:
         reasons = [reason for shard in shards for reason in shard["reasons"]]
@@ -179,7 +201,7 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, prog
     check_lengths(f"data.source={source.name}", totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
     manifest = {
         "format": FORMAT, "dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size,
-        "source": source.name, "masked": source.masked, "skipped": skipped, **totals, "shards": shards,
+        "source": source.name, "masked": source.masked, "skipped": skipped, "shards": shards,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     for file in folder.glob("?????.json"):
@@ -198,52 +220,74 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        vocab_size, dtype, shards = int(manifest["vocab_size"]), np.dtype(manifest["dtype"]), manifest["shards"]
-        facts = {k: manifest[k] for k in ("source", "skipped", *SPLITS)}
-        verify = verify or sum(facts[s]["tokens"] for s in SPLITS) * dtype.itemsize <= CHECKED_BYTES
-        tokens = {s: _open_split(folder, s, dtype, [shard[s] for shard in shards], verify) for s in SPLITS}
-        name = fingerprint(
-            vocab_size, *([shard[s]["sha256"] for shard in shards if shard[s]["tokens"]] for s in SPLITS)
-        )
+        found, vocab_size, dtype = manifest["format"], manifest["vocab_size"], manifest["dtype"]
+        shards = manifest["shards"]
+        totals = {s: {k: sum(shard[s][k] for shard in shards) for k in COUNTS} for s in SPLITS}
+        facts = {"source": manifest["source"], "skipped": manifest["skipped"]} | totals
+        names = ([shard[s]["sha256"] for shard in shards if shard[s]["tokens"]] for s in SPLITS)
+        name = fingerprint(vocab_size, *names)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; allowed: a whole token store (remove {folder})") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not the manifest of a token store ({error!r}); remove {folder}") from error
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path}: format {manifest['format']}; allowed: {FORMAT}")
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found}; allowed: {FORMAT}")
     tokenizer = load_tokenizer(folder / "tokenizer")
+    wanted = token_dtype(tokenizer.vocab_size)
+    if (vocab_size, dtype) != (tokenizer.vocab_size, wanted.str):
+        raise UserError(f"{path}: vocab_size {vocab_size} and dtype {dtype}; allowed with its tokenizer: "
+                        f"{tokenizer.vocab_size} and {wanted.str}; remove {folder}")  # fmt: skip
+    verify = verify or sum(totals[s]["tokens"] for s in SPLITS) * wanted.itemsize <= CHECKED_BYTES
+    _allow_open_files()
+    train, val = (_open_split(folder / s, [shard[s] for shard in shards], tokenizer, verify) for s in SPLITS)
     return Corpus(
-        train=tokens["train"], val=tokens["val"], vocab_size=vocab_size, tokenizer=tokenizer,
-        bytes_per_token=tokenizer.bytes_per_token(),
-        fingerprint=name, folder=folder, facts=facts,
+        train=train, val=val, vocab_size=vocab_size, tokenizer=tokenizer,
+        bytes_per_token=tokenizer.bytes_per_token(), fingerprint=name, folder=folder, facts=facts,
     )  # fmt: skip
 
 
-def _open_split(folder: Path, split: Split, dtype: np.dtype, shards: list[dict[str, Any]], verify: bool) -> Tokens:
-    dtypes = {"bin": dtype, "starts": np.dtype("<u8"), "mask": np.dtype(bool)}
-    found: dict[str, list[np.ndarray]] = {}
+def _allow_open_files() -> None:
+    """As many as the system lets this process have: each map of a file holds one, and at first 1024 are allowed."""
+    most = 1 << 16
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer, verify: bool) -> Tokens:
+    dtypes = {"bin": token_dtype(tokenizer.vocab_size), "starts": np.dtype("<u8"), "mask": np.dtype(bool)}
+    found: dict[str, list[np.ndarray]] = {"bin": [], "mask": []}
     for index, shard in enumerate(shards):
         for suffix, digest in shard["sha256"].items():
-            path = folder / split / f"{index:05}.{suffix}"
+            path = folder / f"{index:05}.{suffix}"
             array = _map(path, dtypes[suffix], shard["documents" if suffix == "starts" else "tokens"])
             if verify and hashlib.sha256(cast(Any, array)).hexdigest() != digest:
-                raise UserError(f"{path}: not the content that its manifest says; remove {folder}")
-            found.setdefault(suffix, []).append(array)
-    offsets = np.cumsum([0, *map(len, found["bin"])])
+                raise UserError(f"{path}: not the content that its manifest says; remove {folder.parent}")
+            if suffix in found:  # the others are read when they are needed: each map holds a file open
+                found[suffix].append(array)
+    offsets = [0, *itertools.accumulate(map(len, found["bin"]))]
 
     def starts() -> np.ndarray:
-        return np.concatenate([part.astype(np.int64) + o for part, o in zip(found["starts"], offsets, strict=False)])
+        parts = [np.fromfile(folder / f"{i:05}.starts", "<u8").astype(np.int64) for i in range(len(shards))]
+        return np.concatenate([part + offset for part, offset in zip(parts, offsets, strict=False)])
 
-    return Tokens(found["bin"], found.get("mask"), starts)
+    return Tokens(found["bin"], found["mask"] or None, starts, tokenizer.bos_id)
 
 
 def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
-    found, wanted = path.stat().st_size, length * dtype.itemsize
-    if found != wanted:
-        raise UserError(f"{path}: {found} bytes; allowed: {wanted}, as its manifest says (remove {path.parents[1]})")
-    return np.memmap(path, dtype, mode="r") if wanted else np.empty(0, dtype)
+    try:
+        found, wanted = path.stat().st_size, length * dtype.itemsize
+        if found == wanted:
+            return np.memmap(path, dtype, mode="r") if wanted else np.empty(0, dtype)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; allowed: a whole token store (remove {path.parents[1]})") from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+    raise UserError(f"{path}: {found} bytes; allowed: {wanted}, as its manifest says (remove {path.parents[1]})")
 
 
 def _sync(folder: Path) -> None:

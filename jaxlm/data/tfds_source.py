@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.config import DataConfig, UserError
+from jaxlm.data.documents import Document, Source, Split, Unit, held_out, parts_of
 from jaxlm.data.files import MAX_UNITS
-from jaxlm.data.sources import Document, Source, Split, Unit, held_out
 from jaxlm.data.tf_import import import_tensorflow
 
 STALL_SECONDS = 60  # without a new byte
@@ -48,7 +48,7 @@ def open_tfds(data: DataConfig) -> Source:
 
     def units_of(split: str, which: Split | None) -> list[Unit]:
         count = min(MAX_UNITS, -(-splits[split] // UNIT_EXAMPLES)) or 1
-        return [Unit(partial(_read, data, split, which, i, count), 0) for i in range(count)]
+        return [Unit(partial(_read, data, split, which, i, count)) for i in range(count)]
 
     def units() -> list[Unit]:
         if data.val_split:
@@ -68,7 +68,8 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
     for place, example in enumerate(_examples(builder, part)[1](), before):
         name = f"{split}:{place}"
         drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
-        yield Document(name, _text(example[data.text_key], name, data), which or drawn)
+        for index, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
+            yield Document(name, piece, which or drawn, first=index == 0)
 
 
 def _examples(builder: Any, split: Any) -> tuple[int, Callable[[], Iterator[dict[str, Any]]]]:

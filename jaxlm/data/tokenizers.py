@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError, show
+from jaxlm.data.files import local
 from jaxlm.data.hf_tokenizer import FILE as HF_FILE
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import (
@@ -57,7 +58,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or it is unusable.
     """
-    path = Path(path).expanduser()
+    path = local("data.tokenizer_path", str(path))
+    if not (path.is_file() or path.is_dir()):  # a pipe would never end
+        found = "not a file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
+                        "sentencepiece .model file")  # fmt: skip
     if path.name in (*OWN, "sentencepiece.model") and _own_spec(path.parent):
         path = path.parent
     try:

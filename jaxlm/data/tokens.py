@@ -17,13 +17,17 @@ class Tokens:
         shards: Sequence[np.ndarray],
         masks: Sequence[np.ndarray] | None = None,
         starts: Callable[[], np.ndarray] | None = None,
+        end: int = -1,
     ):
         """
         Args:
           shards: ids [n] each, all of one dtype.
           masks: bool [n] each, whether an id is learned as a target; None: all are.
           starts: gives int64 [documents], where each document opens with its bos; None: nobody knows.
+          end: what ends the last document, a bos; -1: nothing.
         """
+        self.end = end
+        self.packings: dict[int, Any] = {}  # made of these, by T
         # A memmap's slices cost three times those of an array.
         self.shards = [np.asarray(shard) for shard in shards if shard.size]
         self.masks = None if masks is None else [np.asarray(mask) for mask in masks if mask.size]
@@ -56,14 +60,14 @@ class Tokens:
 
     def copy(self, start: int, inputs: np.ndarray, targets: np.ndarray) -> None:
         """Fills inputs [n] with the ids from `start` on, and targets [n] with those one further on, -1 where an id is
-        not learned. After the last token comes the first: what ends a document is what opens one.
+        not learned.
         """
         n = len(inputs)
         ids = self._read(self.shards, start, n + 1)
         inputs[:] = ids[:n]
         targets[: len(ids) - 1] = ids[1:]
         if len(ids) == n:
-            targets[-1] = self.shards[0][0]
+            targets[-1] = self.end
         if self.masks is not None:
             learned = self._read(self.masks, start, n + 1)[1:]
             targets[: len(learned)][~learned] = -1
@@ -106,4 +110,4 @@ def chain(parts: Sequence[Tokens]) -> Tokens:
         return np.concatenate([p.starts + offset for p, offset in zip(parts, offsets, strict=False)])
 
     known = all(part._starts is not None for part in parts)
-    return Tokens([shard for part in parts for shard in part.shards], masks, starts if known else None)
+    return Tokens([shard for part in parts for shard in part.shards], masks, starts if known else None, parts[-1].end)
