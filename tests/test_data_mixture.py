@@ -188,6 +188,18 @@ def test_a_file_in_two_sources_is_refused(folder: Path, tmp_path: Path):
         prepare(validate(config), progress=False)
 
 
+def test_each_source_has_a_row(folder: Path, tmp_path: Path):
+    """Also where its store was made for shorter rows."""
+    config = make_config(tmp_path)
+    config.data.mixture = f"1 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}"
+    prepare(validate(config), progress=False)
+    config.seq_len = 5000
+    with pytest.raises(
+        UserError, match=r"data\.mixture: jsonl .*b\.jsonl: \d+ training tokens; allowed: at least .*5001"
+    ):
+        prepare(validate(config), progress=False)
+
+
 def test_an_unused_source_asks_for_nothing():
     config = get_config()
     config.data.source, config.data.mixture = "tfds", "1 stdlib"

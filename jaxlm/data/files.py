@@ -228,7 +228,7 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[li
     groups: list[list[T]] = []
     left = 0
     for item in items:
-        if 2 * left < limit:
+        if 4 * left < limit:
             groups.append([])
             left = limit
         groups[-1].append(item)

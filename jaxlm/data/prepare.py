@@ -71,6 +71,8 @@ def _mixed(config: Config, progress: bool) -> Corpus:
         corpora.append(corpus)
     names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
     names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    for name, corpus in zip(names, corpora, strict=True):
+        check_lengths(f"data.mixture: {name}", len(corpus.train), len(corpus.val), config.seq_len)
     shares = [
         Share(name, weight / sum(weights), corpus.train)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)

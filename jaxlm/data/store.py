@@ -74,12 +74,11 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
             data, lambda: _texts(sample, ("train",), SAMPLE_BYTES), lambda: _texts(sample, SPLITS)
         )
         tokenizer.save(temporary)
+        if data.tokenizer == "sentencepiece" and tokenizer.vocab_size < data.vocab_size and progress:
+            print(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size}", file=sys.stderr)
 
     _made_once(folder, make, lambda folder: folder.is_dir(), progress)
-    tokenizer = load_tokenizer(folder)
-    if data.tokenizer == "sentencepiece" and tokenizer.vocab_size < data.vocab_size and progress:
-        print(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size} pieces", file=sys.stderr)
-    return tokenizer, name
+    return load_tokenizer(folder), name
 
 
 def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, seq_len: int, progress: bool) -> Corpus:
