@@ -263,7 +263,13 @@ def test_links_lead_to_one_document(config: Config, tmp_path: Path):
 
 def test_damaged_files_are_skipped_from_there_on(config: Config, tmp_path: Path):
     packed = gzip.compress(jsonl(RECORDS) * 50)
-    write(tmp_path, {"d/a.jsonl": jsonl(RECORDS), "d/b.jsonl.gz": packed[: len(packed) // 2]})
+    write(tmp_path, {"d/a.jsonl": jsonl(RECORDS), "d/b.jsonl.gz": packed[: len(packed) // 2], "p/b.parquet": b"PAR1"})
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "p/a.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: unreadable as Parquet"):
+        open_corpus(config, tmp_path / "p", source="parquet")
+    corpus = open_corpus(config, tmp_path / "p", on_error="skip")
+    assert [corpus.facts["skipped"], sum(corpus.facts[s]["documents"] for s in ("train", "val"))] == [1, len(RECORDS)]
+    config.data.on_error = "stop"
     with pytest.raises(UserError, match=r"b\.jsonl\.gz: unreadable"):
         open_corpus(config, tmp_path / "d", source="jsonl")
     corpus = open_corpus(config, tmp_path / "d", on_error="skip")

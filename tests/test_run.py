@@ -16,6 +16,7 @@ import pytest
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpointer, place
 from jaxlm.cli import load
+from jaxlm.data.arrays import SYNTHETIC_TRAIN
 from jaxlm.model import make_model
 from tests.runs import (
     CHECKPOINT,
@@ -36,8 +37,10 @@ def test_metrics(whole: Path):
     train = [m for m in lines(whole) if "loss" in m]
     scores = [m for m in lines(whole) if "eval_loss" in m]
     assert len(train) + len(scores) == len(lines(whole))
-    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu"}
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "epochs"}
     assert all(m.keys() == keys for m in train)
+    per_epoch = (SYNTHETIC_TRAIN - 1) // 16  # rows
+    assert all(m["epochs"] == pytest.approx(m["step"] * 8 / per_epoch) for m in train)
     assert [m["step"] for m in train] == [1, *range(10, STEPS + 1, 10)]
     assert all(m["tokens"] == m["step"] * 8 * 16 for m in train)
     assert all(m["tokens_per_second"] == pytest.approx(128 / m["step_seconds"]) and m["mfu"] is None for m in train)

@@ -72,9 +72,13 @@ def _cut_lines(part: Part, limit: int) -> list[Part]:
 
 
 def _cut_rows(part: Part, limit: int) -> list[Part]:
-    with _parquet(part.path) as file:
+    rows, pieces = 0, []
+    try:
+        opened_file = _parquet(part.path)
+    except UserError:  # said, or skipped, when it is read
+        return [part]
+    with opened_file as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        rows, pieces = 0, []
         for group in grouped(enumerate(groups), lambda g: g[1].total_byte_size, limit):
             first, last = group[0][0], group[-1][0]
             size = sum(g.total_byte_size for _, g in group)
