@@ -136,7 +136,7 @@ def test_bad_parquet(config: Config, tmp_path: Path):
     write(tmp_path, {"b.parquet": data[:-100], "c.parquet": b"no parquet"})
     for name in "bc":
         with pytest.raises(UserError, match=rf"{name}\.parquet: unreadable as Parquet"):
-            open_corpus(config, tmp_path / f"{name}.parquet", text_key="doc.text")
+            open_corpus(config, tmp_path / f"{name}.parquet", text_key="doc.text", on_error="stop")
 
 
 def test_a_long_record_is_tokenized_in_parts(config: Config, tmp_path: Path, monkeypatch):

@@ -215,11 +215,23 @@ def killed(*args: object) -> None:
     os._exit(137)
 
 
+def killed_later(folder: Path, index: int, *rest: Any) -> Any:
+    if index == 3:
+        while not (folder / "00000.json").exists():
+            time.sleep(0.01)
+        os._exit(137)
+    return build_lib._make_shard(folder, index, rest[0], build_lib._tokenizer, *rest[1:])
+
+
 def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build_lib, "_work", killed)
     with pytest.raises(UserError, match="killed, as it is when memory runs out"):
         open_corpus(config, shards_of(config, tmp_path, monkeypatch))
-    assert list(Path(config.data.cache_dir).glob("*.building"))  # what was done would be there
+    folder = shards_of(config, tmp_path, monkeypatch)
+    monkeypatch.setattr(build_lib, "_work", killed_later)
+    with pytest.raises(UserError, match="what is done is kept"):
+        open_corpus(config, folder)
+    assert list(Path(config.data.cache_dir).glob("*.building/00000.json"))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"x": 1}', "\xff", "WHOLE"])

@@ -155,15 +155,14 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
                 _sync(temporary)
                 os.rename(temporary, folder)
                 _sync_folder(cache)
-            except Unfinished:
-                raise
-            except UserError:  # the data is no good: another run would not get further
-                shutil.rmtree(temporary, ignore_errors=True)
+            except BaseException as error:
+                # Data that is no good stays so; else what is done is kept, also where a signal ends it.
+                no_good = isinstance(error, UserError) and not isinstance(error, Unfinished)
+                if no_good or not any(temporary.glob("?????.json")):
+                    shutil.rmtree(temporary, ignore_errors=True)
                 raise
     except OSError as error:
-        kept = f"; what is done is kept in {temporary}" if any(temporary.glob("?????.json")) else ""
-        if not kept:
-            shutil.rmtree(temporary, ignore_errors=True)
+        kept = f"; what is done is kept in {temporary}" if temporary.exists() else ""
         raise UserError(f"data.cache_dir {cache}: cannot be written ({error.strerror or error}){kept}") from error
 
 
