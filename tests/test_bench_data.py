@@ -53,7 +53,7 @@ def check(result: dict[str, Any], texts: Path | None, tensorflow: bool, document
         assert preparation["documents"] == len(list(texts.iterdir()))
         assert preparation["mb_per_second"] == pytest.approx(preparation["bytes"] / preparation["seconds"] / 1e6)
         assert preparation["tokens_per_second"] == pytest.approx(preparation["tokens"] / preparation["seconds"])
-        assert 20e6 < preparation["peak_process_bytes"] < 1e9
+        assert preparation["peak_process_bytes"] > 20e6  # a child's begins at its parent's size, here that of pytest
         assert preparation["processes"] == 1
     assert feeding.keys() == {"seq_len", "batch_size", "concat", "document"}
     assert (feeding["document"] is not None) == documents
