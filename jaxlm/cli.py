@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import Config, UserError, describe, flatten, key_types, sections, show, validate
+from jaxlm.config import Config, UserError, describe, flatten, key_types, sections, validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
 
@@ -175,23 +175,6 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
     if not path.exists():
         raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
     return apply_overrides(from_saved(read_saved(path)["config"], str(path))[0], overrides or [])
-
-
-def user_path(name: str, text: str) -> Path:
-    """The path that a user gave for `name`.
-
-    Raises:
-      UserError: no file could ever be there.
-    """
-    if not text:
-        raise UserError(f"{name} is ''; allowed: a path")
-    try:
-        path = Path(text).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a NUL
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{name} is {show(text)}: {reason}; allowed: a path that can be") from error
-    return path
 
 
 class Parser(argparse.ArgumentParser):

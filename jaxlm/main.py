@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxlm import cli, runtime
 from jaxlm.config import UserError
+from jaxlm.paths import user_path
 from jaxlm.stop import EXIT_CODE, Stopped, StopSignal
 
 
@@ -39,8 +40,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def run(argv: list[str]) -> int:
     began, stop = time.monotonic(), StopSignal()
     args, overrides = _parse(argv)
-    file = cli.user_path("--config", args.config)
-    workdir = Path("runs") / file.stem if args.workdir is None else cli.user_path("--workdir", args.workdir)
+    file = user_path("--config", args.config)
+    workdir = Path("runs") / file.stem if args.workdir is None else user_path("--workdir", args.workdir)
     config = cli.load(file, overrides)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")

@@ -16,10 +16,10 @@ from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import Checkpointer, place
-from jaxlm.cli import user_path
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
+from jaxlm.paths import user_path
 from jaxlm.restore import shapes
 from jaxlm.step import Device
 

@@ -31,7 +31,7 @@ class Counting:
         return {"inputs": np.stack([np.full(len(sample), self.number), sample], 1).astype(np.int32)}
 
     def in_order(self, first: int, last: int) -> Rows:
-        raise NotImplementedError
+        return self.rows(np.arange(first, last))
 
 
 def mixed(weights: list[float], seed: int = 0) -> Mixed:

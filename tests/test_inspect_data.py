@@ -195,7 +195,9 @@ def test_ids_without_a_text(inspected, tmp_path: Path):
     seen = inspected(data__source="tokens", data__path=tmp_path / "ids.npy", data__vocab_size=50, seq_len=4,
                      data__val_fraction=0.5, batch_size=3)  # fmt: skip
     for row in seen.rows:
-        first = int(re.match(r"‹(\d+) ›", row[0])[1])  # type: ignore[index]
+        found = re.match(r"‹(\d+) ›", row[0])
+        assert found
+        first = int(found[1])
         assert row == [f"‹{first} ›" + "".join(f"{first + k} " for k in range(1, 5))]
     assert seen.numbers["documents"] is seen.numbers["batch"]["documents"] is None
     assert "15 tokens\n15 of 50 ids occur" in seen.out and "  id 14  " in seen.out
@@ -219,9 +221,10 @@ def test_a_terminal_is_shown_styles(tmp_path: Path):
     config = load(CONFIG, flags(tmp_path, seq_len=5))
     corpus = prepare(config, progress=False)
     batch = inspect.View(corpus, config, "val").batch(0)
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False)
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, color_system="standard", no_color=False)
     console.print(inspect_data.row_text(batch, 1, corpus.tokenizer, plain=False))
-    assert console.file.getvalue() == "\x1b[1;36m⟨goes on · 5 tokens⟩\x1b[0m\x1b[2md\x1b[0mefghi\n"  # type: ignore
+    assert shown.getvalue() == "\x1b[1;36m⟨goes on · 5 tokens⟩\x1b[0m\x1b[2md\x1b[0mefghi\n"
 
 
 # Numbers and the picture

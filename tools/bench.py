@@ -18,6 +18,7 @@ from typing import Any
 from jaxlm import cli, runtime
 from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
+from jaxlm.paths import user_path
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     )
     parser.add_argument("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
     args, overrides = parser.parse_known_args()
-    config = cli.load(cli.user_path("--config", args.config), overrides)
+    config = cli.load(user_path("--config", args.config), overrides)
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")

@@ -20,19 +20,17 @@ import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from jaxlm import cli, runtime
 from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
-from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
+from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, end_with_parent, num_processes
 from jaxlm.data.documents import Document, Unit
 from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import open_source
@@ -40,6 +38,7 @@ from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.data.tokenizers import to_bytes
+from jaxlm.paths import user_path
 
 ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
         "--compute_ms", type=float, default=20.0, metavar="MS", help="a step takes, waiting (default: 20)"
     )
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load(cli.user_path("--config", args.config), overrides)
+    config = cli.load(user_path("--config", args.config), overrides)
     for name in ("rounds", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
@@ -273,14 +272,7 @@ def _begin(barrier: Any = None) -> None:
     """Prepares a process: it ends with its parent, also where that is killed."""
     global _barrier
     _barrier = barrier
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 # Feeding

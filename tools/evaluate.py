@@ -6,6 +6,7 @@ import sys
 from jaxlm import cli, runtime
 from jaxlm.config import UserError, flatten
 from jaxlm.main import exit_code
+from jaxlm.paths import user_path
 
 
 def main() -> int:
@@ -15,7 +16,7 @@ def main() -> int:
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args, overrides = parser.parse_known_args()
-    workdir = cli.user_path("--workdir", args.workdir)
+    workdir = user_path("--workdir", args.workdir)
     trained = flatten(cli.load_workdir(workdir))
     config = cli.load_workdir(workdir, overrides)
     for key, value in flatten(config).items():

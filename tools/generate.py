@@ -5,6 +5,7 @@ import sys
 from jaxlm import cli
 from jaxlm.config import MAX_FLOAT, MAX_INT, MAX_SEED, UserError, show
 from jaxlm.main import exit_code
+from jaxlm.paths import user_path
 
 MEMORY = 8  # GB of keys, values and logits
 
@@ -37,7 +38,7 @@ def main() -> int:
 
     from jaxlm.restore import open_run
 
-    run = open_run(cli.user_path("--workdir", args.workdir), args.step)
+    run = open_run(user_path("--workdir", args.workdir), args.step)
     tokenizer = run.tokenizer
     if tokenizer is None:
         raise UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")

@@ -37,6 +37,7 @@ from jaxlm.data.inspect import (
 )
 from jaxlm.data.tokenizers import to_bytes
 from jaxlm.main import exit_code
+from jaxlm.paths import user_path
 
 SPLITS = ("train", "val")
 TOP = 20  # most frequent tokens that are shown
@@ -265,7 +266,7 @@ def check_args(args: argparse.Namespace, config: Config) -> None:
     if not 1 <= args.rows <= config.batch_size:
         raise UserError(f"--rows is {show(args.rows)}; allowed: 1 to batch_size = {config.batch_size}")
     if args.output is not None:
-        path = cli.user_path("-o", args.output)
+        path = user_path("-o", args.output)
         if path.suffix != ".svg":
             raise UserError(f"-o is {show(args.output)}; allowed: a path that ends in .svg")
         fine = path.is_file() if path.exists() else path.parent.is_dir()
@@ -285,7 +286,7 @@ def parse() -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--rows", type=int, metavar="R", help="of the batch that are printed (default: 4)")
     parser.add_argument("-o", "--output", metavar="FILE.svg", help="a picture of the batch and the histograms")
     args, overrides = parser.parse_known_args()
-    config = cli.load(cli.user_path("--config", args.config), overrides)
+    config = cli.load(user_path("--config", args.config), overrides)
     check_args(args, config)
     return args, config
 

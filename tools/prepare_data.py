@@ -11,6 +11,7 @@ import sys
 from jaxlm import cli
 from jaxlm.data import Corpus, open_store, prepare
 from jaxlm.main import exit_code
+from jaxlm.paths import user_path
 
 
 def summary(corpus: Corpus) -> dict:
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
-    corpus = prepare(cli.load(cli.user_path("--config", args.config), overrides))
+    corpus = prepare(cli.load(user_path("--config", args.config), overrides))
     if corpus.folder:
         open_store(corpus.folder, verify=True)
     facts = summary(corpus)

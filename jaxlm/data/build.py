@@ -122,10 +122,8 @@ def _no_main() -> Iterator[None]:
 _tokenizer: Tokenizer
 
 
-def _begin(folder: Path) -> None:
-    """Prepares a process that works; it ends with its parent, also where that is killed, and leaves signals to it."""
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, also where that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -134,6 +132,13 @@ def _begin(folder: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin(folder: Path) -> None:
+    """Prepares a process that works; it ends with its parent, also where that is killed, and leaves signals to it."""
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     _tokenizer = load_tokenizer(folder / "tokenizer")
     _tokenizer.num_threads = 1
 

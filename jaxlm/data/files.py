@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from jaxlm.config import DataConfig, UserError, show
+from jaxlm.config import DataConfig, UserError
+from jaxlm.paths import user_path
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -63,7 +64,7 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
 def located(key: str, path: str) -> Path:
     """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
     if "://" not in path:
-        return local(key, path)
+        return user_path(key, path)
     import upath
 
     try:
@@ -73,17 +74,6 @@ def located(key: str, path: str) -> Path:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key} is '{path}': {reason}; allowed: a path, or an address that fsspec knows") from error
     return cast(Path, found)
-
-
-def local(key: str, path: str) -> Path:
-    """A path of this machine. Raises UserError, which names `key`, where no file could ever be there."""
-    try:
-        found = Path(path).expanduser()
-        found.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home of nobody, a NUL
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{key} is {show(path)}: {reason}; allowed: a path that can be") from error
-    return found
 
 
 def is_remote(path: Path) -> bool:

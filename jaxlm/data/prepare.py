@@ -8,10 +8,10 @@ from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
 from jaxlm.data.documents import Source
-from jaxlm.data.files import local
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
 from jaxlm.data.tokens import chain
+from jaxlm.paths import user_path
 
 
 def prepare(config: Config, *, progress: bool = True) -> Corpus:
@@ -29,7 +29,7 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.source == "synthetic":
         return synthetic(config)
     if data.source == "tokens":
-        path = None if "://" in data.path else local("data.path", data.path)
+        path = None if "://" in data.path else user_path("data.path", data.path)
         if path and (path / "manifest.json").exists():
             if data.val_path:
                 raise UserError(

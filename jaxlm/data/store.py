@@ -31,13 +31,14 @@ from jaxlm.config import DataConfig, UserError
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
 from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
-from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, local
+from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
 from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer
 from jaxlm.data.sources import open_source
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokens import Tokens
+from jaxlm.paths import user_path
 
 FORMAT = 2
 COUNTS = ("documents", "bytes", "tokens")  # of a shard
@@ -50,7 +51,7 @@ SHAPE = [FORMAT, UNIT_BYTES, MAX_UNITS, LINE_BYTES, BLOCK, SAMPLE_BYTES, SAMPLE_
 def cache_folder(data: DataConfig) -> Path:
     """Where token stores are kept."""
     if data.cache_dir:
-        return local("data.cache_dir", data.cache_dir).absolute()
+        return user_path("data.cache_dir", data.cache_dir).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "jaxlm"
 
 

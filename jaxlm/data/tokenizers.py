@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError, show
-from jaxlm.data.files import local
 from jaxlm.data.hf_tokenizer import FILE as HF_FILE
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import (
@@ -18,6 +17,7 @@ from jaxlm.data.sentencepiece_tokenizer import (
     train_sentencepiece,
 )
 from jaxlm.data.tokenizer_base import SPEC, ByteTokenizer, CharTokenizer, Tokenizer, code_points, to_bytes
+from jaxlm.paths import user_path
 
 __all__ = ["Tokenizer", "code_points", "load_tokenizer", "make_tokenizer", "to_bytes"]
 
@@ -58,7 +58,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, or it is unusable.
     """
-    path = local("data.tokenizer_path", str(path))
+    path = user_path("data.tokenizer_path", str(path))
     if not (path.is_file() or path.is_dir()):  # a pipe would never end
         found = "not a file" if path.exists() else "no such file"
         raise UserError(f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
