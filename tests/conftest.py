@@ -1,11 +1,13 @@
 """Eight simulated devices, caches of the test session's own, and runs that several files look at."""
 
 import gc
+import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,18 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(short: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(short, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def hf_specs() -> dict[str, str]:
+    """A tokenizer.json of each kind."""
+    from tests.tokenizing import HF_KINDS, hf_spec
+
+    return {kind: json.dumps(hf_spec(kind)) for kind in HF_KINDS}
+
+
+@pytest.fixture(scope="session")
+def hf(hf_specs: dict[str, str]) -> dict[str, Any]:
+    from jaxlm.data.hf_tokenizer import HfTokenizer
+
+    return {kind: HfTokenizer(spec.encode(), "test") for kind, spec in hf_specs.items()}

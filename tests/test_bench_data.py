@@ -19,7 +19,7 @@ from jaxlm.data import prepare
 from jaxlm.data import stream as stream_lib
 from jaxlm.main import exit_code
 from tests.corpora import make_config
-from tools import bench_data
+from tools import bench_data, bench_tokenizing
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -132,7 +132,7 @@ def test_the_library_does_the_work_of_the_store(
 ):
     """In as many processes, on the same texts: it gives as many tokens, but for what opens each document."""
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 60_000)
-    monkeypatch.setattr(bench_data, "num_processes", lambda: 2)
+    monkeypatch.setattr(bench_tokenizing, "num_processes", lambda: 2)
     config = make_config(tmp_path)
     config.data = dataclasses.replace(config.data, **{"path": str(texts), "vocab_size": 400, "tokenizer": tokenizer})
     if tokenizer == "hf":
@@ -140,21 +140,23 @@ def test_the_library_does_the_work_of_the_store(
         byte_level_bpe((texts / "cmd.py").read_text("utf-8"), tmp_path / "tokenizer.json")
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    bench_data.save_tokenizer(config.data, folder)
-    library = bench_data.library_of(folder)
+    bench_tokenizing.save_tokenizer(config.data, folder)
+    library = bench_tokenizing.library_of(folder)
     assert library is not None
     assert library == {"sentencepiece": "sentencepiece", "hf": "tokenizers"}[tokenizer]
     data = dataclasses.replace(config.data, tokenizer_path=str(folder))
-    built, alone = bench_data.build_store(data, 16), bench_data.encode_alone(library, folder, data)
+    built, alone = bench_tokenizing.build_store(data, 16), bench_tokenizing.encode_alone(library, folder, data)
     assert built.processes == 2
     assert alone.tokens == built.tokens - built.documents > 1000
     assert 0 < alone.seconds < built.seconds  # processes start within the store's time alone
 
 
 def test_what_the_ratio_is(capsys: pytest.CaptureFixture[str]):
-    builds = [bench_data.Built(seconds, 1, 1_000_000, 10, 2, peak) for seconds, peak in ((4.0, 7), (2.0, 9), (8.0, 8))]
-    alone = [bench_data.Encoded(1.0, 9)] * 3
-    result = bench_data._preparation("tokenizers", builds, alone)
+    builds = [
+        bench_tokenizing.Built(seconds, 1, 1_000_000, 10, 2, peak) for seconds, peak in ((4.0, 7), (2.0, 9), (8.0, 8))
+    ]
+    alone = [bench_tokenizing.Encoded(1.0, 9)] * 3
+    result = bench_tokenizing._preparation("tokenizers", builds, alone)
     assert result["seconds"] == 4 and result["over_library"] == 0.25 and result["peak_process_bytes"] == 9
     assert result["library_mb_per_second"] == 1 and result["mb_per_second"] == 0.25
     assert "ratio 0.25" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from jaxlm.paths import user_path
 
 def main() -> int:
     if sys.argv[1:2] == ["data"]:
-        import bench_data  # beside this file
+        from tools import bench_data
 
         return bench_data.main(sys.argv[2:])
     parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
