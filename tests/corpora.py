@@ -7,6 +7,7 @@ from configs.base import get_config
 from jaxlm.config import Config
 from jaxlm.data import Corpus, prepare
 from jaxlm.data.baselines import text_of
+from jaxlm.data.documents import Document, Source
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
 
@@ -37,3 +38,9 @@ def open_corpus(config: Config, path: Path | str, **keys: object) -> Corpus:
 def text(corpus: Corpus, split: str) -> str:
     assert corpus.tokenizer is not None
     return text_of(getattr(corpus, split), corpus.tokenizer).decode()
+
+
+def documents(source: Source, split: str) -> list[Document]:
+    """Those of a split, from unit after unit."""
+    found = [document for unit in source.units() for document in unit.read()]
+    return [d for d in found if isinstance(d, Document) and d.split == split]

@@ -22,6 +22,7 @@ from jaxlm.data import sources as sources_lib
 from jaxlm.data import store as store_lib
 from jaxlm.data.documents import Document
 from jaxlm.data.sources import open_source
+from tests import corpora
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
 RECORDS = [{"id": i, "doc": {"text": f"record {i}: naïve \u2028 漢字\n\n" * 3}} for i in range(60)]
@@ -49,7 +50,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def documents(config: Config, split: Any) -> list[str]:
-    return [d.text for d in open_source(config.data).documents(split)]
+    return [d.text for d in corpora.documents(open_source(config.data), split)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", *(f"jsonl{p}" for p in PACK if p), "parquet"])

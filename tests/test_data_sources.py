@@ -11,7 +11,7 @@ from jaxlm.data import prepare
 from jaxlm.data import sources as sources_lib
 from jaxlm.data.documents import Split, held_out
 from jaxlm.data.sources import open_source, read_parts
-from tests.corpora import LINES, make_config, open_corpus, text, write
+from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def names(config: Config, split: Split) -> list[str]:
-    return [d.name for d in open_source(config.data).documents(split) if d.first]
+    return [d.name for d in documents(open_source(config.data), split) if d.first]
 
 
 def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):

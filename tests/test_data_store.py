@@ -15,7 +15,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import compression_baselines, open_store, prepare
 from jaxlm.data import store as store_lib
 from jaxlm.data.sources import open_source
-from tests.corpora import LINES, make_config, open_corpus, text, write
+from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
     corpus = open_corpus(config, tmp_path / "d", tokenizer=tokenizer, val_fraction=0.2, vocab_size=400)
     assert corpus.tokenizer is not None and corpus.bytes_per_token is not None and corpus.folder is not None
     for split in ("train", "val"):
-        expected = "".join(d.text for d in open_source(config.data).documents(split))
+        expected = "".join(d.text for d in documents(open_source(config.data), split))
         assert text(corpus, split) == expected
         facts, tokens = corpus.facts[split], getattr(corpus, split)
         ids = np.asarray(tokens)

@@ -14,6 +14,7 @@ from jaxlm.data import prepare, store, tfds_source
 from jaxlm.data.baselines import text_of
 from jaxlm.data.documents import held_out
 from jaxlm.data.sources import open_source
+from tests.corpora import documents
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -66,14 +67,14 @@ def test_local_dataset_with_its_own_validation_split(config: Config):
 def test_documents_held_out_of_one_split(config: Config):
     config.data.val_fraction = 0.2
     source = open_source(config.data)
-    train, val = (list(source.documents(split)) for split in ("train", "val"))
+    train, val = (documents(source, split) for split in ("train", "val"))
     assert len(train) + len(val) == 50 and val
     assert all(held_out(d.name, 0.2) for d in val) and not any(held_out(d.name, 0.2) for d in train)
-    assert list(source.documents("val")) == val
+    assert documents(source, "val") == val
     config.data.split = "train[:50%]"
     half = open_source(config.data)
     assert half.key != source.key
-    assert len(list(half.documents("train"))) + len(list(half.documents("val"))) == 25
+    assert len(documents(half, "train")) + len(documents(half, "val")) == 25
 
 
 def test_units_of_a_split_are_the_split(config: Config, monkeypatch: pytest.MonkeyPatch):

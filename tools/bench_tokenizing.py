@@ -8,7 +8,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, end_with_parent, num_processes
 from jaxlm.data.documents import Document, Unit
+from jaxlm.data.files import grouped
 from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import stored, stored_tokenizer
@@ -158,7 +159,7 @@ def encode_share(library: Library, folder: Path, units: list[Unit], index: int, 
         texts = (to_bytes(d.text).decode("utf-8", "replace") for d in documents)  # none takes surrogates
         if library == "sentencepiece":  # which is slower with long texts
             texts = (chunk for text in texts for chunk in CHUNK.findall(text))
-        batches = list(_batches(itertools.islice(texts, index, None, count)))
+        batches = grouped(itertools.islice(texts, index, None, count), len, BATCH_CHARACTERS)
     except BaseException:
         _barrier.abort()
         raise
@@ -180,19 +181,6 @@ def _encoder(library: Library, folder: Path, threads: int) -> Callable[[list[str
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return lambda texts: sum(map(len, tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of about as many characters as the store's makers tokenize at a time."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:

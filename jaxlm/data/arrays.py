@@ -16,10 +16,7 @@ from jaxlm.data.tokens import Tokens
 
 SUFFIXES = (".bin", ".npy")
 HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
-MAGIC = {
-    20240520: (1, np.dtype("<u2")),
-    20240801: (7, np.dtype("<u4")),
-}  # magic number: version and dtype of the tokens
+MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # its version, and the dtype of tokens
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 1 << 20, 1 << 15  # tokens
 
 

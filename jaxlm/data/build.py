@@ -77,8 +77,8 @@ def _whole(folder: Path, index: int, tokenizer: Tokenizer) -> dict[str, Any] | N
                 count = facts[split]["documents" if suffix == "starts" else "tokens"]
                 if (folder / split / f"{index:05}.{suffix}").stat().st_size != each * count:
                     return None
-            _ = facts[split]["bytes"] + 0
-        return facts if isinstance(facts["skipped"], int) and isinstance(facts["reasons"], list) else None
+        counts = [facts["skipped"], *(facts[split]["bytes"] for split in SPLITS)]
+        return facts if all(type(n) is int for n in counts) and isinstance(facts["reasons"], list) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxlm.config import UserError
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
@@ -25,7 +27,7 @@ class Corpus:
     val: Tokens
     vocab_size: int
     tokenizer: Tokenizer | None  # None: ids without a text
-    bytes_per_token: Any  # int32 [vocab_size], UTF-8 bytes each id stands for; None: ids without a text
+    bytes_per_token: np.ndarray | None  # int32 [vocab_size], UTF-8 bytes each id stands for; None: ids without a text
     fingerprint: str  # of the shards of ids: another where they are others
     folder: Path | None  # of the token store; None: no store
     facts: dict[str, Any]  # documents, bytes and tokens of each split, files and records skipped

@@ -43,13 +43,7 @@ class Source:
     num_bytes: int  # of all documents; 0 = unknown
     masked: bool = False  # whether some of the text is not to be learned
     skipped: int = 0  # files that were left out already
-    files: frozenset[Any] = frozenset()
-
-    def documents(self, split: Split) -> Iterator[Document]:
-        for unit in self.units():
-            for document in unit.read():
-                if isinstance(document, Document) and document.split == split:
-                    yield document
+    files: frozenset[Any] = frozenset()  # that it reads
 
 
 def held_out(name: str, val_fraction: float) -> bool:

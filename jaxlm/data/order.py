@@ -22,9 +22,8 @@ ROUNDS = 8
 CHUNK = 2048  # samples whose places are made at once
 WEIGHT_BITS = 32  # of a mixture's weights
 
-Rows = dict[
-    str, np.ndarray
-]  # inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T]
+# inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T].
+Rows = dict[str, np.ndarray]
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
