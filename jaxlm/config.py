@@ -275,6 +275,8 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
     parts = [part for _, part in mixture(d)] if d.mixture else [d]
     if d.mixture:
         require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
+        data_dir = any(part.source == "tfds" for part in parts)
+        require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
         require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")

@@ -86,7 +86,7 @@ def test_a_mixture_of_sources(folder: Path, tmp_path: Path):
     config = make_config(tmp_path)
     config.data.val_fraction, config.batch_size = 0.1, 8
     parts = {"a": open_corpus(config, folder / "a"), "b": open_corpus(config, folder / "b.jsonl", source="jsonl")}
-    config.data.mixture = f"3 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}"
+    config.data.path, config.data.mixture = "", f"3 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}"
     corpus = prepare(validate(config), progress=False)
     assert [share.weight for share in corpus.shares] == [0.75, 0.25]
     for split in ("train", "val"):
@@ -114,12 +114,12 @@ def test_one_tokenizer_is_trained_on_all(folder: Path, tmp_path: Path):
     store = corpus.tokenizer
     single = open_corpus(config, folder / "a", mixture="", source="text")
     assert single.folder and single.tokenizer and single.tokenizer.pieces != store.pieces
-    config.data.mixture = f"1 jsonl {folder / 'b.jsonl'}; 1 tokens {single.folder}"
+    config.data.path, config.data.mixture = "", f"1 jsonl {folder / 'b.jsonl'}; 1 tokens {single.folder}"
     with pytest.raises(UserError, match=r"data\.mixture: .* has other token ids"):
         prepare(validate(config), progress=False)
     config.data.tokenizer = "bytes"
     made = open_corpus(config, folder / "a", mixture="", source="text")
-    config.data.mixture = f"1 jsonl {folder / 'b.jsonl'}; 1 tokens {made.folder}"
+    config.data.path, config.data.mixture = "", f"1 jsonl {folder / 'b.jsonl'}; 1 tokens {made.folder}"
     assert prepare(validate(config), progress=False).shares[1].name == f"tokens {made.folder}"
 
 
@@ -168,7 +168,7 @@ def test_a_run_says_what_it_has_had_of_each_source(folder: Path, tmp_path: Path,
 def test_stores_alone_and_the_same_source_twice(folder: Path, tmp_path: Path):
     config = make_config(tmp_path)
     stores = [open_corpus(config, folder / "a"), open_corpus(config, folder / "b.jsonl", source="jsonl")]
-    config.data.tokenizer = "sentencepiece"  # which the stores bring along
+    config.data.tokenizer, config.data.path = "sentencepiece", ""  # the stores bring theirs along
     config.data.mixture = "; ".join(f"1 tokens {store.folder}" for store in stores)
     corpus = prepare(validate(config), progress=False)
     assert corpus.tokenizer and len(corpus.train) == sum(len(store.train) for store in stores)
@@ -204,6 +204,9 @@ def test_an_unused_source_asks_for_nothing():
     config = get_config()
     config.data.source, config.data.mixture = "tfds", "1 stdlib"
     validate(config)
-    config.data.val_split, config.data.val_fraction = "test", 0.0
+    config.data.path = "x"
+    with pytest.raises(UserError, match=r"data\.path is 'x'; allowed: none with data\.mixture"):
+        validate(config)
+    config.data.path, config.data.val_split, config.data.val_fraction = "", "test", 0.0
     with pytest.raises(UserError, match=r"data\.val_fraction is 0"):
         validate(config)

@@ -163,6 +163,7 @@ def test_mixture(inspected, tmp_path: Path):
     paths = {letter: f"text {tmp_path / letter}" for letter in "ab"}
     keys = {
         "data__mixture": f"3 {paths['a']}; 1 {paths['b']}",
+        "data__path": "",
         "batch_size": 6,
         "seq_len": 8,
         "steps": 5,
