@@ -89,7 +89,12 @@ def get_config() -> Config:
         ),
         parallel=ParallelConfig(
             devices=0,  # all
-            reduce="pmean",  # lax.pmean, an NCCL all-reduce on GPUs
+            reduce="pmean",  # an all-reduce, NCCL's on GPUs; which of the others when: docs/communication.md
+            overlap=False,
+            bucket_mb=0,
+            zero=0,
+            topk_density=0.01,
+            powersgd_rank=4,
         ),
         checkpoint=CheckpointConfig(every_steps=1000, keep=2, keep_best=1, resume="auto"),
         eval=EvalConfig(every_steps=1000, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),

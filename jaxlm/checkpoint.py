@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: written in the background, visible only when whole; the newest and the best are kept.
 
-A checkpoint is three items: `params`, `ema` (where there is one) and `train` (step, optimizer and synchronization
-state). The place in the data needs no saving: batch N is a function of the configuration and N.
+A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step and optimizer state), and `sync`
+(what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number of devices, but for
+those rows. The place in the data needs no saving: batch N is a function of the configuration and N.
 """
 
 import logging as std_logging
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxlm.config import CheckpointConfig
-from jaxlm.step import AXIS, STATE_AXES, Device, TrainState
+from jaxlm.placement import Placement
+from jaxlm.step import TrainState
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
 logging.set_verbosity(logging.FATAL)
@@ -67,50 +68,61 @@ class Checkpointer:
             )
 
     def save(self, step: int, state: TrainState, eval_loss: float | None = None) -> None:
-        """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone."""
+        """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone.
+
+        Args:
+          state: as `Placement.saved` gives it.
+        """
         if step == self.latest():
             return
-        state = _globalize(state)
         if jax.default_backend() == "cpu":
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
             # ones; from GPUs it takes a copy to the host anyway.
             state = jax.tree.map(jnp.copy, state)
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "train": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state, "sync": state.sync}),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        items = {"params": state.params, "train": {"step": state.step, "opt_state": state.opt_state}}
+        items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
+        self._manager.save(step, args=args, metrics=metrics)
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, with the shapes, types and placement of `like`.
+    def restore(self, step: int, placement: Placement, fresh: TrainState) -> TrainState:
+        """The state of a step, on the devices.
+
+        Args:
+          fresh: that of step 0 there, whose shapes and types are wanted.
 
         Raises:
           CheckpointError: it is damaged, or of another model or optimizer.
         """
-        target = _globalize(like)
-        items = {
-            "params": ocp.args.StandardRestore(_abstract(target.params)),
-            "train": ocp.args.StandardRestore(
-                _abstract({"step": target.step, "opt_state": target.opt_state, "sync": target.sync})
-            ),
-        }
-        if like.ema is not None and "ema" in self._items(step):
-            items["ema"] = ocp.args.StandardRestore(_abstract(target.ema))
+        like, there = placement.saved_like(fresh), self._items(step)
+        wanted = {"params": like.params, "train": {"step": like.step, "opt_state": like.opt_state}}
+        if like.ema is not None and "ema" in there:
+            wanted["ema"] = like.ema
+        same = "sync" in there and self._shapes(step, "sync") == shapes(like.sync)
+        if same:
+            wanted["sync"] = like.sync
         with self._damage(step):
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        train, ema = found["train"], found["ema"] if "ema" in items else None
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        ema = found["ema"] if "ema" in wanted else None
         if like.ema is not None and ema is None:  # the average starts now
             ema = jax.tree.map(jnp.copy, found["params"])
-        return _localize(TrainState(train["step"], found["params"], train["opt_state"], ema, train["sync"]), like)
+        if same:
+            sync = found["sync"]
+        elif "sync" in there and jax.tree.leaves(like.sync):
+            sync = _adapted(self._on_host(step, "sync"), placement.saved(fresh).sync)
+        else:
+            sync = placement.saved(fresh).sync
+        train = found["train"]
+        return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync))
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""
-        item = "ema" if ema and "ema" in self._items(step) else "params"
-        # With a place of their own, since the devices that saved them need not be here.
-        here = SingleDeviceSharding(jax.local_devices()[0])
+        return self._on_host(step, "ema" if ema and "ema" in self._items(step) else "params")
+
+    def _on_host(self, step: int, item: str) -> Any:
+        """As NumPy arrays, read by way of a device of this process, since those that saved it need not be here."""
+        here = SingleDeviceSharding(_host())
         with self._damage(step):
             meta = self._manager.item_metadata(step)[item]
             if meta is None:
@@ -118,6 +130,10 @@ class Checkpointer:
             like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), meta.tree)
             found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
         return jax.device_get(found[item])
+
+    def _shapes(self, step: int, item: str) -> dict[str, tuple[int, ...]]:
+        with self._damage(step):
+            return shapes(self._manager.item_metadata(step)[item].tree)
 
     def _items(self, step: int) -> list[str]:
         return [p.name for p in (self._manager.directory / str(step)).iterdir()]
@@ -149,34 +165,34 @@ def _hide_cut_off() -> Any:
     return before
 
 
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{'embed/embedding': (V, D), ...}"""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
 
 
-def _specs(state: TrainState) -> TrainState:
-    parts = [PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in STATE_AXES]
-    return TrainState(*(jax.tree.map(lambda _, p=part: p, sub) for part, sub in zip(parts, state, strict=True)))
+def _host() -> Any:
+    """The CPU as a device; where JAX is told to have none (JAX_PLATFORMS=cuda), the first device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
-def _globalize(state: TrainState) -> TrainState:
-    """With several processes pmap holds host-local arrays; Orbax wants arrays of all processes."""
-    if jax.process_count() == 1:
-        return state
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    return multihost_utils.host_local_array_to_global_array(state, mesh, _specs(state))
+def _adapted(saved: Any, fresh: Any) -> Any:
+    """What a reduction kept, for other devices or another reduction: each gets the mean of all rows, so that the mean
+    over the devices, which is what the next step adds to the gradient, stays the same. What is new starts afresh.
+    """
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    old = {name(path): x for path, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
 
+    def one(path: Any, new: jax.Array) -> jax.Array:
+        x = old.get(name(path))
+        if x is None or x.shape[1:] != new.shape[1:]:
+            return new
+        rows = x if x.shape == new.shape else np.mean(x, axis=0, dtype=np.float64).astype(x.dtype)
+        return jax.make_array_from_callback(
+            new.shape, new.sharding, lambda index: np.broadcast_to(rows, new.shape)[index]
+        )
 
-def _localize(state: TrainState, like: TrainState) -> TrainState:
-    if jax.process_count() > 1:
-        mesh = Mesh(np.array(jax.devices()), (AXIS,))
-        state = multihost_utils.global_array_to_host_local_array(state, mesh, _specs(state))
-    return jax.tree.map(lambda x, l: jax.device_put(x, l.sharding), state, like)
-
-
-def place(state: TrainState, local_devices: list[Device]) -> TrainState:
-    """Puts a state on this host's devices the way the step keeps it there, so that donation finds it in place."""
-    mesh = Mesh(np.array(local_devices), (AXIS,))
-    shardings = jax.tree.map(
-        lambda p: NamedSharding(mesh, p), _specs(state), is_leaf=lambda p: isinstance(p, PartitionSpec)
-    )
-    return jax.device_put(state, shardings)
+    return jax.tree_util.tree_map_with_path(one, fresh)

@@ -101,7 +101,12 @@ class DataConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     devices: int  # per host; 0 = all; on CPU one per core, as many as the batch divides over
-    reduce: Literal["pmean"]  # how gradients are averaged over devices
+    reduce: Literal["pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd"]  # how gradients are averaged
+    overlap: bool  # layer by layer while the backward pass still runs, instead of at its end
+    bucket_mb: float  # the most that is reduced at once, MiB of float32 gradients; 0 = all (with overlap, of a layer)
+    zero: int  # 1 = each device keeps and updates 1/N of the optimizer's state (ZeRO-1); 0 = all of it
+    topk_density: float  # topk: the share of the gradient's numbers that a device sends
+    powersgd_rank: int  # powersgd: of the approximation of each matrix
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -266,9 +271,20 @@ def validate(c: Config) -> Config:
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
+    _check_parallel(c.parallel, require)
     _check_data(d, require)
     require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
     return c
+
+
+def _check_parallel(p: ParallelConfig, require: Callable[[bool, str, str], None]) -> None:
+    require(p.zero <= 1, "parallel.zero", "0 or 1")
+    require(0 < p.topk_density <= 1, "parallel.topk_density", "more than 0, at most 1")
+    require(p.powersgd_rank > 0, "parallel.powersgd_rank", "1 or more")
+    if p.zero:
+        # They save on gradients what gathering whole parameters would cost again.
+        require(p.reduce not in ("topk", "powersgd"), "parallel.reduce",
+                "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8")  # fmt: skip
 
 
 def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:

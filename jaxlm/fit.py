@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm.config import Config, UserError, validate
-from jaxlm.parts import begin
+from jaxlm.model import make_model
+from jaxlm.placement import Placement
 from jaxlm.train import train
 
 WARM, TIMED = 4, 10  # steps before the clock starts, and steps that are timed
@@ -60,16 +61,18 @@ def _measure(config: Config) -> tuple[float, float]:
     """Seconds to compile the step, and seconds of one."""
     corpus = data.prepare(config)
     devices = runtime.choose_devices(config)
-    model, local, sharding, state = begin(config, corpus.vocab_size, devices)
-    step = steps.pmap_train_step(steps.make_train_step(config, model, devices), devices)
+    model = make_model(config.model, corpus.vocab_size, config.seq_len)
+    placement = Placement(config, devices)
+    state = placement.initial(model)
+    step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)
     batches = data.train_stream(
-        data.TrainOrder(corpus, config), dataclasses.replace(config, steps=WARM + TIMED), 0, num_devices=len(local),
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        data.TrainOrder(corpus, config), dataclasses.replace(config, steps=WARM + TIMED), 0,
+        num_devices=len(placement.local), process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     ends: list[float] = []
     try:
         train(
-            state, step, batches, start=0, steps=WARM + TIMED, sharding=sharding,
+            state, step, batches, start=0, steps=WARM + TIMED, sharding=placement.batch,
             on_step=lambda done: ends.append(done.seconds), hooks=[], should_stop=lambda step: False,
         )  # fmt: skip
     finally:

@@ -19,6 +19,7 @@ from jaxlm.attention import attend, causal_attention, choose_kernel, rope_tables
 from jaxlm.config import ModelConfig
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
+OnLayer = Callable[[Params], Params]  # of one layer
 
 
 class Cache(NamedTuple):
@@ -32,8 +33,9 @@ class Model(NamedTuple):
     """A decoder as pure functions."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
-    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None) -> final states x_ND. With positions, a row holds
-    # several documents, each of which begins at a position 0 and sees itself alone.
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
+    # row holds several documents, each of which begins at a position 0 and sees itself alone. With `on_layer`, each
+    # layer uses on_layer(its part of params["layers"]), which may then hold more than the model's own.
     hidden: Callable[..., jax.Array]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
     apply: Callable[[Params, jax.Array], jax.Array]  # (params, tokens_BT) -> float32 logits_BTV
@@ -49,8 +51,9 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
     """
     decoder = Decoder(config, vocab_size, max_len)
 
-    def call(method: str, params: Params, *args: Any) -> Any:  # what a method gives, Flax does not tell type checkers
-        return decoder.apply({"params": params}, *args, method=method)
+    # What a method gives, Flax does not tell type checkers.
+    def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
+        return decoder.clone(on_layer=on_layer).apply({"params": params}, *args, method=method)
 
     def init(key: jax.Array) -> Params:
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
@@ -61,8 +64,9 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         tokens_BT: jax.Array,
         dropout_keys_B: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        on_layer: OnLayer | None = None,
     ) -> jax.Array:
-        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT)[0]
+        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
 
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return call("unembed", params, x_ND)
@@ -104,6 +108,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     vocab_size: int
     max_len: int
+    on_layer: OnLayer | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -116,6 +121,9 @@ class Decoder(nn.Module):
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # In an unrolled scan XLA would find the recomputation to be the same as the first one, and drop it.
             block = nn.remat(Block, policy=dots if c.remat == "dots" else None, prevent_cse=unroll > 1)
+        if self.on_layer is not None:
+            on_layer = self.on_layer
+            block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
         in_axes: Any = (0, 0, nn.broadcast)  # of layer, cache, shared
         self.layers = nn.scan(
             block,

@@ -1,18 +1,21 @@
 """Learning-rate schedules and optax chains. Clipping is the step's: only it knows the global gradient norm.
 
-Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step. The devices of a host share
-that work: each takes its part of the layers, and an all-gather, in memory or over NVLink, gives the updates to all.
+Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step: devices share that work
+(sync/sharing.py). With ZeRO-1 gradients, states and parameters are a device's own parts of each: that is the same for
+what works number by number; Muon and Adafactor, which look at whole matrices, bring these together.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxlm.config import OptimConfig
+from jaxlm.sync.sharing import Sharing, alone
+from jaxlm.sync.zero import Zero
 
 Schedule = Callable[[Any], Any]  # updates done -> learning rate
 
@@ -56,14 +59,6 @@ def is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
-class Sharing(NamedTuple):
-    """The devices of a host, which share work that is the same for all."""
-
-    axis: str  # of the mapped step
-    size: int  # devices of a host
-    groups: list[list[int]] | None  # their indices on the axis, host by host; None where there is one host
-
-
 def _groups(params: Any) -> Any:
     """'muon' for the stacked matrices of the layers, 'table' for embeddings that are look-ups alone, else 'adamw'."""
     tied = "head" not in params
@@ -92,25 +87,19 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     return x if wide else jnp.swapaxes(x, -1, -2)
 
 
-def _orthogonalized(sharing: Sharing | None) -> optax.GradientTransformation:
+def _orthogonalized(sharing: Sharing) -> optax.GradientTransformation:
     """Orthogonal updates of the size that suits their shape, sqrt(max(1, out / in)), from momenta `[L, in, out]`."""
 
-    def one(x_LIO: jax.Array) -> jax.Array:
-        num_layers = x_LIO.shape[0]
-        if sharing is None or sharing.size == 1:
-            o_LIO = orthogonalize(x_LIO)
-        else:
-            each = -(-num_layers // sharing.size)  # the last devices may get empty (zero) matrices
-            padded = jnp.pad(x_LIO, ((0, each * sharing.size - num_layers), (0, 0), (0, 0)))
-            first = jax.lax.axis_index(sharing.axis) % sharing.size * each
-            mine = orthogonalize(jax.lax.dynamic_slice_in_dim(padded, first, each))
-            o_LIO = jax.lax.all_gather(mine, sharing.axis, axis_index_groups=sharing.groups, tiled=True)[:num_layers]
-        return o_LIO * math.sqrt(max(1, x_LIO.shape[-1] / x_LIO.shape[-2]))
+    def act(x_LIO: jax.Array) -> jax.Array:
+        return orthogonalize(x_LIO) * math.sqrt(max(1, x_LIO.shape[-1] / x_LIO.shape[-2]))
 
-    return optax.stateless(lambda updates, params: jax.tree.map(one, updates))
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, x: sharing.on_layers(path, x, act), updates)
+
+    return optax.stateless(update)
 
 
-def _muon(c: OptimConfig, steps: int, sharing: Sharing | None) -> optax.GradientTransformation:
+def _muon(c: OptimConfig, steps: int, sharing: Sharing) -> optax.GradientTransformation:
     """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
     muon = optax.chain(
         optax.trace(c.momentum, nesterov=True),
@@ -133,22 +122,36 @@ def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
     return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
 
 
+def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.GradientTransformation:
+    """`inner` given whole gradients and its whole state, of parts; for states that are small."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        like = jax.eval_shape(inner.init, zero.params)
+        grads = zero.whole(updates)
+        updates, state = inner.update(grads, zero.whole(state, like), grads)  # of parameters only the shapes are read
+        return zero.own(updates), zero.own(state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
 def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -> optax.GradientTransformation:
     """The optax chain of a configuration, from averaged (and clipped) gradients to updates.
 
-    With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without.
+    With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without. `init` is
+    given whole parameters and gives the whole state.
     """
-    schedule = make_schedule(c, steps)
+    schedule, sharing = make_schedule(c, steps), sharing or alone()
     if c.name == "muon":
         return _muon(c, steps, sharing)
+    # Shazeer and Stern, Adafactor, with their constants.
+    adafactor = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
+    )
     scale = {
         "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
         "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
-        "adafactor": lambda: optax.chain(
-            # Shazeer and Stern, Adafactor, with their constants.
-            optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
-            optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
-        ),
+        "adafactor": lambda: adafactor if sharing.zero is None else _on_whole(adafactor, sharing.zero),
         "sgd": lambda: optax.trace(c.momentum, nesterov=True),
     }[c.name]()
     return optax.chain(

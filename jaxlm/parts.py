@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.checkpoint import Checkpointer, shapes
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
 from jaxlm.paths import user_path
-from jaxlm.restore import shapes
+from jaxlm.placement import Placement
 from jaxlm.step import Device
 
 
@@ -31,8 +30,7 @@ class Parts(NamedTuple):
     order: data.TrainOrder
     model: Model
     devices: list[Device]  # of all processes
-    local: list[Device]  # of this one
-    sharding: NamedSharding  # of a batch over the local devices
+    placement: Placement
     checkpoints: Checkpointer
     reporter: Reporter
 
@@ -60,8 +58,9 @@ def build(
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
     _check_same_corpus(workdir, corpus)
-    model, local, sharding, fresh = begin(config, corpus.vocab_size, devices)
-    state, start, origin = _load_state(config, workdir, fresh)
+    model = make_model(config.model, corpus.vocab_size, config.seq_len)
+    placement = Placement(config, devices)
+    state, start, origin = _load_state(config, workdir, placement, placement.initial(model))
 
     def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
@@ -75,23 +74,13 @@ def build(
     for line in (changed and f"changed since the last run: {changed}", origin):
         if line:
             reporter.say(line)
-    return Parts(config, workdir, corpus, order, model, devices, local, sharding, checkpoints, reporter), state, start
-
-
-def begin(
-    config: Config, vocab_size: int, devices: list[Device]
-) -> tuple[Model, list[Device], NamedSharding, steps.TrainState]:
-    """The model, this process's devices, the sharding of a batch over them, and the initial state on them."""
-    local = [d for d in devices if d.process_index == jax.process_index()]
-    model = make_model(config.model, vocab_size, config.seq_len)
-    state = place(steps.init_state(config, model, len(local)), local)
-    return model, local, NamedSharding(Mesh(np.array(local), (steps.AXIS,)), PartitionSpec(steps.AXIS)), state
+    return Parts(config, workdir, corpus, order, model, devices, placement, checkpoints, reporter), state, start
 
 
 def train_batches(parts: Parts, start: int) -> data.TrainStream:
     """The batches that this process trains on, from the one after `start` updates."""
     return data.train_stream(
-        parts.order, parts.config, start, num_devices=len(parts.local),
+        parts.order, parts.config, start, num_devices=len(parts.placement.local),
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
 
@@ -100,12 +89,14 @@ def eval_batches(parts: Parts) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the validation set, in batches as large as a micro-batch of training."""
     c = parts.config
     return data.eval_batches(
-        parts.corpus.val, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.local),
+        parts.corpus.val, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.placement.local),
         process_index=jax.process_index(), process_count=jax.process_count(), limit=c.eval.batches,
     )  # fmt: skip
 
 
-def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple[steps.TrainState, int, str | None]:
+def _load_state(
+    config: Config, workdir: Path, placement: Placement, fresh: steps.TrainState
+) -> tuple[steps.TrainState, int, str | None]:
     """The newest checkpoint's state; else fresh, with the weights that `checkpoint.resume` names.
 
     Returns:
@@ -120,7 +111,7 @@ def _load_state(config: Config, workdir: Path, fresh: steps.TrainState) -> tuple
                 raise UserError(
                     f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}"
                 )
-            return checkpoints.restore(newest, like=fresh), newest, None
+            return checkpoints.restore(newest, placement, fresh), newest, None
     if resume in ("auto", "never"):
         return fresh, 0, None
     with _opened(user_path("checkpoint.resume", resume), config) as checkpoints:

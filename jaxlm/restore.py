@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpointer, shapes
 from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
@@ -93,8 +93,3 @@ def score(run: Run, config: Config) -> dict[str, Any]:
     if not math.isfinite(scores["eval_loss"]):
         raise Diverged(f"the validation loss of step {run.step} in {run.folder} is {scores['eval_loss']}")
     return scores
-
-
-def shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    """{'embed/embedding': (V, D), ...}"""
-    return {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}

@@ -82,7 +82,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         evaluated, scores = step, evaluation(step, state)
 
     def save(step: int, state: steps.TrainState) -> None:
-        checkpoints.save(step, state, scores["eval_loss"] if step == evaluated else None)
+        checkpoints.save(step, parts.placement.saved(state), scores["eval_loss"] if step == evaluated else None)
 
     def every(period: int) -> Callable[[int], bool]:
         return lambda step: step == config.steps or (period > 0 and step % period == 0)
@@ -99,8 +99,8 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
             profiler(start, state)
         parts.reporter.start()
         state, step = train(
-            state, steps.pmap_train_step(step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.sharding, on_step=make_on_step(parts, write, state.params, start), hooks=hooks,
+            state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
+            sharding=parts.placement.batch, on_step=make_on_step(parts, write, state.params, start), hooks=hooks,
             should_stop=stop.agreed,
         )  # fmt: skip
         save(step, state)

@@ -14,8 +14,8 @@ import optax
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
-from jaxlm.optimizer import Sharing, make_optimizer, make_schedule
-from jaxlm.sync import make_sync
+from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.sync import GradSync, Group, make_sync, overlap, sharing, zero
 
 AXIS = "devices"
 
@@ -32,55 +32,77 @@ class TrainState(NamedTuple):
     sync: Any  # of the gradient-synchronization strategy, [devices, ...]
 
 
-# Which part of the state each device has its own of: None = the same everywhere, 0 = split along the first axis.
-_AXES: dict[str, Any] = {"step": None, "params": None, "opt_state": None, "ema": None, "sync": 0}
-STATE_AXES = TrainState(**_AXES)
+def state_axes(config: Config) -> TrainState:
+    """Which of the state a device has its own part of: None = the same everywhere, 0 = split along the first axis."""
+    opt_state = 0 if config.parallel.zero else None
+    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0}
+    return TrainState(**axes)
+
+
+def init_params(config: Config, model: Model) -> Params:
+    """Of step 0; depend on the seed alone."""
+    return model.init(jax.random.key(config.seed))
+
+
+def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
+    """The state of step 0, but for the parameters themselves."""
+    opt_state = make_optimizer(config.optim, config.steps).init(float32(params))
+    sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=None,
+        opt_state=zero.spread(opt_state, num_devices) if config.parallel.zero else opt_state,
+        ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
+        sync=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync),
+    )
 
 
 def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
-    """The state of step 0; depends on the seed alone."""
-    params = model.init(jax.random.key(config.seed))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=make_optimizer(config.optim, config.steps).init(float32(params)),
-        ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
-        sync=make_sync(config.parallel, AXIS).init(params, num_devices),
-    )
+    params = init_params(config, model)
+    return init_rest(config, params, num_devices)._replace(params=params)
 
 
 def make_train_step(
     config: Config, model: Model, devices: list[Device]
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
-    sync = make_sync(config.parallel, AXIS)
-    optimizer = make_optimizer(config.optim, config.steps, sharing_of(devices))
+    params_like = jax.eval_shape(model.init, jax.random.key(0))
+    group = Group(AXIS, len(devices))
+    sync = make_sync(config.parallel, group, params_like)
+    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like))
     schedule = make_schedule(config.optim, config.steps)
-
-    def loss(params: Params, batch: Batch, dropout_keys: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"))
-        sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
-        return sums.objective, sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
         # devices, every target of the global batch weighs the same. A batch without targets has a gradient of zero.
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
-        targets = jnp.maximum(jax.lax.pmean(targets, AXIS), 1e-9)
+        targets = jnp.maximum(group.mean(targets), 1e-9)
+
+        def loss(
+            params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
+        ) -> tuple[jax.Array, LossSums]:
+            x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
+            sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
+            return sums.objective / targets, sums
+
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         masters = float32(state.params)  # whatever they are stored in
-        grads, sums = accumulate(loss, masters, batch, keys, config.optim.accum_steps)
-        grads, sync_state = sync.reduce(jax.tree.map(lambda g: g / targets, grads), state.sync)
+        micro = micro_batches((batch, keys), config.optim.accum_steps)
+        if config.parallel.overlap:
+            grads, sums, sync_state = accumulate_overlapped(loss, masters, micro, sync, state.sync)
+        else:
+            grads, sums = accumulate(loss, masters, micro)
+            grads, sync_state = sync.reduce(grads, state.sync)
 
         grad_norm = sync.global_norm(grads)
         if config.optim.clip_norm:
             scale = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-9))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        shard = sync.shard(masters)
-        updates, opt_state = optimizer.update(grads, state.opt_state, shard)
-        masters = sync.gather(optax.apply_updates(shard, updates))
+        own = sync.own(masters)  # what this device updates: all, or its parts
+        updates, opt_state = optimizer.update(grads, state.opt_state, own)
+        masters = sync.whole(optax.apply_updates(own, updates))
 
-        metrics = {"loss": jax.lax.pmean(sums.nll, AXIS) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
+        metrics = {"loss": group.mean(sums.nll) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
         params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
         return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
@@ -88,32 +110,53 @@ def make_train_step(
     return train_step
 
 
-def sharing_of(devices: list[Device]) -> Sharing:
-    """Which of the run's devices share a host: on the axis, those of one host stand together."""
+def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.Sharing:
+    """How the devices share the optimizer's work: all with ZeRO, else those of a host, which stand together."""
+    if config.parallel.zero:
+        return sharing.by_parts(zero.Zero(group, params))
     hosts = [d.process_index for d in devices]
     size = hosts.count(hosts[0])
-    groups = [list(range(i, i + size)) for i in range(0, len(hosts), size)]
-    return Sharing(AXIS, size, groups if len(groups) > 1 else None)
+    if size == 1:
+        return sharing.alone()
+    members = tuple(tuple(range(i, i + size)) for i in range(0, len(hosts), size))
+    return sharing.by_host(Group(AXIS, size, members if len(members) > 1 else None))
 
 
-def accumulate(
-    loss: Callable, params: Params, batch: Batch, keys: jax.Array | None, steps: int
-) -> tuple[Params, LossSums]:
-    """Gradient and sums of `loss` over the batch, computed in `steps` micro-batches of which one is in memory.
+def micro_batches(tree: Any, steps: int) -> Any:
+    """[B, ...] -> [steps, B / steps, ...]"""
+    return jax.tree.map(lambda x: x.reshape(steps, x.shape[0] // steps, *x.shape[1:]), tree)
+
+
+def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, LossSums]:
+    """Gradient and sums of `loss` over micro-batches `[steps, ...]`, one at a time.
 
     Gradients add up in float32; nothing is averaged here, so the result does not depend on `steps`.
     """
     grad = jax.grad(loss, has_aux=True)
-    if steps == 1:
-        return grad(params, batch, keys)
-    micro = jax.tree.map(lambda x: x.reshape(steps, x.shape[0] // steps, *x.shape[1:]), (batch, keys))
+    first = jax.tree.map(lambda x: x[0], micro)
+    if len(jax.tree.leaves(micro)[0]) == 1:
+        return grad(params, *first)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, grad(params, *part)), None
 
-    shapes = jax.eval_shape(grad, params, *jax.tree.map(lambda x: x[0], micro))
+    shapes = jax.eval_shape(grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, micro)[0]
+
+
+def accumulate_overlapped(
+    loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any
+) -> tuple[Params, LossSums, Any]:
+    """The same, reduced over the devices during the backward pass of the last micro-batch."""
+    before, sums = None, None
+    if len(jax.tree.leaves(micro)[0]) > 1:
+        before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro))
+    last = jax.tree.map(lambda x: x[-1], micro)
+    grads, sync_state, last_sums = overlap.gradients(
+        lambda params, on_layer: loss(params, *last, on_layer), params, before, sync, sync_state
+    )
+    return grads, last_sums if sums is None else jax.tree.map(jnp.add, sums, last_sums), sync_state
 
 
 def float32(params: Params) -> Params:
@@ -169,11 +212,10 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
     return eval_step
 
 
-def pmap_train_step(step: Callable, devices: list[Device]) -> Callable:
+def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
     """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics); the state is donated."""
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=(STATE_AXES, 0), out_axes=(STATE_AXES, None), donate_argnums=0, devices=devices
-    )
+    axes = state_axes(config)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices)
 
 
 def pmap_eval_step(step: Callable, devices: list[Device]) -> Callable:

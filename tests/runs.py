@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxlm import run as runs
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.checkpoint import Checkpointer
 from jaxlm.cli import load
 from jaxlm.model import make_model
+from jaxlm.placement import Placement
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
@@ -64,10 +65,10 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
 def state_of(workdir: Path, step: int) -> steps.TrainState:
     """All that a checkpoint holds."""
     config = load(CONFIG, flags())
-    local = jax.devices()[:2]
-    like = place(steps.init_state(config, make_model(config.model, 64, config.seq_len), 2), local)
+    placement = Placement(config, jax.devices()[:2])
+    fresh = placement.initial(make_model(config.model, 64, config.seq_len))
     checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
-    state = checkpoints.restore(step, like)
+    state = checkpoints.restore(step, placement, fresh)
     checkpoints.close()
     return jax.device_get(state)
 

@@ -16,7 +16,9 @@ import pytest
 from jaxlm import cli
 from jaxlm.config import OptimConfig
 from jaxlm.model import make_model
-from jaxlm.optimizer import NEWTON_SCHULZ, Sharing, is_matrix, make_optimizer, make_schedule, orthogonalize
+from jaxlm.optimizer import NEWTON_SCHULZ, is_matrix, make_optimizer, make_schedule, orthogonalize
+from jaxlm.sync import Group
+from jaxlm.sync.sharing import by_host
 
 STEPS = 40
 DEFAULT = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
@@ -242,15 +244,15 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "devices, size, groups",
-    [(1, 1, None), (2, 2, None), (3, 3, None), (8, 8, None), (4, 2, [[0, 1], [2, 3]]), (6, 3, [[0, 1, 2], [3, 4, 5]])],
+    "devices, size, members",
+    [(1, 1, None), (2, 2, None), (3, 3, None), (8, 8, None), (4, 2, ((0, 1), (2, 3))), (6, 3, ((0, 1, 2), (3, 4, 5)))],
 )
-def test_sharing_changes_no_number(devices: int, size: int, groups: list[list[int]] | None) -> None:
+def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple[int, ...], ...] | None) -> None:
     """Three layers and five: devices that divide them, that do not, and more devices than layers."""
     shapes = {"layers": {"a": {"kernel": (3, 4, 6), "bias": (3, 6)}, "b": {"kernel": (5, 8, 4)}}}
     hosts = devices // size  # each with gradients of its own, to see that they do not mix
     params, grads = draw(0, shapes), [draw(1 + host, shapes) for host in range(hosts)]
-    shared = make_optimizer(config(name="muon"), STEPS, Sharing("devices", size, groups))
+    shared = make_optimizer(config(name="muon"), STEPS, by_host(Group("devices", size, members)))
     alone = make_optimizer(config(name="muon"), STEPS)
     state, update = alone.init(params), jax.jit(alone.update)
     step = jax.pmap(

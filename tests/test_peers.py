@@ -283,7 +283,7 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
         betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
     )  # fmt: skip
     devices = jax.devices()[:2]
-    step = steps.pmap_train_step(steps.make_train_step(c, model, devices), devices)
+    step = steps.pmap_train_step(c, steps.make_train_step(c, model, devices), devices)
     shapes = jax.eval_shape(lambda: steps.init_state(c, model, 2))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=start)
     clipped = 0

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer, place
+from jaxlm.checkpoint import Checkpointer
 from jaxlm.cli import load
 from jaxlm.data.arrays import SYNTHETIC_TRAIN
 from jaxlm.model import make_model
+from jaxlm.placement import Placement
 from tests.runs import (
     CHECKPOINT,
     CONFIG,
@@ -70,7 +71,7 @@ def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
     config = load(CONFIG, flags(checkpoint__keep=2, checkpoint__keep_best=1))
-    state = place(steps.init_state(config, make_model(config.model, 64, config.seq_len), 2), jax.devices()[:2])
+    state = Placement(config, jax.devices()[:2]).initial(make_model(config.model, 64, config.seq_len))
     checkpoints = Checkpointer(tmp_path, config.checkpoint)
     for step, loss in enumerate([None, 3.0, 1.0, 2.0, None, 5.0, None]):
         checkpoints.save(step, state, loss)

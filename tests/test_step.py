@@ -14,11 +14,11 @@ import optax
 import pytest
 
 from jaxlm import step as steps
-from jaxlm.checkpoint import place
 from jaxlm.cli import load
 from jaxlm.config import Config
 from jaxlm.model import Model, make_model
 from jaxlm.optimizer import is_matrix, make_optimizer
+from jaxlm.placement import Placement
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 VOCAB, T, STEPS = 29, 8, 3
@@ -82,10 +82,10 @@ def built(config: Config, devices: int) -> tuple[Any, steps.TrainState]:
     """The step on so many devices, and the state that it starts from."""
     key, local, model = (str(config), devices), jax.devices()[:devices], make(config)
     if key not in COMPILED:
-        step = steps.pmap_train_step(steps.make_train_step(config, model, local), local)
+        step = steps.pmap_train_step(config, steps.make_train_step(config, model, local), local)
         COMPILED[key] = step, jax.device_get(start(config, devices))
     step, state = COMPILED[key]
-    return step, place(state, local)
+    return step, Placement(config, local).place(state)
 
 
 def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result:
@@ -220,7 +220,8 @@ def test_vmap_over_the_axis_is_the_same_step(overrides: list[str]):
     config, devices = make_config(*overrides), 4
     model = make(config)
     step = steps.make_train_step(config, model, jax.devices()[:devices])
-    axes: Any = {"axis_name": steps.AXIS, "in_axes": (steps.STATE_AXES, 0), "out_axes": (steps.STATE_AXES, None)}
+    of_state = steps.state_axes(config)
+    axes: Any = {"axis_name": steps.AXIS, "in_axes": (of_state, 0), "out_axes": (of_state, None)}
     mapped = jax.jit(jax.vmap(step, **axes))
     state, metrics = start(config, devices), []
     for batch in BATCHES[16]:
@@ -313,7 +314,7 @@ def test_old_state_is_donated_and_replaced():
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
     # Natural shapes, no leading device dimension, and placed so that the next step finds them where they are.
-    again = place(steps.init_state(config, make(config), 4), jax.devices()[:4])
+    again = Placement(config, jax.devices()[:4]).initial(make(config))
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, again)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(again), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)

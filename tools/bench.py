@@ -105,10 +105,10 @@ class Trainer:
         self.vocab_size = self.parts.corpus.vocab_size
         self._write = hooks.make_writer(self.parts, 0)
         self._step = step.pmap_train_step(
-            step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
+            config, step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
         )
         self._stream = parts.train_batches(self.parts, 0)
-        self._batch = jax.device_put(next(self._stream), self.parts.sharding)
+        self._batch = jax.device_put(next(self._stream), self.parts.placement.batch)
         self._done = 0
         start = time.perf_counter()
         self.step_alone(1)
@@ -141,14 +141,14 @@ class Trainer:
         start = time.perf_counter()
         self.state, self._done = train(
             self.state, self._step, self._stream, start=self._done, steps=self._done + steps,
-            sharding=self.parts.sharding, on_step=on_step, hooks=[], should_stop=lambda step: False,
+            sharding=self.parts.placement.batch, on_step=on_step, hooks=[], should_stop=lambda step: False,
         )  # fmt: skip
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps
 
     def peak_memory(self) -> int:
         """Bytes: of the fullest device where it tells, else of this process."""
-        stats = [d.memory_stats() or {} for d in self.parts.local]
+        stats = [d.memory_stats() or {} for d in self.parts.placement.local]
         device = max(s.get("peak_bytes_in_use", 0) for s in stats)
         unit = 1 if sys.platform == "darwin" else 1024
         return device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

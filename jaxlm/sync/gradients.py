@@ -1,0 +1,42 @@
+"""A reduction applied to the gradients of a model, at the end of the backward pass."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxlm.sync.base import GradSync, Reduction
+from jaxlm.sync.buckets import in_buckets, piece_shapes, plan
+from jaxlm.sync.group import Group
+from jaxlm.sync.zero import Zero, batch, batch_shape
+
+
+def make_grad_sync(reduction: Reduction, group: Group, params: Any, bucket_mb: float, zero: bool) -> GradSync:
+    """Args:
+    params: the shapes of all parameters.
+    bucket_mb: the most that is reduced at once, in MiB of float32; 0 = all.
+    zero: each device gets its own parts of the mean alone, and updates those (ZeRO-1).
+    """
+    limit = int(bucket_mb * 2**20) or None
+    reduce_bucket = reduction.mean_parts if zero else reduction.mean
+    assert reduce_bucket is not None  # config.py has refused it
+
+    def reduce(grads: Any, state: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(jax.tree_util.tree_map_with_path(batch, grads))
+        means, states = in_buckets(reduce_bucket, leaves, tree.flatten_up_to(state), [x.shape for x in leaves], limit)
+        if not zero:
+            means = [m.reshape(x.shape) for m, x in zip(means, jax.tree.leaves(grads), strict=True)]
+        return tree.unflatten(means), tree.unflatten(states)
+
+    def sent_bytes(params: Any) -> float:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+        shapes = [batch_shape(path, x) for path, x in leaves]
+        return sum(reduction.sent_bytes(piece_shapes(bucket, shapes), zero) for bucket in plan(shapes, limit))
+
+    def init(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, x: reduction.init(batch(path, x)), params)
+
+    parts = Zero(group, params, limit)
+    if zero:
+        return GradSync(init, reduce, parts.own, parts.whole, parts.global_norm, sent_bytes)
+    return GradSync(init, reduce, lambda p: p, lambda p: p, optax.tree.norm, sent_bytes)

@@ -1,0 +1,60 @@
+"""Groups of devices along the mapped axis, which exchange with each other and with nobody else.
+
+One flat axis can hold several directions: with 2 pipeline stages of 4 replicas each, `((0, 1, 2, 3), (4, 5, 6, 7))` are
+the groups whose gradients are averaged. Everything here runs inside the mapped step, for each group at once.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Group(NamedTuple):
+    axis: str  # of the mapped step
+    size: int  # devices of a group
+    members: tuple[tuple[int, ...], ...] | None = None  # their indices on the axis; None = one group of all
+
+    @property
+    def _index_groups(self) -> list[list[int]] | None:
+        return None if self.members is None else [list(m) for m in self.members]
+
+    def index(self) -> jax.Array:
+        """This device's place in its group, 0 ... size - 1."""
+        place = jax.lax.axis_index(self.axis)
+        if self.members is None:
+            return place
+        table = np.zeros(sum(map(len, self.members)), np.int32)
+        for group in self.members:
+            table[list(group)] = range(self.size)
+        return jnp.asarray(table)[place]
+
+    def sum(self, tree: Any) -> Any:
+        """All-reduce; the arrays of a tree go together."""
+        return jax.lax.psum(tree, self.axis, axis_index_groups=self._index_groups)
+
+    def mean(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x / self.size, self.sum(tree))
+
+    def max(self, x: jax.Array) -> jax.Array:
+        return jax.lax.pmax(x, self.axis, axis_index_groups=self._index_groups)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All-gather: [...] -> [size, ...]."""
+        return jax.lax.all_gather(x, self.axis, axis_index_groups=self._index_groups)
+
+    def scatter_sum(self, x_NC: jax.Array) -> jax.Array:
+        """Reduce-scatter: row i of the sum, on device i. [size, C] -> [C]"""
+        summed = jax.lax.psum_scatter(x_NC, self.axis, axis_index_groups=self._index_groups, tiled=True)
+        return summed.reshape(x_NC.shape[1:])
+
+    def exchange(self, x: jax.Array, split: int = 0, concat: int = 0) -> jax.Array:
+        """All-to-all: dimension `split` is cut into a piece for each device; what comes is joined along `concat`."""
+        return jax.lax.all_to_all(x, self.axis, split, concat, axis_index_groups=self._index_groups, tiled=True)
+
+    def shift(self, x: jax.Array, by: int) -> jax.Array:
+        """Sends to the device `by` places further on, round the ring; gives what comes from as far behind."""
+        members = self.members or (tuple(range(self.size)),)
+        pairs = [(m[i], m[(i + by) % self.size]) for m in members for i in range(self.size)]
+        return jax.lax.ppermute(x, self.axis, pairs)

@@ -1,0 +1,86 @@
+"""The mean of matrices by one of low rank (Vogels et al., PowerSGD, 2019), and what is left out kept for the next step.
+
+One step of subspace iteration on the mean M of the devices' matrices [in, out], of which nobody ever holds the whole:
+P = M Q (an all-reduce of [in, r]), P made orthonormal, Q = M^T P (an all-reduce of [out, r]); P Q^T is the projection
+of M on the columns of P, the same on all devices. The next step starts from this Q (warm start), and so comes closer to
+the r largest singular directions of gradients that change slowly. What a device's own matrix has beyond P Q^T goes to
+its residual.
+
+Vectors, and matrices that r columns would not make smaller, are averaged as they are, together with P.
+
+Bytes: 2 (N - 1) / N * 4 for r (in + out) numbers of each matrix.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.sync.base import Arrays, Reduction, Shape, State
+from jaxlm.sync.group import Group
+
+
+def powersgd(group: Group, rank: int) -> Reduction:
+    n = group.size
+
+    def is_low_rank(shape: Shape) -> bool:
+        return len(shape) == 3 and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
+
+    def init(array: jax.Array) -> State:
+        if not is_low_rank(array.shape):
+            return {}
+        l, _, out = array.shape
+        return {"residual": jnp.zeros_like(array), "q": _fresh((l, out, rank))}
+
+    def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
+        low = [i for i, x in enumerate(arrays) if is_low_rank(x.shape)]
+        m_LIO = {i: arrays[i] + states[i]["residual"] for i in low}
+        first = list(arrays)
+        for i in low:
+            first[i] = m_LIO[i] @ _living(states[i]["q"])
+        sums = group.mean(first)
+        p_LIr = {i: orthonormal(sums[i]) for i in low}
+        q_LOr = dict(zip(low, group.mean([jnp.swapaxes(m_LIO[i], 1, 2) @ p_LIr[i] for i in low]), strict=True))
+        means: Arrays = list(sums)
+        kept: list[State] = [{} for _ in arrays]
+        for i in low:
+            means[i] = p_LIr[i] @ jnp.swapaxes(q_LOr[i], 1, 2)
+            kept[i] = {"residual": m_LIO[i] - means[i], "q": q_LOr[i]}
+        return means, kept
+
+    def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
+        sizes = [s[0] * rank * (s[1] + s[2]) if is_low_rank(s) else math.prod(s) for s in shapes]
+        return 2 * (n - 1) / n * 4 * sum(sizes)
+
+    return Reduction(init, mean, None, sent_bytes)
+
+
+def _fresh(shape: Shape) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape)
+
+
+def _living(q_LOr: jax.Array) -> jax.Array:
+    """Columns of length one; random ones in place of those that are zero, which no product would ever change.
+
+    Gradients are zero at first, where the output layer is.
+    """
+    norm = jnp.linalg.norm(q_LOr, axis=1, keepdims=True)
+    return jnp.where(norm > 0, q_LOr / jnp.where(norm > 0, norm, 1), _fresh(q_LOr.shape))
+
+
+def orthonormal(p_LIr: jax.Array) -> jax.Array:
+    """Gram and Schmidt's columns (modified: each is taken out of all that follow). One that the columns before it span,
+    to rounding, becomes zero: its remainder would be a direction of noise.
+    """
+    done: list[jax.Array] = []
+    rest = p_LIr
+    whole = jnp.linalg.norm(p_LIr, axis=1)
+    for i in range(p_LIr.shape[2]):
+        column = rest[:, :, i]
+        norm = jnp.linalg.norm(column, axis=1, keepdims=True)
+        lives = norm > 1e-5 * whole[:, i : i + 1]
+        column = jnp.where(lives, column / jnp.where(lives, norm, 1), 0)
+        done.append(column)
+        rest = rest - column[:, :, None] * jnp.einsum("li,lir->lr", column, rest)[:, None, :]
+    return jnp.stack(done, axis=2)

@@ -1,0 +1,61 @@
+"""How devices share an optimizer's work on whole layers, e.g. Muon's orthogonalization of every matrix.
+
+Without ZeRO every device of the group holds all momenta. The devices of a *host* share: each takes ceil(L / n) of the L
+layers, and an all-gather, in memory or over NVLink, brings the results to all. With ZeRO-1 a device has its part of
+every layer: an all-to-all makes whole layers of them, ceil(L / N) on each device, another one brings the results back.
+Where L is not divisible, the last devices get layers of zeros.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.sync.group import Group
+from jaxlm.sync.zero import Zero
+
+
+class Sharing(NamedTuple):
+    # Act on layers, (one layer's shape..., whole layers -> whole layers), spread over the devices.
+    on_layers: Callable[[Any, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
+    zero: Zero | None = None
+
+
+def alone() -> Sharing:
+    return Sharing(lambda path, x, act: act(x))
+
+
+def by_host(host: Group) -> Sharing:
+    """Arrays are whole, the same on every device of the group."""
+    n = host.size
+
+    def on_layers(path: Any, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        layers = _padded(x, n)
+        each = layers.shape[0] // n
+        mine = jax.lax.dynamic_slice_in_dim(layers, host.index() * each, each)
+        acted = host.gather(act(mine))
+        return acted.reshape(-1, *acted.shape[2:])[: x.shape[0]]
+
+    return Sharing(on_layers)
+
+
+def by_parts(zero: Zero) -> Sharing:
+    """Arrays are this device's parts [L, c]."""
+    n, group = zero.group.size, zero.group
+    shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
+
+    def on_layers(path: Any, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        L, c = x.shape
+        shape, size = shapes[path].shape[1:], math.prod(shapes[path].shape[1:])
+        whole = group.exchange(_padded(x, n), split=0, concat=1)  # [ceil(L / n), n * c]
+        acted = act(whole[:, :size].reshape(-1, *shape)).reshape(-1, size)
+        acted = jnp.pad(acted, ((0, 0), (0, n * c - size)))
+        return group.exchange(acted, split=1, concat=0)[:L]
+
+    return Sharing(on_layers, zero)
+
+
+def _padded(x: jax.Array, n: int) -> jax.Array:
+    return jnp.pad(x, ((0, -x.shape[0] % n), *[(0, 0)] * (x.ndim - 1)))

@@ -1,0 +1,56 @@
+"""The mean of each device's largest numbers alone; the others are kept for the next step.
+
+Of every block of 1024 numbers the k = density * 1024 with the largest absolute values are sent, with their places in
+the block (Aji and Heafield, Sparse Communication for Distributed Gradient Descent, 2017; Lin et al., Deep Gradient
+Compression, 2018). Selecting within blocks needs no sort of the whole gradient and 16 bits for a place, and keeps the
+property that convergence rests on (Stich et al., Sparsified SGD with Memory, 2018): what is left out has at most
+(1 - k / 1024) of the squared norm.
+
+Bytes: an all-gather of k numbers (4) and places (2) for each block, so each device sends (N - 1) * 6 k / 1024 for each
+number: less than pmean up to N = 8 / 6 / density.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.sync.base import Arrays, Reduction, Shape, State
+from jaxlm.sync.group import Group
+from jaxlm.sync.packed import pack, unpack
+
+BLOCK = 1024
+
+
+def topk(group: Group, density: float) -> Reduction:
+    """`density`: the share of the numbers that is sent, at least one of each block."""
+    k = max(1, round(density * BLOCK))
+
+    def init(array: jax.Array) -> State:
+        return {"residual": jnp.zeros_like(array)}
+
+    def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
+        shapes = [x.shape for x in arrays]
+        x_RB = pack([x + s["residual"] for x, s in zip(arrays, states, strict=True)], 1, BLOCK).reshape(-1, BLOCK)
+        _, place_Rk = jax.lax.top_k(jnp.abs(x_RB), k)
+        value_Rk = jnp.take_along_axis(x_RB, place_Rk, axis=1)
+        bits_Rk2 = jax.lax.bitcast_convert_type(value_Rk, jnp.uint16)
+        message = jnp.concatenate([bits_Rk2, place_Rk[..., None].astype(jnp.uint16)], axis=-1)
+
+        rows = jnp.arange(x_RB.shape[0])[:, None]
+
+        def add(sum_RB: jax.Array, sent: jax.Array) -> tuple[jax.Array, None]:
+            value, place = jax.lax.bitcast_convert_type(sent[..., :2], jnp.float32), sent[..., 2]
+            return sum_RB.at[rows, place].add(value, unique_indices=True), None
+
+        # One device after the other: all at once would add up in an order of the hardware's, not the same everywhere.
+        sum_RB, _ = jax.lax.scan(add, jnp.zeros_like(x_RB), group.gather(message))
+        left_RB = x_RB.at[rows, place_Rk].set(0, unique_indices=True)
+        left = unpack(left_RB.reshape(1, -1), shapes)
+        return unpack(sum_RB.reshape(1, -1) / group.size, shapes), [{"residual": r} for r in left]
+
+    def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
+        return (group.size - 1) * -(-sum(map(math.prod, shapes)) // BLOCK) * k * 6
+
+    return Reduction(init, mean, None, sent_bytes)

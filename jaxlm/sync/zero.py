@@ -1,0 +1,92 @@
+"""ZeRO-1 (Rajbhandari et al., ZeRO, 2020): each of N devices keeps and updates 1/N of the optimizer's state.
+
+Device i owns the i-th part of every tensor (packed.py): it gets that part of the mean gradient (a reduce-scatter),
+updates it, and sends its part of the new parameters to all (an all-gather). Parameters themselves stay whole on every
+device.
+
+Bytes: the parts of the gradients by the reduction in use, and (N - 1) times the parts of float32 parameters: with pmean
+together as many as without ZeRO. Memory: each tensor is padded to a multiple of N numbers.
+
+Trees of parts have the structure of the whole ones, leaves [l, c]: l layers of a stacked parameter, or 1. For what
+looks at whole layers (Muon) or whole matrices (Adafactor), `layers` and `whole` bring them together.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.sync.base import Arrays, Shape
+from jaxlm.sync.buckets import in_buckets
+from jaxlm.sync.group import Group
+from jaxlm.sync.packed import join, split
+
+
+def is_stacked(path: Any) -> bool:
+    """Whether the leaf at this path, of parameters or of what is kept for each of them, has a layer dimension first."""
+    return any(getattr(key, "key", None) == "layers" for key in path)
+
+
+def batch_shape(path: Any, x: Any) -> Shape:
+    """`[l, ...]` of a leaf with the shape of a parameter."""
+    return tuple(x.shape) if is_stacked(path) else (1, *x.shape)
+
+
+def batch(path: Any, x: jax.Array) -> jax.Array:
+    return x.reshape(batch_shape(path, x))
+
+
+def spread(tree: Any, n: int) -> Any:
+    """The parts of all n devices, leaves [n, l, c]; of an optimizer's state too. Of a scalar each has its own, [n]."""
+
+    def parts(path: Any, x: jax.Array) -> jax.Array:
+        return split(batch(path, x), n) if x.ndim else jnp.broadcast_to(x, (n,))
+
+    return jax.tree_util.tree_map_with_path(parts, tree)
+
+
+def joined(parts: Any, like: Any) -> Any:
+    """The inverse of `spread`; `like` has the shapes."""
+
+    def whole(path: Any, x: Any, parts: jax.Array) -> jax.Array:
+        return join(parts, batch_shape(path, x)).reshape(x.shape) if x.ndim else parts[0]
+
+    return jax.tree_util.tree_map_with_path(whole, like, parts)
+
+
+class Zero:
+    """The parts of one device, inside the mapped step."""
+
+    def __init__(self, group: Group, params: Any, limit: int | None = None):
+        """Args:
+        params: the shapes of all.
+        limit: bytes that are gathered at once; None = all.
+        """
+        self.group, self.params, self._limit = group, params, limit
+
+    def own(self, tree: Any) -> Any:
+        """This device's parts of a tree of whole leaves."""
+        everyones, me = spread(tree, self.group.size), self.group.index()
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, me, keepdims=False), everyones)
+
+    def whole(self, parts: Any, like: Any = None) -> Any:
+        """The inverse, with the parts of the others; `like` has the shapes, those of the parameters if None."""
+        flat, tree = jax.tree.flatten(parts)
+        leaves = [x for x in flat if x.ndim]
+
+        def gather(arrays: Arrays, states: list[Any]) -> tuple[Arrays, list[Any]]:
+            row_C = jnp.concatenate([x.reshape(-1) for x in arrays])
+            all_NC, at, got = self.group.gather(row_C), 0, []
+            for x in arrays:  # with l first, as `in_buckets` wants it
+                got.append(all_NC[:, at : at + x.size].reshape(-1, *x.shape).swapaxes(0, 1))
+                at += x.size
+            return got, states
+
+        shapes = [(x.shape[0], x.shape[1] * self.group.size) for x in leaves]
+        got, _ = in_buckets(gather, leaves, [()] * len(leaves), shapes, self._limit)
+        arrays = iter(got)
+        everyones = [next(arrays).swapaxes(0, 1) if x.ndim else x[None] for x in flat]
+        return joined(tree.unflatten(everyones), self.params if like is None else like)
+
+    def global_norm(self, parts: Any) -> jax.Array:
+        return jnp.sqrt(self.group.sum(sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(parts))))
