@@ -1,8 +1,8 @@
 """How fast a configuration trains: the step alone, the whole trainer around it, and nanoGPT beside them.
 
 All that is compared runs in turns, round by round, and medians are reported, so that a noisy machine is noisy for all.
-The last line of output is one JSON object. `bench.py data` measures how fast data is prepared and fed; see
-`bench.py data --help`.
+The last line of output is one JSON object. `bench.py data` measures how fast data is prepared and fed, `bench.py comm`
+reads what a step moves between devices; each has --help.
 """
 
 import json
@@ -26,6 +26,10 @@ def main() -> int:
         from tools import bench_data
 
         return bench_data.main(sys.argv[2:])
+    if sys.argv[1:2] == ["comm"]:
+        from tools import bench_comm
+
+        return bench_comm.main(sys.argv[2:])
     parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps a round (default: 20)")

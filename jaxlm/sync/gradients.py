@@ -10,6 +10,8 @@ from jaxlm.sync.buckets import in_buckets, piece_shapes, plan
 from jaxlm.sync.group import Group
 from jaxlm.sync.zero import Zero, batch, batch_shape
 
+GRADIENTS = "reduce_gradients"  # the name of its collectives in a compiled program
+
 
 def make_grad_sync(reduction: Reduction, group: Group, params: Any, bucket_mb: float, zero: bool) -> GradSync:
     """Args:
@@ -21,6 +23,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, bucket_mb: f
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
     assert reduce_bucket is not None  # config.py has refused it
 
+    @jax.named_scope(GRADIENTS)
     def reduce(grads: Any, state: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(jax.tree_util.tree_map_with_path(batch, grads))
         means, states = in_buckets(reduce_bucket, leaves, tree.flatten_up_to(state), [x.shape for x in leaves], limit)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jaxlm.sync.group import Group
 from jaxlm.sync.zero import Zero
 
+LAYERS = "share_layers"  # the name of its collectives in a compiled program
+
 
 class Sharing(NamedTuple):
-    # Act on layers, (one layer's shape..., whole layers -> whole layers), spread over the devices.
+    # (path of a parameter, what there is of it, whole layers -> whole layers) -> the same of the results
     on_layers: Callable[[Any, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
     zero: Zero | None = None
 
@@ -31,6 +33,7 @@ def by_host(host: Group) -> Sharing:
     """Arrays are whole, the same on every device of the group."""
     n = host.size
 
+    @jax.named_scope(LAYERS)
     def on_layers(path: Any, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
         layers = _padded(x, n)
         each = layers.shape[0] // n
@@ -46,6 +49,7 @@ def by_parts(zero: Zero) -> Sharing:
     n, group = zero.group.size, zero.group
     shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
 
+    @jax.named_scope(LAYERS)
     def on_layers(path: Any, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
         L, c = x.shape
         shape, size = shapes[path].shape[1:], math.prod(shapes[path].shape[1:])

@@ -21,6 +21,8 @@ from jaxlm.sync.buckets import in_buckets
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import join, split
 
+PARAMETERS = "gather_parameters"  # the name of its collectives in a compiled program
+
 
 def is_stacked(path: Any) -> bool:
     """Whether the leaf at this path, of parameters or of what is kept for each of them, has a layer dimension first."""
@@ -69,6 +71,7 @@ class Zero:
         everyones, me = spread(tree, self.group.size), self.group.index()
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, me, keepdims=False), everyones)
 
+    @jax.named_scope(PARAMETERS)
     def whole(self, parts: Any, like: Any = None) -> Any:
         """The inverse, with the parts of the others; `like` has the shapes, those of the parameters if None."""
         flat, tree = jax.tree.flatten(parts)

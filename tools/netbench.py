@@ -1,0 +1,194 @@
+"""How long a step takes between hosts on a slow network, for each way to exchange gradients, beside PyTorch's DDP.
+
+    sudo python tools/netbench.py --mbit 200 --vs ddp --ddp_python path/to/python-with-torch
+
+makes hosts out of network namespaces of this machine (Linux, as root), joined by a bridge; each sends at --mbit at
+most, --delay_ms later, and has one core to itself. On each runs one process of the trainer's step with one CPU device,
+and one of PyTorch's DistributedDataParallel with a GPT of the same sizes and AdamW. What is compared runs in turns, in
+another order every round; medians are reported. The last line of output is one JSON object.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm import cli
+from jaxlm.config import Config, UserError, flatten
+from jaxlm.main import exit_code
+from jaxlm.paths import user_path
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
+PORT = 29500
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
+    parser.add_argument("--config", default=str(ROOT / "configs/gpt_10m.py"), metavar="FILE")
+    parser.add_argument("--hosts", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--tokens", type=int, default=256, help="of a host in a step (default: 256)")
+    parser.add_argument("--mbit", type=float, default=200, help="Mbit/s that a host sends (default: 200)")
+    parser.add_argument("--delay_ms", type=float, default=0, help="on the way from host to host (default: 0)")
+    parser.add_argument("--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies (default: all)")
+    parser.add_argument("--steps", type=int, default=3, help="a round (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--vs", choices=["ddp"], help="the peer to run beside them")
+    parser.add_argument("--ddp_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
+    args, overrides = parser.parse_known_args()
+    config = _config(args, overrides)
+    names = [name.strip() for name in args.reduce.split(",")]
+    if wrong := [name for name in names if name not in STRATEGIES]:
+        raise UserError(f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, with commas between")
+    for name, least in (("hosts", 2), ("steps", 1), ("rounds", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: {least} or more")
+    if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
+        raise UserError("netbench needs Linux, root and iproute2 (ip, tc): it makes network namespaces")
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the network goes too
+    with network(args.hosts, args.mbit, args.delay_ms) as hosts, contextlib.ExitStack() as stack:
+        ours = [
+            sys.executable,
+            str(ROOT / "tools/netbench_worker.py"),
+            json.dumps(names),
+            *_arguments(args.config, config),
+        ]
+        parties = {"jaxlm": stack.enter_context(Party(hosts, ours, args.hosts, 0))}
+        runs = [("jaxlm", name) for name in names]
+        if args.vs:
+            m = config.model
+            sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
+                     "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size}  # fmt: skip
+            peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
+            parties["ddp"] = stack.enter_context(Party(hosts, peer, args.hosts, 1))
+            runs += [("ddp", "float32"), ("ddp", "fp16")]
+        times: dict[str, list[float]] = {" ".join(run): [] for run in runs}
+        for party, name in runs:
+            parties[party].seconds(name, 2)  # compiles, and fills what is allocated once
+        for i in range(args.rounds):
+            for party, name in runs[:: 1 if i % 2 else -1]:
+                times[f"{party} {name}"].append(parties[party].seconds(name, args.steps))
+            print(f"round {i + 1}/{args.rounds} · " + " · ".join(f"{k} {v[-1]:.3f} s" for k, v in times.items()))
+    print(json.dumps(summary(args, times)))
+    return 0
+
+
+def _config(args: Any, overrides: list[str]) -> Config:
+    given = [o for o in overrides if not o.startswith(("--config.batch_size=", "--config.data."))]
+    config = cli.load(user_path("--config", args.config), [*given, "--config.data.source=synthetic"])
+    if args.tokens < config.seq_len or args.tokens % config.seq_len:
+        raise UserError(f"--tokens is {args.tokens}; allowed: a multiple of seq_len = {config.seq_len}")
+    config.batch_size = args.hosts * args.tokens // config.seq_len
+    config.data.vocab_size = 65
+    return config
+
+
+def summary(args: Any, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and medians of the ratios round by round."""
+    result: dict[str, Any] = {"hosts": args.hosts, "mbit": args.mbit, "delay_ms": args.delay_ms, "tokens": args.tokens}
+    result["seconds"] = {name: statistics.median(t) for name, t in times.items()}
+    for peer in ("ddp float32", "ddp fp16"):
+        if peer in times:
+            result[f"over_{peer.replace(' ', '_')}"] = {
+                name: statistics.median(a / b for a, b in zip(t, times[peer], strict=True)) for name, t in times.items()
+            }
+    return result
+
+
+@contextlib.contextmanager
+def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
+    """Namespaces whose traffic to each other is shaped; gives their names."""
+    names = [f"jaxlm{os.getpid()}h{i}" for i in range(hosts)]
+    bridge = f"jb{os.getpid() % 10**8}"
+    etc = [Path("/etc/netns") / name for name in names]
+
+    def run(*words: str, check: bool = True) -> None:
+        subprocess.run(words, check=check, stderr=None if check else subprocess.DEVNULL)
+
+    try:
+        run("ip", "link", "add", bridge, "type", "bridge")
+        run("ip", "link", "set", bridge, "up")
+        for i, name in enumerate(names):
+            run("ip", "netns", "add", name)
+            # Gloo binds to the address that a host's own name resolves to.
+            etc[i].mkdir(parents=True)
+            (etc[i] / "hosts").write_text(f"127.0.0.1 localhost\n{address(i)} {os.uname().nodename}\n")
+            outer = f"{bridge}-{i}"[-15:]
+            run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name)
+            run("ip", "link", "set", outer, "master", bridge, "up")
+            inside = ("ip", "netns", "exec", name)
+            run(*inside, "ip", "addr", "add", f"{address(i)}/24", "dev", "eth0")
+            run(*inside, "ip", "link", "set", "eth0", "up")
+            run(*inside, "ip", "link", "set", "lo", "up")
+            run(*inside, "tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "tbf", "rate", f"{mbit}mbit",
+                "burst", "256kb", "latency", "50ms")  # fmt: skip
+            if delay_ms:
+                run(*inside, "tc", "qdisc", "add", "dev", "eth0", "parent", "1:", "handle", "10:", "netem", "delay",
+                    f"{delay_ms}ms", "limit", "100000")  # fmt: skip
+        yield names
+    finally:
+        for name, folder in zip(names, etc, strict=True):
+            run("ip", "netns", "del", name, check=False)
+            shutil.rmtree(folder, ignore_errors=True)
+        run("ip", "link", "del", bridge, check=False)
+
+
+def address(host: int) -> str:
+    return f"10.77.0.{host + 1}"
+
+
+class Party:
+    """A process on each host, that make steps together when told to."""
+
+    def __init__(self, hosts: list[str], command: list[str], count: int, offset: int):
+        cores = sorted(os.sched_getaffinity(0))
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._processes = []
+        for i, host in enumerate(hosts):
+            place = [f"{address(0)}:{PORT + offset}", str(count), str(i)]
+            self._processes.append(subprocess.Popen(
+                ["ip", "netns", "exec", host, "taskset", "-c", str(cores[i % len(cores)]), *command, *place],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"},
+            ))  # fmt: skip
+
+    def __enter__(self) -> "Party":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for p in self._processes:
+            p.kill()
+            p.wait()
+
+    def seconds(self, name: str, steps: int) -> float:
+        """Of a step, on the slowest host."""
+        try:
+            for p in self._processes:
+                assert p.stdin
+                p.stdin.write(f"{name} {steps}\n")
+                p.stdin.flush()
+            return max(self._answer(p) for p in self._processes)
+        except OSError as error:
+            self._errors.seek(0)
+            said = self._errors.read().strip().split("\n")[-1]
+            raise UserError(f"a process of {name} ended: {said or error}") from error
+
+    def _answer(self, process: subprocess.Popen[str]) -> float:
+        assert process.stdout
+        while not (line := process.stdout.readline()).startswith("seconds "):  # Gloo prints lines of its own
+            if not line:
+                raise OSError("no answer")
+        return float(line.split()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, "netbench"))
