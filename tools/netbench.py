@@ -56,12 +56,8 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the network goes too
     with network(args.hosts, args.mbit, args.delay_ms) as hosts, contextlib.ExitStack() as stack:
-        ours = [
-            sys.executable,
-            str(ROOT / "tools/netbench_worker.py"),
-            json.dumps(names),
-            *_arguments(args.config, config),
-        ]
+        worker = str(ROOT / "tools/netbench_worker.py")
+        ours = [sys.executable, worker, json.dumps(names), args.config, json.dumps(flatten(config))]
         parties = {"jaxlm": stack.enter_context(Party(hosts, ours, args.hosts, 0))}
         runs = [("jaxlm", name) for name in names]
         if args.vs:
