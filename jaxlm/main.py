@@ -1,7 +1,7 @@
 """`python -m jaxlm.main --config configs/base.py`: flags, checks before any device is touched, exit codes.
 
 Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong, 3 training diverged, 4 a checkpoint is
-unusable, 75 stopped by a signal after saving.
+unusable, 5 another host is gone, 75 stopped by a signal after saving.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import cli, runtime
-from jaxlm.config import UserError
+from jaxlm import cli, distributed, runtime
+from jaxlm.config import UserError, flatten
 from jaxlm.paths import user_path
 from jaxlm.stop import EXIT_CODE, Stopped, StopSignal
 
@@ -45,28 +45,40 @@ def run(argv: list[str]) -> int:
     config = cli.load(file, overrides)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
-    processes = runtime.count_processes(args.coordinator, args.num_processes, args.process_id)
+    processes = distributed.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
     runtime.configure_jax(config, processes)
+    hosts = None
     if processes > 1:
-        runtime.join(args.coordinator, args.num_processes, args.process_id)
+        hosts = distributed.join(args.coordinator, args.num_processes, args.process_id)
         stop.listen()
         stop.defer()  # one that leaves before the others would have them wait for it
 
-    from jaxlm import run as runs
+    def train() -> int:
+        shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}
+        distributed.check_same("the configuration", shared)
+        from jaxlm import run as runs
 
-    return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, stop)
+        return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, stop)
+
+    return train() if hosts is None else hosts.run(train, exit_code)
 
 
-def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
-    """Runs a command line; what a user can mend becomes one line on stderr and its exit code."""
+def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] | None = None) -> int:
+    """Runs a command line; what a user can mend becomes one line on stderr, added to `said` too, and its exit code."""
+
+    def say(line: str) -> None:
+        print(f"{name}: {line}", file=sys.stderr)
+        if said is not None:
+            said.append(line)
+
     try:
         return program()
     except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(" ".join(str(error).split()))
         return 2
     except Stopped:
-        print(f"{name}: stopped before the first step; run the same command again", file=sys.stderr)
+        say("stopped before the first step; run the same command again")
         return EXIT_CODE
     except KeyboardInterrupt:
         return 130
@@ -75,7 +87,7 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
         full = _exhausted(error)
         if code is None and full is None:
             raise
-        print(f"{name}: {full or ' '.join(str(error).split())}", file=sys.stderr)
+        say(full or " ".join(str(error).split()))
         return code or 2
 
 

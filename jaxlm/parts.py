@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import data, runtime
+from jaxlm import data, distributed, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import Checkpointer, shapes
@@ -172,11 +172,7 @@ def _check_prompt(config: Config, corpus: data.Corpus) -> None:
 
 def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
     """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
-    if jax.process_count() > 1:
-        mine = np.frombuffer(bytes.fromhex(corpus.fingerprint), np.uint8)
-        if (multihost_utils.process_allgather(mine) != mine).any():
-            raise UserError(f"data: not the same on all hosts (fingerprint {corpus.fingerprint} on this one); allowed: "
-                            "the same files, or a data.cache_dir that all see")  # fmt: skip
+    distributed.check_same("the data", {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size})
     if not workdirs.holds_checkpoints(workdir):
         return
     facts = workdirs.read_facts(workdir)

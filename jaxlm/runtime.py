@@ -1,4 +1,4 @@
-"""What must be decided before JAX starts: memory pages, XLA flags, CPU devices, other hosts.
+"""What must be decided before JAX starts: memory pages, XLA flags, CPU devices.
 
 Nothing here imports jax at module level, so that a program can still start itself anew.
 """
@@ -8,6 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
+from jaxlm import distributed
 from jaxlm.config import Config, UserError
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -78,53 +79,18 @@ def choose_devices(config: Config) -> list:
     """The devices of the run over all processes, the same number of each; the first call that touches a device."""
     import jax
 
-    local = jax.local_device_count()
-    count = config.parallel.devices or local
-    if count > local:
-        raise UserError(f"parallel.devices is {count}; allowed: at most the {local} that this host has, or 0 for all")
-    check_batch(config, count, jax.process_count())
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f"model.attention is 'cudnn'; allowed on {jax.default_backend()}: auto, xla")
     by_process: dict[int, list] = {}
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
+    count = config.parallel.devices or len(by_process[0])
+    for process, found in by_process.items():
+        if count > len(found) or (not config.parallel.devices and count != len(found)):
+            asked = f"parallel.devices is {count}" if config.parallel.devices else f"{distributed.name(0)} has {count}"
+            raise UserError(
+                f"{asked} devices, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that"
+                " every host has"
+            )
+    check_batch(config, count, jax.process_count())
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"model.attention is 'cudnn'; allowed on {jax.default_backend()}: auto, xla")
     return [d for process in sorted(by_process) for d in by_process[process][:count]]
-
-
-def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
-    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
-    Kubernetes' indexed jobs), else 1.
-
-    Raises:
-      UserError: the three values do not go together.
-    """
-    if coordinator is not None and num_processes is not None and process_id is not None:
-        if num_processes < 1:
-            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
-        if not 0 <= process_id < num_processes:
-            raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
-        return num_processes
-    if not coordinator is num_processes is process_id is None:
-        raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
-    for count, together_with in (
-        ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX"),
-    ):
-        if together_with in os.environ and os.environ.get(count, "").isdigit():
-            return int(os.environ[count])
-    return 1
-
-
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects to the other processes; with no address given, JAX reads it from the launcher's environment.
-
-    Raises:
-      UserError: the coordinator is not reached in time.
-    """
-    import jax
-
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=120)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--coordinator {coordinator}: cannot join the other processes: {error}") from error

@@ -136,7 +136,7 @@ def test_overlapped_is_the_same_training(devices: int, overrides: list[str]):
     "reduce, zero", [("bf16", 0), ("fp16", 0), ("int8", 0), ("topk", 0), ("powersgd", 0), ("int8", 1)]
 )
 def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
-    """One step of plain SGD: parameters without what the devices keep are those of the exact mean. Where nothing is kept,
+    """One step of plain SGD: parameters without what devices keep are those of the exact mean. Where nothing is kept,
     they are as near as the strategy promises. And a state with residuals is saved and comes back.
     """
     sgd = ("optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_norm=0", "optim.lr=1")

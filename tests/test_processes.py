@@ -29,14 +29,20 @@ def flags(*overrides: str) -> list[str]:
     return [f"--config.{o}" for o in (*TINY, *overrides)]
 
 
+def flags_of(overrides: list[str]) -> list[str]:
+    return [f"--config.{o}" for o in overrides]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def start(workdir: Path, processes: int, *overrides: str) -> list[subprocess.Popen[str]]:
-    """All processes of a run, with four devices together."""
+def start(
+    workdir: Path, processes: int, *overrides: str, own: dict[int, list[str]] | None = None, devices: Any = None
+) -> list[subprocess.Popen[str]]:
+    """All processes of a run, with four devices together; `own` has overrides of some, `devices` other counts."""
     command = [
         sys.executable,
         "-m",
@@ -47,16 +53,15 @@ def start(workdir: Path, processes: int, *overrides: str) -> list[subprocess.Pop
         str(workdir),
         *flags(*overrides),
     ]
-    address, devices = f"127.0.0.1:{free_port()}", 4 // processes
+    address, devices = f"127.0.0.1:{free_port()}", devices or [4 // processes] * processes
     started = []
     for i in range(processes):
         joined = ["--coordinator", address, "--num_processes", str(processes), "--process_id", str(i)]
-        started.append(
-            subprocess.Popen(
-                command + (joined if processes > 1 else []), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                text=True, env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-            )
-        )  # fmt: skip
+        arguments = command + flags_of((own or {}).get(i, [])) + (joined if processes > 1 else [])
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices[i]}"}
+        started.append(subprocess.Popen(
+            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        ))  # fmt: skip
     return started
 
 
@@ -177,3 +182,88 @@ def test_a_mistake_ends_both_with_2(tmp_path: Path):
     assert [code for code, *_ in results] == [2, 2]
     assert all("parallel.devices" in error and "Traceback" not in error for *_, error in results)
     assert not (tmp_path / "run").exists()
+
+
+LONG = ["steps=100000", "checkpoint.every_steps=100000", "eval.every_steps=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0], ids=["another", "the-coordinator"])
+def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
+    """Within half a minute, with a last line that names it; and the same command then goes on."""
+    workdir = tmp_path / "run"
+    started = start(workdir, 2, *LONG)
+    deadline = time.monotonic() + LIMIT
+    while not any(m["step"] >= 5 for m in lines(workdir)):
+        assert all(p.poll() is None for p in started) and time.monotonic() < deadline, finish(started)
+        time.sleep(0.01)
+    started[victim].kill()
+    killed = time.monotonic()
+    results = finish(started)
+    assert time.monotonic() - killed < 45
+    code, _, error = results[1 - victim]
+    last = error.strip().split("\n")[-1]
+    assert code == 5, results
+    assert last.startswith(f"jaxlm: host {socket.gethostname()} (process {victim})") and "is gone" in last
+    assert last.endswith("this host stops too, and the same command goes on")
+    if victim == 1:  # JAX prints what it has to say of its coordinator
+        assert error.strip() == last
+    again = finish(start(workdir, 2, "steps=20", "checkpoint.every_steps=20", "eval.every_steps=0"))
+    assert [code for code, *_ in again] == [0, 0], again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own, devices, words",
+    [
+        ({1: ["optim.lr=0.002"]}, None, ["optim.lr is 0.002 on host", "(process 1) and 0.003 on host"]),
+        ({}, [2, 1], ["has 2 devices, and host", "(process 1) has 1"]),
+    ],
+    ids=["configuration", "devices"],
+)
+def test_what_hosts_do_not_agree_on(own: dict[int, list[str]], devices: Any, words: list[str], tmp_path: Path):
+    results = finish(start(tmp_path / "run", 2, "steps=40", "optim.accum_steps=1", own=own, devices=devices))
+    assert [code for code, *_ in results] == [2, 2], results
+    for *_, error in results:
+        assert len(error.strip().split("\n")) == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [True, False], ids=["another", "none"])
+def test_hosts_with_different_data(there: bool, tmp_path: Path):
+    """One that has none fails alone: the other one learns why."""
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+        if i == 0 or there:
+            (tmp_path / f"{i}/text").write_text(f"host {i} has another text\n" * 500)
+    keys = flags("steps=10", "data.source=text", "data.tokenizer=bytes", "data.path=text", "data.val_fraction=0.2",
+                 "eval.sample_tokens=0")  # fmt: skip
+    address, started = f"127.0.0.1:{free_port()}", []
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    for i in range(2):
+        command = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run"),
+                   *keys, "--coordinator", address, "--num_processes", "2", "--process_id", str(i)]  # fmt: skip
+        started.append(subprocess.Popen(
+            command, cwd=tmp_path / str(i), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        ))  # fmt: skip
+    results = finish(started)
+    assert [code for code, *_ in results] == [2, 2], results
+    words = ["the data: fingerprint is", "(process 1)"] if there else ["data.path is 'text'"]
+    for *_, error in results:
+        assert all(word in error for word in words) and "Traceback" not in error, error
+    if not there:
+        assert "(process 1) has ended with exit code 2: data.path" in results[0][2]
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there():
+    address = f"127.0.0.1:{free_port()}"
+    script = ("import sys; from jaxlm import distributed, main; distributed.JOIN_LIMIT = 3; "
+              "sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))")  # fmt: skip
+    command = [sys.executable, "-c", script, "--config", str(CONFIG), *flags("steps=10"), "--coordinator", address,
+               "--num_processes", "2", "--process_id", "1"]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    last = result.stderr.strip().split("\n")[-1]
+    assert (result.returncode, address in last, socket.gethostname() in last) == (2, True, True), result.stderr
+    assert result.stderr.strip() == last

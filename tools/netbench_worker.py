@@ -15,7 +15,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from jaxlm import cli, runtime
+    from jaxlm import cli, distributed, runtime
     from jaxlm import step as steps
     from jaxlm.model import make_model
     from jaxlm.placement import Placement
@@ -25,7 +25,7 @@ def main() -> None:
         return cli.load(Path(file), [f"--config.{k}={v}" for k, v in flat.items()])
 
     runtime.configure_jax(config_of("pmean"), int(count))
-    runtime.join(coordinator, int(count), int(index))
+    distributed.join(coordinator, int(count), int(index))
     devices = runtime.choose_devices(config_of("pmean"))
     built: dict[str, Any] = {}
     for name in json.loads(names):

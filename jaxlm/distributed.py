@@ -1,0 +1,256 @@
+"""Many hosts: how they find each other, what they must agree on, and how one learns that another is gone.
+
+JAX's coordination service, in the first process, has a table of strings that all processes read and write. Each keeps
+its host's name there, a count that goes up every second, and, when it ends, how. Whoever sees that another one has
+ended early, or has not counted for half a minute, says so and ends too: in a collective it would wait for ever.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from jaxlm.config import UserError
+
+LOST = 5  # exit code: another host is gone; the same command goes on
+LOST_AFTER = 30  # seconds without a sign of life; JAX itself gives up after 100
+FAILED_AFTER = 10  # the same where a collective has failed already
+JOIN_LIMIT = 300  # seconds until all must be there
+
+
+def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
+    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
+    Kubernetes' indexed jobs), else 1.
+
+    Raises:
+      UserError: the three values do not go together.
+    """
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if num_processes < 1:
+            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise UserError(f"--coordinator is '{coordinator}'; allowed: HOST:PORT")
+        return num_processes
+    if not coordinator is num_processes is process_id is None:
+        raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
+    for count, together_with in (
+        ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX"),
+    ):
+        if together_with in os.environ and os.environ.get(count, "").isdigit():
+            return int(os.environ[count])
+    return 1
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts":
+    """Connects to the other processes; with no address given, JAX reads it from the launcher's environment.
+
+    Raises:
+      UserError: the others are not reached in time.
+    """
+    import jax
+
+    if coordinator is None and "JOB_COMPLETION_INDEX" in os.environ and "JOB_COMPLETIONS" in os.environ:
+        # As tools/launch/jobset.yaml sets them: JAX's own detection asks the cluster, for which pods need permissions.
+        coordinator, num_processes = os.environ.get("JAX_COORDINATOR_ADDRESS"), int(os.environ["JOB_COMPLETIONS"])
+        process_id = int(os.environ["JOB_COMPLETION_INDEX"])
+    where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
+    failed = f"{where}: host {socket.gethostname()} cannot join the other processes within {JOIN_LIMIT} s"
+    if coordinator is not None and process_id != 0:
+        _wait_for(coordinator, failed)
+    # A process that is alone on its host has all of its devices; JAX would give it one for each task of Slurm's.
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0] == "1"
+    _at_abort(f"{failed}: not all of them came", 2)  # what JAX does then
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, local_device_ids=[] if alone else None,
+            initialization_timeout=JOIN_LIMIT,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{failed}: {' '.join(str(error).split())[:200]}") from error
+    global _hosts
+    _hosts = Hosts()
+    return _hosts
+
+
+def _wait_for(coordinator: str, failed: str) -> None:
+    """Returns when somebody listens there."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + JOIN_LIMIT
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{failed}: {error.strerror or error}") from error
+            time.sleep(0.5)
+
+
+def _at_abort(message: str, code: int) -> None:
+    """Has this process end with a last line and an exit code where C++ aborts it: JAX does, without a coordinator."""
+
+    def aborted(number: int) -> None:
+        os.write(2, f"\njaxlm: {message}\n".encode())
+        os._exit(code)
+
+    global _abort_handler
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
+
+
+_abort_handler: Any = None  # must live as long as it may be called
+
+
+class Hosts:
+    """The processes of this run, after `join`."""
+
+    def __init__(self) -> None:
+        from jax._src import distributed
+
+        state = distributed.global_state
+        self._client: Any = state.client
+        self.index, self.count = state.process_id, state.num_processes
+        self.names = self._exchange("host", socket.gethostname())
+        self._gone = f"{self.name(0)}, the coordinator at {state.coordinator_address}, is gone"
+        self._ending = self._failed = False
+        self._unanswered = 0  # seconds since the table was read
+        for act in (self._beat, self._watch, self._guard):
+            threading.Thread(target=act, daemon=True).start()
+        if self.index:
+            _at_abort(f"{self._gone}; {self._advice(LOST)}", LOST)
+
+    def name(self, index: int) -> str:
+        return f"host {self.names[index]} (process {index})"
+
+    def check_same(self, what: str, values: dict[str, Any]) -> None:
+        """Raises UserError, on all hosts alike, unless all call this with the same values."""
+        found = [json.loads(v) for v in self._exchange(f"same/{what}", json.dumps(values))]
+        for i, other in enumerate(found):
+            for key in other:
+                if other[key] != found[0].get(key):
+                    raise UserError(
+                        f"{what}: {key} is {other[key]!r} on {self.name(i)} and {found[0].get(key)!r} on"
+                        f" {self.name(0)}; allowed: the same on all hosts"
+                    )
+
+    def run(self, program: Callable[[], int], exit_code: Callable[..., int]) -> int:
+        """Runs the program; does not return where it fails: then the others are told, and nobody is waited for."""
+        said: list[str] = []
+
+        def watched() -> int:
+            try:
+                return program()
+            except Exception as error:
+                if "JaxRuntimeError" in type(error).__name__:
+                    # A collective fails at once where the network tells that its other end is gone. The watch, which
+                    # learns who that is, ends this process; if it does not, the error is another.
+                    self._failed = True
+                    time.sleep(FAILED_AFTER + 5)
+                raise
+
+        try:
+            code = exit_code(watched, said=said)
+        except Exception:
+            code = 1
+            said.append("a bug, see its traceback")
+            traceback.print_exc()
+        self._ending = True
+        with contextlib.suppress(Exception):  # the coordinator is gone: nobody to tell
+            self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([code, *said]))
+        if code not in (0, 75):
+            self._let_read()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # what JAX does at exit would wait for the others
+        return code
+
+    def _exchange(self, key: str, value: str) -> list[str]:
+        """The values of all processes."""
+        self._client.key_value_set(f"jaxlm/{key}/{self.index}", value)
+        found = []
+        for i in range(self.count):
+            try:
+                found.append(self._client.blocking_key_value_get(f"jaxlm/{key}/{i}", JOIN_LIMIT * 1000))
+            except Exception as error:
+                raise UserError(f"process {i} has not told its '{key}' within {JOIN_LIMIT} s") from error
+        return found
+
+    def _beat(self) -> None:
+        count = 0
+        with contextlib.suppress(Exception):  # what fails is the watch's to see
+            while not self._ending:
+                count += 1
+                self._client.key_value_set(f"jaxlm/beat/{self.index}", str(count), True)
+                time.sleep(1)
+
+    def _watch(self) -> None:
+        """Ends this process when another one has ended early or is not heard of."""
+        beats: dict[str, str] = {}
+        silent = [0] * self.count  # seconds
+        while not self._ending:
+            with contextlib.suppress(Exception):
+                new = dict(self._client.key_value_dir_get("jaxlm/beat/"))
+                ends = dict(self._client.key_value_dir_get("jaxlm/end/"))
+                self._unanswered = 0
+                for i in range(self.count):
+                    code, *said = json.loads(ends.get(f"jaxlm/end/{i}", "[0]"))
+                    key = f"jaxlm/beat/{i}"
+                    silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
+                    if code not in (0, 75):
+                        same = code in (2, 3, 4)  # to be mended, not just started again
+                        self._end(code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {said[0]}")
+                    if silent[i] > (FAILED_AFTER if self._failed else LOST_AFTER):
+                        self._end(LOST, f"{self.name(i)} is gone: nothing was heard of it for {silent[i]} s")
+                beats = new
+            time.sleep(1)
+
+    def _guard(self) -> None:
+        """Ends this process when the table cannot be read. Counts seconds that it lived itself: not those for which
+        something else held all threads.
+        """
+        while not self._ending:
+            self._unanswered += 1
+            if self._unanswered > (FAILED_AFTER if self._failed else LOST_AFTER):
+                self._end(LOST, self._gone)
+            time.sleep(1)
+
+    def _end(self, code: int, reason: str) -> None:
+        if not self._ending:
+            self._ending = True
+            os.write(2, f"\njaxlm: {reason}; {self._advice(code)}\n".encode())
+            self._let_read()
+            os._exit(code)
+
+    def _let_read(self) -> None:
+        """The first process takes the table with it: before, the others shall see in it what happened."""
+        if self.index == 0:
+            time.sleep(3)
+
+    def _advice(self, code: int) -> str:
+        return "this host stops too" + (", and the same command goes on" if code == LOST else "")
+
+
+_hosts: Hosts | None = None  # of this process, as JAX has one distributed state of a process
+
+
+def check_same(what: str, values: dict[str, Any]) -> None:
+    """Raises UserError, on all hosts alike, unless all have the same values; one host alone always has."""
+    if _hosts is not None:
+        _hosts.check_same(what, values)
+
+
+def name(process: int) -> str:
+    return _hosts.name(process) if _hosts is not None else "this host"
