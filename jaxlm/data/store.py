@@ -31,7 +31,7 @@ from jaxlm.config import DataConfig, UserError
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
 from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
-from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES
+from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
 from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer
@@ -93,9 +93,9 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
     folder = cache_folder(data) / _short({"shape": SHAPE, "source": source.key, "tokenizer": name})
 
     def make(temporary: Path) -> None:
-        _fill(temporary, source, tokenizer, seq_len, progress)
+        _fill(temporary, source, tokenizer, named(data), seq_len, progress)
         if open_source(data).key != source.key:
-            raise UserError(f"data.source={source.name}: files changed while they were read; run it again")
+            raise UserError(f"{named(data)}: files changed while they were read; run it again")
 
     _made_once(folder, make, lambda folder: (folder / "manifest.json").is_file(), progress)
     return open_store(folder)
@@ -182,7 +182,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.release()
 
 
-def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, progress: bool) -> None:
+def _fill(folder: Path, source: Source, tokenizer: Tokenizer, where: str, seq_len: int, progress: bool) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
     try:
@@ -197,7 +197,7 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, prog
         reasons = [reason for shard in shards for reason in shard["reasons"]]
         print(f"skipped {skipped} files or records that are no good", file=sys.stderr)
         print(*(f"  {reason}" for reason in islice(reasons, 5)), sep="\n", end="\n" * bool(reasons), file=sys.stderr)
-    check_lengths(f"data.source={source.name}", totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
+    check_lengths(where, totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
     manifest = {
         "format": FORMAT, "dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size,
         "source": source.name, "masked": source.masked, "skipped": skipped, "shards": shards,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.documents import Document, Source, Split, Unit, held_out, parts_of
-from jaxlm.data.files import MAX_UNITS
+from jaxlm.data.files import MAX_UNITS, key_of
 from jaxlm.data.tf_import import import_tensorflow
 
 STALL_SECONDS = 60  # without a new byte
@@ -99,7 +99,7 @@ def _builder(data: DataConfig) -> Any:
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
     except Exception as error:  # whatever the dataset's own code or its hub raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"data.tfds_name is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
+        raise UserError(f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
                         "or one prepared under data.path") from error  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _download(builder: Any, data: DataConfig) -> None:
     if stalled or child.returncode:
         reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else last_line
         raise UserError(
-            f"data.tfds_name is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
+            f"{key_of(data)} is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
             f"one prepared there, by tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"
         )
 
@@ -185,7 +185,7 @@ def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
     if raised:
         raise raised[0]
     if not result:
-        raise UserError(f"data.tfds_name is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
+        raise UserError(f"{key_of(data)} is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
                         "prepared under data.path")  # fmt: skip
     return result[0]
 
