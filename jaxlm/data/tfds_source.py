@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.documents import Document, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
 from jaxlm.data.files import MAX_UNITS, key_of
 from jaxlm.data.tf_import import import_tensorflow
 
@@ -51,11 +51,20 @@ def open_tfds(data: DataConfig) -> Source:
         return [Unit(partial(_read, data, split, which, i, count)) for i in range(count)]
 
     def units() -> list[Unit]:
-        if data.val_split:
-            return units_of(data.split, "train") + units_of(data.val_split, "val")
-        return units_of(data.split, None)
+        if not data.val_split:
+            return units_of(data.split, None)
+        found = units_of(data.split, "train") + units_of(data.val_split, "val")
+        if sum(splits.values()) > UNIT_EXAMPLES:
+            return found
+        # One, which this process reads: each of several would first import tensorflow, for seconds.
+        return [Unit(partial(_read_all, found))]
 
     return Source(f"{data.tfds_name} {data.split}", key, units, num_bytes=0)
+
+
+def _read_all(units: list[Unit]) -> Iterator[Document | Skipped]:
+    for unit in units:
+        yield from unit.read()
 
 
 def _read(data: DataConfig, split: str, which: Split | None, index: int, count: int) -> Iterator[Document]:
