@@ -11,8 +11,8 @@ from jaxlm.data.hf_tokenizer import FILE as HF_FILE
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import (
     CHUNK,
-    SAMPLE_CHARACTERS,
     SentencePieceTokenizer,
+    sample_characters,
     spread_sample,
     train_sentencepiece,
 )
@@ -50,7 +50,8 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
         for text in all_texts():
             seen[code_points(text)] = True
         return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
-    sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), SAMPLE_CHARACTERS)
+    limit = sample_characters(data.sentencepiece, data.vocab_size)
+    sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
     model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
     return SentencePieceTokenizer(model, lossless=True, name="trained model")
 
