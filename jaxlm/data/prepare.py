@@ -78,7 +78,8 @@ def _mixed(config: Config, progress: bool) -> Corpus:
         train=chain([c.train for c in corpora]), val=chain([c.val for c in corpora]),
         vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, bytes_per_token=tokenizer.bytes_per_token(),
         fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)), folder=None,
-        facts={"source": "mixture", "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
+        facts={"source": "mixture", "folders": list(dict.fromkeys(str(c.folder) for c in corpora if c.folder)),
+               "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
         shares=tuple(shares),
     )  # fmt: skip
 
