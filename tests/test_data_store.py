@@ -209,7 +209,7 @@ def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
         call(mixture, "--config.seq_len=16")
 
 
-@pytest.mark.parametrize("num_bytes, size", [(999, "1.0 kB"), (54_321, "54.3 kB"), (2_345_678, "2.3 MB")])
+@pytest.mark.parametrize("num_bytes, size", [(999, "999 B"), (54_321, "54.3 kB"), (2_345_678, "2.3 MB")])
 def test_sizes_of_small_corpora_are_not_zero(capsys, num_bytes: int, size: str):
     with track("tokenizing", num_bytes, show=True) as bar:
         bar.advance(num_bytes)

@@ -38,4 +38,6 @@ def track(what: str, num_bytes: int, show: bool) -> Iterator[Progress]:
 
 
 def _size(num_bytes: int) -> str:
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
