@@ -69,9 +69,7 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm") -> int:
         print(f"{name}: stopped before the first step; run the same command again", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
-        print(
-            f"{name}: stopped; run the same command again, what is finished of a token store is kept", file=sys.stderr
-        )
+        print(f"{name}: stopped; run the same command again, what is finished is kept", file=sys.stderr)
         return 130
     except Exception as error:
         code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
