@@ -293,12 +293,20 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
         require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
         data_dir = any(part.source == "tfds" for part in parts)
         require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
+    else:
+        with_val_path = (*FILE_SOURCES, "tokens")
+        for key, path, sources in (("path", d.path, (*with_val_path, "tfds")), ("val_path", d.val_path, with_val_path)):
+            require(not path or d.source in sources, f"data.{key}",
+                    f"none with data.source={d.source}; {', '.join(sources)} have one")  # fmt: skip
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
         require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
     if d.messages_key or (d.response_key and d.chat_template):
         fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
         require(fits, "data.chat_template", "a text with {role}, and with {content} once")
+    # What a shell makes of '...\n', which the model would learn to write.
+    require("\\n" not in d.chat_template, "data.chat_template",
+            r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'")  # fmt: skip
     if not any(part.source in ("jsonl", "parquet") for part in parts):
         for key in ("response_key", "messages_key"):
             require(
@@ -327,15 +335,16 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
 
 
 def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
-    """The weight of each source of `data.mixture`, and `data` with that source.
+    """The weight of each source of `data.mixture`, and `data` with that source (and still the mixture it is of).
 
     Raises:
       UserError: names the part of it that is wrong.
     """
     found = []
-    for part in data.mixture.split(";"):
+    for part in data.mixture.rstrip("; ").split(";"):
         weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
-        allowed = "WEIGHT SOURCE [PATH]; ... with weights of more than 0 and sources " + ", ".join(MIXED_SOURCES)
+        allowed = ("WEIGHT SOURCE [PATH]; ... with weights that are numbers of more than 0, without %, and sources "
+                   + ", ".join(MIXED_SOURCES))  # fmt: skip
         needs_path = source != "stdlib"
         number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight)
         if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or source not in MIXED_SOURCES:
@@ -344,7 +353,7 @@ def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
             what = "a path (tfds: a name) after it" if needs_path else "no path after it"
             raise UserError(f"data.mixture has {show(part.strip())}; allowed with {source}: {what}")
         keys: dict[str, Any] = {"tfds_name" if source == "tfds" else "path": path} if path else {}
-        own = dataclasses.replace(data, mixture="", source=source, val_path="", **keys)
+        own = dataclasses.replace(data, source=source, val_path="", **keys)
         found.append((float(weight), own))
     return found
 

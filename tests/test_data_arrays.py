@@ -61,6 +61,37 @@ def test_messages_about_tokens(config: Config, tmp_path: Path):
             open_corpus(config, tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "names", [("train.bin", "val.bin"), ("x_val_0.npy", "x_train_0.npy"), ("train/a.npy", "test/a.npy")]
+)
+@pytest.mark.parametrize("pattern", ["", "/**/*"])
+def test_files_to_validate_on_are_not_trained_on(config: Config, tmp_path: Path, names: tuple[str, str], pattern: str):
+    """As nanoGPT and llm.c leave them in one folder."""
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        ids = (np.arange(1000) % 50).astype("<u2")
+        ids.tofile(tmp_path / "d" / name) if name.endswith("bin") else np.save(tmp_path / "d" / name, ids)
+    train, val = sorted((str(tmp_path / "d" / name) for name in names), key=lambda path: "train" not in path)
+    said = rf"holds .* and trains on both; allowed: data\.path={train} data\.val_path={val}, or globs$"
+    with pytest.raises(UserError, match=said):
+        open_corpus(config, f"{tmp_path / 'd'}{pattern}")
+    assert len(open_corpus(config, train, val_path=val).val) == 1000
+
+
+@pytest.mark.parametrize("vocab_size", [50, 50_000, 200_000])
+def test_ids_of_32_bits_without_a_header_are_not_read_as_twice_as_many(config: Config, tmp_path: Path, vocab_size: int):
+    ids = np.random.default_rng(0).integers(vocab_size, size=1000)
+    ids.astype("<u4").tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"a\.bin: looks like ids of 32 bits; allowed: .bin of uint16 without a header"):
+        open_corpus(config, tmp_path / "a.bin", vocab_size=vocab_size)
+
+
+def test_zeros_and_ids_that_are_often_zero_are_not_taken_for_wider_ones(config: Config, tmp_path: Path):
+    for ids in (np.zeros(1000), np.arange(1000) % 2 * 9, np.arange(1000) % 3):
+        ids.astype("<u2").tofile(tmp_path / "a.bin")
+        assert len(open_corpus(config, tmp_path / "a.bin").train) == 950
+
+
 def test_synthetic(config: Config):
     config.data.source, config.data.vocab_size = "synthetic", 97
     begin = time.monotonic()

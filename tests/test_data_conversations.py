@@ -116,6 +116,14 @@ def test_prompts_and_responses(config: Config, tmp_path: Path, template: str, pr
     assert (asked + answer, [answer]) in documents(corpus, "train") + documents(corpus, "val")
 
 
+def test_a_newline_that_a_shell_left_as_two_characters_is_refused(config: Config):
+    config.data.source, config.data.path, config.data.messages_key = "jsonl", "a", "chat"
+    validate(config)
+    config.data.chat_template = config.data.chat_template.replace("\n", r"\n")
+    with pytest.raises(UserError, match=r"^data\.chat_template is .*; allowed: newlines .* in a shell .*\$'"):
+        validate(config)
+
+
 def test_templates():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     assert conversation(messages, "m", "[{role}] {content}</s>{role}") == [

@@ -13,6 +13,7 @@ from configs.base import get_config
 from jaxlm.config import UserError, mixture, validate
 from jaxlm.data import TrainOrder, prepare
 from jaxlm.data.order import Mixed, Rows
+from jaxlm.data.tokenizer_base import ByteTokenizer
 from tests.corpora import LINES, make_config, open_corpus, text, write
 from tests.runs import lines, run
 
@@ -123,12 +124,42 @@ def test_one_tokenizer_is_trained_on_all(folder: Path, tmp_path: Path):
     assert prepare(validate(config), progress=False).shares[1].name == f"tokens {made.folder}"
 
 
+def test_ids_of_nobody_knows_which_tokenizer_are_refused(folder: Path, tmp_path: Path):
+    """Beside text, of which a tokenizer is made, as without it."""
+    config = make_config(tmp_path)
+    np.save(tmp_path / "ids.npy", np.array([256, *range(49)] * 100))
+    said = (
+        r"data\.mixture: .*ids\.npy is token ids without a tokenizer; allowed: data\.tokenizer_path, or a token store"
+    )
+    config.data.vocab_size = 257  # as many as the bytes of the text
+    for other in (f"text {folder / 'a'}", f"tokens {tmp_path / 'ids.npy'}"):
+        config.data.mixture = f"1 {other}; 1 tokens {tmp_path / 'ids.npy'}"
+        with pytest.raises(UserError, match=said):
+            prepare(validate(config), progress=False)
+        assert not Path(config.data.cache_dir).exists(), "refused before anything is made"
+    (tmp_path / "bytes").mkdir()
+    ByteTokenizer().save(tmp_path / "bytes")
+    config.data.tokenizer_path = str(tmp_path / "bytes")
+    config.data.mixture = f"1 text {folder / 'a'}; 1 tokens {tmp_path / 'ids.npy'}"
+    assert len(prepare(validate(config), progress=False).shares) == 2
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "tokens"])
+def test_a_path_that_is_not_there_is_one_of_the_mixture(tmp_path: Path, source: str):
+    config = make_config(tmp_path)
+    config.data.mixture = f"1 stdlib; 1 {source} {tmp_path / 'nowhere'}"
+    with pytest.raises(UserError, match=r"^a source of data\.mixture is '.*nowhere': no such file or folder"):
+        prepare(validate(config), progress=False)
+
+
 BAD: dict[str, str] = {
     "stdlib": "has 'stdlib'; allowed: WEIGHT SOURCE",
     "0 stdlib": "has '0 stdlib'",
     "-1 stdlib": "has '-1 stdlib'",
     "nan stdlib": "has 'nan stdlib'",
-    "1 stdlib; ": "has ''; allowed",
+    ";": "has ''; allowed",
+    "1 stdlib;; 1 text x": "has ''; allowed",
+    "70% stdlib": "has '70% stdlib'; allowed: .* without %",
     "1 stdin x": "has '1 stdin x'; allowed: .* sources stdlib, text",
     "1 text": "has '1 text'; allowed with text: a path",
     "1 stdlib x": "has '1 stdlib x'; allowed with stdlib: no path",
@@ -146,13 +177,15 @@ def test_what_is_wrong_in_a_mixture_is_named(value: str):
 
 def test_the_parts_of_a_mixture():
     config = get_config()
-    config.data.mixture, config.data.text_key = "0.5 stdlib; 2 text my books/*.txt;1.5 tfds lm1b", "body"
-    found = mixture(config.data)
-    assert [(w, d.source, d.path, d.tfds_name, d.text_key, d.mixture) for w, d in found] == [
-        (0.5, "stdlib", "", "", "body", ""),
-        (2, "text", "my books/*.txt", "", "body", ""),
-        (1.5, "tfds", "", "lm1b", "body", ""),
-    ]
+    parts = "0.5 stdlib; 2 text my books/*.txt;1.5 tfds lm1b"
+    config.data.text_key = "body"
+    for config.data.mixture in (parts, f"{parts}; "):
+        found = mixture(config.data)
+        assert [(w, d.source, d.path, d.tfds_name, d.text_key) for w, d in found] == [
+            (0.5, "stdlib", "", "", "body"),
+            (2, "text", "my books/*.txt", "", "body"),
+            (1.5, "tfds", "", "lm1b", "body"),
+        ]
 
 
 def test_a_run_says_what_it_has_had_of_each_source(folder: Path, tmp_path: Path, capsys: Any):

@@ -18,6 +18,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import build as build_lib
 from jaxlm.data import documents as documents_lib
 from jaxlm.data import files as files_lib
+from jaxlm.data import prepare
 from jaxlm.data import sources as sources_lib
 from jaxlm.data import store as store_lib
 from jaxlm.data.documents import Document
@@ -122,6 +123,18 @@ def test_bad_records_are_refused_or_skipped_and_counted(config: Config, tmp_path
     corpus = open_corpus(config, tmp_path / "a.jsonl", on_error="skip")
     assert corpus.facts["skipped"] == 1
     assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)
+
+
+@pytest.mark.parametrize("bad", [1, 5, 8])
+def test_what_is_skipped_and_not_named_is_counted(config: Config, tmp_path: Path, capsys, bad: int):
+    write(tmp_path, {"a.jsonl": jsonl([*RECORDS, *[{"no": "text"}] * bad])})
+    config.data.path, config.data.source, config.data.on_error = str(tmp_path / "a.jsonl"), "jsonl", "skip"
+    prepare(config)
+    first, *named = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("tokenizing")]
+    what = "file or record that is" if bad == 1 else "files or records that are"
+    assert first == f"skipped {bad} {what} no good"
+    assert len(named) == {1: 1, 5: 5, 8: 6}[bad] and all("'doc.text'" in line for line in named[:5])
+    assert named[5:] == ["  ... and 3 more"] * (bad == 8)
 
 
 def test_bad_parquet(config: Config, tmp_path: Path):

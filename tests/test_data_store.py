@@ -14,8 +14,10 @@ import pytest
 from jaxlm.config import Config, UserError
 from jaxlm.data import compression_baselines, open_store, prepare
 from jaxlm.data import store as store_lib
+from jaxlm.data.progress import track
 from jaxlm.data.sources import open_source
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
+from tools import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,7 +176,41 @@ def test_command(config: Config, tmp_path: Path):
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["train"]["bytes"] + facts["val"]["bytes"] == len(LINES)
     assert facts["train_bytes_per_token"] == 1 and Path(facts["folder"]).is_dir()
+    assert f"store {facts['folder']}" in done.stdout.splitlines() and facts["folders"] == [facts["folder"]]
     (tmp_path / "a.txt").unlink()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"prepare_data\.py: data\.path is .*\n", done.stderr)
+
+
+def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
+    config: Config, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path, {"a/1.txt": LINES, "a/2.txt": LINES, "b/1.txt": LINES, "b/2.txt": LINES * 2})
+    np.save(tmp_path / "ids.npy", np.arange(5000) % 50)
+    keys = [f"--config.data.cache_dir={config.data.cache_dir}", "--config.data.tokenizer=bytes"]
+
+    def call(*more: str) -> tuple[list[str], dict]:
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--config", "configs/base.py", *keys, *more])
+        assert prepare_data.main() == 0
+        out = capsys.readouterr().out.splitlines()
+        return out[3:-1], json.loads(out[-1])
+
+    mixture = f"--config.data.mixture=1 text {tmp_path / 'a'}; 1 text {tmp_path / 'b'}"
+    said, mixed = call(mixture, "--config.seq_len=16")
+    assert len(set(mixed["folders"])) == 2 and "folder" not in mixed
+    assert said == [f"store {folder}" for folder in mixed["folders"]]
+    said, facts = call("--config.data.source=tokens", f"--config.data.path={tmp_path / 'ids.npy'}")
+    assert said == [f"no store: data.path={tmp_path / 'ids.npy'} is token ids already"] and facts["folder"] is None
+    damaged = Path(mixed["folders"][1], "train/00000.bin")
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    monkeypatch.setattr(store_lib, "CHECKED_BYTES", 0)
+    with pytest.raises(UserError, match="not the content that its manifest says"):
+        call(mixture, "--config.seq_len=16")
+
+
+@pytest.mark.parametrize("num_bytes, size", [(999, "999 B"), (54_321, "54.3 kB"), (2_345_678, "2.3 MB")])
+def test_sizes_of_small_corpora_are_not_zero(capsys, num_bytes: int, size: str):
+    with track("tokenizing", num_bytes, show=True) as bar:
+        bar.advance(num_bytes)
+    assert re.fullmatch(rf"tokenizing {size}\ntokenizing: {size} in .* s\n", capsys.readouterr().err)

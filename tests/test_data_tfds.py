@@ -12,7 +12,7 @@ from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare, store, tfds_source
 from jaxlm.data.baselines import text_of
-from jaxlm.data.documents import held_out
+from jaxlm.data.documents import Document, held_out
 from jaxlm.data.sources import open_source
 from tests.corpora import documents
 
@@ -62,6 +62,17 @@ def test_local_dataset_with_its_own_validation_split(config: Config):
     assert sorted(val.splitlines(keepends=True)) == sorted(STORIES[50:])
     assert corpus.facts["train"]["documents"] == 50
     assert prepare(config, progress=False).fingerprint == corpus.fingerprint
+
+
+def test_two_small_splits_are_read_by_this_process(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Others would import tensorflow first, for ten times as long as it all takes."""
+    config.data.val_split = "test"
+    (unit,) = open_source(config.data).units()
+    found = [d for d in unit.read() if isinstance(d, Document)]
+    assert [d.split for d in found] == ["train"] * 50 + ["val"] * 10
+    monkeypatch.setattr(tfds_source, "UNIT_EXAMPLES", 59)
+    several = open_source(config.data).units()
+    assert len(several) == 2 and [d for unit in several for d in unit.read()] == found
 
 
 def test_documents_held_out_of_one_split(config: Config):

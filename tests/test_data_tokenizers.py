@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import UserError
+from jaxlm.data import tokenizers as tokenizers_lib
 from jaxlm.data.hf_tokenizer import HfTokenizer
-from jaxlm.data.sentencepiece_tokenizer import CHUNK, SentencePieceTokenizer, spread_sample, train_sentencepiece
+from jaxlm.data.sentencepiece_tokenizer import (
+    CHUNK,
+    SentencePieceTokenizer,
+    sample_characters,
+    spread_sample,
+    train_sentencepiece,
+)
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
 from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
@@ -147,6 +154,24 @@ def test_the_kind_of_model_is_that_of_the_configuration(tmp_path: Path):
             spread_sample(CHUNK.findall(CODE[:5000]), 10**6), 320, data.sentencepiece
         )
     assert models["bpe"] != models["unigram"]
+
+
+def test_a_unigram_model_is_not_trained_on_all_of_a_large_text(monkeypatch: pytest.MonkeyPatch):
+    """It would take minutes; of those with more pieces more is read."""
+    sizes = [sample_characters("unigram", n) for n in (300, 2048, 8192, 100_000)]
+    assert sizes == [2_000_000, 2_048_000, 8_192_000, 20_000_000] and sample_characters("bpe", 300) == 20_000_000
+    seen: list[int] = []
+
+    def trained(texts: list[str], *rest: object) -> bytes:
+        seen.append(sum(map(len, texts)))
+        return train_sentencepiece([CODE[:5000]], 300)
+
+    monkeypatch.setattr(tokenizers_lib, "train_sentencepiece", trained)
+    data = get_config().data
+    data.vocab_size, text = 1024, CODE[:50_000] * 100
+    for data.sentencepiece in ("bpe", "unigram"):
+        make_tokenizer(data, lambda: [text], list)
+    assert seen[0] == len(text) > 4_000_000 and 1_000_000 < seen[1] <= 2_000_000
 
 
 def test_pieces_hold_indentation_and_words(sentencepiece: SentencePieceTokenizer):

@@ -1,6 +1,7 @@
 """What a user can do wrong: one line on stderr that names it, the promised exit code, and nothing written."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -336,6 +337,14 @@ def test_exit_codes_of_processes(finished: Path, tmp_path: Path):
     shutil.rmtree(workdir / "checkpoints/2/params")
     damaged = shell("-m", "jaxlm.main", "--config", CONFIG, "--workdir", workdir, *flags("checkpoint.every_steps=1"))
     assert damaged.returncode == 4 and damaged.stderr.count("\n") == 1 and damaged.stdout == "", damaged
+
+
+def test_a_tool_that_ctrl_c_stops_says_so(capsys: pytest.CaptureFixture[str]):
+    def program() -> int:
+        raise KeyboardInterrupt
+
+    assert main.exit_code(program, "prepare_data.py") == 130
+    assert re.fullmatch(r"prepare_data\.py: stopped; run the same command again, .*\n", capsys.readouterr().err)
 
 
 def test_help_is_not_an_error():

@@ -243,6 +243,8 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert re.search(r"'x' +█{40} 49\.33%", seen.out) and re.search(r"⟨bos⟩ +█ 1\.35%", seen.out)
     assert re.search(r"4 to 7 +█{40} 33\.33%", seen.out) and re.search(r"256 to 511 +█{20} 16\.67%", seen.out)
     assert "sample" not in seen.out
+    assert re.findall(r"(\d+) to \d+ +(?:█+ )?(\S+)\n", seen.out)[-5:] == [
+        ("16", "16.67%"), ("32", "0"), ("64", "0"), ("128", "0"), ("256", "16.67%")]  # fmt: skip
 
     monkeypatch.setattr(inspect, "SAMPLE_TOKENS", 100)
     monkeypatch.setattr(inspect, "BLOCK", 20)
@@ -251,6 +253,14 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "100 tokens, a sample, evenly spread over 446" in seen.out
     assert "3 documents, a sample, evenly spread over 6" in seen.out
     assert seen.numbers["documents"]["max"] == 19 and seen.numbers["tokens"]["counted"] == 100
+
+
+def test_one_document_and_little_that_is_not_nothing():
+    found = inspect.Documents(np.array([3]), 1)
+    assert inspect_data.document_chart(found, 16).title == "1 document"
+    lengths = np.array([2] * 40_000 + [8])
+    chart = inspect_data.document_chart(inspect.Documents(lengths, len(lengths)), 16)
+    assert [bar.text for bar in chart.bars] == ["100.00%", "0", "<0.01%"]
 
 
 def test_a_sample_is_of_the_whole_corpus():

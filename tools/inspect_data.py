@@ -88,6 +88,11 @@ def _number(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
+def _percent(share: float) -> str:
+    """Tells what is none from what is little."""
+    return "0" if share == 0 else "<0.01%" if share < 5e-5 else f"{share:.2%}"
+
+
 def _begun(out: Text) -> bool:
     """Whether there is something on the last line."""
     return bool(out) and not out.plain.endswith("\n")
@@ -144,8 +149,8 @@ def token_chart(counts: np.ndarray, tokens: int, learned: float, corpus: Corpus)
             text, is_text = decoded([i], corpus.tokenizer, lines=False)[0]
             label = _short(f"'{text}'" if is_text else text)
         share = float(counts[i] / total)
-        bars.append(Bar(label, share, f"{share:.2%}"))
-    return Chart(f"{total:,} tokens{sources}{sample}", note, bars)
+        bars.append(Bar(label, share, _percent(share)))
+    return Chart(f"{_number(total, 'token')}{sources}{sample}", note, bars)
 
 
 def _short(text: str) -> str:
@@ -166,14 +171,14 @@ def document_chart(found: Documents, seq_len: int) -> Chart:
     by_size = np.bincount(np.frexp(lengths)[1] - 1) / n  # 1, 2 to 3, 4 to 7, ...
     sizes = range(int(np.flatnonzero(by_size)[0]), len(by_size))
     labels = [f"{2**k:,} to {2 ** (k + 1) - 1:,}" if k else "1" for k in sizes]
-    bars = [Bar(label, float(by_size[k]), f"{by_size[k]:.2%}") for label, k in zip(labels, sizes, strict=True)]
-    return Chart(f"{n:,} documents{sample}", note, bars)
+    bars = [Bar(label, float(by_size[k]), _percent(by_size[k])) for label, k in zip(labels, sizes, strict=True)]
+    return Chart(f"{_number(n, 'document')}{sample}", note, bars)
 
 
 def padding_chart(share: float, rows: np.ndarray) -> Chart:
     labels = ["none", *(f"{a:.0%} to {b:.0%}" for a, b in itertools.pairwise(PADDING_EDGES))]
-    bars = [Bar(label, part, f"{part:.2%}") for label, part in zip(labels, rows.tolist(), strict=True)]
-    return Chart(f"{share:.2%} of all places are padding", "rows by their share of it", bars)
+    bars = [Bar(label, part, _percent(part)) for label, part in zip(labels, rows.tolist(), strict=True)]
+    return Chart(f"{_percent(share)} of all places are padding", "rows by their share of it", bars)
 
 
 def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:

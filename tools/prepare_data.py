@@ -7,6 +7,7 @@ The last line on stdout is one JSON object.
 
 import json
 import sys
+from pathlib import Path
 
 from jaxlm import cli
 from jaxlm.data import Corpus, open_store, prepare
@@ -17,11 +18,13 @@ from jaxlm.paths import user_path
 def summary(corpus: Corpus) -> dict:
     """What there is to know about a corpus, as JSON."""
     result = {
-        "folder": str(corpus.folder) if corpus.folder else None,
+        "folders": [str(corpus.folder)] if corpus.folder else [],
         "fingerprint": corpus.fingerprint,
         "vocab_size": corpus.vocab_size,
-        **corpus.facts,
+        **corpus.facts,  # of a mixture with the folders of its sources
     }
+    if not corpus.shares:
+        result["folder"] = str(corpus.folder) if corpus.folder else None
     for split in ("train", "val"):
         facts = corpus.facts[split]
         if facts.get("bytes"):
@@ -37,12 +40,16 @@ def main() -> int:
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args()
     corpus = prepare(cli.load(user_path("--config", args.config), overrides))
-    if corpus.folder:
-        open_store(corpus.folder, verify=True)
     facts = summary(corpus)
+    for folder in facts["folders"]:
+        open_store(Path(folder), verify=True)
     for split in ("train", "val"):
         print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
-    print(f"vocabulary {facts['vocab_size']:,}  store {facts['folder']}")
+    print(f"vocabulary {facts['vocab_size']:,}")
+    for folder in facts["folders"]:
+        print(f"store {folder}")
+    if not facts["folders"]:
+        print(f"no store: {facts['source']} is token ids already")
     print(json.dumps(facts))
     return 0
 

@@ -10,13 +10,14 @@ import numpy as np
 from jaxlm.config import Config, UserError
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
 from jaxlm.data.documents import BLOCK
-from jaxlm.data.files import HASH_LIMIT, train_and_val
+from jaxlm.data.files import HASH_LIMIT, named, train_and_val
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.data.tokens import Tokens
 
 SUFFIXES = (".bin", ".npy")
 HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
 MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # its version, and the dtype of tokens
+LOOKED_AT = 100_000  # values at the start of a file without a header, to tell how wide they are
 SYNTHETIC_TRAIN, SYNTHETIC_VAL = 1 << 20, 1 << 15  # tokens
 
 
@@ -43,7 +44,7 @@ def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 409
 
 
 def raw_tokens(config: Config) -> Corpus:
-    """Tokens of .bin (uint16, little-endian, as nanoGPT and, with a header, llm.c write them) or .npy (1-D integers)
+    """Tokens of .bin (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy (1-D integers)
     files, memory-mapped; a folder's or a glob's one after the other.
 
     Without `data.val_path` the last `data.val_fraction` of the tokens are held out.
@@ -56,7 +57,9 @@ def raw_tokens(config: Config) -> Corpus:
     if tokenizer and tokenizer.vocab_size != data.vocab_size:
         raise UserError(f"data.vocab_size is {data.vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
                         f"{tokenizer.vocab_size}")  # fmt: skip
-    train, val = ([open_array(path) for path in files.values()] for files in train_and_val(data, SUFFIXES))
+    train, val = (
+        [open_array(path, data.vocab_size) for path in files.values()] for files in train_and_val(data, SUFFIXES)
+    )
     for path, array in (*train, *val):
         _check_ids(array, path, data.vocab_size)
     train, val = [array for _, array in train], [array for _, array in val]
@@ -67,18 +70,18 @@ def raw_tokens(config: Config) -> Corpus:
             starts = _starts(train, tokenizer.bos_id)
             cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
-    return _corpus(config, f"data.path {data.path}", train, val, tokenizer)
+    return _corpus(config, named(data), train, val, tokenizer)
 
 
-def open_array(path: Path) -> tuple[Path, np.ndarray]:
-    """The ids of a .bin or .npy file. Raises UserError where it is none."""
+def open_array(path: Path, vocab_size: int) -> tuple[Path, np.ndarray]:
+    """The ids (below `vocab_size`) of a .bin or .npy file. Raises UserError where it is none."""
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
         elif path.stat().st_size % 2:
             raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: a .bin of uint16 has an even number")
         else:
-            array = _without_header(path, np.memmap(path, "<u2", mode="r"))
+            array = _without_header(path, np.memmap(path, "<u2", mode="r"), vocab_size)
     except UserError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -90,9 +93,10 @@ def open_array(path: Path) -> tuple[Path, np.ndarray]:
     return path, array
 
 
-def _without_header(path: Path, array: np.ndarray) -> np.ndarray:
+def _without_header(path: Path, array: np.ndarray, vocab_size: int) -> np.ndarray:
     header = array[: 2 * HEADER].view("<i4") if len(array) >= 2 * HEADER else np.zeros(3, np.int32)
     if int(header[0]) not in MAGIC:
+        _check_width(path, array, vocab_size)
         return array
     version, dtype = MAGIC[int(header[0])]
     tokens = array[2 * HEADER :]
@@ -101,6 +105,15 @@ def _without_header(path: Path, array: np.ndarray) -> np.ndarray:
         raise UserError(f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
                         f"{version} ({dtype.name}), and the {header[2]} tokens that it says")  # fmt: skip
     return tokens
+
+
+def _check_width(path: Path, array: np.ndarray, vocab_size: int) -> None:
+    """Raises UserError where every second of the uint16s could be the upper half of an id."""
+    head = array[:LOOKED_AT]
+    is_pairs = len(array) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
+    if is_pairs and head[::2].max() > (vocab_size - 1) >> 16:
+        raise UserError(f"{path}: looks like ids of 32 bits; allowed: .bin of uint16 without a header, of uint32 with "
+                        "llm.c's, or .npy")  # fmt: skip
 
 
 def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:

@@ -59,7 +59,7 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
             bar.advance(_num_bytes(facts[i]))
     else:
         with _workers(folder, min(num_processes(), len(left))) as pool:
-            with _no_main():
+            with _no_main(), _deaf():
                 futures = {pool.submit(_work, folder, i, units[i], masked): i for i in left}
             for future in as_completed(futures):
                 facts[futures[future]] = future.result()
@@ -119,6 +119,16 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = program
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started hear no Ctrl-C, from their first moment on: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _tokenizer: Tokenizer
 
 
@@ -135,9 +145,8 @@ def end_with_parent() -> None:
 
 
 def _begin(folder: Path) -> None:
-    """Prepares a process that works; it ends with its parent, also where that is killed, and leaves signals to it."""
+    """Prepares a process that works; it ends with its parent, also where that is killed."""
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     _tokenizer = load_tokenizer(folder / "tokenizer")
     _tokenizer.num_threads = 1

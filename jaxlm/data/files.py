@@ -28,6 +28,21 @@ LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
 T = TypeVar("T")
 
 
+def key_of(data: DataConfig) -> str:
+    """The key that names a source, for messages."""
+    if data.mixture:
+        return "a source of data.mixture"
+    return {"stdlib": "data.source", "synthetic": "data.source", "tfds": "data.tfds_name"}.get(data.source, "data.path")
+
+
+def named(data: DataConfig) -> str:
+    """A source in a message."""
+    path = {"tfds": data.tfds_name, "stdlib": "", "synthetic": ""}.get(data.source, data.path)
+    if data.mixture:
+        return f"data.mixture: {data.source} {path}".rstrip()
+    return f"{key_of(data)}={path or data.source}"
+
+
 def list_files(key: str, pattern: str) -> dict[str, Path]:
     """{name: path} of a file, of a folder's files or of a glob's, sorted by name; empty files are left out.
 
@@ -190,9 +205,9 @@ def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dic
     """The files of `data.path`, less those of `data.val_path`, and the latter: none where it is empty.
 
     Raises:
-      UserError: there are none, or one has none of the suffixes.
+      UserError: there are none, one has none of the suffixes, or some are there to validate on and would be trained on.
     """
-    train = list_files("data.path", data.path)
+    train = list_files(key_of(data), data.path)
     val = list_files("data.val_path", data.val_path) if data.val_path else {}
     inside = {path.resolve() for path in val.values()}
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
@@ -205,7 +220,23 @@ def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dic
                             + ", ".join(suffixes))  # fmt: skip
     if not train:
         raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+    if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
+        _check_names(data, train)
     return train, val
+
+
+TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
+
+
+def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
+    """Raises UserError where files of one path are named as those to train on and those to validate on."""
+    words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
+    train = [name for name in files if words[name] & TRAIN_WORDS]
+    val = [name for name in files if words[name] & VAL_WORDS and name not in train]
+    if train and val:
+        allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
+        raise UserError(f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
+                        f"allowed: {allowed}, or globs")  # fmt: skip
 
 
 def unit_bytes(total: int) -> int:

@@ -8,8 +8,10 @@ from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
 from jaxlm.data.documents import Source
+from jaxlm.data.files import key_of, named
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import chain
 from jaxlm.paths import user_path
 
@@ -29,46 +31,40 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.source == "synthetic":
         return synthetic(config)
     if data.source == "tokens":
-        path = None if "://" in data.path else user_path("data.path", data.path)
-        if path and (path / "manifest.json").exists():
-            if data.val_path:
-                raise UserError(
-                    f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none"
-                )
-            corpus = open_store(path)
-        else:
-            corpus = raw_tokens(config)
-    else:
-        source = open_source(data)
-        tokenizer, name = stored_tokenizer(data, [source], progress)
-        corpus = stored(data, source, tokenizer, name, config.seq_len, progress)
-    return _checked(corpus, config)
+        return _checked(_tokens(config), config)
+    source = open_source(data)
+    tokenizer, name = stored_tokenizer(data, [source], progress)
+    return _checked(stored(data, source, tokenizer, name, config.seq_len, progress), config)
+
+
+def _tokens(config: Config) -> Corpus:
+    """Of a token store, or of files of token ids."""
+    data = config.data
+    path = None if "://" in data.path else user_path(key_of(data), data.path)
+    if not path or not (path / "manifest.json").exists():
+        return raw_tokens(config)
+    if data.val_path:
+        raise UserError(f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none")
+    return open_store(path)
 
 
 def _mixed(config: Config, progress: bool) -> Corpus:
     weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
     sources = {i: open_source(part) for i, part in enumerate(parts) if part.source != "tokens"}
     _check_distinct(list(sources.values()))
+    ids = {i: _with_text(config, part) for i, part in enumerate(parts) if part.source == "tokens"}
     if sources or config.data.tokenizer_path:
         tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
     else:
-        tokenizer, name = prepare(dataclasses.replace(config, data=parts[0]), progress=progress).tokenizer, ""
-        if tokenizer is None:
-            raise UserError(
-                "data.mixture: token ids without a tokenizer; allowed: data.tokenizer_path, or a token store"
-            )
-    corpora = []
-    for i, part in enumerate(parts):
-        if i in sources:
-            corpora.append(stored(part, sources[i], tokenizer, name, config.seq_len, progress))
-            continue
-        corpus = prepare(dataclasses.replace(config, data=part), progress=progress)
-        if corpus.vocab_size != tokenizer.vocab_size or (
-            corpus.tokenizer and corpus.tokenizer.pieces != tokenizer.pieces
-        ):
-            raise UserError(f"data.mixture: {part.path} has other token ids than the rest; allowed: tokens of the same "
-                            "tokenizer (data.tokenizer_path)")  # fmt: skip
-        corpora.append(corpus)
+        tokenizer, name = ids[0][1], ""
+    for i, (_, own) in ids.items():
+        if own.pieces != tokenizer.pieces:
+            raise UserError(f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
+                            "same tokenizer (data.tokenizer_path)")  # fmt: skip
+    corpora = [
+        ids[i][0] if i in ids else stored(part, sources[i], tokenizer, name, config.seq_len, progress)
+        for i, part in enumerate(parts)
+    ]
     names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
     names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     for name, corpus in zip(names, corpora, strict=True):
@@ -78,16 +74,24 @@ def _mixed(config: Config, progress: bool) -> Corpus:
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
-    return _checked(
-        Corpus(
-            train=chain([c.train for c in corpora]), val=chain([c.val for c in corpora]),
-            vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, bytes_per_token=tokenizer.bytes_per_token(),
-            fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)), folder=None,
-            facts={"source": "mixture", "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
-            shares=tuple(shares),
-        ),
-        config,
+    return Corpus(
+        train=chain([c.train for c in corpora]), val=chain([c.val for c in corpora]),
+        vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, bytes_per_token=tokenizer.bytes_per_token(),
+        fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)), folder=None,
+        facts={"source": "mixture", "folders": list(dict.fromkeys(str(c.folder) for c in corpora if c.folder)),
+               "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
+        shares=tuple(shares),
     )  # fmt: skip
+
+
+def _with_text(config: Config, part: DataConfig) -> tuple[Corpus, Tokenizer]:
+    """The token ids of a mixture's part, and what gives them a text."""
+    own = dataclasses.replace(config, data=part)
+    corpus = _checked(_tokens(own), own)
+    if corpus.tokenizer is None:  # whatever tokenizer the others have, nobody knows that it made these
+        raise UserError(f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
+                        "or a token store")  # fmt: skip
+    return corpus, corpus.tokenizer
 
 
 def _check_distinct(sources: list[Source]) -> None:
@@ -113,7 +117,7 @@ def _path(data: DataConfig) -> str:
 
 
 def _checked(corpus: Corpus, config: Config) -> Corpus:
-    where = str(corpus.folder or config.data.path or config.data.source)
+    where = named(config.data)
     check_lengths(where, len(corpus.train), len(corpus.val), config.seq_len)
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
         raise UserError(f"data.packing is 'document', and nobody knows where documents start in {where}; allowed with "

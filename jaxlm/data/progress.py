@@ -32,6 +32,12 @@ def track(what: str, num_bytes: int, show: bool) -> Iterator[Progress]:
             nonlocal done
             done += n
 
-        print(f"{what} {num_bytes / 1e6:.1f} MB" if num_bytes else what, file=sys.stderr, flush=True)
+        print(f"{what} {_size(num_bytes)}" if num_bytes else what, file=sys.stderr, flush=True)
         yield Progress(advance)
-        print(f"{what}: {done / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        print(f"{what}: {_size(done)} in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"

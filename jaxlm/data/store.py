@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +30,10 @@ from jaxlm.config import DataConfig, UserError
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
 from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
-from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES
+from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
-from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer
+from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer, sample_characters
 from jaxlm.data.sources import open_source
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokens import Tokens
@@ -43,6 +42,7 @@ from jaxlm.paths import user_path
 FORMAT = 2
 COUNTS = ("documents", "bytes", "tokens")  # of a shard
 CHECKED_BYTES = 1 << 28  # of a store whose files are compared with their hashes whenever it is opened
+SHOWN_REASONS = 5  # of what is skipped, that are printed
 SAMPLE_BYTES = 1 << 29  # of a corpus that are read to train a tokenizer on
 # Beside the source and the tokenizer, what decides which tokens are in which shard, and what a tokenizer is trained on.
 SHAPE = [FORMAT, UNIT_BYTES, MAX_UNITS, LINE_BYTES, BLOCK, SAMPLE_BYTES, SAMPLE_CHARACTERS]
@@ -69,7 +69,7 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
 
     def make(temporary: Path) -> None:
         if data.tokenizer == "sentencepiece" and progress:
-            print(f"training a tokenizer of {data.vocab_size} pieces", file=sys.stderr)
+            print(f"training a tokenizer of {data.vocab_size} pieces{_how_long(data)}", file=sys.stderr)
         sample = [unit for source in sources for unit in source.units()]
         tokenizer = make_tokenizer(
             data, lambda: _texts(sample, ("train",), SAMPLE_BYTES), lambda: _texts(sample, SPLITS)
@@ -80,6 +80,12 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
 
     _made_once(folder, make, lambda folder: folder.is_dir(), progress)
     return load_tokenizer(folder), name
+
+
+def _how_long(data: DataConfig) -> str:
+    if data.sentencepiece == "bpe":
+        return ""
+    return f" (unigram: about 10 s for each of up to {sample_characters('unigram', data.vocab_size) / 1e6:.0f} MB)"
 
 
 def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, seq_len: int, progress: bool) -> Corpus:
@@ -93,9 +99,9 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
     folder = cache_folder(data) / _short({"shape": SHAPE, "source": source.key, "tokenizer": name})
 
     def make(temporary: Path) -> None:
-        _fill(temporary, source, tokenizer, seq_len, progress)
+        _fill(temporary, source, tokenizer, named(data), seq_len, progress)
         if open_source(data).key != source.key:
-            raise UserError(f"data.source={source.name}: files changed while they were read; run it again")
+            raise UserError(f"{named(data)}: files changed while they were read; run it again")
 
     _made_once(folder, make, lambda folder: (folder / "manifest.json").is_file(), progress)
     return open_store(folder)
@@ -111,6 +117,8 @@ def _tokenizer_key(data: DataConfig, sources: list[Source]) -> dict[str, Any]:
     if data.tokenizer == "sentencepiece":
         version = importlib.metadata.version("sentencepiece")
         key |= {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
+        if data.sentencepiece == "unigram":  # SHAPE has that of BPE
+            key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
     return key
 
 
@@ -182,7 +190,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.release()
 
 
-def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, progress: bool) -> None:
+def _fill(folder: Path, source: Source, tokenizer: Tokenizer, where: str, seq_len: int, progress: bool) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
     try:
@@ -194,10 +202,14 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int, prog
     totals = {s: {k: sum(shard[s][k] for shard in shards) for k in COUNTS} for s in SPLITS}
     skipped = source.skipped + sum(shard["skipped"] for shard in shards)
     if skipped and progress:
-        reasons = [reason for shard in shards for reason in shard["reasons"]]
-        print(f"skipped {skipped} files or records that are no good", file=sys.stderr)
-        print(*(f"  {reason}" for reason in islice(reasons, 5)), sep="\n", end="\n" * bool(reasons), file=sys.stderr)
-    check_lengths(f"data.source={source.name}", totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
+        what = "file or record that is" if skipped == 1 else "files or records that are"
+        print(f"skipped {skipped} {what} no good", file=sys.stderr)
+        reasons = [reason for shard in shards for reason in shard["reasons"]][:SHOWN_REASONS]
+        if reasons and skipped > len(reasons):
+            reasons.append(f"... and {skipped - len(reasons)} more")
+        for reason in reasons:
+            print(f"  {reason}", file=sys.stderr)
+    check_lengths(where, totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
     manifest = {
         "format": FORMAT, "dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size,
         "source": source.name, "masked": source.masked, "skipped": skipped, "shards": shards,

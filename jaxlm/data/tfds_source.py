@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.documents import Document, Source, Split, Unit, held_out, parts_of
-from jaxlm.data.files import MAX_UNITS
+from jaxlm.data.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.files import MAX_UNITS, key_of
 from jaxlm.data.tf_import import import_tensorflow
 
 STALL_SECONDS = 60  # without a new byte
@@ -51,11 +51,20 @@ def open_tfds(data: DataConfig) -> Source:
         return [Unit(partial(_read, data, split, which, i, count)) for i in range(count)]
 
     def units() -> list[Unit]:
-        if data.val_split:
-            return units_of(data.split, "train") + units_of(data.val_split, "val")
-        return units_of(data.split, None)
+        if not data.val_split:
+            return units_of(data.split, None)
+        found = units_of(data.split, "train") + units_of(data.val_split, "val")
+        if sum(splits.values()) > UNIT_EXAMPLES:
+            return found
+        # One, which this process reads: each of several would first import tensorflow, for seconds.
+        return [Unit(partial(_read_all, found))]
 
     return Source(f"{data.tfds_name} {data.split}", key, units, num_bytes=0)
+
+
+def _read_all(units: list[Unit]) -> Iterator[Document | Skipped]:
+    for unit in units:
+        yield from unit.read()
 
 
 def _read(data: DataConfig, split: str, which: Split | None, index: int, count: int) -> Iterator[Document]:
@@ -99,7 +108,7 @@ def _builder(data: DataConfig) -> Any:
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
     except Exception as error:  # whatever the dataset's own code or its hub raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"data.tfds_name is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
+        raise UserError(f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
                         "or one prepared under data.path") from error  # fmt: skip
 
 
@@ -154,7 +163,7 @@ def _download(builder: Any, data: DataConfig) -> None:
     if stalled or child.returncode:
         reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else last_line
         raise UserError(
-            f"data.tfds_name is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
+            f"{key_of(data)} is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
             f"one prepared there, by tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"
         )
 
@@ -185,7 +194,7 @@ def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
     if raised:
         raise raised[0]
     if not result:
-        raise UserError(f"data.tfds_name is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
+        raise UserError(f"{key_of(data)} is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
                         "prepared under data.path")  # fmt: skip
     return result[0]
 

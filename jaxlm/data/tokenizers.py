@@ -11,8 +11,8 @@ from jaxlm.data.hf_tokenizer import FILE as HF_FILE
 from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.sentencepiece_tokenizer import (
     CHUNK,
-    SAMPLE_CHARACTERS,
     SentencePieceTokenizer,
+    sample_characters,
     spread_sample,
     train_sentencepiece,
 )
@@ -34,10 +34,13 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
       UserError: the model cannot be loaded, or the corpus is no good to train one.
     """
     if data.tokenizer_path:
-        tokenizer = load_tokenizer(data.tokenizer_path)
-        if isinstance(tokenizer, HfTokenizer) != (data.tokenizer == "hf"):
-            allowed = "one of Hugging Face" if data.tokenizer == "hf" else "none of Hugging Face, or data.tokenizer=hf"
-            raise UserError(f"data.tokenizer_path is {data.tokenizer_path!r}, a {type(tokenizer).__name__}; "
+        hf, path = data.tokenizer == "hf", Path(data.tokenizer_path).expanduser()
+        other_file = hf and path.is_file() and path.suffix != ".json"  # which would be read as a sentencepiece model
+        tokenizer = None if other_file else load_tokenizer(data.tokenizer_path)
+        if tokenizer is None or isinstance(tokenizer, HfTokenizer) != hf:
+            found = "no Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
+            allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf takes it"
+            raise UserError(f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
                             f"allowed with data.tokenizer={data.tokenizer}: {allowed}")  # fmt: skip
         return tokenizer
     if data.tokenizer == "bytes":
@@ -47,7 +50,8 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
         for text in all_texts():
             seen[code_points(text)] = True
         return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
-    sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), SAMPLE_CHARACTERS)
+    limit = sample_characters(data.sentencepiece, data.vocab_size)
+    sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
     model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
     return SentencePieceTokenizer(model, lossless=True, name="trained model")
 
