@@ -47,7 +47,7 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").resolve(),
-            item_handlers={item: ocp.StandardCheckpointHandler() for item in ("params", "ema", "train")},
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ("params", "ema", "train", "sync")},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=None if read_only else AnyPreservationPolicy([newest, best]), read_only=read_only
             ),

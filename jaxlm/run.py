@@ -128,6 +128,8 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         known = [k for k in ("documents", "bytes", "tokens") if k in facts[split]]
         return f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in known)
 
+    if jax.default_backend() == "gpu" and os.environ.get("XLA_FLAGS"):
+        say(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")

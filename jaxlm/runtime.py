@@ -46,17 +46,38 @@ def configure_jax(config: Config, processes: int) -> None:
     On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
     the batch divides over: for small models that is the largest gain of all.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if config.deterministic and not on_cpu() and "deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    if not on_cpu():
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *gpu_flags(config, processes)]).strip()
+        return
     import jax
 
-    if not on_cpu():
-        return
+    flags = os.environ.get("XLA_FLAGS", "")
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", config.parallel.devices or _cpu_devices(config, processes))
+
+
+def gpu_flags(config: Config, processes: int) -> list[str]:
+    """XLA's flags for this run on GPUs, but for those that the environment sets already.
+
+    With more than one device: collectives run beside the computation that does not need them (latency hiding), those of
+    a loop over layers beside the next layer's (pipelined), on a stream of the highest priority; and XLA joins small
+    ones up to the size of our buckets, no further.
+    """
+    p, flags = config.parallel, {}
+    if config.deterministic:
+        flags["xla_gpu_deterministic_ops"] = "true"
+    if p.devices != 1 or processes > 1:
+        on = ["xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_highest_priority_async_stream"]
+        kinds = ("all_reduce", "reduce_scatter", "all_gather")
+        if p.overlap:
+            on += [f"xla_gpu_enable_pipelined_{kind}" for kind in kinds]
+        flags |= dict.fromkeys(on, "true")
+        if p.bucket_mb:
+            flags |= {f"xla_gpu_{kind}_combine_threshold_bytes": str(int(p.bucket_mb * 2**20)) for kind in kinds}
+    own = os.environ.get("XLA_FLAGS", "")
+    return [f"--{flag}={value}" for flag, value in flags.items() if flag not in own]
 
 
 def _cpu_devices(config: Config, processes: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpointer
 from jaxlm.cli import load
 from jaxlm.config import Config
 from jaxlm.model import make_model
@@ -213,3 +214,39 @@ def test_these_gradients_need_the_exchange():
 
     grads = [jax.device_get(jax.grad(loss)(params, rows)) for rows in (slice(0, 8), slice(8, 16))]
     assert gap(grads[0], grads[1]) > 1000 * RTOL
+
+
+@pytest.mark.parametrize("devices, overrides", [(2, ["parallel.zero=1"]), (4, ["parallel.zero=1"]), (1, [])])
+def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, overrides: list[str], tmp_path: Path):
+    """Saved by three with ZeRO-1 and residuals, restored by others, with and without."""
+    saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
+    config = make_config("optim.name=muon", "parallel.reduce=int8", *overrides)
+    checkpoints = Checkpointer(tmp_path, config.checkpoint)
+    checkpoints.save(STEPS, saved.placement.saved(saved.state))
+    checkpoints.wait()
+    placement = Placement(config, jax.devices()[:devices])
+    fresh = placement.initial(make_model(config.model, VOCAB, T))
+    found = checkpoints.restore(STEPS, placement, fresh)
+    checkpoints.close()
+    whole = jax.device_get(placement.saved(found))
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(whole, name), getattr(saved, name))
+    # What was left out of the gradients: its mean over the devices is what it was.
+    for a, b in zip(jax.tree.leaves(whole.sync), jax.tree.leaves(jax.device_get(saved.state.sync)), strict=True):
+        assert len(a) == devices and np.abs(b).max() > 0
+        np.testing.assert_allclose(a.mean(axis=0), b.mean(axis=0), rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+def test_another_reduction_starts_with_nothing_kept(tmp_path: Path):
+    saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
+    checkpoints = Checkpointer(tmp_path, make_config().checkpoint)
+    checkpoints.save(STEPS, saved.placement.saved(saved.state))
+    checkpoints.wait()
+    for reduce, kept in (("pmean", False), ("topk", True)):  # the residual means the same to both lossy ones
+        config = make_config("optim.name=muon", f"parallel.reduce={reduce}")
+        placement = Placement(config, jax.devices()[:3])
+        found = checkpoints.restore(STEPS, placement, placement.initial(make_model(config.model, VOCAB, T)))
+        leaves = jax.tree.leaves(found.sync)
+        assert bool(leaves) == kept and all(np.abs(x).max() > 0 for x in leaves)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), saved.params)
+    checkpoints.close()

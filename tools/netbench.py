@@ -25,6 +25,7 @@ from jaxlm import cli
 from jaxlm.config import Config, UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
+from jaxlm.runtime import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
@@ -58,14 +59,14 @@ def main() -> int:
     with network(args.hosts, args.mbit, args.delay_ms) as hosts, contextlib.ExitStack() as stack:
         worker = str(ROOT / "tools/netbench_worker.py")
         ours = [sys.executable, worker, json.dumps(names), args.config, json.dumps(flatten(config))]
-        parties = {"jaxlm": stack.enter_context(Party(hosts, ours, args.hosts, 0))}
+        parties = {"jaxlm": stack.enter_context(Party(hosts, ours, 0, {"GLIBC_TUNABLES": HUGE_PAGES}))}
         runs = [("jaxlm", name) for name in names]
         if args.vs:
             m = config.model
             sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
                      "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size}  # fmt: skip
             peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
-            parties["ddp"] = stack.enter_context(Party(hosts, peer, args.hosts, 1))
+            parties["ddp"] = stack.enter_context(Party(hosts, peer, 1, {}))
             runs += [("ddp", "float32"), ("ddp", "fp16")]
         times: dict[str, list[float]] = {" ".join(run): [] for run in runs}
         for party, name in runs:
@@ -145,16 +146,16 @@ def address(host: int) -> str:
 class Party:
     """A process on each host, that make steps together when told to."""
 
-    def __init__(self, hosts: list[str], command: list[str], count: int, offset: int):
+    def __init__(self, hosts: list[str], command: list[str], offset: int, env: dict[str, str]):
         cores = sorted(os.sched_getaffinity(0))
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._processes = []
         for i, host in enumerate(hosts):
-            place = [f"{address(0)}:{PORT + offset}", str(count), str(i)]
+            place = [f"{address(0)}:{PORT + offset}", str(len(hosts)), str(i)]
             self._processes.append(subprocess.Popen(
                 ["ip", "netns", "exec", host, "taskset", "-c", str(cores[i % len(cores)]), *command, *place],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0", **env},
             ))  # fmt: skip
 
     def __enter__(self) -> "Party":

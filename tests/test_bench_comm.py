@@ -1,0 +1,77 @@
+"""What a compiled step moves, read from its text, is what the strategies' formulas say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.cli import load
+from tools import bench_comm
+from tools.collectives import collectives
+
+CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+# Sizes that no number of devices divides; without Muon, whose layers are shared too.
+SMALL = ["batch_size=24", "seq_len=8", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
+         "optim.name=adamw", "model.scan_unroll=1", "parallel.powersgd_rank=2"]  # fmt: skip
+
+
+def report(*overrides: str) -> dict[str, Any]:
+    config = load(CONFIG, [f"--config.{o}" for o in (*SMALL, *overrides)])
+    return json.loads(json.dumps(bench_comm.report(config, 29)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.reduce=pmean", "parallel.devices=3"],
+        ["parallel.reduce=ring", "parallel.devices=4", "parallel.zero=1"],
+        ["parallel.reduce=bf16", "parallel.devices=3", "parallel.overlap=true"],
+        ["parallel.reduce=fp16", "parallel.devices=8"],
+        ["parallel.reduce=int8", "parallel.devices=2"],
+        ["parallel.reduce=int8", "parallel.devices=8", "parallel.zero=1"],
+        ["parallel.reduce=topk", "parallel.devices=3"],
+        ["parallel.reduce=powersgd", "parallel.devices=4", "parallel.overlap=true"],
+    ],
+    ids=lambda o: "-".join(x.split("=")[1] for x in o),
+)
+def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    result = report(*overrides)
+    assert result["agrees"], result
+    assert result["bytes_sent"]["gradients"] > 0
+    out = capsys.readouterr().out
+    assert "by its formula" in out and "do not agree" not in out
+    overlapped = "parallel.overlap=true" in overrides
+    inside = [c for c in result["collectives"] if c["where"] == "loop of the backward pass"]
+    assert bool(inside) == overlapped and all(c["times"] == 3 for c in inside)  # once for each of three layers
+    if overlapped:
+        assert sum(c["sent"] * c["times"] for c in inside) > 0.7 * result["bytes_sent"]["gradients"]
+    assert ("parameters" in result["bytes_sent"]) == ("parallel.zero=1" in overrides)
+
+
+def test_bytes_of_each_kind():
+    """Of a program whose numbers are known, loops within loops included."""
+
+    def program(x: jax.Array) -> Any:
+        def body(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+            y, _ = jax.lax.scan(
+                lambda z, _: (jax.lax.ppermute(z, "d", [(0, 1), (1, 2), (2, 3), (3, 0)]), None), y, None, 5
+            )
+            return jax.lax.psum(y, "d"), None
+
+        x, _ = jax.lax.scan(body, x, None, length=3)
+        groups = [[0, 1], [2, 3]]
+        return (jax.lax.all_gather(x, "d"), jax.lax.psum_scatter(x, "d", tiled=True, axis_index_groups=groups),
+                jax.lax.all_to_all(x.astype(jnp.int8), "d", 0, 0, tiled=True))  # fmt: skip
+
+    text = jax.pmap(program, axis_name="d", devices=jax.devices()[:4]).lower(jnp.ones((4, 400))).compile().as_text()
+    found = {c.kind: c for c in collectives(text)}
+    assert {k: (c.times, c.size, c.sent, c.dtypes) for k, c in found.items() if k != "collective-permute"} == {
+        "all-reduce": (3, 4, 2 * 3 / 4 * 1600, "f32"),
+        "all-gather": (1, 4, 3 * 1600, "f32"),
+        "reduce-scatter": (1, 2, 800, "f32"),
+        "all-to-all": (1, 4, 300, "s8"),
+    }
+    assert (found["collective-permute"].times, found["collective-permute"].sent) == (15, 1600)
