@@ -106,10 +106,12 @@ def choose_devices(config: Config) -> list:
     count = config.parallel.devices or len(by_process[0])
     for process, found in by_process.items():
         if count > len(found) or (not config.parallel.devices and count != len(found)):
-            asked = f"parallel.devices is {count}" if config.parallel.devices else f"{distributed.name(0)} has {count}"
+            asked = f"parallel.devices is {count}"
+            if not config.parallel.devices:
+                asked = f"{distributed.name(0)} has {count} devices"
             raise UserError(
-                f"{asked} devices, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that"
-                " every host has"
+                f"{asked}, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that every host"
+                " has, or 0 where all have the same number"
             )
     check_batch(config, count, jax.process_count())
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":

@@ -268,3 +268,21 @@ def test_a_run_killed_before_its_first_save_is_no_run_yet(tmp_path: Path):
 def test_never_starts_a_new_run(tmp_path: Path):
     assert run(tmp_path / "run", steps=1, checkpoint__resume="never") == 0
     assert lines(tmp_path / "run")[0]["step"] == 1
+
+
+def test_goes_on_with_other_devices_and_other_ways_to_exchange(tmp_path: Path):
+    """The losses are those of a run that changed nothing; what was changed is said."""
+    keys = {"log.every_steps": 1, "optim.schedule": "constant", "optim.warmup_steps": 1}
+    assert run(tmp_path / "plain", steps=4, **keys) == 0
+    changes = [
+        {"steps": 2, "parallel.zero": 1, "parallel.reduce": "ring", "parallel.devices": 2},
+        {"steps": 3, "parallel.overlap": True, "parallel.bucket_mb": 0.001, "parallel.devices": 4},
+        {"steps": 4, "parallel.zero": 1, "parallel.devices": 1},
+    ]
+    for change in changes:
+        assert run(tmp_path / "changed", **keys, **change) == 0
+    want, got = ([m["loss"] for m in lines(tmp_path / name) if "loss" in m] for name in ("plain", "changed"))
+    assert got == pytest.approx(want, rel=1e-5) and len(got) == 4 and want[0] != want[3]
+    history = [h["changed"] for h in json.loads((tmp_path / "changed/config.json").read_text())["history"]]
+    assert ["parallel.zero 1 -> 0" in h for h in history] == [True, False]
+    assert all("parallel.devices" in h for h in history)

@@ -35,7 +35,7 @@ GROUPS = [(2, None), (3, None), (4, None), (8, None), (3, ((0, 2, 4), (5, 1, 3))
 
 
 def parallel(reduce: str, **keys: Any) -> ParallelConfig:
-    return dataclasses.replace(BASE, reduce=reduce, **keys)  # type: ignore[arg-type]
+    return dataclasses.replace(BASE, **{"reduce": reduce, **keys})
 
 
 def draw(devices: int, seed: int, shapes: Any = SHAPES) -> Any:

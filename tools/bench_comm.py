@@ -6,7 +6,7 @@ Bytes are those that a device sends. The last line of output is one JSON object.
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from jaxlm import cli, runtime
@@ -39,19 +39,18 @@ def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
     devices = runtime.choose_devices(config)
     found, formula = measure(config, devices, vocab_size)
     table = Table("for", "where", "what", "of", "times", "MB sent a step", box=None)
-    rows: Counter[tuple[str, ...]] = Counter()
-    counts: Counter[tuple[str, ...]] = Counter()
+    rows: dict[tuple[str, ...], float] = defaultdict(float)
+    counts: dict[tuple[str, ...], int] = defaultdict(int)
+    by_purpose: dict[str, float] = defaultdict(float)
     for c in found:
         key = (purpose(c), c.where, c.kind, c.dtypes)
-        rows[key] += c.sent * c.times  # type: ignore[assignment]
+        rows[key] += c.sent * c.times
         counts[key] += c.times
+        by_purpose[purpose(c)] += c.sent * c.times
     for key in sorted(rows, key=lambda k: -rows[k]):
         table.add_row(*key, str(counts[key]), f"{rows[key] / 1e6:.4g}")
     console = Console(emoji=False, highlight=False, soft_wrap=True)
     console.print(table)
-    by_purpose = Counter[str]()
-    for c in found:
-        by_purpose[purpose(c)] += c.sent * c.times  # type: ignore[assignment]
     total = sum(by_purpose.values())
     console.print(f"in all {total / 1e6:.4g} MB a step and device, on {len(devices)} x {devices[0].device_kind}")
     gradients = by_purpose["gradients"]

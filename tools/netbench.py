@@ -80,8 +80,10 @@ def main() -> int:
 
 
 def _config(args: Any, overrides: list[str]) -> Config:
-    given = [o for o in overrides if not o.startswith(("--config.batch_size=", "--config.data."))]
-    config = cli.load(user_path("--config", args.config), [*given, "--config.data.source=synthetic"])
+    for override in overrides:
+        if override.startswith(("--config.batch_size", "--config.data.", "--config.parallel.reduce")):
+            raise UserError(f"{override}: not here; allowed: --tokens, --reduce, and any other key; data is drawn")
+    config = cli.load(user_path("--config", args.config), [*overrides, "--config.data.source=synthetic"])
     if args.tokens < config.seq_len or args.tokens % config.seq_len:
         raise UserError(f"--tokens is {args.tokens}; allowed: a multiple of seq_len = {config.seq_len}")
     config.batch_size = args.hosts * args.tokens // config.seq_len
