@@ -110,8 +110,8 @@ def choose_devices(config: Config) -> list:
             if not config.parallel.devices:
                 asked = f"{distributed.name(0)} has {count} devices"
             raise UserError(
-                f"{asked}, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that every host"
-                " has, or 0 where all have the same number"
+                f"{asked}, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that every"
+                " host has, or 0 where all have the same number"
             )
     check_batch(config, count, jax.process_count())
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
