@@ -33,6 +33,7 @@ def report(*overrides: str) -> dict[str, Any]:
         ["parallel.reduce=int8", "parallel.devices=2"],
         ["parallel.reduce=int8", "parallel.devices=8", "parallel.zero=1"],
         ["parallel.reduce=topk", "parallel.devices=3"],
+        ["parallel.reduce=int8", "parallel.devices=5", "parallel.overlap=true"],
         ["parallel.reduce=powersgd", "parallel.devices=4", "parallel.overlap=true"],
     ],
     ids=lambda o: "-".join(x.split("=")[1] for x in o),

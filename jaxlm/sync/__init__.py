@@ -1,7 +1,7 @@
 """How gradients move between devices.
 
 `base.py` has the interfaces, `group.py` the collectives; then one file for each reduction. `gradients.py` applies one
-at the end of the backward pass, `overlap.py` inside it, `zero.py` shards the optimizer.
+to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer.
 """
 
 from typing import Any
@@ -40,4 +40,4 @@ def make_reduction(config: ParallelConfig, group: Group) -> Reduction:
 
 def make_sync(config: ParallelConfig, group: Group, params: Any) -> GradSync:
     """`params`: the shapes of all parameters."""
-    return make_grad_sync(make_reduction(config, group), group, params, config.bucket_mb, config.zero == 1)
+    return make_grad_sync(make_reduction(config, group), group, params, config)

@@ -1,10 +1,11 @@
-"""A reduction applied to the gradients of a model, at the end of the backward pass."""
+"""A reduction applied to the gradients of a model: all of them, or those of some parameters or of one layer."""
 
 from typing import Any
 
 import jax
 import optax
 
+from jaxlm.config import ParallelConfig
 from jaxlm.sync.base import GradSync, Reduction
 from jaxlm.sync.buckets import in_buckets, piece_shapes, plan
 from jaxlm.sync.group import Group
@@ -13,13 +14,13 @@ from jaxlm.sync.zero import Zero, batch, batch_shape
 GRADIENTS = "reduce_gradients"  # the name of its collectives in a compiled program
 
 
-def make_grad_sync(reduction: Reduction, group: Group, params: Any, bucket_mb: float, zero: bool) -> GradSync:
-    """Args:
-    params: the shapes of all parameters.
-    bucket_mb: the most that is reduced at once, in MiB of float32; 0 = all.
-    zero: each device gets its own parts of the mean alone, and updates those (ZeRO-1).
+def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: ParallelConfig) -> GradSync:
+    """What the step calls, with buckets of `bucket_mb` and, with `zero`, each device's own parts of the mean alone.
+
+    Args:
+      params: the shapes of all parameters.
     """
-    limit = int(bucket_mb * 2**20) or None
+    zero, limit = config.zero == 1, int(config.bucket_mb * 2**20) or None
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
     assert reduce_bucket is not None  # config.py has refused it
 
@@ -33,8 +34,17 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, bucket_mb: f
 
     def sent_bytes(params: Any) -> float:
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-        shapes = [batch_shape(path, x) for path, x in leaves]
-        return sum(reduction.sent_bytes(piece_shapes(bucket, shapes), zero) for bucket in plan(shapes, limit))
+        shapes = {path: batch_shape(path, x) for path, x in leaves}
+        together = [list(shapes.values())]
+        if config.overlap:  # those of a layer, and those under each other key
+            together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key != "layers"]
+            layers = [s for path, s in shapes.items() if path[0].key == "layers"]
+            together += [[(1, *s[1:]) for s in layers]] * layers[0][0]
+        return sum(
+            reduction.sent_bytes(piece_shapes(bucket, shapes), zero)
+            for shapes in together
+            for bucket in plan(shapes, limit)
+        )
 
     def init(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, x: reduction.init(batch(path, x)), params)

@@ -1,10 +1,10 @@
 """Gradients reduced while the backward pass still runs.
 
-A layer's parameters pass through `reduced`, the identity, before they are used. Its backward pass, which runs as soon
+A layer's parameters pass through `_reduced`, the identity, before they are used. Its backward pass, which runs as soon
 as the layer's gradient is complete, averages that gradient over the devices. With scanned layers the collective is
 therefore in the body of the backward loop, where XLA's scheduler can put the computation of the next layer beside it.
 
-What the reduction gives has nowhere to go in a backward pass but into gradients. So `reduced` takes two arguments that
+What the reduction gives has nowhere to go in a backward pass but into gradients. So `_reduced` takes two arguments that
 it ignores, *slots*, of the shapes of the two results: the gradient of the one is the reduced gradient of the parameters
 (or this device's parts of it), that of the other the reduction's new state.
 """
@@ -33,9 +33,11 @@ def gradients(
     sync: GradSync,
     state: Any,
 ) -> tuple[Any, Any, Any]:
-    """Args:
-      loss: (params, on_layer) -> (loss, more); `on_layer` is to be applied to the parameters of a layer before their
-      use. before: the gradient of earlier micro-batches; None = there are none.
+    """The gradient of a loss, reduced over the devices as it comes.
+
+    Args:
+      loss: (params, on_layer) -> (loss, more); `on_layer` is to be applied to a layer's parameters before their use.
+      before: the gradient of earlier micro-batches; None = there are none.
 
     Returns:
       (what `sync.reduce` gives for the gradient of `loss` plus `before`, its new state, more).

@@ -8,7 +8,7 @@ Bytes: the parts of the gradients by the reduction in use, and (N - 1) times the
 together as many as without ZeRO. Memory: each tensor is padded to a multiple of N numbers.
 
 Trees of parts have the structure of the whole ones, leaves [l, c]: l layers of a stacked parameter, or 1. For what
-looks at whole layers (Muon) or whole matrices (Adafactor), `layers` and `whole` bring them together.
+looks at whole layers (Muon) or whole matrices (Adafactor), sharing.py and `whole` bring them together.
 """
 
 from typing import Any
@@ -60,10 +60,7 @@ class Zero:
     """The parts of one device, inside the mapped step."""
 
     def __init__(self, group: Group, params: Any, limit: int | None = None):
-        """Args:
-        params: the shapes of all.
-        limit: bytes that are gathered at once; None = all.
-        """
+        """`params` has the shapes of all; at most `limit` bytes are gathered at once, None = all."""
         self.group, self.params, self._limit = group, params, limit
 
     def own(self, tree: Any) -> Any:
