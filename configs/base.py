@@ -91,7 +91,7 @@ def get_config() -> Config:
             devices=0,  # all
             reduce="pmean",  # an all-reduce, NCCL's on GPUs; which of the others when: docs/communication.md
             overlap=False,
-            bucket_mb=0,
+            bucket_mb=0.0,
             zero=0,
             topk_density=0.01,
             powersgd_rank=4,
