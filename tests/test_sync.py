@@ -31,7 +31,7 @@ SHAPES = {"embed": {"embedding": (50, 21)}, "final_norm": {"scale": (21,)},
           "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}}}  # fmt: skip
 EXACT, LOSSY = ("pmean", "ring"), ("bf16", "fp16", "int8", "topk", "powersgd")
 SHARDED = (*EXACT, "bf16", "fp16", "int8")  # those that go with ZeRO-1
-GROUPS = [(2, None), (3, None), (4, None), (8, None), (3, ((0, 2, 4), (5, 1, 3))), (2, ((0, 3), (1, 2), (4, 5)))]
+GROUPS = [(2, None), (3, None), (8, None), (2, ((0, 3), (5, 1), (4, 2)))]
 
 
 def parallel(reduce: str, **keys: Any) -> ParallelConfig:
@@ -250,7 +250,7 @@ def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
     np.testing.assert_allclose(q @ (q.swapaxes(1, 2) @ p), p, rtol=0, atol=1e-5 * np.abs(p).max())  # the same space
 
 
-@pytest.mark.parametrize("size, members", [(2, None), (8, None), (3, ((0, 2, 4), (5, 1, 3)))])
+@pytest.mark.parametrize("size, members", [(8, None), (2, ((0, 3), (5, 1), (4, 2)))])
 @pytest.mark.parametrize("name, zero", [("int8", 0), ("int8", 1), ("topk", 0), ("powersgd", 0)])
 def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any):
     """Over some steps, what was given plus the mean of what the devices keep is the sum of the mean gradients."""
