@@ -1,15 +1,15 @@
-"""A GPT of 10.7 M parameters, nanoGPT's character model: 6 layers of 384, sequences of 256, AdamW.
+"""nanoGPT's larger character model, 10.7 M parameters: 6 layers of 384, 64 sequences of 256 characters.
 
-The model that exchanging gradients is measured with (tools/netbench.py); to train it on a text of yours, say
---config.data.path=input.txt. The last tenth is held out.
+The model that exchanging gradients is measured with (tools/netbench.py). Its text as in shakespeare_char.py:
+--config.data.path=input.txt.
 """
 
-from configs import base
+from configs import shakespeare_char
 from jaxlm.config import Config
 
 
 def get_config() -> Config:
-    c = base.get_config()
+    c = shakespeare_char.get_config()
     c.steps = 5000
     c.batch_size = 64
     c.seq_len = 256
@@ -20,10 +20,4 @@ def get_config() -> Config:
     c.model.qk_norm = False
     c.optim.name = "adamw"
     c.optim.lr = 1e-3
-    c.data.source = "text"
-    c.data.tokenizer = "chars"
-    c.data.val_fraction = 0.1
-    c.eval.every_steps = 250
-    c.eval.sample_prompt = "\n"
-    c.checkpoint.every_steps = 1000
     return c

@@ -107,12 +107,9 @@ class Checkpointer:
         ema = found["ema"] if "ema" in wanted else None
         if like.ema is not None and ema is None:  # the average starts now
             ema = jax.tree.map(jnp.copy, found["params"])
-        if same:
-            sync = found["sync"]
-        elif "sync" in there and jax.tree.leaves(like.sync):
-            sync = _adapted(self._on_host(step, "sync"), placement.saved(fresh).sync)
-        else:
-            sync = placement.saved(fresh).sync
+        sync = found["sync"] if same else placement.everywhere(fresh).sync
+        if not same and "sync" in there and jax.tree.leaves(sync):
+            sync = _adapted(self._on_host(step, "sync"), sync)
         train = found["train"]
         return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync))
 
@@ -167,8 +164,15 @@ def _hide_cut_off() -> Any:
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """{'embed/embedding': (V, D), ...}"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+    return {name: tuple(x.shape) for name, x in _named(tree).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _host() -> Any:
@@ -183,11 +187,10 @@ def _adapted(saved: Any, fresh: Any) -> Any:
     """What a reduction kept, for other devices or another reduction: each gets the mean of all rows, so that the mean
     over the devices, which is what the next step adds to the gradient, stays the same. What is new starts afresh.
     """
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    old = {name(path): x for path, x in jax.tree_util.tree_flatten_with_path(saved)[0]}
+    old = _named(saved)
 
     def one(path: Any, new: jax.Array) -> jax.Array:
-        x = old.get(name(path))
+        x = old.get(_name(path))
         if x is None or x.shape[1:] != new.shape[1:]:
             return new
         rows = x if x.shape == new.shape else np.mean(x, axis=0, dtype=np.float64).astype(x.dtype)

@@ -16,7 +16,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import Config, UserError, describe, flatten, key_types, sections, validate
+from jaxlm.config import Config, UserError, describe, flatten, key_types, sections
+from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
 

@@ -1,13 +1,12 @@
-"""The configuration: what each key means, what it may be, and whether a whole of them makes sense.
+"""The configuration: what each key means.
 
-Types and meanings are declared here; the default values are in `configs/base.py`, and `cli.py` reads files and command
-lines. Nothing here imports jax or the rest of jaxlm, so a wrong configuration is refused in milliseconds.
+Types and meanings are declared here; the default values are in `configs/base.py`, `validate.py` says whether a whole of
+them makes sense, and `cli.py` reads files and command lines. Nothing here imports jax or the rest of jaxlm, so a wrong
+configuration is refused in milliseconds.
 """
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -157,18 +156,9 @@ CHANGEABLE = (
     r"|model\.(dtype|dropout|remat|attention|scan_unroll)|data\.cache_dir"
 )
 
-
 FILE_SOURCES = ("text", "jsonl", "parquet")
 MIXED_SOURCES = ("stdlib", *FILE_SOURCES, "tfds", "tokens")
-POSITIVE = (
-    "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
-    "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
-)  # fmt: skip
-MAX_INT = 2**31 - 1  # of JAX's integers
-MAX_LAYERS = 10_000  # more are a slip, and would end in a full memory
-MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
 MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
-BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -214,124 +204,6 @@ def show(value: Any) -> str:
     except ValueError:  # Python does not write out a number of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:60]}...{text[-20:]}"
-
-
-def _check_type(key: str, value: Any, kind: Any) -> None:
-    if get_origin(kind) is Literal:
-        fits = value in get_args(kind)
-    elif kind is float:
-        fits = type(value) is int or (isinstance(value, float) and math.isfinite(value))
-    else:
-        fits = type(value) is kind
-    if not fits:
-        raise UserError(f"{key} is {show(value)}; allowed: {describe(kind)}")
-
-
-def validate(c: Config) -> Config:
-    """Checks every value and how they go together; returns the same configuration.
-
-    Raises:
-      UserError: names the key, the value found and what is allowed.
-    """
-    types = key_types()
-    for key, value in flatten(c).items():
-        _check_type(key, value, types[key])
-
-    def require(ok: bool, key: str, allowed: str) -> None:
-        if not ok:
-            raise UserError(f"{key} is {show(flatten(c)[key])}; allowed: {allowed}")
-
-    for key in POSITIVE:
-        require(flatten(c)[key] > 0, key, "more than 0")
-    for key, value in flatten(c).items():
-        if types[key] in (int, float):
-            require(value >= 0, key, "0 or more")
-        if types[key] is int:
-            limit = MAX_SEED if key == "seed" else MAX_INT
-            require(value <= limit, key, f"at most {limit}")
-        if types[key] is float:
-            require(value == 0 or MIN_FLOAT <= value <= MAX_FLOAT, key, f"0, or {MIN_FLOAT} to {MAX_FLOAT}")
-    for key in BELOW_ONE:
-        require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
-    for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
-        require(flatten(c)[key] <= 1, key, "0 to 1")
-
-    m, o, d = c.model, c.optim, c.data
-    require(m.num_layers <= MAX_LAYERS, "model.num_layers", f"at most {MAX_LAYERS}")
-    require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
-    kv_heads = m.num_kv_heads or m.num_heads
-    require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
-    if m.position == "rope":
-        require((m.d_model // m.num_heads) % 2 == 0, "model.num_heads",
-                f"with position=rope, one that leaves an even head size of d_model = {m.d_model}")  # fmt: skip
-    if m.position == "sinusoidal":
-        require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
-    require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
-    if o.name == "muon":
-        require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
-    require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
-    require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
-    _check_parallel(c.parallel, require)
-    _check_data(d, require)
-    require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
-    return c
-
-
-def _check_parallel(p: ParallelConfig, require: Callable[[bool, str, str], None]) -> None:
-    require(p.zero <= 1, "parallel.zero", "0 or 1")
-    require(0 < p.topk_density <= 1, "parallel.topk_density", "more than 0, at most 1")
-    require(p.powersgd_rank > 0, "parallel.powersgd_rank", "1 or more")
-    if p.zero:
-        # They save on gradients what gathering whole parameters would cost again.
-        require(p.reduce not in ("topk", "powersgd"), "parallel.reduce",
-                "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8")  # fmt: skip
-
-
-def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
-    parts = [part for _, part in mixture(d)] if d.mixture else [d]
-    if d.mixture:
-        require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
-        data_dir = any(part.source == "tfds" for part in parts)
-        require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
-    else:
-        with_val_path = (*FILE_SOURCES, "tokens")
-        for key, path, sources in (("path", d.path, (*with_val_path, "tfds")), ("val_path", d.val_path, with_val_path)):
-            require(not path or d.source in sources, f"data.{key}",
-                    f"none with data.source={d.source}; {', '.join(sources)} have one")  # fmt: skip
-    if d.prompt_key or d.response_key:
-        require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
-        require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
-    if d.messages_key or (d.response_key and d.chat_template):
-        fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
-        require(fits, "data.chat_template", "a text with {role}, and with {content} once")
-    # What a shell makes of '...\n', which the model would learn to write.
-    require("\\n" not in d.chat_template, "data.chat_template",
-            r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'")  # fmt: skip
-    if not any(part.source in ("jsonl", "parquet") for part in parts):
-        for key in ("response_key", "messages_key"):
-            require(
-                not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; jsonl and parquet have keys"
-            )
-    for part in parts:
-        files = part.source in (*FILE_SOURCES, "tokens")
-        if part.source in ("jsonl", "parquet"):
-            has_key = bool(d.text_key or d.response_key or d.messages_key)
-            require(has_key, "data.text_key", "the key of a record's text")
-        if files:
-            require(bool(part.path), "data.path", f"a path; data.source={d.source} needs one")
-        if part.source == "tfds":
-            require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
-            require(bool(part.split), "data.split", "the name of a split")
-        if not (part.val_path if files else part.val_split if part.source == "tfds" else ""):
-            require(0 < d.val_fraction < 1, "data.val_fraction",
-                    "more than 0 and less than 1 when no validation data is named")  # fmt: skip
-    if d.tokenizer == "hf":
-        require(bool(d.tokenizer_path), "data.tokenizer_path",
-                "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it")  # fmt: skip
-    ids = any(part.source in ("tokens", "synthetic") for part in parts)
-    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
-        floor = 2 if ids else 300  # 256 bytes, special and some learned pieces
-        require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
 
 
 def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:

@@ -62,17 +62,19 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """
     import jax
 
-    if coordinator is None and "JOB_COMPLETION_INDEX" in os.environ and "JOB_COMPLETIONS" in os.environ:
-        # As tools/launch/jobset.yaml sets them: JAX's own detection asks the cluster, for which pods need permissions.
-        coordinator, num_processes = os.environ.get("JAX_COORDINATOR_ADDRESS"), int(os.environ["JOB_COMPLETIONS"])
-        process_id = int(os.environ["JOB_COMPLETION_INDEX"])
+    index = os.environ.get("JOB_COMPLETION_INDEX", "")
+    if coordinator is None and index.isdigit() and "JAX_COORDINATOR_ADDRESS" in os.environ:
+        # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.
+        coordinator, process_id = os.environ["JAX_COORDINATOR_ADDRESS"], int(index)
+        num_processes = int(os.environ["JOB_COMPLETIONS"])
     where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
     failed = f"{where}: host {socket.gethostname()} cannot join the other processes within {JOIN_LIMIT} s"
     if coordinator is not None and process_id != 0:
         _wait_for(coordinator, failed)
-    # A process that is alone on its host has all of its devices; JAX would give it one for each task of Slurm's.
-    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0] == "1"
-    _at_abort(f"{failed}: not all of them came", 2)  # what JAX does then
+    # A process that is alone on its host has all of its devices: JAX would give it one, as to each of Slurm's tasks.
+    on_host = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
+    alone = on_host.split("(")[0] == "1"
+    _at_abort(lambda: (f"{failed}: not all of them came", 2))  # what JAX does then
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids=[] if alone else None,
@@ -87,24 +89,34 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 def _wait_for(coordinator: str, failed: str) -> None:
     """Returns when somebody listens there."""
-    host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + JOIN_LIMIT
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"{failed}: {error.strerror or error}") from error
-            time.sleep(0.5)
+    while error := _connects(coordinator):
+        if time.monotonic() > deadline:
+            raise UserError(f"{failed}: {error.strerror or error}") from error
+        time.sleep(0.5)
 
 
-def _at_abort(message: str, code: int) -> None:
-    """Has this process end with a last line and an exit code where C++ aborts it: JAX does, without a coordinator."""
+def _connects(coordinator: str) -> OSError | None:
+    """None where somebody listens there, else what is wrong."""
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _at_abort(reason: Callable[[], tuple[str, int] | None]) -> None:
+    """Has this process end with a last line and an exit code where C++ aborts it: JAX does, without a coordinator.
+
+    `reason` gives the two, or None where the abort is another one, which then takes its course.
+    """
 
     def aborted(number: int) -> None:
-        os.write(2, f"\njaxlm: {message}\n".encode())
-        os._exit(code)
+        if found := reason():
+            os.write(2, f"\njaxlm: {found[0]}\n".encode())
+            os._exit(found[1])
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL
 
     global _abort_handler
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
@@ -124,13 +136,13 @@ class Hosts:
         self._client: Any = state.client
         self.index, self.count = state.process_id, state.num_processes
         self.names = self._exchange("host", socket.gethostname())
-        self._gone = f"{self.name(0)}, the coordinator at {state.coordinator_address}, is gone"
+        self._coordinator: str = state.coordinator_address or ""
+        self._gone = f"{self.name(0)}, the coordinator at {self._coordinator}, is gone"
         self._ending = self._failed = False
         self._unanswered = 0  # seconds since the table was read
         for act in (self._beat, self._watch, self._guard):
             threading.Thread(target=act, daemon=True).start()
-        if self.index:
-            _at_abort(f"{self._gone}; {self._advice(LOST)}", LOST)
+        _at_abort(lambda: None if self._reachable() else (f"{self._gone}; {self._advice(LOST)}", LOST))
 
     def name(self, index: int) -> str:
         return f"host {self.names[index]} (process {index})"
@@ -190,11 +202,11 @@ class Hosts:
 
     def _beat(self) -> None:
         count = 0
-        with contextlib.suppress(Exception):  # what fails is the watch's to see
-            while not self._ending:
-                count += 1
+        while not self._ending:
+            count += 1
+            with contextlib.suppress(Exception):  # what fails is the guard's to see
                 self._client.key_value_set(f"jaxlm/beat/{self.index}", str(count), True)
-                time.sleep(1)
+            time.sleep(1)
 
     def _watch(self) -> None:
         """Ends this process when another one has ended early or is not heard of."""
@@ -211,7 +223,9 @@ class Hosts:
                     silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
                     if code not in (0, 75):
                         same = code in (2, 3, 4)  # to be mended, not just started again
-                        self._end(code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {said[0]}")
+                        self._end(
+                            code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {' '.join(said)}"
+                        )
                     if silent[i] > (FAILED_AFTER if self._failed else LOST_AFTER):
                         self._end(LOST, f"{self.name(i)} is gone: nothing was heard of it for {silent[i]} s")
                 beats = new
@@ -226,6 +240,9 @@ class Hosts:
             if self._unanswered > (FAILED_AFTER if self._failed else LOST_AFTER):
                 self._end(LOST, self._gone)
             time.sleep(1)
+
+    def _reachable(self) -> bool:
+        return self.index == 0 or _connects(self._coordinator) is None
 
     def _end(self, code: int, reason: str) -> None:
         if not self._ending:

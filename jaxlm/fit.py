@@ -13,10 +13,11 @@ from jax.experimental import multihost_utils
 
 from jaxlm import data, runtime
 from jaxlm import step as steps
-from jaxlm.config import Config, UserError, validate
+from jaxlm.config import Config, UserError
 from jaxlm.model import make_model
 from jaxlm.placement import Placement
 from jaxlm.train import train
+from jaxlm.validate import validate
 
 WARM, TIMED = 4, 10  # steps before the clock starts, and steps that are timed
 SHARE = 0.94  # of the time, that is planned for: metrics, progress and checkpoints take some

@@ -4,6 +4,7 @@ The step is given arrays of this process's devices alone, as pmap wants them; a 
 There an optimizer's state is whole, also with ZeRO-1, and what a reduction keeps has one row for each device.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ class Placement:
     def __init__(self, config: Config, devices: list[Device]):
         self._config, self._devices = config, devices
         self._zero = config.parallel.zero == 1
+        self._join: Callable | None = None  # compiled, from an optimizer's parts to the whole
         self.local = [d for d in devices if d.process_index == jax.process_index()]
         self._mesh, self._here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
         self.batch = NamedSharding(self._here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
@@ -51,15 +53,21 @@ class Placement:
         """Puts this process's part of a state on its devices the way the step keeps it there, for donation."""
         return jax.device_put(state, self._shardings(state, self._here))
 
+    def everywhere(self, state: TrainState) -> TrainState:
+        """The same as arrays of all processes."""
+        if jax.process_count() == 1:
+            return state
+        specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
+        return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
+
     def saved(self, state: TrainState) -> TrainState:
         """What goes into a checkpoint."""
-        if jax.process_count() > 1:
-            specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
-            state = multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
+        state = self.everywhere(state)
         if self._zero:
-            like = self._opt_state_like(state.params)
-            join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
-            state = state._replace(opt_state=join(state.opt_state))
+            if self._join is None:  # once, not at every save
+                like = self._opt_state_like(state.params)
+                self._join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
+            state = state._replace(opt_state=self._join(state.opt_state))
         return state
 
     def saved_like(self, state: TrainState) -> TrainState:

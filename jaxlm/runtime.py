@@ -49,6 +49,9 @@ def configure_jax(config: Config, processes: int) -> None:
     if not on_cpu():
         os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *gpu_flags(config, processes)]).strip()
         return
+    if config.parallel.overlap and "xla_disable_hlo_passes" not in os.environ.get("XLA_FLAGS", ""):
+        # Else all exchanges of an unrolled backward pass are joined to one, at its end.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_disable_hlo_passes=cpu-all-reduce-combiner"
     import jax
 
     flags = os.environ.get("XLA_FLAGS", "")

@@ -10,6 +10,7 @@ import pytest
 from jaxlm import cli
 from jaxlm import config as configs
 from jaxlm.config import Config, UserError
+from jaxlm.validate import validate
 from tests.configurations import BASE, refusal
 
 
@@ -50,7 +51,7 @@ def test_a_wrong_type_in_a_file(base: Config, key: str, value: Any) -> None:
     *section, name = key.split(".")
     setattr(getattr(base, section[0]) if section else base, name, value)
     with pytest.raises(UserError, match="^" + re.escape(f"{key} is {value!r}; allowed: ")):
-        configs.validate(base)
+        validate(base)
 
 
 # How the values go together: overrides, the key that is named, a part of what is said to be allowed.

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxlm.config import Config, UserError, validate
+from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, TrainOrder, eval_batches
 from jaxlm.data.conversations import conversation
+from jaxlm.validate import validate
 from tests.corpora import make_config, open_corpus
 from tests.runs import lines, run
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from jaxlm.config import UserError, mixture, validate
+from jaxlm.config import UserError, mixture
 from jaxlm.data import TrainOrder, prepare
 from jaxlm.data.order import Mixed, Rows
 from jaxlm.data.tokenizer_base import ByteTokenizer
+from jaxlm.validate import validate
 from tests.corpora import LINES, make_config, open_corpus, text, write
 from tests.runs import lines, run
 

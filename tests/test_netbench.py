@@ -25,11 +25,17 @@ def can_make_namespaces() -> bool:
     return made and subprocess.run(["ip", "netns", "del", "jaxlmtest"], capture_output=True).returncode == 0
 
 
+def namespaces() -> tuple[set[str], set[Path]]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}, set(Path("/etc/netns").glob("*"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2, to make network namespaces")
 def test_the_link_is_as_slow_as_asked_for():
     """Two hosts, each on a core; what a step must send needs its time, and what is left out is not waited for."""
     command = [sys.executable, str(ROOT / "tools/netbench.py"), *TINY, "--mbit", "4", "--reduce", "pmean,topk"]
+    before = namespaces()
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd="/")
     assert result.returncode == 0, result.stderr
     seconds = json.loads(result.stdout.splitlines()[-1])["seconds"]
@@ -37,8 +43,7 @@ def test_the_link_is_as_slow_as_asked_for():
     at_once = 256e3  # bytes that the link lets through before it limits
     assert (sent - at_once) * 8 / 4e6 < seconds["jaxlm pmean"] < 2 * sent * 8 / 4e6
     assert seconds["jaxlm topk"] < seconds["jaxlm pmean"] / 2
-    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-    assert "jaxlm" not in left and not list(Path("/etc/netns").glob("jaxlm*"))
+    assert namespaces() == before
 
 
 @pytest.mark.parametrize(

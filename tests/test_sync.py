@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,9 +341,10 @@ def test_packed_and_unpacked(shapes: list[tuple[int, ...]], n: int, block: int):
 
 def test_both_ways_of_int8_and_which_is_taken():
     """Few CPU devices add up integers; more, and GPUs, take two phases. Both hold what they promise (above)."""
-    text: Callable[[Reduction, int], str] = lambda r, n: str(  # noqa: E731
-        jax.make_jaxpr(lambda x: r.mean([x], [r.init(x)])[0], axis_env=[(AXIS, n)])(jnp.ones((1, 600)))
-    )
+
+    def text(r: Reduction, n: int) -> str:
+        return str(jax.make_jaxpr(lambda x: r.mean([x], [r.init(x)])[0], axis_env=[(AXIS, n)])(jnp.ones((1, 600))))
+
     few, many = (make_reduction(parallel("int8"), Group(AXIS, n)) for n in (4, 5))
     assert "psum" in text(few, 4) and "all_to_all" not in text(few, 4)
     assert "psum" not in text(many, 5) and "all_to_all" in text(many, 5)

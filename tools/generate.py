@@ -3,9 +3,10 @@
 import sys
 
 from jaxlm import cli
-from jaxlm.config import MAX_FLOAT, MAX_INT, MAX_SEED, UserError, show
+from jaxlm.config import MAX_FLOAT, UserError, show
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
+from jaxlm.validate import MAX_INT, MAX_SEED
 
 MEMORY = 8  # GB of keys, values and logits
 

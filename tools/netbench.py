@@ -29,7 +29,9 @@ from jaxlm.runtime import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
+OVERLAP = "+overlap"  # behind a strategy's name: parallel.overlap
 PORT = 29500
+OWN = ("batch_size", "data.", "parallel.reduce", "parallel.overlap")  # keys that other options say
 
 
 def main() -> int:
@@ -39,7 +41,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a host in a step (default: 256)")
     parser.add_argument("--mbit", type=float, default=200, help="Mbit/s that a host sends (default: 200)")
     parser.add_argument("--delay_ms", type=float, default=0, help="on the way from host to host (default: 0)")
-    parser.add_argument("--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies (default: all)")
+    parser.add_argument(
+        "--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies, A+overlap too (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=3, help="a round (default: 3)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--vs", choices=["ddp"], help="the peer to run beside them")
@@ -47,8 +51,10 @@ def main() -> int:
     args, overrides = parser.parse_known_args()
     config = _config(args, overrides)
     names = [name.strip() for name in args.reduce.split(",")]
-    if wrong := [name for name in names if name not in STRATEGIES]:
-        raise UserError(f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, with commas between")
+    if wrong := [name for name in names if name.removesuffix(OVERLAP) not in STRATEGIES]:
+        raise UserError(
+            f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, each also with {OVERLAP}, commas between"
+        )
     for name, least in (("hosts", 2), ("steps", 1), ("rounds", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: {least} or more")
@@ -56,32 +62,52 @@ def main() -> int:
         raise UserError("netbench needs Linux, root and iproute2 (ip, tc): it makes network namespaces")
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the network goes too
-    with network(args.hosts, args.mbit, args.delay_ms) as hosts, contextlib.ExitStack() as stack:
-        worker = str(ROOT / "tools/netbench_worker.py")
-        ours = [sys.executable, worker, json.dumps(names), args.config, json.dumps(flatten(config))]
-        parties = {"jaxlm": stack.enter_context(Party(hosts, ours, 0, {"GLIBC_TUNABLES": HUGE_PAGES}))}
-        runs = [("jaxlm", name) for name in names]
-        if args.vs:
-            m = config.model
-            sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
-                     "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size}  # fmt: skip
-            peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
-            parties["ddp"] = stack.enter_context(Party(hosts, peer, 1, {}))
-            runs += [("ddp", "float32"), ("ddp", "fp16")]
-        times: dict[str, list[float]] = {" ".join(run): [] for run in runs}
-        for party, name in runs:
+    with (
+        network(args.hosts, args.mbit, args.delay_ms) as hosts,
+        tempfile.TemporaryFile("w+") as errors,
+        contextlib.ExitStack() as stack,
+    ):
+        parties, runs = start(args, config, names, hosts, errors, stack)
+        times: dict[str, list[float]] = {label: [] for label, _, _ in runs}
+        for _, party, name in runs:
             parties[party].seconds(name, 2)  # compiles, and fills what is allocated once
         for i in range(args.rounds):
-            for party, name in runs[:: 1 if i % 2 else -1]:
-                times[f"{party} {name}"].append(parties[party].seconds(name, args.steps))
+            for label, party, name in runs[:: 1 if i % 2 else -1]:
+                times[label].append(parties[party].seconds(name, args.steps))
             print(f"round {i + 1}/{args.rounds} · " + " · ".join(f"{k} {v[-1]:.3f} s" for k, v in times.items()))
     print(json.dumps(summary(args, times)))
     return 0
 
 
+def start(
+    args: Any, config: Config, names: list[str], hosts: list[str], errors: Any, stack: contextlib.ExitStack
+) -> tuple[dict[str, "Party"], list[tuple[str, str, str]]]:
+    """The processes, which end with the stack, and what is run: (label, party, its name there)."""
+    worker, keys = str(ROOT / "tools/netbench_worker.py"), flatten(config)
+    parties: dict[str, Party] = {}
+    runs = []
+    # Processes of their own for both ways: XLA's flags are a process's.
+    for overlap in (False, True):
+        if mine := [name for name in names if name.endswith(OVERLAP) == overlap]:
+            ours = [sys.executable, worker, json.dumps([name.removesuffix(OVERLAP) for name in mine]), args.config,
+                    json.dumps(keys | {"parallel.overlap": overlap})]  # fmt: skip
+            # Two threads on one core, so that an exchange that waits does not hold up the computation.
+            env = {"GLIBC_TUNABLES": HUGE_PAGES, "NPROC": "2"}
+            parties[OVERLAP * overlap] = stack.enter_context(Party(hosts, ours, len(parties), env, errors))
+            runs += [(f"jaxlm {name}", OVERLAP * overlap, name.removesuffix(OVERLAP)) for name in mine]
+    if args.vs:
+        m = config.model
+        sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
+                 "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size}  # fmt: skip
+        peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
+        parties["ddp"] = stack.enter_context(Party(hosts, peer, len(parties), {}, errors))
+        runs += [("ddp float32", "ddp", "float32"), ("ddp fp16", "ddp", "fp16")]
+    return parties, runs
+
+
 def _config(args: Any, overrides: list[str]) -> Config:
     for override in overrides:
-        if override.startswith(("--config.batch_size", "--config.data.", "--config.parallel.reduce")):
+        if override.removeprefix("--config.").startswith(OWN):
             raise UserError(f"{override}: not here; allowed: --tokens, --reduce, and any other key; data is drawn")
     config = cli.load(user_path("--config", args.config), [*overrides, "--config.data.source=synthetic"])
     if args.tokens < config.seq_len or args.tokens % config.seq_len:
@@ -148,10 +174,9 @@ def address(host: int) -> str:
 class Party:
     """A process on each host, that make steps together when told to."""
 
-    def __init__(self, hosts: list[str], command: list[str], offset: int, env: dict[str, str]):
+    def __init__(self, hosts: list[str], command: list[str], offset: int, env: dict[str, str], errors: Any):
         cores = sorted(os.sched_getaffinity(0))
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._processes = []
+        self._errors, self._processes = errors, []
         for i, host in enumerate(hosts):
             place = [f"{address(0)}:{PORT + offset}", str(len(hosts)), str(i)]
             self._processes.append(subprocess.Popen(

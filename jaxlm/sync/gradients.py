@@ -20,7 +20,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
     Args:
       params: the shapes of all parameters.
     """
-    zero, limit = config.zero == 1, int(config.bucket_mb * 2**20) or None
+    zero, limit = config.zero == 1, max(1, int(config.bucket_mb * 2**20)) if config.bucket_mb else None
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
     assert reduce_bucket is not None  # config.py has refused it
 
