@@ -24,6 +24,8 @@ LOST = 5  # exit code: another host is gone; the same command goes on
 LOST_AFTER = 30  # seconds without a sign of life; JAX itself gives up after 100
 FAILED_AFTER = 10  # the same where a collective has failed already
 JOIN_LIMIT = 300  # seconds until all must be there
+PREPARE_LIMIT = 12 * 3600  # until all must have prepared their data; one that dies meanwhile is found in LOST_AFTER
+PATIENCE = 10  # seconds of waiting, after which it is said for whom
 
 
 def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
@@ -135,7 +137,8 @@ class Hosts:
         state = distributed.global_state
         self._client: Any = state.client
         self.index, self.count = state.process_id, state.num_processes
-        self.names = self._exchange("host", socket.gethostname())
+        self.names: list[str] = []
+        self.names = self._exchange("the name", socket.gethostname(), JOIN_LIMIT)
         self._coordinator: str = state.coordinator_address or ""
         self._gone = f"{self.name(0)}, the coordinator at {self._coordinator}, is gone"
         self._ending = self._failed = False
@@ -145,11 +148,11 @@ class Hosts:
         _at_abort(lambda: None if self._reachable() else (f"{self._gone}; {self._advice(LOST)}", LOST))
 
     def name(self, index: int) -> str:
-        return f"host {self.names[index]} (process {index})"
+        return f"host {self.names[index]} (process {index})" if self.names else f"process {index}"
 
     def check_same(self, what: str, values: dict[str, Any]) -> None:
         """Raises UserError, on all hosts alike, unless all call this with the same values."""
-        found = [json.loads(v) for v in self._exchange(f"same/{what}", json.dumps(values))]
+        found = [json.loads(v) for v in self._exchange(what, json.dumps(values), PREPARE_LIMIT)]
         for i, other in enumerate(found):
             for key in other:
                 if other[key] != found[0].get(key):
@@ -189,16 +192,27 @@ class Hosts:
             os._exit(code)  # what JAX does at exit would wait for the others
         return code
 
-    def _exchange(self, key: str, value: str) -> list[str]:
-        """The values of all processes."""
-        self._client.key_value_set(f"jaxlm/{key}/{self.index}", value)
-        found = []
-        for i in range(self.count):
+    def _exchange(self, what: str, value: str, limit: int) -> list[str]:
+        """The values of all processes; those that are late are waited for, `limit` seconds at most."""
+        self._client.key_value_set(f"jaxlm/{what}/{self.index}", value)
+        deadline = time.monotonic() + limit
+        return [self._get(what, i, deadline) for i in range(self.count)]
+
+    def _get(self, what: str, process: int, deadline: float) -> str:
+        said = self.index > 0  # one of all says it
+        while True:
+            began = time.monotonic()
             try:
-                found.append(self._client.blocking_key_value_get(f"jaxlm/{key}/{i}", JOIN_LIMIT * 1000))
+                return self._client.blocking_key_value_get(f"jaxlm/{what}/{process}", 1000 * PATIENCE)
             except Exception as error:
-                raise UserError(f"process {i} has not told its '{key}' within {JOIN_LIMIT} s") from error
-        return found
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise UserError(f"{what} of {self.name(process)} did not come in time") from error
+                if not said:
+                    minutes = max(1, round(left / 60))
+                    print(f"jaxlm: waiting for {what} of {self.name(process)}, {minutes} min at most", file=sys.stderr)
+                    said = True
+                time.sleep(max(0.0, began + 1 - time.monotonic()))  # without a coordinator it fails at once
 
     def _beat(self) -> None:
         count = 0

@@ -128,6 +128,16 @@ def test_two_processes_are_one_run(two: tuple[Path, list[tuple[int, str, str]]],
 
 
 @pytest.mark.slow
+def test_four_processes_of_one_device_are_the_same_run(two: tuple[Path, Any], tmp_path: Path):
+    results = finish(start(tmp_path / "run", 4, "steps=20"))
+    assert [code for code, *_ in results] == [0] * 4, results
+    found = numbers(tmp_path / "run")
+    assert found[-1]["step"] == 20
+    for a, b in zip(found, numbers(two[0]), strict=False):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path):
     """They stop after the same step, and go on with the numbers of the run that was never stopped, bit for bit."""
     workdir = tmp_path / "run"
@@ -254,6 +264,38 @@ def test_hosts_with_different_data(there: bool, tmp_path: Path):
         assert all(word in error for word in words) and "Traceback" not in error, error
     if not there:
         assert "(process 1) has ended with exit code 2: data.path" in results[0][2]
+
+
+LATE = """
+import sys, time
+from jaxlm import distributed, main
+distributed.PATIENCE, distributed.PREPARE_LIMIT = 1, 6
+index = int(sys.argv[2])
+hosts = distributed.join(sys.argv[1], 2, index)
+def program():
+    for delay in (4, 60):
+        time.sleep(delay * index)
+        distributed.check_same(f"the data {delay}", {"fingerprint": 1})
+hosts.run(program, main.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_is_late_is_waited_for_and_named():
+    """For as long as is said, and no longer."""
+    command = [sys.executable, "-c", LATE, f"127.0.0.1:{free_port()}"]
+    started = [
+        subprocess.Popen([*command, str(i)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    (code, _, error), (other, *_) = finish(started)
+    late = f"host {socket.gethostname()} (process 1)"
+    assert (code, other) == (2, 2)
+    assert error.strip().split("\n") == [
+        f"jaxlm: waiting for the data 4 of {late}, 1 min at most",
+        f"jaxlm: waiting for the data 60 of {late}, 1 min at most",
+        f"jaxlm: the data 60 of {late} did not come in time",
+    ]
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ from jaxlm.paths import user_path
 FORMAT = 2
 COUNTS = ("documents", "bytes", "tokens")  # of a shard
 CHECKED_BYTES = 1 << 28  # of a store whose files are compared with their hashes whenever it is opened
+LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store
 SHOWN_REASONS = 5  # of what is skipped, that are printed
 SAMPLE_BYTES = 1 << 29  # of a corpus that are read to train a tokenizer on
 # Beside the source and the tokenizer, what decides which tokens are in which shard, and what a tokenizer is trained on.
@@ -182,8 +183,16 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         if progress:
-            print(f"waiting for the process that makes {path.with_suffix('')}", file=sys.stderr)
-        lock.acquire()
+            print(
+                f"waiting for the process that makes {path.with_suffix('')}, {LOCK_LIMIT // 3600} h at most",
+                file=sys.stderr,
+            )
+        try:
+            lock.acquire(timeout=LOCK_LIMIT)
+        except filelock.Timeout:
+            raise UserError(
+                f"{path}: another process has held it for {LOCK_LIMIT // 3600} h, end that one or wait again"
+            ) from None
     try:
         yield
     finally:

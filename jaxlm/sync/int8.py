@@ -7,9 +7,8 @@ nearest multiple. Two ways, of which the faster is taken:
   of a ring): each device sends to each other the part that the other owns, in 8 bits with a scale of its own for each
   block; the owner adds up in float32, quantizes the sum anew and sends it to all. 127 levels each way.
 - `integer_sum`, an all-reduce of integers: devices first agree on the scales (a small all-reduce of maxima), and use
-only
-  127 // N levels each way, so that the sums fit 8 bits. Right for few devices alone, where an all-reduce is the one
-  collective that a backend does near the speed of the wire: Gloo's, between CPUs.
+  only 127 // N levels each way, so that the sums fit 8 bits. Right for few devices alone, where an all-reduce is the
+  one collective that a backend does near the speed of the wire: Gloo's, between CPUs.
 
 Error feedback (Seide et al., 1-Bit SGD, 2014; Karimireddy et al., Error Feedback Fixes SignSGD, 2019): what rounding
 leaves out of a device's numbers it adds to its next gradient. What the owner's second rounding leaves out of the sum
@@ -39,8 +38,8 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
     def init(array: jax.Array) -> State:
         return {"residual": jnp.zeros_like(array)}
 
-    def packed(arrays: Arrays, states: list[State]) -> jax.Array:
-        return pack([x + s["residual"] for x, s in zip(arrays, states, strict=True)], n, BLOCK)
+    def packed(arrays: Arrays, states: list[State], rows: int) -> jax.Array:
+        return pack([x + s["residual"] for x, s in zip(arrays, states, strict=True)], rows, BLOCK)
 
     def kept(left_NC: jax.Array, arrays: Arrays) -> list[State]:
         return [{"residual": r} for r in unpack(left_NC, [x.shape for x in arrays])]
@@ -51,24 +50,26 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
         return jnp.sum(dequantize(group.exchange(sent)), axis=0), x_NC - dequantize(sent)
 
     def mean_two_phases(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        own_C, left_NC = scatter(packed(arrays, states))
+        own_C, left_NC = scatter(packed(arrays, states, n))
         sent = quantize(own_C)
         left_NC = left_NC.at[group.index()].add(own_C - dequantize(sent))
         mean_NC = dequantize(group.gather(sent)) / n
         return unpack(mean_NC, [x.shape for x in arrays]), kept(left_NC, arrays)
 
     def mean_integer_sum(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        x_NC = packed(arrays, states)
-        scale_NK = block_scales(x_NC, LEVELS // n, group)
-        q_NC = rounded(x_NC, scale_NK)
-        mean_NC = scaled(group.sum(q_NC), scale_NK) / n
-        return unpack(mean_NC, [x.shape for x in arrays]), kept(x_NC - scaled(q_NC, scale_NK), arrays)
+        x_1C = packed(arrays, states, 1)
+        scale_1K = block_scales(x_1C, LEVELS // n, group)
+        q_1C = rounded(x_1C, scale_1K)
+        mean_1C = scaled(group.sum(q_1C), scale_1K / n)
+        return unpack(mean_1C, [x.shape for x in arrays]), kept(x_1C - scaled(q_1C, scale_1K), arrays)
 
     def mean_parts(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        own_C, left_NC = scatter(packed(arrays, states))
+        own_C, left_NC = scatter(packed(arrays, states, n))
         return unpack_parts(own_C / n, [x.shape for x in arrays], n), kept(left_NC, arrays)
 
     def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
+        if integer_sum and not parts:
+            return 2 * (n - 1) / n * row_size(shapes, 1, BLOCK) * (1 + 4 / BLOCK)
         return (1 if parts else 2) * (n - 1) * row_size(shapes, n, BLOCK) * (1 + 4 / BLOCK)
 
     return Reduction(init, mean_integer_sum if integer_sum else mean_two_phases, mean_parts, sent_bytes)

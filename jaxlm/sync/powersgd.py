@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from jaxlm.sync.base import Arrays, Reduction, Shape, State
 from jaxlm.sync.group import Group
-from jaxlm.sync.packed import pack, unpack
 
 
 def powersgd(group: Group, rank: int) -> Reduction:
@@ -34,19 +33,15 @@ def powersgd(group: Group, rank: int) -> Reduction:
         l, _, out = array.shape
         return {"residual": jnp.zeros_like(array), "q": _fresh((l, out, rank))}
 
-    def together(arrays: Arrays) -> Arrays:
-        """Means in one message: these are small, and on a slow network each costs its latency."""
-        return unpack(group.mean(pack(arrays, 1)), [x.shape for x in arrays]) if arrays else []
-
     def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
         low = [i for i, x in enumerate(arrays) if is_low_rank(x.shape)]
         m_LIO = {i: arrays[i] + states[i]["residual"] for i in low}
         first = list(arrays)
         for i in low:
             first[i] = m_LIO[i] @ _living(states[i]["q"])
-        sums = together(first)
+        sums = group.mean(first)
         p_LIr = {i: orthonormal(sums[i]) for i in low}
-        q_LOr = dict(zip(low, together([jnp.swapaxes(m_LIO[i], 1, 2) @ p_LIr[i] for i in low]), strict=True))
+        q_LOr = dict(zip(low, group.mean([jnp.swapaxes(m_LIO[i], 1, 2) @ p_LIr[i] for i in low]), strict=True))
         means: Arrays = list(sums)
         kept: list[State] = [{} for _ in arrays]
         for i in low:
