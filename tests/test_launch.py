@@ -120,7 +120,8 @@ def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Pa
     workdir, log = tmp_path / "run", tmp_path / "log"
     long = [*flags("steps=3000", "eval.every_steps=0", "checkpoint.every_steps=100000", "log.every_steps=100")]
     command = ["sbatch", "--parsable", "--nodes=1", "--overcommit", f"--output={log}",
-               str(ROOT / "tools/launch/slurm.sbatch"), "--config", str(CONFIG), *long, "--workdir", str(workdir)]  # fmt: skip
+               str(ROOT / "tools/launch/slurm.sbatch"), "--config", str(CONFIG), *long,
+               "--workdir", str(workdir)]  # fmt: skip
     env = slurm | {"JAXLM_PYTHON": sys.executable}
     job = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     wait_for(lambda: any(m["step"] >= 100 for m in lines(workdir)))
