@@ -91,10 +91,10 @@ def gap(got: Any, want: Any) -> float:
 
 
 def assert_same(got: Result, want: Result) -> None:
-    np.testing.assert_allclose(got.metrics, want.metrics, rtol=RTOL)
-    assert gap(got.params, want.params) < 5 * RTOL
-    assert gap(got.ema, want.ema) < 5 * RTOL
-    assert gap(got.opt_state, want.opt_state) < 5 * RTOL
+    np.testing.assert_allclose(got.metrics, want.metrics, rtol=RTOL / 5)
+    assert gap(got.params, want.params) < 2 * RTOL
+    assert gap(got.ema, want.ema) < 2 * RTOL
+    assert gap(got.opt_state, want.opt_state) < 2 * RTOL
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
                 f"parallel.reduce={reduce}", f"parallel.zero={zero}", steps_done=1)  # fmt: skip
     lost = gap(got.params, want.params)
     if reduce in ("bf16", "fp16"):
-        assert RTOL < lost < {"bf16": 2 * 2.0**-8, "fp16": 3 * 2.0**-11}[reduce] * 5  # updates of 5 times the weights
+        assert RTOL < lost < {"bf16": 2 * 2.0**-8, "fp16": 3 * 2.0**-11}[reduce]
     else:
         assert lost > 1e-3
 
@@ -154,7 +154,7 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
             return param - kept["residual"].mean(axis=0).reshape(param.shape) if kept else param
 
         sync = jax.device_get(got.state.sync)
-        assert gap(jax.tree.map(without_kept, got.params, sync), want.params) < 5 * RTOL
+        assert gap(jax.tree.map(without_kept, got.params, sync), want.params) < RTOL / 5
     check_comes_back(got)
 
 

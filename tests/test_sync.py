@@ -1,6 +1,7 @@
 """Reductions on drawn gradients, against NumPy: each promises how far from the mean it is, and what it keeps."""
 
 import dataclasses
+import importlib
 import itertools
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxlm.sync.packed import join, pack, part_shape, split, unpack, unpack_part
 from jaxlm.sync.powersgd import orthonormal, powersgd
 
 AXIS = "d"
+RING = importlib.import_module("jaxlm.sync.ring")  # the module, which has the function's name
 EPS = float(np.finfo(np.float32).eps)
 BASE = load(Path(__file__).parents[1] / "configs/debug.py", []).parallel
 # Parameters as a model has them; sizes that no number of devices divides.
@@ -61,7 +63,7 @@ def reduce(config: ParallelConfig, group: Group, grads: Any, state: Any = None) 
     devices = len(jax.tree.leaves(grads)[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), grads)
     sync = make_sync(config, group, like)
-    key = (str(config), group, str(like))
+    key = (str(config), group, str(like), RING.BOTH_WAYS)
     if key not in COMPILED:
 
         def one(grads: Any, state: Any) -> Any:
@@ -106,6 +108,13 @@ def test_exact_ones_give_the_mean(name: str, size: int, members: Any, zero: int)
         assert result.norms[m[0]] == pytest.approx(math.sqrt(squares), rel=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("size, members", GROUPS[1:3])
+def test_both_ways_round_the_ring(size: int, members: Any, zero: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RING, "BOTH_WAYS", 4)
+    test_exact_ones_give_the_mean("ring", size, members, zero)
+
+
 def bound_of(name: str, each: np.ndarray, size: int, zero: int) -> np.ndarray:
     """The largest error of an element that a strategy promises, from what the devices have, [devices, l, ...]."""
     mean_size, mean = np.abs(each).mean(axis=0), np.abs(each.mean(axis=0))
@@ -138,9 +147,11 @@ def test_sixteen_bits_are_as_near_as_they_promise(name: str, size: int, members:
     assert worst > 0.1  # a bound that is far away would let anything through
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18, 1e37])  # of which no number is subnormal
 def test_fp16_neither_overflows_nor_underflows(scale: float):
-    grads = jax.tree.map(lambda x: (x * scale).astype(np.float32), draw(4, 2))
+    """Tensors of any size, with numbers twelve orders of magnitude apart."""
+    rng = np.random.default_rng(22)
+    grads = jax.tree.map(lambda x: (x * scale * 10 ** rng.uniform(-12, 0, x.shape)).astype(np.float32), draw(4, 2))
     result = reduce(parallel("fp16"), Group(AXIS, 4), grads)
     for key, got in flat(result.means).items():
         each = flat(grads)[key].astype(np.float64)
@@ -155,16 +166,17 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("zero", [0, 1])
-@pytest.mark.parametrize("size, members", GROUPS)
+@pytest.mark.parametrize("size, members", [*GROUPS, (4, None)])
 def test_int8_is_within_half_a_scale_for_each_rounding(size: int, members: Any, zero: int):
     group, devices = Group(AXIS, size, members), size * len(members or [0])
     grads = {"layers": {"a": draw(devices, 3, (3, 11, 70))}}  # one tensor, so that blocks are known
     result = reduce(parallel("int8", zero=zero), group, grads)
     check_same_everywhere(result, group)
     integer_sum = size <= 4 and not zero
+    rows = 1 if integer_sum else size
     for m in groups_of(group, devices):
-        each = np.stack([np.asarray(pack([jnp.asarray(grads["layers"]["a"][d])], size, BLOCK)) for d in m])
-        blocks = each.reshape(size, size, -1, BLOCK).astype(np.float64)
+        each = np.stack([np.asarray(pack([jnp.asarray(grads["layers"]["a"][d])], rows, BLOCK)) for d in m])
+        blocks = each.reshape(size, rows, -1, BLOCK).astype(np.float64)
         largest = np.abs(blocks).max(axis=3)
         if integer_sum:
             bound = largest.max(axis=0) / (127 // size) / 2
@@ -172,7 +184,7 @@ def test_int8_is_within_half_a_scale_for_each_rounding(size: int, members: Any, 
             first = largest.sum(axis=0) / 127 / 2
             sums = np.abs(blocks.sum(axis=0)).max(axis=2) + first
             bound = (first + (0 if zero else sums / 127 / 2)) / size
-        got = np.asarray(pack([jnp.asarray(result.means["layers"]["a"][m[0]])], size, BLOCK))
+        got = np.asarray(pack([jnp.asarray(result.means["layers"]["a"][m[0]])], rows, BLOCK))
         error = np.abs(got.reshape(blocks.shape[1:]) - blocks.mean(axis=0)).max(axis=2)
         assert (error <= bound * (1 + 1e-4)).all() and error.max() > bound.max() / 10
 
@@ -243,10 +255,12 @@ def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
     p = np.random.default_rng(9).normal(size=(3, 20, 5)).astype(np.float32)
     p[1, :, 3] = p[1, :, 0] - 2 * p[1, :, 2]
     p[2] = 0
+    p *= np.float32([1e-30, 1, 1])[:, None, None]  # of any size
     q = np.asarray(orthonormal(jnp.asarray(p)), np.float64)
     wanted = np.stack([np.eye(5), np.diag([1, 1, 1, 0, 1]), np.zeros((5, 5))])
     np.testing.assert_allclose(q.swapaxes(1, 2) @ q, wanted, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(q @ (q.swapaxes(1, 2) @ p), p, rtol=0, atol=1e-5 * np.abs(p).max())  # the same space
+    largest = np.abs(p).max(axis=(1, 2), keepdims=True)
+    assert (np.abs(q @ (q.swapaxes(1, 2) @ p) - p) <= 1e-5 * largest).all()  # the same space
 
 
 @pytest.mark.parametrize("size, members", [(8, None), (2, ((0, 3), (5, 1), (4, 2)))])
@@ -271,8 +285,7 @@ def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any)
             largest = max(np.abs(x).max() for x in (total, kept.get(key, total))) if name != "int8" else np.abs(
                 np.concatenate([x.ravel() for x in flat(wanted).values()])).max()  # fmt: skip
             error = np.abs(got[m[0]] + residual - total[m].mean(axis=0)).max()
-            print(key, error / (8 * size * EPS * largest))
-            assert error <= 8 * size * EPS * largest, key
+            assert error <= 2 * size * EPS * largest, key
     assert any(np.abs(x).max() > 1000 * EPS * np.abs(flat(wanted)[key]).max() for key, x in kept.items())  # it matters
 
 
@@ -290,6 +303,13 @@ def test_a_number_that_is_none_reaches_all_devices(name: str, size: int, bad: fl
     grads["layers"]["mlp"]["kernel"][1, 2, 3, 4] = bad
     result = reduce(parallel(name), Group(AXIS, size), grads)
     assert not np.isfinite(result.norms).any()
+
+
+@pytest.mark.parametrize("name", [*EXACT, *LOSSY])
+def test_a_norm_that_is_too_large_is_not_taken_for_none(name: str):
+    """A finite gradient whose squares are not: the step has to see that too."""
+    grads = jax.tree.map(lambda x: (x * 1e30).astype(np.float32), draw(2, 20))
+    assert not np.isfinite(reduce(parallel(name), Group(AXIS, 2), grads).norms).any()
 
 
 @pytest.mark.parametrize("name, zero", [*((name, 0) for name in (*EXACT, *LOSSY)), *((name, 1) for name in SHARDED)])

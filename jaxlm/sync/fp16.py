@@ -2,7 +2,7 @@
 
 float16 reaches from 6e-8 to 65504; gradients may lie far below. All devices first agree on the largest number of each
 tensor (one small all-reduce), and divide by a power of two, which costs no precision, such that a sum of N of them
-stays below 2^15. What is then lost to underflow is less than N * 2^-38 of the tensor's largest number.
+stays below 2^15. What is then lost to underflow is less than N * 2^-38 of the tensor's largest number, or of 2^-110.
 
 Bytes: 2 (N - 1) / N * 2 for each number, half of pmean's, and as many * 4 for each tensor. Error of an element: at most
 2^-11 of the mean of its absolute values for the rounding, and as much for each of the N - 1 additions.
@@ -27,7 +27,7 @@ def fp16(group: Group) -> Reduction:
     def scales(arrays: Arrays) -> Arrays:
         """A power of two for each tensor, [l]: the largest number of all devices, rounded up, times `room`."""
         largest_L = group.max(jnp.concatenate([jnp.max(sizes(x).reshape(x.shape[0], -1), axis=1) for x in arrays]))
-        exponents_L = jnp.frexp(jnp.clip(largest_L, 2.0**-100, 2.0**100))[1]
+        exponents_L = jnp.frexp(jnp.maximum(largest_L, 2.0**-110))[1]  # no scale is subnormal
         scales_L = jnp.where(jnp.isfinite(largest_L), jnp.ldexp(jnp.float32(room), exponents_L), jnp.nan)
         return jnp.split(scales_L, np.cumsum([x.shape[0] for x in arrays])[:-1].tolist())
 

@@ -15,7 +15,7 @@ leaves out of a device's numbers it adds to its next gradient. What the owner's 
 goes to the owner's residual, so that over the steps nothing is lost.
 
 Bytes for each number: two phases 2 (N - 1) / N * (1 + 4 / 256), the sum of integers as many. Error of an element: half
-a scale for each rounding.
+a scale for each rounding, where no scale is subnormal.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ def block_scales(x: jax.Array, levels: int, group: Group | None = None) -> jax.A
 
 def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
     """[..., C] -> int8, whole multiples of the scales."""
-    blocks = x.reshape(*scale.shape, BLOCK) / jnp.maximum(scale, 1e-38)[..., None]
+    blocks = x.reshape(*scale.shape, BLOCK) / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny)[..., None]
     return jnp.round(blocks).astype(jnp.int8).reshape(x.shape)
 
 

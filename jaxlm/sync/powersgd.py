@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, sizes
 from jaxlm.sync.group import Group
 
 
@@ -65,8 +65,17 @@ def _living(q_LOr: jax.Array) -> jax.Array:
 
     Gradients are zero at first, where the output layer is.
     """
+    q_LOr = _of_size_one(q_LOr)
     norm = jnp.linalg.norm(q_LOr, axis=1, keepdims=True)
     return jnp.where(norm > 0, q_LOr / jnp.where(norm > 0, norm, 1), _fresh(q_LOr.shape))
+
+
+def _of_size_one(x_LIr: jax.Array) -> jax.Array:
+    """Each matrix over its largest number, so that no square of its numbers is infinite, or zero; no number at all
+    where one of them is not finite.
+    """
+    largest = jnp.max(sizes(x_LIr), axis=(1, 2), keepdims=True)
+    return x_LIr / jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, largest, 1), jnp.nan)
 
 
 def orthonormal(p_LIr: jax.Array) -> jax.Array:
@@ -74,7 +83,7 @@ def orthonormal(p_LIr: jax.Array) -> jax.Array:
     to rounding, becomes zero: its remainder would be a direction of noise.
     """
     done: list[jax.Array] = []
-    rest = p_LIr
+    rest = p_LIr = _of_size_one(p_LIr)
     whole = jnp.linalg.norm(p_LIr, axis=1)
     for i in range(p_LIr.shape[2]):
         column = rest[:, :, i]
