@@ -20,10 +20,11 @@ from typing import Any
 
 from jaxlm.config import UserError
 
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
 LOST = 5  # exit code: another host is gone; the same command goes on
 LOST_AFTER = 30  # seconds without a sign of life; JAX itself gives up after 100
 FAILED_AFTER = 10  # the same where a collective has failed already
-JOIN_LIMIT = 300  # seconds until all must be there
+JOIN_LIMIT = 300  # seconds until all must be there, where JAXLM_JOIN_SECONDS does not say another number
 PREPARE_LIMIT = 12 * 3600  # until all must have prepared their data; one that dies meanwhile is found in LOST_AFTER
 PATIENCE = 10  # seconds of waiting, after which it is said for whom
 
@@ -40,20 +41,41 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
             raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-            raise UserError(f"--coordinator is '{coordinator}'; allowed: HOST:PORT")
+        _check_address("--coordinator", coordinator)
         return num_processes
     if not coordinator is num_processes is process_id is None:
         raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
-    for count, together_with in (
-        ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX"),
+    # Open MPI first: its mpirun may run in a step of Slurm's.
+    for count, index, more in (
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS),
     ):
-        if together_with in os.environ and os.environ.get(count, "").isdigit():
-            return int(os.environ[count])
+        # What is set by half means several processes, each of which would take itself for the only one.
+        if count in os.environ or (index == "JOB_COMPLETION_INDEX" and {index, ADDRESS} <= os.environ.keys()):
+            number = _number_in(count, 1, None)
+            if number > 1:
+                _number_in(index, 0, number - 1)
+                if more is not None and not os.environ.get(more):
+                    raise UserError(f"{more} is not set; allowed: set, beside {count}={number}")
+                if more == ADDRESS:
+                    _check_address(ADDRESS, os.environ[ADDRESS])
+            return number
     return 1
+
+
+def _number_in(variable: str, low: int, high: int | None) -> int:
+    text = os.environ.get(variable)
+    if text is None or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= (high or int(text)):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{variable} is {'not set' if text is None else repr(text)}; allowed: {allowed}")
+    return int(text)
+
+
+def _check_address(key: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
+        raise UserError(f"{key} is '{address}'; allowed: HOST:PORT")
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts":
@@ -64,23 +86,24 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """
     import jax
 
-    index = os.environ.get("JOB_COMPLETION_INDEX", "")
-    if coordinator is None and index.isdigit() and "JAX_COORDINATOR_ADDRESS" in os.environ:
-        # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.
-        coordinator, process_id = os.environ["JAX_COORDINATOR_ADDRESS"], int(index)
-        num_processes = int(os.environ["JOB_COMPLETIONS"])
+    limit = _number_in("JAXLM_JOIN_SECONDS", 1, None) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
     where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
-    failed = f"{where}: host {socket.gethostname()} cannot join the other processes within {JOIN_LIMIT} s"
+    if coordinator is None and {"JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS} <= os.environ.keys():
+        # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.
+        coordinator, process_id = os.environ[ADDRESS], int(os.environ["JOB_COMPLETION_INDEX"])
+        num_processes, where = int(os.environ["JOB_COMPLETIONS"]), f"{ADDRESS}={coordinator}"
+    failed = f"{where}: host {socket.gethostname()} cannot join the other processes"
+    late = f"{failed} within {limit} s: not all of them came, or two have the same --process_id"
     if coordinator is not None and process_id != 0:
-        _wait_for(coordinator, failed)
+        _wait_for(coordinator, f"{failed} within {limit} s", limit)
     # A process that is alone on its host has all of its devices: JAX would give it one, as to each of Slurm's tasks.
     on_host = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
     alone = on_host.split("(")[0] == "1"
-    _at_abort(lambda: (f"{failed}: not all of them came", 2))  # what JAX does then
+    _at_abort(lambda: (f"{late}; the same command tries again", LOST))  # what JAX does then
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, local_device_ids=[] if alone else None,
-            initialization_timeout=JOIN_LIMIT,
+            initialization_timeout=limit,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{failed}: {' '.join(str(error).split())[:200]}") from error
@@ -89,9 +112,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return _hosts
 
 
-def _wait_for(coordinator: str, failed: str) -> None:
+def _wait_for(coordinator: str, failed: str, limit: int) -> None:
     """Returns when somebody listens there."""
-    deadline = time.monotonic() + JOIN_LIMIT
+    deadline = time.monotonic() + limit
     while error := _connects(coordinator):
         if time.monotonic() > deadline:
             raise UserError(f"{failed}: {error.strerror or error}") from error
@@ -115,9 +138,10 @@ def _at_abort(reason: Callable[[], tuple[str, int] | None]) -> None:
     """
 
     def aborted(number: int) -> None:
-        if found := reason():
-            os.write(2, f"\njaxlm: {found[0]}\n".encode())
-            os._exit(found[1])
+        with contextlib.suppress(BaseException):  # a signal's handler may run here, and would be lost in C++
+            if found := reason():
+                os.write(2, f"\njaxlm: {found[0]}\n".encode())
+                os._exit(found[1])
         ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL
 
     global _abort_handler
@@ -160,6 +184,9 @@ class Hosts:
                         f"{what}: {key} is {other[key]!r} on {self.name(i)} and {found[0].get(key)!r} on"
                         f" {self.name(0)}; allowed: the same on all hosts"
                     )
+
+    def of_first(self, what: str, value: str) -> str:
+        return self._exchange(what, value, PREPARE_LIMIT)[0]
 
     def run(self, program: Callable[[], int], exit_code: Callable[..., int]) -> int:
         """Runs the program; does not return where it fails: then the others are told, and nobody is waited for."""
@@ -281,6 +308,11 @@ def check_same(what: str, values: dict[str, Any]) -> None:
     """Raises UserError, on all hosts alike, unless all have the same values; one host alone always has."""
     if _hosts is not None:
         _hosts.check_same(what, values)
+
+
+def of_first(what: str, value: str) -> str:
+    """The value that the first process calls this with."""
+    return value if _hosts is None else _hosts.of_first(what, value)
 
 
 def name(process: int) -> str:

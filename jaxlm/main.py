@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
 
     def train() -> int:
         shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}
-        distributed.check_same("the configuration", shared)
+        distributed.check_same("the configuration", shared | {"--max_minutes": args.max_minutes})
         from jaxlm import run as runs
 
         return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, stop)

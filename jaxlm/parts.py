@@ -1,6 +1,8 @@
 """What a run is made of, put together from its configuration: data, model, devices, state."""
 
+import hashlib
 import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ from jaxlm.model import Model, make_model
 from jaxlm.paths import user_path
 from jaxlm.placement import Placement
 from jaxlm.step import Device
+
+FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
 
 
 class Parts(NamedTuple):
@@ -58,6 +62,7 @@ def build(
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
     _check_same_corpus(workdir, corpus)
+    _check_shared(workdir, "--workdir, as it was")
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
     state, start, origin = _load_state(config, workdir, placement, placement.initial(model))
@@ -68,6 +73,7 @@ def build(
         workdirs.save_tokenizer(workdir, corpus.tokenizer)
 
     _on_first(workdir, claim)
+    _check_shared(workdir, "--workdir")
 
     checkpoints = Checkpointer(workdir, config.checkpoint)
     reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
@@ -168,6 +174,21 @@ def _check_prompt(config: Config, corpus: data.Corpus) -> None:
     except UserError as error:
         prompt = config.eval.sample_prompt
         raise UserError(f"eval.sample_prompt is {prompt!r}: {error}; or eval.sample_tokens=0") from error
+
+
+def _check_shared(workdir: Path, what: str) -> None:
+    """Raises UserError, on all hosts, unless the workdir is one folder that all of them see."""
+
+    def seen() -> str:
+        try:
+            return hashlib.sha256((workdir / "config.json").read_bytes()).hexdigest()[:12]
+        except OSError:
+            return "not there"
+
+    wanted, deadline = distributed.of_first(what, seen()), time.monotonic() + FOLDER_LIMIT
+    while seen() != wanted and time.monotonic() < deadline:  # a network's file system may show it late
+        time.sleep(0.5)
+    distributed.check_same(f"{what}: a folder that all hosts see", {"config.json": seen()})
 
 
 def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:

@@ -10,6 +10,7 @@ from jaxlm.config import (
     MIN_FLOAT,
     Config,
     DataConfig,
+    ModelConfig,
     ParallelConfig,
     UserError,
     describe,
@@ -84,16 +85,21 @@ def validate(c: Config) -> Config:
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
-    _check_parallel(c.parallel, require)
+    _check_parallel(c.parallel, m, require)
     _check_data(d, require)
     require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
     return c
 
 
-def _check_parallel(p: ParallelConfig, require: Callable[[bool, str, str], None]) -> None:
+def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, str, str], None]) -> None:
+    d_ff = m.d_ff or 4 * m.d_model
     require(p.zero <= 1, "parallel.zero", "0 or 1")
-    require(0 < p.topk_density <= 1, "parallel.topk_density", "more than 0, at most 1")
-    require(p.powersgd_rank > 0, "parallel.powersgd_rank", "1 or more")
+    require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
+    require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
+    # From there on nothing is smaller than the matrix itself.
+    most = math.ceil(m.d_model * d_ff / (m.d_model + d_ff)) - 1
+    require(0 < p.powersgd_rank <= most or p.reduce != "powersgd", "parallel.powersgd_rank",
+            f"1 to {most}, with matrices of {m.d_model} x {d_ff}")  # fmt: skip
     if p.zero:
         # They save on gradients what gathering whole parameters would cost again.
         require(p.reduce not in ("topk", "powersgd"), "parallel.reduce",

@@ -50,7 +50,8 @@ def test_the_link_is_as_slow_as_asked_for():
     "argv, words",
     [
         (["--reduce", "pmean,int7"], ["--reduce", "'int7'", "powersgd"]),
-        (["--hosts", "1"], ["--hosts is 1", "2 or more"]),
+        (["--hosts", "1"], ["--hosts is 1", "2 to 250"]),
+        (["--mbit", "nan"], ["--mbit is nan", "0.01 to"]),
         (["--tokens", "100"], ["--tokens is 100", "multiple of seq_len"]),
         (["--config.batch_size=4"], ["batch_size", "--tokens"]),
         (["--config.parallel.reduce=int8"], ["parallel.reduce", "--reduce"]),

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,6 @@ def flags(*overrides: str) -> list[str]:
     return [f"--config.{o}" for o in (*TINY, *overrides)]
 
 
-def flags_of(overrides: list[str]) -> list[str]:
-    return [f"--config.{o}" for o in overrides]
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -40,24 +38,16 @@ def free_port() -> int:
 
 
 def start(
-    workdir: Path, processes: int, *overrides: str, own: dict[int, list[str]] | None = None, devices: Any = None
-) -> list[subprocess.Popen[str]]:
-    """All processes of a run, with four devices together; `own` has overrides of some, `devices` other counts."""
-    command = [
-        sys.executable,
-        "-m",
-        "jaxlm.main",
-        "--config",
-        str(CONFIG),
-        "--workdir",
-        str(workdir),
-        *flags(*overrides),
-    ]
+    workdir: Path, processes: int, *overrides: str, more: dict[int, list[str]] | None = None, devices: Any = None,
+    program: Sequence[str] = ("-m", "jaxlm.main"),
+) -> list[subprocess.Popen[str]]:  # fmt: skip
+    """All processes of a run, with four devices together; `more` has arguments of some, `devices` other counts."""
+    command = [sys.executable, *program, "--config", str(CONFIG), "--workdir", str(workdir), *flags(*overrides)]
     address, devices = f"127.0.0.1:{free_port()}", devices or [4 // processes] * processes
     started = []
     for i in range(processes):
         joined = ["--coordinator", address, "--num_processes", str(processes), "--process_id", str(i)]
-        arguments = command + flags_of((own or {}).get(i, [])) + (joined if processes > 1 else [])
+        arguments = command + (more or {}).get(i, []) + (joined if processes > 1 else [])
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices[i]}"}
         started.append(subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
@@ -224,19 +214,45 @@ def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "own, devices, words",
+    "more, devices, words",
     [
-        ({1: ["optim.lr=0.002"]}, None, ["optim.lr is 0.002 on host", "(process 1) and 0.003 on host"]),
+        ({1: ["--max_minutes", "5"]}, None, ["--max_minutes is 5.0 on host", "(process 1) and None on host"]),
+        ({1: ["--config.optim.lr=0.002"]}, None, ["optim.lr is 0.002 on host", "(process 1) and 0.003 on host"]),
         ({}, [2, 1], ["has 2 devices, and host", "(process 1) has 1"]),
     ],
-    ids=["configuration", "devices"],
+    ids=["command-line", "configuration", "devices"],
 )
-def test_what_hosts_do_not_agree_on(own: dict[int, list[str]], devices: Any, words: list[str], tmp_path: Path):
-    results = finish(start(tmp_path / "run", 2, "steps=40", "optim.accum_steps=1", own=own, devices=devices))
+def test_what_hosts_do_not_agree_on(more: dict[int, list[str]], devices: Any, words: list[str], tmp_path: Path):
+    results = finish(start(tmp_path / "run", 2, "steps=40", "optim.accum_steps=1", more=more, devices=devices))
     assert [code for code, *_ in results] == [2, 2], results
     for *_, error in results:
         assert len(error.strip().split("\n")) == 1 and all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+IMPATIENT = """
+import sys
+from jaxlm import main, parts
+parts.FOLDER_LIMIT = 2
+sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+def test_hosts_with_different_workdirs(begun: bool, two: tuple[Path, Any], tmp_path: Path):
+    """Of a new run, and where one of them goes on with another run: nothing is trained that would not be saved."""
+    first = tmp_path / "run"
+    if begun:
+        shutil.copytree(two[0], first)
+    other = {1: ["--workdir", str(tmp_path / "other")]}
+    results = finish(start(first, 2, "steps=60", more=other, program=["-c", IMPATIENT]))
+    assert [code for code, *_ in results] == [2, 2], results
+    for *_, error in results:
+        assert "--workdir" in error and "config.json is 'not there' on host" in error and "Traceback" not in error, (
+            error
+        )
+    assert not (tmp_path / "other").exists() and (begun or not lines(first))
 
 
 @pytest.mark.slow

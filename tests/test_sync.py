@@ -255,7 +255,7 @@ def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
     p = np.random.default_rng(9).normal(size=(3, 20, 5)).astype(np.float32)
     p[1, :, 3] = p[1, :, 0] - 2 * p[1, :, 2]
     p[2] = 0
-    p *= np.float32([1e-30, 1, 1])[:, None, None]  # of any size
+    p *= np.array([1e-30, 1, 1], np.float32)[:, None, None]  # of any size
     q = np.asarray(orthonormal(jnp.asarray(p)), np.float64)
     wanted = np.stack([np.eye(5), np.diag([1, 1, 1, 0, 1]), np.zeros((5, 5))])
     np.testing.assert_allclose(q.swapaxes(1, 2) @ q, wanted, rtol=0, atol=1e-5)

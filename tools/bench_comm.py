@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from jaxlm import cli, runtime
-from jaxlm.config import Config
+from jaxlm.config import Config, UserError
 from jaxlm.paths import user_path
 from tools.collectives import Collective, collectives
 
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     config = cli.load(user_path("--config", args.config), overrides)
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
+    if args.vocab_size is not None and args.vocab_size < 2:
+        raise UserError(f"--vocab_size is {args.vocab_size}; allowed: 2 or more")
     print(json.dumps(report(config, args.vocab_size)))
     return 0
 
@@ -88,7 +90,8 @@ def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple
     from jaxlm.model import make_model
     from jaxlm.sync import Group, make_sync
 
-    model = make_model(config.model, vocab_size or data.prepare(config).vocab_size, config.seq_len)
+    vocab_size = vocab_size or data.prepare(config).vocab_size
+    model = make_model(config.model, vocab_size, config.seq_len)
     state = jax.eval_shape(lambda: steps.init_state(config, model, len(devices)))
     rows = jax.ShapeDtypeStruct((len(devices), config.batch_size // len(devices), config.seq_len), jnp.int32)
     step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)

@@ -55,9 +55,10 @@ def main() -> int:
         raise UserError(
             f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, each also with {OVERLAP}, commas between"
         )
-    for name, least in (("hosts", 2), ("steps", 1), ("rounds", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; allowed: {least} or more")
+    for name, least, most in (("hosts", 2, 250), ("steps", 1, 10**6), ("rounds", 1, 10**6), ("mbit", 0.01, 1e6),
+                              ("delay_ms", 0, 1e4)):  # fmt: skip
+        if not least <= getattr(args, name) <= most:
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: {least} to {most:g}")
     if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
         raise UserError("netbench needs Linux, root and iproute2 (ip, tc): it makes network namespaces")
 
@@ -137,7 +138,9 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
     etc = [Path("/etc/netns") / name for name in names]
 
     def run(*words: str, check: bool = True) -> None:
-        subprocess.run(words, check=check, stderr=None if check else subprocess.DEVNULL)
+        done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+        if check and done.returncode:
+            raise UserError(f"netbench cannot make its network: {' '.join(words)}: {done.stderr.strip()}")
 
     try:
         run("ip", "link", "add", bridge, "type", "bridge")

@@ -15,6 +15,11 @@ if [ $# -lt 3 ] || [ "$2" != -- ]; then
 fi
 IFS=, read -ra hosts <<<"$1"
 shift 2
+for host in "${hosts[@]:-}"; do
+    [ -n "$host" ] || { echo "ssh.sh: a host without a name; allowed: host-a,host-b" >&2; exit 2; }
+done
+[[ "${PORT:-1234} ${RESTARTS:-10}" =~ ^[0-9]+\ [0-9]+$ ]] ||
+    { echo "ssh.sh: PORT is ${PORT:-1234} and RESTARTS ${RESTARTS:-10}; allowed: whole numbers" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 first=${hosts[0]#*@}
 stopped=0
@@ -49,11 +54,12 @@ for ((attempt = 0; ; attempt++)); do
             one=$?
             kill -0 "$pid" 2>/dev/null || break # else a signal came in between
         done
-        [ $one = 255 ] && one=5 # ssh itself failed: that host is gone
+        [ $one -gt 128 ] && one=5 # ended by a signal, or ssh itself failed: that host is gone
         # What has to be mended counts for more than a host that is gone because of it.
         case $code in 0 | 5) [ $one = 0 ] || code=$one ;; esac
     done
-    if [ $code != 5 ] || [ $stopped = 1 ] || [ "$attempt" -ge "${RESTARTS:-10}" ]; then exit $code; fi
+    [ $code = 5 ] && [ $stopped = 0 ] && [ "$attempt" -lt "${RESTARTS:-10}" ] || exit $code
     echo "jaxlm: a host was lost; once more in 10 s" >&2
     sleep 10
+    [ $stopped = 0 ] || exit $code
 done
