@@ -191,17 +191,21 @@ def test_int8_is_within_half_a_scale_for_each_rounding(size: int, members: Any, 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_topk_sends_the_largest_of_each_block(size: int):
-    grads = {"a": draw(size, 4, (40, 70))}
+    grads = {"layers": {"a": draw(size, 4, (1, 40, 70)), "norm": draw(size, 5, (1, 5))}, "head": draw(size, 6, (7, 9))}
     result = reduce(parallel("topk", topk_density=0.05), Group(AXIS, size), grads)
     check_same_everywhere(result, Group(AXIS, size))
     k = round(0.05 * 1024)
     want = np.zeros((3, 1024))
-    for x in grads["a"]:
+    for x in grads["layers"]["a"]:
         blocks = np.pad(x.ravel(), (0, 3 * 1024 - x.size)).reshape(3, 1024)
         for row, block in enumerate(blocks):
             largest = np.argsort(-np.abs(block))[:k]
             want[row, largest] += block[largest]
-    np.testing.assert_allclose(result.means["a"][0].ravel(), want.ravel()[:2800] / size, rtol=size * EPS, atol=0)
+    got = result.means["layers"]["a"][0].ravel()
+    np.testing.assert_allclose(got, want.ravel()[:2800] / size, rtol=size * EPS, atol=0)
+    for got, each in ((result.means["layers"]["norm"], grads["layers"]["norm"]), (result.means["head"], grads["head"])):
+        bound = size * EPS * np.abs(each).sum(axis=0)
+        assert (np.abs(got[0] - each.astype(np.float64).mean(axis=0)) <= bound).all()  # whole
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -228,27 +232,31 @@ def test_powersgd_gives_back_a_mean_of_low_rank(size: int):
 def test_powersgd_comes_closer_with_a_warm_start():
     """The same gradient again, without its residual: the approximation nears the best of that rank, that of the SVD."""
     each = np.random.default_rng(7).normal(size=(2, 30, 40)).astype(np.float32)
-    grads, config = {"a": np.stack([each[0], each[0]])}, parallel("powersgd", powersgd_rank=4)
+    grads = {"layers": {"a": np.stack([each[:1], each[:1]])}}
+    config = parallel("powersgd", powersgd_rank=4)
     u, s, v = np.linalg.svd(each[0].astype(np.float64))
     best = np.linalg.norm(each[0] - (u[:, :4] * s[:4]) @ v[:4])
     state, errors = None, []
     for _ in range(30):
         result = reduce(config, Group(AXIS, 2), grads, state)
-        errors.append(np.linalg.norm(result.means["a"][0] - each[0]))
-        state = {"a": result.state["a"] | {"residual": 0 * result.state["a"]["residual"]}}
+        errors.append(np.linalg.norm(result.means["layers"]["a"][0, 0] - each[0]))
+        kept = result.state["layers"]["a"]
+        state = {"layers": {"a": kept | {"residual": 0 * kept["residual"]}}}
     assert errors[0] > 1.05 * best and errors[-1] < 1.01 * best
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
 
 
 def test_powersgd_lives_on_after_a_gradient_of_zero():
     """As that of all layers is in the first step, while the output layer is zero."""
-    grads, config = draw(2, 8, {"a": (30, 40)}), parallel("powersgd")
+    grads, config = draw(2, 8, {"layers": {"a": (1, 30, 40)}}), parallel("powersgd")
     zeros = jax.tree.map(np.zeros_like, grads)
     state = reduce(config, Group(AXIS, 2), zeros).state
     result = reduce(config, Group(AXIS, 2), grads, state)
-    assert np.abs(result.means["a"]).max() > 0
+    mean = result.means["layers"]["a"]
+    assert np.abs(mean).max() > 0
     fresh = reduce(config, Group(AXIS, 2), grads)  # but for the lengths of its columns, which change no space
-    np.testing.assert_allclose(result.means["a"], fresh.means["a"], rtol=0, atol=1e-5 * np.abs(fresh.means["a"]).max())
+    wanted = fresh.means["layers"]["a"]
+    np.testing.assert_allclose(mean, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_orthonormal_columns_and_none_in_place_of_dependent_ones():

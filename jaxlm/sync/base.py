@@ -1,8 +1,8 @@
 """The interfaces of gradient synchronization: pure functions with explicit state, as in optax.
 
 A `Reduction` averages arrays over a group of devices; each strategy is one. Arrays come as float32 batches `[l, ...]`
-of l tensors of one shape: the layers of a stacked parameter, or one tensor alone. With N devices, each tensor is cut
-into N parts (packed.py), of which device i owns the i-th.
+of l tensors of one shape, the layers of a stacked parameter, or as `[1, size]` of a single tensor. With N devices, each
+tensor is cut into N parts (packed.py), of which device i owns the i-th.
 
 A `GradSync` is what the step calls: a reduction applied to the tree of gradients, in buckets (gradients.py), and with
 ZeRO-1 (zero.py) the parts that a device updates.
@@ -34,6 +34,11 @@ def sizes(x: jax.Array) -> jax.Array:
     """Absolute values, infinite also where a number is none: no backend promises that a maximum is none then. XLA's on
     CPU leaves it out."""
     return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
+
+
+def is_matrix(shape: Shape) -> bool:
+    """Whether it is the matrix of each layer."""
+    return len(shape) > 2
 
 
 def stateless(array: jax.Array) -> State:

@@ -6,7 +6,8 @@ of M on the columns of P, the same on all devices. The next step starts from thi
 the r largest singular directions of gradients that change slowly. What a device's own matrix has beyond P Q^T goes to
 its residual.
 
-Vectors, and matrices that r columns would not make smaller, are averaged as they are, together with P.
+That is for the matrices of layers. Vectors, matrices that r columns would not make smaller, embeddings and the output
+layer are averaged as they are, together with P.
 
 Bytes: 2 (N - 1) / N * 4 for r (in + out) numbers of each matrix.
 """
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, sizes
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_matrix, sizes
 from jaxlm.sync.group import Group
 
 
@@ -25,7 +26,7 @@ def powersgd(group: Group, rank: int) -> Reduction:
     n = group.size
 
     def is_low_rank(shape: Shape) -> bool:
-        return len(shape) == 3 and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
+        return is_matrix(shape) and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
 
     def init(array: jax.Array) -> State:
         if not is_low_rank(array.shape):

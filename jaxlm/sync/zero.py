@@ -11,6 +11,7 @@ Trees of parts have the structure of the whole ones, leaves [l, c]: l layers of 
 looks at whole layers (Muon) or whole matrices (Adafactor), sharing.py and `whole` bring them together.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -30,8 +31,8 @@ def is_stacked(path: Any) -> bool:
 
 
 def batch_shape(path: Any, x: Any) -> Shape:
-    """`[l, ...]` of a leaf with the shape of a parameter."""
-    return tuple(x.shape) if is_stacked(path) else (1, *x.shape)
+    """`[l, ...]` of a leaf with the shape of a parameter; `[1, size]` of one that is not a layer's."""
+    return tuple(x.shape) if is_stacked(path) else (1, math.prod(x.shape))
 
 
 def batch(path: Any, x: jax.Array) -> jax.Array:
