@@ -118,7 +118,7 @@ def test_srun_needs_nothing_more(slurm: dict[str, str], alone: list[dict[str, An
 def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Path):
     """Stopped by Slurm in the middle, queued again by the batch file, done in the end with no step twice."""
     workdir, log = tmp_path / "run", tmp_path / "log"
-    long = [*flags("steps=3000", "eval.every_steps=0", "checkpoint.every_steps=100000", "log.every_steps=100")]
+    long = [*flags("steps=1500", "eval.every_steps=0", "checkpoint.every_steps=100000", "log.every_steps=100")]
     command = ["sbatch", "--parsable", "--nodes=1", "--overcommit", f"--output={log}",
                str(ROOT / "tools/launch/slurm.sbatch"), "--config", str(CONFIG), *long,
                "--workdir", str(workdir)]  # fmt: skip
@@ -140,7 +140,7 @@ def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Pa
     assert state() == "COMPLETED", text
     assert "restart 1" in text and "goes on after step" in text, text
     steps = [m["step"] for m in lines(workdir) if "loss" in m]
-    assert steps == sorted(set(steps)) and steps[-1] == 3000
+    assert steps == sorted(set(steps)) and steps[-1] == 1500
 
 
 @needs("mpirun")
