@@ -47,7 +47,7 @@ def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureF
     inside = [c for c in result["collectives"] if c["where"] == "loop of the backward pass"]
     assert bool(inside) == overlapped and all(c["times"] == 3 for c in inside)  # once for each of three layers
     if overlapped:
-        assert sum(c["sent"] * c["times"] for c in inside) > 0.7 * result["bytes_sent"]["gradients"]
+        assert sum(c["sent"] * c["times"] for c in inside) > 0.6 * result["bytes_sent"]["gradients"]
     assert ("parameters" in result["bytes_sent"]) == ("parallel.zero=1" in overrides)
 
 
