@@ -86,7 +86,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """
     import jax
 
-    limit = _number_in("JAXLM_JOIN_SECONDS", 1, None) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
+    limit = _number_in("JAXLM_JOIN_SECONDS", 1, 10**6) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
     where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
     if coordinator is None and {"JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS} <= os.environ.keys():
         # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.

@@ -11,16 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxlm.cli import load
 from jaxlm.config import ParallelConfig
 from jaxlm.sync import Group, make_reduction, make_sync
 from jaxlm.sync.base import Reduction
-from jaxlm.sync.buckets import piece_shapes, plan
 from jaxlm.sync.int8 import BLOCK
-from jaxlm.sync.packed import join, pack, part_shape, split, unpack, unpack_parts
+from jaxlm.sync.packed import pack
 from jaxlm.sync.powersgd import orthonormal, powersgd
 
 AXIS = "d"
@@ -331,40 +328,6 @@ def test_buckets_change_no_more_than_rounding(name: str, zero: int):
             assert np.abs(b[0] - mean).max() <= 2.5 * max(np.abs(a[0] - mean).max(), 1e-3 * np.abs(mean).max()), key
         else:
             np.testing.assert_allclose(b, a, rtol=0, atol=8 * EPS * np.abs(a).max())
-
-
-shapes_st = st.lists(st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tuple), min_size=1, max_size=5)
-
-
-@settings(deadline=None, max_examples=60)
-@given(shapes_st, st.integers(1, 400))
-def test_buckets_hold_everything_once_and_no_more_than_they_may(shapes: list[tuple[int, ...]], limit: int):
-    buckets = plan(shapes, limit)
-    seen = [[np.zeros(s[0], int)] for s in shapes]
-    for bucket in buckets:
-        assert bucket
-        sizes = [4 * math.prod(s) for s in piece_shapes(bucket, shapes)]
-        one_tensor = len(bucket) == 1 and bucket[0].layers.stop - bucket[0].layers.start == 1
-        assert sum(sizes) <= limit or one_tensor
-        for piece in bucket:
-            seen[piece.array][0][piece.layers] += 1
-    assert all((s[0] == 1).all() for s in seen)
-    assert len(plan(shapes, None)) == 1
-
-
-@settings(deadline=None, max_examples=12)
-@given(shapes_st, st.integers(1, 9), st.sampled_from([1, 4, 16]))
-def test_packed_and_unpacked(shapes: list[tuple[int, ...]], n: int, block: int):
-    arrays = [jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, s in enumerate(shapes)]
-    packed = pack(arrays, n, block)
-    assert packed.shape[0] == n and packed.shape[1] % block == 0
-    for got, x in zip(unpack(packed, shapes), arrays, strict=True):
-        np.testing.assert_array_equal(got, x)
-    for device in range(n):
-        for part, x in zip(unpack_parts(packed[device], shapes, n), arrays, strict=True):
-            assert part.shape == part_shape(x.shape, n)
-            np.testing.assert_array_equal(part, split(x, n)[device])
-    assert all(np.array_equal(join(split(x, n), x.shape), x) for x in arrays)
 
 
 def test_both_ways_of_int8_and_which_is_taken():
