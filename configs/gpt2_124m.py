@@ -17,6 +17,7 @@ def get_config() -> Config:
     m.num_layers, m.d_model, m.num_heads = 12, 768, 12
     m.activation, m.norm, m.position = "gelu", "layernorm", "learned"
     m.use_bias, m.tie_embeddings, m.qk_norm = True, True, False
+    m.key_offset = False
     m.residual_init = "scaled"
     m.dtype = "bfloat16"
     m.scan_unroll = 1

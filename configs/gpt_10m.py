@@ -18,6 +18,7 @@ def get_config() -> Config:
     c.model.num_heads = 6
     c.model.activation = "gelu"
     c.model.qk_norm = False
+    c.model.key_offset = False
     c.optim.name = "adamw"
     c.optim.lr = 1e-3
     return c

@@ -16,6 +16,7 @@ def get_config() -> Config:
     m = c.model
     m.num_layers, m.d_model, m.num_heads, m.num_kv_heads, m.d_ff = 22, 2048, 32, 4, 5632
     m.activation, m.norm, m.position, m.qk_norm = "swiglu", "rmsnorm", "rope", False
+    m.key_offset = False
     m.residual_init = "scaled"
     m.dtype, m.remat, m.scan_unroll = "bfloat16", "dots", 1
     o = c.optim

@@ -28,6 +28,22 @@ def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BTHC.dtype)
 
 
+def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
+    """Half of each key's channels replaced by those of the key before, or zero at the first of a document.
+
+    A query then finds the token that followed one like its own within a layer, where plain attention needs two: one to
+    copy the token before to each place, one to look for it (Olsson et al., In-context Learning and Induction Heads;
+    Jordan et al., modded-nanogpt, "partial key offset"). The channels are those that RoPE turns slowly, of which it
+    tells least.
+    """
+    C = k_BSKC.shape[-1]
+    before_BSKC = jnp.pad(k_BSKC, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    if segments_BS is not None:
+        begins_BS = jnp.diff(segments_BS, axis=1, prepend=-1) != 0
+        before_BSKC = jnp.where(begins_BS[:, :, None, None], 0, before_BSKC)
+    return jnp.where(jnp.arange(C) % (C // 2) < C // 4, k_BSKC, before_BSKC)
+
+
 Kernel = Literal["xla", "cudnn"]
 
 

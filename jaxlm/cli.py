@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import Config, UserError, describe, flatten, key_types, sections
+from jaxlm.config import BEFORE, Config, UserError, describe, flatten, key_types, sections
 from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
@@ -63,7 +63,8 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
     """The configuration in a workdir, and the keys that jaxlm has gained since it was saved.
 
-    Those take the values of configs/base.py, with which a run does what it did before there was the key.
+    Those take the values with which a run does what it did before there was the key: those of configs/base.py, or of
+    `config.BEFORE`.
 
     Raises:
       UserError: a key is unknown or of the wrong type, or a section is missing.
@@ -73,7 +74,7 @@ def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]
         *section, name = key.split(".")
         holder = tree.get(section[0]) if section else tree
         if isinstance(holder, dict) and name not in holder:
-            gained[key] = holder[name] = flatten(_load_file(BASE))[key]
+            gained[key] = holder[name] = BEFORE.get(key, flatten(_load_file(BASE))[key])
     return from_dict(tree, where), gained
 
 

@@ -38,9 +38,13 @@ class ModelConfig:
     dropout: float  # of embeddings and residual branches, in training only
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
+    key_offset: bool  # half of each key's channels are those of the token before
     residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
+    # Of float32 matrices: `highest` is float32; `fastest` rounds operands where that is faster (sums stay float32), to
+    # TF32 on GPUs, to bfloat16 on TPUs and on CPUs with Intel's AMX.
+    matmul_precision: Literal["fastest", "highest"]
     attention: Literal["auto", "xla", "cudnn"]
     remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
     scan_unroll: int  # layers per iteration of the scan over layers; 0 = all
@@ -153,8 +157,10 @@ class Config:
 # Keys that a run may go on with although they changed: they do not change what the steps so far meant.
 CHANGEABLE = (
     r"steps|deterministic|optim\.(?!name$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
-    r"|model\.(dtype|dropout|remat|attention|scan_unroll)|data\.cache_dir"
+    r"|model\.(dtype|dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
 )
+
+BEFORE = {"model.key_offset": False}  # what a run did before there was the key, where configs/base.py does otherwise
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
 MIXED_SOURCES = ("stdlib", *FILE_SOURCES, "tfds", "tokens")

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.attention import attend, causal_attention, choose_kernel, rope_tables, rotate
+from jaxlm.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
 from jaxlm.config import ModelConfig
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
@@ -270,6 +270,8 @@ class Attention(nn.Module):
         if shared.rope is not None:
             q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
         if cache is None:
+            if c.key_offset:
+                k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
             kernel = choose_kernel(c.attention, c.dtype, head)
             o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, kernel)
         else:
@@ -279,7 +281,8 @@ class Attention(nn.Module):
             )
             age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
             visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
-            o_BTHC = attend(q_BTHC, cache.k, cache.v, visible_TS)
+            keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
+            o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
         out = _linear(c, c.d_model, "out", residual=True)
         return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
 

@@ -46,19 +46,46 @@ def configure_jax(config: Config, processes: int) -> None:
     On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
     the batch divides over: for small models that is the largest gain of all.
     """
-    if not on_cpu():
-        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *gpu_flags(config, processes)]).strip()
-        return
-    if config.parallel.overlap and "xla_disable_hlo_passes" not in os.environ.get("XLA_FLAGS", ""):
-        # Else all exchanges of an unrolled backward pass are joined to one, at its end.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_disable_hlo_passes=cpu-all-reduce-combiner"
+    chosen = cpu_flags(config) if on_cpu() else gpu_flags(config, processes)
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *chosen]).strip()
     import jax
 
-    flags = os.environ.get("XLA_FLAGS", "")
+    if config.model.matmul_precision == "highest":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if not on_cpu():
+        return
+    flags = os.environ["XLA_FLAGS"]
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", config.parallel.devices or _cpu_devices(config, processes))
+
+
+def has_amx() -> bool:
+    """Whether the CPU has tiles for products of bfloat16 matrices (Intel AMX: Xeons since Sapphire Rapids)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
+
+
+def cpu_flags(config: Config) -> list[str]:
+    """XLA's flags for this run on CPU, but for those that the environment sets already."""
+    flags = {}
+    if config.parallel.overlap:
+        # Else all exchanges of an unrolled backward pass are joined to one, at its end.
+        flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
+    if config.model.matmul_precision == "fastest" and has_amx():
+        # XLA's own library computes float32 products in float32, oneDNN rounds their operands to bfloat16 in AMX tiles.
+        dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+        flags["xla_cpu_use_onednn"] = "true"
+        flags["xla_cpu_experimental_onednn_fusion_type"] = ",".join(dots)
+        flags["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"  # leaves dots to oneDNN
+        os.environ.setdefault("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    return _unset(flags)
+
+
+def _unset(flags: dict[str, str]) -> list[str]:
+    own = os.environ.get("XLA_FLAGS", "")
+    return [f"--{flag}={value}" for flag, value in flags.items() if flag not in own]
 
 
 def gpu_flags(config: Config, processes: int) -> list[str]:
@@ -79,8 +106,7 @@ def gpu_flags(config: Config, processes: int) -> list[str]:
         flags |= dict.fromkeys(on, "true")
         if p.bucket_mb:
             flags |= {f"xla_gpu_{kind}_combine_threshold_bytes": str(int(p.bucket_mb * 2**20)) for kind in kinds}
-    own = os.environ.get("XLA_FLAGS", "")
-    return [f"--{flag}={value}" for flag, value in flags.items() if flag not in own]
+    return _unset(flags)
 
 
 def _cpu_devices(config: Config, processes: int) -> int:

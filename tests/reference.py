@@ -34,6 +34,15 @@ def rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag], axis=1)
 
 
+def offset_keys(k_TC: np.ndarray) -> np.ndarray:
+    """The second half of the channels of each half are those of the row before."""
+    quarter, shifted = k_TC.shape[1] // 4, k_TC.copy()
+    for first in (quarter, k_TC.shape[1] // 2 + quarter):
+        half = slice(first, first + k_TC.shape[1] // 2 - quarter)
+        shifted[0, half], shifted[1:, half] = 0, k_TC[:-1, half]
+    return shifted
+
+
 def attention(q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray) -> np.ndarray:
     out = np.zeros((len(q_TC), v_TC.shape[1]))
     for t in range(len(q_TC)):
@@ -81,6 +90,8 @@ def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
                 q_TC, k_TC = norm(q_TC, a["query_norm"], "rmsnorm"), norm(k_TC, a["key_norm"], "rmsnorm")
             if c.position == "rope":
                 q_TC, k_TC = rotate(q_TC, c.rope_theta), rotate(k_TC, c.rope_theta)
+            if c.key_offset:
+                k_TC = offset_keys(k_TC)
             heads.append(attention(q_TC, k_TC, v[:, shared]))
         x = x + linear(np.concatenate(heads, axis=1), a["out"])
         x = x + mlp(norm(x, p["mlp_norm"], c.norm), p["mlp"], c.activation)

@@ -75,6 +75,7 @@ IMPOSSIBLE = [
     ("model.num_heads=64", "model.num_heads", "even head size"),  # heads of 3
     ("model.num_heads=1 model.d_model=7", "model.num_heads", "even head size"),
     ("model.num_heads=1 model.d_model=7 model.position=sinusoidal", "model.d_model", "even"),
+    ("model.num_heads=32", "model.num_heads", "a multiple of 4"),  # heads of 6
     ("model.num_layers=2000000000", "model.num_layers", "at most 10000"),
     ("optim.accum_steps=3", "batch_size", "a multiple of optim.accum_steps = 3"),
     ("steps=7 optim.warmup_steps=8", "optim.warmup_steps", "at most steps = 7"),
@@ -111,8 +112,8 @@ POSSIBLE = [
     "steps=7 optim.warmup_steps=7",
     "optim.accum_steps=4",
     "model.num_heads=6 model.num_kv_heads=2",
-    "model.num_heads=64 model.position=learned",  # heads of 3 are wrong with rope only
-    "model.num_heads=3 model.d_model=9 model.position=learned",
+    "model.num_heads=64 model.position=learned model.key_offset=false",  # heads of 3 are wrong with rope only
+    "model.num_heads=3 model.d_model=9 model.position=learned model.key_offset=false",
     "optim.name=sgd optim.adam_lr=0",
     "data.tokenizer=bytes data.vocab_size=0",
     "data.source=text data.path=a data.val_path=b data.val_fraction=0",
@@ -130,12 +131,12 @@ def test_a_possible_combination(overrides: str) -> None:
     flat = configs.flatten(config)
     for override in overrides.split():
         key, value = override.split("=")
-        assert type(flat[key])(value) == flat[key]
+        assert flat[key] == (value == "true" if isinstance(flat[key], bool) else type(flat[key])(value))
 
 
 # Going on with another configuration
 
-FREE_MODEL = {"model.dtype", "model.dropout", "model.remat", "model.attention", "model.scan_unroll"}
+FREE_MODEL = {f"model.{k}" for k in ("dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll")}
 
 
 def may_change(key: str) -> bool:

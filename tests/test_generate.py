@@ -19,8 +19,8 @@ BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.5, logit_softcap=0.0,
-    qk_norm=False, residual_init="scaled", dtype="float32", param_dtype="float32", attention="auto", remat="none",
-    scan_unroll=1,
+    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
+    matmul_precision="highest", attention="auto", remat="none", scan_unroll=1,
 )  # fmt: skip
 
 
@@ -84,9 +84,10 @@ def test_a_long_prompt_is_read_in_chunks(
     cast(Any, generate).clear_cache()
 
 
-def test_cached_logits_are_the_uncached_ones(rope: tuple[Model, Params]) -> None:
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_cached_logits_are_the_uncached_ones(key_offset: bool) -> None:
     """A prompt, then several tokens at once, then one: any split of a text into calls."""
-    model, params = rope
+    model, params = with_params(key_offset=key_offset)
     text_BT = prompts(2, 12)
     expected = jax.jit(model.apply)(params, text_BT)
     cache, decode, parts, start = model.init_cache(2, 15), jax.jit(model.decode), [], 0

@@ -26,8 +26,8 @@ BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
-    qk_norm=False, residual_init="scaled", dtype="float32", param_dtype="float32", attention="xla", remat="none",
-    scan_unroll=1,
+    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
+    matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
 )  # fmt: skip
 
 
@@ -65,9 +65,10 @@ def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, 
 
 
 # Every activation with every position; the switches take both values with each of them, in all pairs.
-SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap")
+SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap", "key_offset")
 PATTERNS = [
-    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c)) for a, b, c in itertools.product((0, 1), repeat=3)
+    "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c))
+    for a, b, c in itertools.product((0, 1), repeat=3)
 ]
 GRID = [
     (activation, position, PATTERNS[i % 8])
@@ -81,7 +82,7 @@ def grid_config(activation: str, position: str, pattern: str) -> ModelConfig:
     on = {name: bit == "1" for name, bit in zip(SWITCHES, pattern, strict=True)}
     return with_(
         activation=activation, position=position, norm="rmsnorm" if on["norm"] else "layernorm",
-        num_kv_heads=2 if on["kv"] else 0, qk_norm=on["qk_norm"], use_bias=on["use_bias"],
+        num_kv_heads=2 if on["kv"] else 0, qk_norm=on["qk_norm"], key_offset=on["key_offset"], use_bias=on["use_bias"],
         tie_embeddings=on["tie_embeddings"], logit_softcap=2.0 if on["softcap"] else 0.0,
     )  # fmt: skip
 

@@ -274,8 +274,9 @@ def real_params() -> Any:
     c = dataclasses.replace(
         DEFAULT.model, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu",
         norm="layernorm", position="learned", rope_theta=1e4, use_bias=True, tie_embeddings=False, dropout=0.0,
-        logit_softcap=0.0, qk_norm=True, residual_init="scaled", dtype="float32", param_dtype="float32",
-        attention="xla", remat="none", scan_unroll=1,
+        logit_softcap=0.0, qk_norm=True, key_offset=False,
+        residual_init="scaled", dtype="float32", param_dtype="float32",
+        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
     )  # fmt: skip
     shapes = jax.eval_shape(make_model(c, 11, 5).init, jax.random.key(0))
     return draw(0, jax.tree.map(lambda x: x.shape, shapes))

@@ -43,8 +43,9 @@ def config(kind: str) -> Config:
         c.model, num_layers=LAYERS, d_model=D, num_heads=HEADS, num_kv_heads=2 if llama else 0, d_ff=40 if llama else 0,
         activation="swiglu" if llama else "gelu", norm="rmsnorm" if llama else "layernorm",
         position="rope" if llama else "learned", rope_theta=500.0, use_bias=kind == "gpt", tie_embeddings=not llama,
-        dropout=0.0, logit_softcap=0.0, qk_norm=False, residual_init="scaled", dtype="float32", param_dtype="float32",
-        attention="xla", remat="none", scan_unroll=1,
+        dropout=0.0, logit_softcap=0.0, qk_norm=False, key_offset=False,
+        residual_init="scaled", dtype="float32", param_dtype="float32",
+        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
     )  # fmt: skip
     c.loss = dataclasses.replace(c.loss, label_smoothing=0.0, z_loss=0.0, chunk=0)
     # eps is larger than usual: gradients that are 0 but for rounding (of key biases) would else become +-lr.

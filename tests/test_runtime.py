@@ -34,10 +34,51 @@ def test_the_environment_overrides_them(monkeypatch: pytest.MonkeyPatch):
     assert left and not any("latency" in f or "all_gather_combine" in f for f in left)
 
 
+def test_cpu_flags_are_those_that_the_run_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "")
+    for amx, precision, count in ((True, "fastest", 3), (True, "highest", 0), (False, "fastest", 0)):
+        monkeypatch.setattr(runtime, "has_amx", lambda amx=amx: amx)
+        chosen = runtime.cpu_flags(load(CONFIG, [f"--config.model.matmul_precision={precision}"]))
+        assert len(chosen) == count and all("onednn" in f or "ynn" in f for f in chosen)
+    overlap = runtime.cpu_flags(load(CONFIG, ["--config.parallel.overlap=true"]))
+    assert overlap == ["--xla_disable_hlo_passes=cpu-all-reduce-combiner"]
+
+
+PRODUCTS = """
+import sys
+from pathlib import Path
+from jaxlm import runtime
+from jaxlm.cli import load
+runtime.configure_jax(load(Path(sys.argv[1]), [f"--config.model.matmul_precision={sys.argv[2]}"]), 1)
+import jax, numpy as np
+a, b = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)
+exact = a.astype(np.float64) @ b
+product = np.asarray(jax.jit(lambda a, b: a @ b)(a, b))
+print(np.abs(product - exact).max() / np.linalg.norm(a, axis=1).max() / np.linalg.norm(b, axis=0).max())
+"""
+
+
+@pytest.mark.parametrize("precision", ["highest", "fastest"])
+def test_products_are_as_exact_as_asked_for(precision: str):
+    """float32 has a unit roundoff of 2**-24, bfloat16 of 2**-9. Errors are over the largest of |row| |column|."""
+    result = subprocess.run(
+        [sys.executable, "-c", PRODUCTS, str(CONFIG), precision], capture_output=True, text=True, check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )  # fmt: skip
+    rounded = precision == "fastest" and runtime.has_amx()
+    error = float(result.stdout)
+    assert (2**-14 < error < 2**-8) if rounded else (error < 2**-20)
+
+
 @pytest.mark.slow
 def test_xla_knows_every_flag(monkeypatch: pytest.MonkeyPatch):
     """It ends a process that has one which it does not know."""
-    known = " ".join(flags(monkeypatch, "", *ALL))
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    known = " ".join(
+        [*flags(monkeypatch, "", *ALL), *runtime.cpu_flags(load(CONFIG, ["--config.parallel.overlap=true"]))]
+    )
+    known += " ".join(["", *runtime.cpu_flags(load(CONFIG))])
     for extra, code in (("", 0), (" --xla_gpu_no_such_flag=true", 1)):
         result = subprocess.run(
             [sys.executable, "-c", "import jax; jax.devices()"],

@@ -169,6 +169,8 @@ def test_a_key_that_is_newer_than_the_run_takes_the_value_of_base(copy: Path, ca
     shown = capsys.readouterr().out
     assert "optim.embed_lr is new: 0.1" in shown and "deterministic is new: False" in shown
     assert json.loads((copy / "config.json").read_text())["config"]["optim"]["embed_lr"] == 0.1
+    edit(copy, lambda content: content["config"]["model"].pop("key_offset"))
+    assert "model.key_offset was False" in refusal(copy)  # what runs did before, not what base.py does
     edit(copy, lambda content: content["config"]["optim"].update(unheard_of=1))
     assert "optim.unheard_of" in refusal(copy)
 

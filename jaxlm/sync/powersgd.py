@@ -92,5 +92,6 @@ def orthonormal(p_LIr: jax.Array) -> jax.Array:
         lives = norm > 1e-5 * whole[:, i : i + 1]
         column = jnp.where(lives, column / jnp.where(lives, norm, 1), 0)
         done.append(column)
-        rest = rest - column[:, :, None] * jnp.einsum("li,lir->lr", column, rest)[:, None, :]
+        # No matrix product, whose operands devices may round (`model.matmul_precision`); the residual mends the others.
+        rest = rest - column[:, :, None] * jnp.sum(column[:, :, None] * rest, axis=1, keepdims=True)
     return jnp.stack(done, axis=2)
