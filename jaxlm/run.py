@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import data
-from jaxlm import runtime
+from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
@@ -131,7 +130,7 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
 
     if jax.default_backend() == "gpu" and os.environ.get("XLA_FLAGS"):
         say(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")
-    if jax.default_backend() == "cpu" and c.model.matmul_precision == "fastest" and runtime.has_amx():
+    if runtime.rounds_products(c):
         say("products: operands rounded to bfloat16, in the CPU's AMX tiles (model.matmul_precision)")
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):

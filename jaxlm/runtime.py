@@ -67,13 +67,23 @@ def has_amx() -> bool:
     return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
 
 
+def rounds_products(config: Config) -> bool:
+    """Whether float32 products of this run on CPU are of operands rounded to bfloat16."""
+    return on_cpu() and config.model.matmul_precision == "fastest" and has_amx()
+
+
+def torch_precision(config: Config) -> str:
+    """PyTorch's word for the same products, so that a peer beside ours computes alike."""
+    return "medium" if rounds_products(config) else "highest"
+
+
 def cpu_flags(config: Config) -> list[str]:
     """XLA's flags for this run on CPU, but for those that the environment sets already."""
     flags = {}
     if config.parallel.overlap:
         # Else all exchanges of an unrolled backward pass are joined to one, at its end.
         flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
-    if config.model.matmul_precision == "fastest" and has_amx():
+    if rounds_products(config):
         # XLA's own library computes float32 products in float32, oneDNN rounds their operands to bfloat16 in AMX tiles.
         dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
         flags["xla_cpu_use_onednn"] = "true"

@@ -172,7 +172,8 @@ class NanoGPT:
         sizes = {"n_layer": m.num_layers, "n_head": m.num_heads, "n_embd": m.d_model, "block_size": config.seq_len,
                  "vocab_size": vocab_size, "bias": m.use_bias, "dropout": m.dropout}  # fmt: skip
         self._process = subprocess.Popen(
-            [python, Path(__file__).with_name("bench_nanogpt.py"), checkout, json.dumps(sizes), str(config.batch_size)],
+            [python, Path(__file__).with_name("bench_nanogpt.py"), checkout, json.dumps(sizes), str(config.batch_size),
+             runtime.torch_precision(config)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.step(5)

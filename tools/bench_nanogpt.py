@@ -1,4 +1,5 @@
-"""Times nanoGPT's own step for tools/bench.py: arguments are a checkout, GPTConfig as JSON, and the batch size.
+"""Times nanoGPT's own step for tools/bench.py: arguments are a checkout, GPTConfig as JSON, the batch size, and
+PyTorch's word for the precision of float32 products: `highest`, or `medium` for operands rounded to bfloat16.
 
 Reads a number of steps from each line of input and answers with seconds a step. Eager mode in float32, clipping and
 AdamW as in its train.py.
@@ -16,6 +17,7 @@ def main() -> None:
     # Neither is there where this is checked: torch, and nanoGPT's model.py.
     torch, nanogpt = importlib.import_module("torch"), importlib.import_module("model")
 
+    torch.set_float32_matmul_precision(sys.argv[4])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = nanogpt.GPT(nanogpt.GPTConfig(**sizes)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)

@@ -53,6 +53,7 @@ def main() -> None:
     distributed = importlib.import_module("torch.distributed")
     hooks = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(s["precision"])
     distributed.init_process_group("gloo", f"tcp://{coordinator}", world_size=int(count), rank=int(index))
     built = {}
     for name in ("float32", "fp16"):
