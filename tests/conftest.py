@@ -40,11 +40,16 @@ def programs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A run takes the signals over; they are given back."""
+    """A run takes the signals over, and sets what XLA and oneDNN read when they start; both are given back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = {key: os.environ.get(key) for key in ("XLA_FLAGS", "ONEDNN_DEFAULT_FPMATH_MODE")}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    for key, value in environment.items():
+        os.environ.pop(key, None)
+        if value is not None:
+            os.environ[key] = value
 
 
 @pytest.fixture(scope="session")
