@@ -19,6 +19,7 @@ def get_config() -> Config:
     c.model.activation = "gelu"
     c.model.qk_norm = False
     c.model.key_offset = False
+    c.parallel.powersgd_rank = 4  # that of the comparison in docs/communication.md
     c.optim.name = "adamw"
     c.optim.lr = 1e-3
     return c

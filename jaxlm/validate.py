@@ -80,8 +80,9 @@ def validate(c: Config) -> Config:
                 f"with position=rope, one that leaves an even head size of d_model = {m.d_model}")  # fmt: skip
     if m.position == "sinusoidal":
         require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
-    require(not m.key_offset or (m.d_model // m.num_heads) % 4 == 0, "model.num_heads",
-            f"with key_offset, one that leaves heads of a multiple of 4 of d_model = {m.d_model}")  # fmt: skip
+    head = m.d_model // m.num_heads
+    require(not m.key_offset or (head >= 4 and head % 2 == 0), "model.num_heads",
+            f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}")  # fmt: skip
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")

@@ -75,7 +75,8 @@ IMPOSSIBLE = [
     ("model.num_heads=64", "model.num_heads", "even head size"),  # heads of 3
     ("model.num_heads=1 model.d_model=7", "model.num_heads", "even head size"),
     ("model.num_heads=1 model.d_model=7 model.position=sinusoidal", "model.d_model", "even"),
-    ("model.num_heads=32", "model.num_heads", "a multiple of 4"),  # heads of 6
+    ("model.num_heads=96", "model.num_heads", "4 or more"),  # heads of 2
+    ("model.num_heads=64 model.position=learned", "model.num_heads", "an even head size of 4 or more"),  # of 3
     ("model.num_layers=2000000000", "model.num_layers", "at most 10000"),
     ("optim.accum_steps=3", "batch_size", "a multiple of optim.accum_steps = 3"),
     ("steps=7 optim.warmup_steps=8", "optim.warmup_steps", "at most steps = 7"),
