@@ -43,7 +43,7 @@ def get_config() -> Config:
             residual_init="zero",
             dtype="float32",  # bfloat16 is for GPUs; on CPU it is no faster
             param_dtype="float32",
-            matmul_precision="fastest",
+            matmul_precision="default",
             attention="auto",  # cudnn where it can, else xla
             remat="none",
             scan_unroll=0,  # unrolled runs fastest, a rolled loop (1) compiles fastest

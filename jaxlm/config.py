@@ -42,9 +42,9 @@ class ModelConfig:
     residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
-    # Of float32 matrices: `highest` is float32; `fastest` rounds operands where that is faster (sums stay float32), to
-    # TF32 on GPUs, to bfloat16 on TPUs and on CPUs with Intel's AMX.
-    matmul_precision: Literal["fastest", "highest"]
+    # Of float32 matrices: `highest` is float32; `default` is JAX's, float32 on CPU, TF32 on GPUs; `fastest` also rounds
+    # operands to bfloat16 on CPUs with Intel's AMX, in a part of XLA that is experimental (docs/performance.md).
+    matmul_precision: Literal["default", "highest", "fastest"]
     attention: Literal["auto", "xla", "cudnn"]
     remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
     scan_unroll: int  # layers per iteration of the scan over layers; 0 = all
