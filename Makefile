@@ -6,7 +6,7 @@
 
 CONFIG ?= configs/base.py
 # The first try takes no longer on a slow machine: fewer steps are made there. ARGS= makes all of them.
-ARGS ?= $(if $(filter configs/base.py,$(CONFIG)),--max_minutes 5.2)
+ARGS ?= $(if $(filter configs/base.py,$(CONFIG)),--max_minutes 4.8)
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 

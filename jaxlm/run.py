@@ -130,8 +130,9 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
 
     if jax.default_backend() == "gpu" and os.environ.get("XLA_FLAGS"):
         say(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")
-    if runtime.rounds_products(c):
-        say("products: operands rounded to bfloat16, in the CPU's AMX tiles (model.matmul_precision)")
+    if runtime.on_cpu() and c.model.matmul_precision == "fastest":
+        how = "operands rounded to bfloat16, in AMX tiles" if runtime.has_amx() else "float32, for this CPU has no AMX"
+        say(f"model.matmul_precision=fastest · products: {how}")
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")

@@ -72,11 +72,6 @@ def rounds_products(config: Config) -> bool:
     return on_cpu() and config.model.matmul_precision == "fastest" and has_amx()
 
 
-def torch_precision(config: Config) -> str:
-    """PyTorch's word for the same products, so that a peer beside ours computes alike."""
-    return "medium" if rounds_products(config) else "highest"
-
-
 def cpu_flags(config: Config) -> list[str]:
     """XLA's flags for this run on CPU, but for those that the environment sets already."""
     flags = {}

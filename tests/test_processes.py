@@ -21,7 +21,7 @@ from jaxlm.cli import load
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
 TINY = ["batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "model.dropout=0.1", "optim.name=muon",
-        "model.matmul_precision=highest",
+        "model.matmul_precision=highest",  # the same to rounding, whoever computes
         "optim.lr=0.003", "optim.schedule=constant", "optim.warmup_steps=1", "optim.accum_steps=2",
         "checkpoint.every_steps=20", "checkpoint.keep=50", "eval.every_steps=20", "eval.batches=3", "log.every_steps=5",
         "log.tensorboard=False"]  # fmt: skip

@@ -173,7 +173,7 @@ class NanoGPT:
                  "vocab_size": vocab_size, "bias": m.use_bias, "dropout": m.dropout}  # fmt: skip
         self._process = subprocess.Popen(
             [python, Path(__file__).with_name("bench_nanogpt.py"), checkout, json.dumps(sizes), str(config.batch_size),
-             runtime.torch_precision(config)],
+             "medium" if runtime.rounds_products(config) else "highest"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.step(5)

@@ -25,7 +25,7 @@ from jaxlm import cli
 from jaxlm.config import Config, UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
-from jaxlm.runtime import HUGE_PAGES, torch_precision
+from jaxlm.runtime import HUGE_PAGES, rounds_products
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
@@ -100,7 +100,7 @@ def start(
         m = config.model
         sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
                  "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size,
-                 "precision": torch_precision(config)}  # fmt: skip
+                 "precision": "medium" if rounds_products(config) else "highest"}  # fmt: skip
         peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
         parties["ddp"] = stack.enter_context(Party(hosts, peer, len(parties), {}, errors))
         runs += [("ddp float32", "ddp", "float32"), ("ddp fp16", "ddp", "fp16")]

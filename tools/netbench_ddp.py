@@ -1,7 +1,8 @@
 """PyTorch's side of tools/netbench.py: a GPT under DistributedDataParallel on Gloo, with AdamW and clipping.
 
-Arguments are sizes as JSON, and the coordinator, number of processes and number of this one. Reads `float32 STEPS` or
-`fp16 STEPS` (DDP's hook that sends float16) from each line of input, answers with seconds a step.
+Arguments are sizes and PyTorch's word for the precision of products as JSON, and the coordinator, number of processes
+and number of this one. Reads `float32 STEPS` or `fp16 STEPS` (DDP's hook that sends float16) from each line of input,
+answers with seconds a step.
 """
 
 import importlib
