@@ -90,3 +90,19 @@ def hf(hf_specs: dict[str, str]) -> dict[str, Any]:
     from jaxlm.data.hf_tokenizer import HfTokenizer
 
     return {kind: HfTokenizer(spec.encode(), "test") for kind, spec in hf_specs.items()}
+
+
+@pytest.fixture
+def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Runs the command on what is in `tmp_path`."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    from tests.inspecting import Seen, call, flags
+
+    def run(*argv: object, **keys: Any) -> Any:
+        code, out, error = call(monkeypatch, capsys, *argv, *flags(tmp_path, **keys))
+        assert code == 0, error
+        return Seen(out)
+
+    return run
