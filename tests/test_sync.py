@@ -276,7 +276,7 @@ def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any)
     state, given_out, wanted = None, None, None
     for seed in range(4):
         grads = draw(devices, 10 + seed)
-        result = reduce(parallel(name, zero=zero, topk_density=0.1), group, grads, state)
+        result = reduce(parallel(name, zero=zero, topk_density=0.1, powersgd_rank=4), group, grads, state)
         check_same_everywhere(result, group)
         state = result.state
         given_out = add(given_out, result.means)
