@@ -94,12 +94,14 @@ def read_saved(path: Path) -> dict[str, Any]:
 
 
 def _load_file(path: Path) -> Config:
-    """Runs a configuration file and returns what its `get_config()` gives."""
+    """What a configuration file's `get_config()` gives, or that of a run, from its config.json."""
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
+    if path.suffix == ".json":
+        return from_saved(read_saved(path)["config"], str(path))[0]
     spec = importlib.util.spec_from_file_location("jaxlm_user_config", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: not a Python file (.py)")
+        raise UserError(f"--config {path}: allowed: a Python file (.py), or the config.json of a run")
     module = importlib.util.module_from_spec(spec)
     # `from configs import base` works from any folder: the repository's root comes first, then the user's.
     roots = [str(Path(__file__).resolve().parents[1]), str(path.resolve().parents[1])]
@@ -136,6 +138,8 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     """
     types = key_types()
     for argument in overrides:
+        if re.match(r"--?(flagfile|undefok)\b", argument):  # absl's own: more options from a file, and fewer errors
+            raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
         if re.match(r"-(no)?config\b", argument):
             raise UserError(f"{argument.split('=')[0]}: unknown option; allowed: --config.KEY=VALUE, with two dashes")
         if not argument.startswith("--") or argument == "--":
@@ -161,8 +165,15 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError(f"{found[1]} is '{found[2]}'; allowed: {describe(types[found[1]])}") from error
     except flags.Error as error:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
+    except RecursionError as error:  # absl looks for a name like it
+        raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
+    for key, value in flatten(values.config).items():
+        if isinstance(value, str) and "://" in value:
+            from jaxlm.data.files import check_address  # late: it takes more to import than a refusal needs
+
+            check_address(key, value)
     return validate(values.config)  # a copy with the overrides set
 
 

@@ -24,7 +24,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
         epilog="Any key can be set: --config.optim.lr=3e-4. The keys are in configs/base.py.",
     )  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py, or a run's config.json"
+    )
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
     parser.add_argument(
         "--max_minutes", type=float, metavar="M",
@@ -41,6 +43,8 @@ def run(argv: list[str]) -> int:
     began, stop = time.monotonic(), StopSignal()
     args, overrides = _parse(argv)
     file = user_path("--config", args.config)
+    if args.workdir is None and file.suffix == ".json":
+        raise UserError(f"--workdir is not given; allowed with --config {file}, which is that of a run: a folder")
     workdir = Path("runs") / file.stem if args.workdir is None else user_path("--workdir", args.workdir)
     config = cli.load(file, overrides)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
@@ -84,7 +88,9 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] |
         say("stopped; run the same command again, what is finished is kept")
         return 130
     except Exception as error:
-        code = {"Diverged": 3, "CheckpointError": 4}.get(type(error).__name__)  # by name: their modules import jax
+        code = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2}.get(
+            type(error).__name__
+        )  # by name: their modules import jax
         full = _exhausted(error)
         if code is None and full is None:
             raise
@@ -108,4 +114,4 @@ def _exhausted(error: BaseException | None) -> str | None:
 
 if __name__ == "__main__":
     runtime.relaunch_with_huge_pages()
-    sys.exit(exit_code(lambda: run(sys.argv[1:])))
+    runtime.leave(exit_code(lambda: run(sys.argv[1:])))

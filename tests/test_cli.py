@@ -71,8 +71,10 @@ def test_a_file_that_is_not_a_configuration(tmp_path: Path) -> None:
     assert "no such file" in refusal(path=tmp_path)  # a folder
     (tmp_path / "empty.py").write_text("")
     assert "get_config" in refusal(path=tmp_path / "empty.py")
+    (tmp_path / "config.yaml").write_text("{}")
+    assert "allowed: a Python file (.py), or the config.json of a run" in refusal(path=tmp_path / "config.yaml")
     (tmp_path / "config.json").write_text("{}")
-    assert "not a Python file" in refusal(path=tmp_path / "config.json")
+    assert "not the configuration of a run" in refusal(path=tmp_path / "config.json")
 
 
 # Overrides

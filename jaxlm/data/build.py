@@ -79,7 +79,7 @@ def _whole(folder: Path, index: int, tokenizer: Tokenizer) -> dict[str, Any] | N
                     return None
         counts = [facts["skipped"], *(facts[split]["bytes"] for split in SPLITS)]
         return facts if all(type(n) is int for n in counts) and isinstance(facts["reasons"], list) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -22,10 +22,37 @@ from jaxlm.paths import user_path
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
+XZ_MEMORY = 1 << 30  # bytes; a .xz says how much its reader is to allocate, `xz -9` 65 MiB
 UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; a unit becomes two maps of files, or four
 LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
+SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 
 T = TypeVar("T")
+
+
+def check_address(key: str, text: str) -> None:
+    """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
+    if _holds_secret(text):
+        raise UserError(f"{key} has an address with credentials in it, which a run would write into its config.json; "
+                        "allowed: one without, credentials come from the environment")  # fmt: skip
+
+
+def _holds_secret(text: str) -> bool:
+    """Whether an address has user:password@ (before a Git host's it is owner:repository@), on the web any user@, or a
+    secret in its query.
+    """
+    scheme, *addresses = text.lower().split("://")
+    for address in addresses:
+        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # or a user and half a password: Amazon's have slashes
+        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # that would be a port
+        if pair and "@" in address and not scheme.endswith(("git", "github")):
+            return True
+        if "@" in host and scheme.endswith(("http", "https")):
+            return True
+        if any(map(SECRET_NAMES.search, re.findall("(?:^|&)([^=&]*)=", address.partition("?")[2]))):
+            return True
+        scheme = address
+    return False
 
 
 def key_of(data: DataConfig) -> str:
@@ -77,9 +104,14 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
 
 
 def located(key: str, path: str) -> Path:
-    """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
+    """The path, or the UPath of an address.
+
+    Raises:
+      UserError: names `key`, when fsspec does not know the address or credentials are in it.
+    """
     if "://" not in path:
         return user_path(key, path)
+    check_address(key, path)
     import upath
 
     try:
@@ -136,13 +168,17 @@ def _unpacked(path: Path, raw: BinaryIO) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix in (".bz2", ".xz"):
-        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if path.suffix == ".bz2" else lzma.LZMADecompressor))
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if path.suffix == ".bz2" else _xz))
     if path.suffix == ".zst":
         import pyarrow  # whose reader, unlike others, notices a file that is cut short
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # it knows no lines
         return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     return raw
+
+
+def _xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(memlimit=XZ_MEMORY)
 
 
 class _Streams(io.RawIOBase):

@@ -52,8 +52,10 @@ class HfTokenizer(Tokenizer):
             vocab = self._library.get_vocab(with_added_tokens=True)
         except UserError:
             raise
-        except Exception as error:  # the library raises nothing narrower
-            reason = " ".join(str(error).split()) or type(error).__name__
+        except BaseException as error:  # the library raises nothing narrower
+            if not (isinstance(error, Exception) or _panicked(error)):
+                raise
+            reason = show(" ".join(str(error).split()) or type(error).__name__)
             raise UserError(f"{name}: not a Hugging Face tokenizer.json ({reason}); allowed: one that `tokenizers` "
                             f"{tokenizers.__version__} reads") from error  # fmt: skip
         special = {text for text, token in added.items() if token["special"]}
@@ -101,8 +103,8 @@ class HfTokenizer(Tokenizer):
         try:
             with _parallel(self.num_threads > 1):
                 encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:  # the library's own has no other base
-            if type(error).__name__ != "PanicException":
+        except BaseException as error:
+            if type(error) is not Exception and not _panicked(error):  # as the library's own errors are
                 raise
             raise UserError(f"{self._name}: `tokenizers` fails with it ({show(str(error))})") from error
         return [encoding.ids for encoding in encodings]
@@ -122,6 +124,11 @@ class HfTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(self._content)
         write_spec(folder, {"kind": "hf"})
+
+
+def _panicked(error: BaseException) -> bool:
+    """Whether it is the library's own, which has no other base than BaseException."""
+    return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager

@@ -247,9 +247,13 @@ class Consumed(NamedTuple):
 
 
 class TrainOrder:
-    """The rows that a run trains on."""
+    """The rows that a run trains on.
 
-    def __init__(self, corpus: Corpus, config: Config):
+    Args:
+      left_out: numbers of batches, counted from 1, that are stepped over: (first, last) of each range.
+    """
+
+    def __init__(self, corpus: Corpus, config: Config, left_out: Sequence[tuple[int, int]] = ()):
         shares = corpus.shares or [Share("", 1.0, corpus.train)]
         self._names = [share.name for share in shares]
         self.mixed = Mixed(
@@ -258,15 +262,22 @@ class TrainOrder:
             config.seed,
         )
         self._T, self._batch_size = config.seq_len, config.batch_size
+        self._left_out = np.unique(np.concatenate([[0], *(np.arange(a, b + 1) for a, b in left_out)]))[1:].astype(int)
+
+    def number(self, step: np.ndarray | int) -> Any:
+        """The number of the batch of a step, both counted from 1: the step's own, where none is left out."""
+        # Of those left out, the k-th (from 0) has left_out[k] - 1 - k batches before it that are trained on.
+        before = self._left_out - 1 - np.arange(len(self._left_out))
+        return step + np.searchsorted(before, np.asarray(step) - 1, side="right")
 
     def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
         """Rows of the global batches of updates first + 1 ... first + count (counted from 0), [count, R, T]."""
-        n = np.arange(first, first + count, dtype=np.int64)[:, None]
+        n = self.number(np.arange(first + 1, first + count + 1, dtype=np.int64))[:, None] - 1
         sample = n * self._batch_size + np.arange(self._batch_size)[rows]
         return {k: v.reshape(*sample.shape, -1) for k, v in self.mixed.rows(sample.reshape(-1)).items()}
 
     def consumed(self, steps: int) -> list[Consumed]:
         """Tokens and epochs of each source after so many updates; one without a name where there is no mixture."""
-        taken = self.mixed.taken(steps * self._batch_size)
+        taken = self.mixed.taken(int(self.number(steps)) * self._batch_size if steps else 0)
         parts = zip(self._names, taken, self.mixed.parts, strict=True)
         return [Consumed(name, count * self._T, count / part.per_epoch) for name, count, part in parts]

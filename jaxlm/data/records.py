@@ -10,7 +10,20 @@ from typing import Any, NamedTuple
 from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.conversations import conversation
 from jaxlm.data.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
-from jaxlm.data.files import PACKED, grouped, identify, is_remote, line_ends, opened, real, train_and_val, unit_bytes
+from jaxlm.data.files import (
+    PACKED,
+    grouped,
+    identify,
+    is_remote,
+    line_ends,
+    opened,
+    real,
+    skip,
+    train_and_val,
+    unit_bytes,
+)
+
+MAX_LINE_BYTES = 1 << 28  # of a record, which is read as a whole
 
 
 class Part(NamedTuple):
@@ -129,10 +142,14 @@ def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, bytes]]:
         counted, at = counted + _newlines(part.path, at, place), place
         return counted + 1
 
+    # The files of a store elsewhere take no limit.
+    limit = () if is_remote(part.path) and part.path.suffix not in PACKED else (MAX_LINE_BYTES + 1,)
     with opened(part.path) as file:
         if part.start:
             file.seek(part.start)
-        while (part.stop is None or place < part.stop) and (line := file.readline()):
+        while (part.stop is None or place < part.stop) and (line := file.readline(*limit)):
+            if len(line) > MAX_LINE_BYTES:  # as a small packed file may hold
+                raise UserError(f"{part.path} line {number()}: more than {MAX_LINE_BYTES >> 20} MiB; allowed: less")
             if line.strip():
                 yield place, number, line
             place += len(line)
@@ -140,7 +157,7 @@ def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, bytes]]:
 
 def _newlines(path: Path, start: int, stop: int) -> int:
     with opened(path) as file:
-        file.seek(start) if file.seekable() else file.read(start)
+        skip(file, start)
         blocks = [min(1 << 20, stop - i) for i in range(start, stop, 1 << 20)]
         return sum(file.read(size).count(b"\n") for size in blocks)
 

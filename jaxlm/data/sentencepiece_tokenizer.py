@@ -45,19 +45,20 @@ class SentencePieceTokenizer(Tokenizer):
           UserError: it is no sentencepiece model, or has no bos.
         """
         try:
-            self._processor = _library().SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError, ValueError) as error:
+            sp = self._processor = _library().SentencePieceProcessor(model_proto=model)
+            pieces = [_piece_bytes(sp, i) for i in range(sp.vocab_size())]
+            first = pieces[sp.encode("a")[0]]
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise UserError(f"{name}: not a sentencepiece model") from error
-        sp = self._processor
         if sp.bos_id() < 0:
             raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
-        super().__init__([_piece_bytes(sp, i) for i in range(sp.vocab_size())], sp.bos_id())
+        super().__init__(pieces, sp.bos_id())
         self._model = model
         self._lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
         self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
         # Models made elsewhere mostly put a space before the text; it is no part of it.
-        self._adds_space = not lossless and self.pieces[sp.encode("a")[0]].startswith(b" ")
+        self._adds_space = not lossless and first.startswith(b" ")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         if not self._lossless:  # may normalize and add a space, so whole texts only

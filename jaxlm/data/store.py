@@ -26,7 +26,7 @@ from typing import Any, cast
 import filelock
 import numpy as np
 
-from jaxlm.config import DataConfig, UserError
+from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
 from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
@@ -242,6 +242,8 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
         manifest = json.loads(path.read_text("utf-8"))
         found, vocab_size, dtype = manifest["format"], manifest["vocab_size"], manifest["dtype"]
         shards = manifest["shards"]
+        if found == FORMAT:
+            _check_shards(shards, manifest["masked"])
         totals = {s: {k: sum(shard[s][k] for shard in shards) for k in COUNTS} for s in SPLITS}
         facts = {"source": manifest["source"], "skipped": manifest["skipped"]} | totals
         names = ([shard[s]["sha256"] for shard in shards if shard[s]["tokens"]] for s in SPLITS)
@@ -256,7 +258,7 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
         raise UserError(f"{path}: format {found}; allowed: {FORMAT}")
     tokenizer = load_tokenizer(folder / "tokenizer")
     wanted = token_dtype(tokenizer.vocab_size)
-    if (vocab_size, dtype) != (tokenizer.vocab_size, wanted.str):
+    if (vocab_size, type(vocab_size), dtype) != (tokenizer.vocab_size, int, wanted.str):
         raise UserError(f"{path}: vocab_size {vocab_size} and dtype {dtype}; allowed with its tokenizer: "
                         f"{tokenizer.vocab_size} and {wanted.str}; remove {folder}")  # fmt: skip
     verify = verify or sum(totals[s]["tokens"] for s in SPLITS) * wanted.itemsize <= CHECKED_BYTES
@@ -266,6 +268,16 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
         train=train, val=val, vocab_size=vocab_size, tokenizer=tokenizer,
         bytes_per_token=tokenizer.bytes_per_token(), fingerprint=name, folder=folder, facts=facts,
     )  # fmt: skip
+
+
+def _check_shards(shards: Any, masked: bool) -> None:
+    """Raises ValueError (or what Python raises where things are of other types) if they are not as `make_shards` gives
+    them.
+    """
+    suffixes = {"bin", "starts", "mask"} if masked else {"bin", "starts"}
+    for shard in [shard[s] for shard in shards for s in SPLITS]:
+        if any(type(shard[k]) is not int or shard[k] < 0 for k in COUNTS) or shard["sha256"].keys() != suffixes:
+            raise ValueError(f"{show(shard)} is no shard")
 
 
 def _allow_open_files() -> None:
@@ -287,13 +299,19 @@ def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
             array = _map(path, dtypes[suffix], shard["documents" if suffix == "starts" else "tokens"])
             if verify and hashlib.sha256(cast(Any, array)).hexdigest() != digest:
                 raise UserError(f"{path}: not the content that its manifest says; remove {folder.parent}")
+            if verify and suffix == "bin" and array.max(initial=0) >= tokenizer.vocab_size:
+                raise UserError(f"{path}: id {array.max()}; allowed: 0 to {tokenizer.vocab_size - 1}; remove "
+                                f"{folder.parent}")  # fmt: skip
             if suffix in found:  # the others are read when they are needed: each map holds a file open
                 found[suffix].append(array)
     offsets = [0, *itertools.accumulate(map(len, found["bin"]))]
 
     def starts() -> np.ndarray:
         parts = [np.fromfile(folder / f"{i:05}.starts", "<u8").astype(np.int64) for i in range(len(shards))]
-        return np.concatenate([part + offset for part, offset in zip(parts, offsets, strict=False)])
+        bounds = np.concatenate([[-1], *map(np.add, parts, offsets), [offsets[-1]]])
+        if (bounds[1:] <= bounds[:-1]).any() or (offsets[-1] and bounds[1]):
+            raise UserError(f"{folder}: its .starts are not where documents start; remove {folder.parent}")
+        return bounds[1:-1]
 
     return Tokens(found["bin"], found["mask"] or None, starts, tokenizer.bos_id)
 

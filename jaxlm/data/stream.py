@@ -196,7 +196,13 @@ def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch
     thread.start()
     try:
         for _ in range(start, stop):
-            item = ready.get()
+            item = None
+            while item is None:
+                try:
+                    item = ready.get(timeout=1)
+                except queue.Empty:
+                    if not thread.is_alive() and ready.empty():
+                        raise RuntimeError("the thread that makes batches has ended without an error") from None
             if isinstance(item, Exception):
                 raise item
             yield item

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,11 +74,17 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
     builder = _builder(data)
     part: Any = split if count == 1 else tfds.even_splits(split, count)[index]
     before = sum(builder.info.splits[p].num_examples for p in tfds.even_splits(split, count)[:index]) if index else 0
-    for place, example in enumerate(_examples(builder, part)[1](), before):
-        name = f"{split}:{place}"
-        drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
-        for index, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
-            yield Document(name, piece, which or drawn, first=index == 0)
+    try:
+        for place, example in enumerate(_examples(builder, part)[1](), before):
+            name = f"{split}:{place}"
+            drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
+            for index, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
+                yield Document(name, piece, which or drawn, first=index == 0)
+    except UserError:
+        raise
+    except Exception as error:  # the readers of two libraries have each their own
+        reason = " ".join(str(error).split()).split("}} ")[-1] or type(error).__name__  # after TensorFlow's own names
+        raise UserError(f"{builder.data_dir}: split {split} is unreadable ({reason})") from error
 
 
 def _examples(builder: Any, split: Any) -> tuple[int, Callable[[], Iterator[dict[str, Any]]]]:
@@ -101,15 +107,32 @@ def _data_dir(data: DataConfig) -> str | None:
 def _builder(data: DataConfig) -> Any:
     try:
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import naming
     except ImportError as error:
         raise UserError(f"data.source is 'tfds', and tensorflow_datasets is not installed ({error}); "
                         "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
     try:
+        _keep_to_own_features(tfds.features.FeatureConnector)
+        if naming.parse_builder_name_kwargs(data.tfds_name)[0].namespace:
+            raise ValueError("the datasets of a namespace are code from elsewhere, which would be run")
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
     except Exception as error:  # whatever the dataset's own code or its hub raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
                         "or one prepared under data.path") from error  # fmt: skip
+
+
+@cache
+def _keep_to_own_features(connector: Any) -> None:
+    """A dataset's features.json names the Python classes that read it: no module of others is imported for them."""
+    find = connector.cls_from_name
+
+    def own(name: str) -> Any:
+        if not str(name).startswith("tensorflow_datasets."):
+            raise ValueError(f"its features.json wants the code of {name}")
+        return find(name)
+
+    connector.cls_from_name = staticmethod(own)
 
 
 def _load(builder: Any, data: DataConfig) -> dict[str, int]:

@@ -101,7 +101,7 @@ def _load_folder(folder: Path) -> Tokenizer:
             return SentencePieceTokenizer(model.read_bytes(), spec["lossless"], str(model))
     except (UserError, OSError):
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: unreadable ({error}); allowed: as jaxlm wrote it") from error
     raise UserError(f"{file}: kind is {show(kind)}; allowed: bytes, chars, hf, sentencepiece")
 
@@ -118,6 +118,6 @@ def _own_spec(folder: Path) -> Path | None:
         return folder / SPEC
     try:
         spec = json.loads((folder / HF_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return folder / HF_FILE if isinstance(spec, dict) and "kind" in spec else None
