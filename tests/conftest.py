@@ -15,14 +15,27 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read whe
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
+# Files that take minutes, the longest first: two workers share the files, and end together.
+LONG = ("test_processes", "test_step", "test_launch", "test_parallel", "test_resume", "test_chaos", "test_run",
+        "test_workdir", "test_storage", "test_recovery")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    # What one test compiled another loads. In this process alone: on some machines XLA prints about each program it
-    # loads, and what other processes print is looked at.
+    # What one test compiled another loads, in whichever process and worker.
+    base = tmp_path_factory.getbasetemp()
+    compiled = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on some machines XLA prints about each program that it loads
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
