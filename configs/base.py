@@ -66,6 +66,9 @@ def get_config() -> Config:
             clip_norm=1.0,
             accum_steps=1,
             ema_decay=0.0,
+            spike_factor=10.0,
+            max_skipped=5,
+            max_returns=3,
         ),
         data=DataConfig(
             source="stdlib",  # the source of the running Python's standard library
@@ -100,5 +103,7 @@ def get_config() -> Config:
         ),
         checkpoint=CheckpointConfig(every_steps=1000, keep=2, keep_best=1, resume="auto"),
         eval=EvalConfig(every_steps=1000, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),
-        log=LogConfig(every_steps=10, tensorboard=True, wandb=False, profile_steps=0),
+        log=LogConfig(
+            every_steps=10, tensorboard=True, wandb=False, profile_steps=0, hang_seconds=600.0, hang_abort=False
+        ),
     )

@@ -75,6 +75,9 @@ class OptimConfig:
     clip_norm: float  # largest global gradient norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step
     ema_decay: float  # moving average of the parameters, used to evaluate and sample; 0 = off
+    spike_factor: float  # a step is skipped whose loss or gradient norm is so many times its median; 0 = any finite one
+    max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
+    max_returns: int  # such returns, and then it ends: exit code 3
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -135,6 +138,8 @@ class LogConfig:
     tensorboard: bool
     wandb: bool  # Weights & Biases; project and key come from its own environment variables
     profile_steps: int  # steps traced with jax.profiler into WORKDIR/profile; 0 = off
+    hang_seconds: float  # without the end of a step, after which it is said where each host is; 0 = never
+    hang_abort: bool  # and the run ends then, with exit code 5, for a launcher to start it again
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -185,8 +185,10 @@ class Hosts:
                         f" {self.name(0)}; allowed: the same on all hosts"
                     )
 
-    def of_first(self, what: str, value: str) -> str:
-        return self._exchange(what, value, PREPARE_LIMIT)[0]
+    def of_first(self, what: str, value: Callable[[], str]) -> str:
+        if self.index == 0:
+            self._client.key_value_set(f"jaxlm/{what}/0", value())
+        return self._get(what, 0, time.monotonic() + PREPARE_LIMIT)
 
     def run(self, program: Callable[[], int], exit_code: Callable[..., int]) -> int:
         """Runs the program; does not return where it fails: then the others are told, and nobody is waited for."""
@@ -246,7 +248,7 @@ class Hosts:
         while not self._ending:
             count += 1
             with contextlib.suppress(Exception):  # what fails is the guard's to see
-                self._client.key_value_set(f"jaxlm/beat/{self.index}", str(count), True)
+                self._client.key_value_set(f"jaxlm/beat/{self.index}", f"{count} {here}", True)
             time.sleep(1)
 
     def _watch(self) -> None:
@@ -282,6 +284,11 @@ class Hosts:
                 self._end(LOST, self._gone)
             time.sleep(1)
 
+    def places(self) -> dict[str, str]:
+        """Where each process said last that it is."""
+        beats = dict(self._client.key_value_dir_get("jaxlm/beat/"))
+        return {self.name(i): beats.get(f"jaxlm/beat/{i}", "0 gone").split(" ", 1)[1] for i in range(self.count)}
+
     def _reachable(self) -> bool:
         return self.index == 0 or _connects(self._coordinator) is None
 
@@ -302,6 +309,7 @@ class Hosts:
 
 
 _hosts: Hosts | None = None  # of this process, as JAX has one distributed state of a process
+here = "before the first step"  # where the loop of this process is, in words
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
@@ -310,9 +318,27 @@ def check_same(what: str, values: dict[str, Any]) -> None:
         _hosts.check_same(what, values)
 
 
-def of_first(what: str, value: str) -> str:
-    """The value that the first process calls this with."""
-    return value if _hosts is None else _hosts.of_first(what, value)
+def of_first(what: str, value: Callable[[], str]) -> str:
+    """The value of the first process, which alone finds it."""
+    return value() if _hosts is None else _hosts.of_first(what, value)
+
+
+def places() -> dict[str, str]:
+    """Where each host is, in words, as far as that is known."""
+    if _hosts is not None:
+        with contextlib.suppress(Exception):  # the coordinator may be what hangs
+            return _hosts.places()
+    return {own_name(): here}
+
+
+def own_name() -> str:
+    return name(0) if _hosts is None else _hosts.name(_hosts.index)
+
+
+def end(code: int, reason: str) -> None:
+    """Ends this process at once; the others learn of it by its silence."""
+    os.write(2, f"\njaxlm: {reason}\n".encode())
+    os._exit(code)
 
 
 def name(process: int) -> str:

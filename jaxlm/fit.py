@@ -74,7 +74,7 @@ def _measure(config: Config) -> tuple[float, float]:
     try:
         train(
             state, step, batches, start=0, steps=WARM + TIMED, sharding=placement.batch,
-            on_step=lambda done: ends.append(done.seconds), hooks=[], should_stop=lambda step: False,
+            on_step=lambda done: ends.append(done.seconds), hooks=[],
         )  # fmt: skip
     finally:
         batches.close()

@@ -1,11 +1,12 @@
 """What happens beside the steps: metrics, evaluation with a sample of text, profiling."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import metrics
@@ -14,28 +15,27 @@ from jaxlm.evaluate import evaluate
 from jaxlm.generate import generate
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
-from jaxlm.train import Diverged, Done
+from jaxlm.recovery import Trouble
+from jaxlm.train import Done
 
 
-def make_writer(parts: Parts, start: int) -> metrics.Writer:
-    """Sends metrics to every place that the configuration names; on the first process only."""
+def make_log(parts: Parts, start: int) -> metrics.Log:
+    """Where metrics go: every place that the configuration names; on the first process only."""
     if jax.process_index() != 0:
-        return lambda _: None
+        return metrics.Log([], parts.reporter.say)
     writers: list[metrics.Writer] = [metrics.JsonLines(parts.workdir / "metrics.jsonl", start)]
     if parts.config.log.tensorboard:
         writers.append(metrics.tensorboard(parts.workdir / "tensorboard", start))
     if parts.config.log.wandb:
         writers.append(metrics.wandb_writer(parts.config, parts.workdir))
-
-    def write(m: metrics.Metrics) -> None:
-        for writer in writers:
-            writer(m)
-
-    return write
+    return metrics.Log(writers, parts.reporter.say)
 
 
 def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -> Callable[[Done], None]:
-    """Reports finished steps: progress for each, all numbers for the first, every Nth and the last."""
+    """Reports finished steps: progress for each, all numbers for the first, every Nth and the last.
+
+    It raises Trouble after `max_skipped` steps in a row that were skipped.
+    """
     c = parts.config
     per_step = c.batch_size * c.seq_len
     flops = flops_per_token(c.model, params, c.seq_len)
@@ -45,17 +45,17 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
     def on_step(done: Done) -> None:
         nonlocal last_step, last_seconds
         parts.reporter.progress(done.step)
-        if not math.isfinite(float(done.metrics["grad_norm"])):  # nor is a loss finite without a finite gradient
-            bad = "grad_norm" if math.isfinite(float(done.metrics["loss"])) else "loss"
-            raise Diverged(
-                f"training diverged: {bad} is {float(done.metrics[bad])} in step {done.step}; the newest checkpoint is"
-                f" of step {parts.checkpoints.latest()}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm"
-                " may help"
-            )
+        if in_row := int(done.metrics["in_row"]):
+            loss, norm = (float(done.metrics[key]) for key in ("loss", "grad_norm"))
+            why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
+            parts.reporter.say(f"step {done.step} skipped, with batch {parts.order.number(done.step)}: {why}")
+            if in_row >= c.optim.max_skipped:
+                raise Trouble(done.step - in_row + 1, done.step, f"{in_row} steps in a row were skipped: {why}")
         if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
             seconds = (done.seconds - last_seconds) / (done.step - last_step)
             rate = per_step / seconds
-            m = {"step": done.step, **{k: float(v) for k, v in done.metrics.items()}}
+            m = {"step": done.step, **{k: float(done.metrics[k]) for k in ("loss", "lr", "grad_norm")}}
+            m |= {"skipped": int(done.metrics["skipped"])}
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds,
                   "mfu": rate * flops / (peak * len(parts.devices)) if peak else None}  # fmt: skip
             m |= _consumed(parts, done.step)
@@ -76,20 +76,39 @@ def _consumed(parts: Parts, step: int) -> dict[str, float]:
     return {f"epochs/{s.name}": s.epochs for s in sources} | {f"tokens/{s.name}": s.tokens for s in sources}
 
 
-def make_evaluation(parts: Parts, write: metrics.Writer) -> Callable[[int, steps.TrainState], dict[str, Any]]:
+def make_evaluation(
+    parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None
+) -> Callable[[int, steps.TrainState], dict[str, Any]]:
     """(step, state) -> scores on the validation set, written and shown with a sample of text."""
     eval_step = steps.pmap_eval_step(steps.make_eval_step(parts.config, parts.model), parts.devices)
 
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
-        scores = evaluate(eval_step, params, eval_batches(parts), parts.corpus.bytes_per_token)
+        batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
+        scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token)
         if not math.isfinite(scores["eval_loss"]):
-            raise Diverged(f"training diverged: the validation loss after step {step} is {scores['eval_loss']}")
+            raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         write({"step": step, **scores})
         parts.reporter.evaluation({"step": step, **scores}, sample_text(parts, params))
         return scores
 
     return evaluation
+
+
+def _telling(batches: Iterator[Any], tell: Callable[[], None]) -> Iterator[Any]:
+    for batch in batches:
+        tell()
+        yield batch
+
+
+def bad_since(parts: Parts, step: int, why: str) -> Trouble:
+    """That a state is bad, of which it is only known that the newest checkpoint was not."""
+    return Trouble(min((parts.checkpoints.saved or 0) + 1, step), step, why)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def sample_text(parts: Parts, params: Any) -> str | None:

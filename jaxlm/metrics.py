@@ -1,11 +1,14 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases; and what a device could do at most."""
 
+import errno
 import importlib
 import json
+import math
 import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +34,60 @@ def peak_flops(device_kind: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
+class Log:
+    """Sends metrics to writers. What one cannot write now, for a full disk or a network's, it is given again later, in
+    the same order; that is said, and training goes on.
+    """
+
+    FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 1.0, 60.0, 60.0  # seconds between tries; and of tries at the end of a run
+
+    def __init__(self, writers: list[Writer], say: Callable[[str], None]):
+        self._queues: list[tuple[Writer, list[Metrics]]] = [(writer, []) for writer in writers]
+        self._say, self._pause, self._retry_at = say, self.FIRST_PAUSE, 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, metrics: Metrics) -> None:
+        with self._lock:
+            for _, queue in self._queues:
+                queue.append(metrics)
+            if time.monotonic() >= self._retry_at:
+                try:
+                    self._write()
+                except OSError as error:
+                    self._say(f"metrics are NOT written: {error}; the next try is in {self._pause:.0f} s")
+                    self._retry_at = time.monotonic() + self._pause
+                    self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+
+    def _write(self) -> None:
+        for writer, queue in self._queues:
+            while queue:
+                writer(queue[0])
+                queue.pop(0)
+        self._pause, self._retry_at = self.FIRST_PAUSE, 0.0
+
+    def sync(self) -> None:
+        """Returns when all is on disk: before a checkpoint, behind which lines are never written again. Raises OSError
+        where it cannot be.
+        """
+        with self._lock:
+            self._write()
+            for writer, _ in self._queues:
+                if isinstance(writer, JsonLines):
+                    writer.sync()
+
+    def finish(self) -> None:
+        """Writes what is left, trying for a while. Raises OSError where it cannot be."""
+        deadline, pause = time.monotonic() + self.PATIENCE, self.FIRST_PAUSE
+        while True:
+            try:
+                return self.sync()
+            except OSError:
+                if time.monotonic() + pause > deadline:
+                    raise
+                time.sleep(pause)
+                pause *= 2
+
+
 class JsonLines:
     """Appends one object a line to metrics.jsonl; what a resumed run is going to repeat is dropped first."""
 
@@ -41,8 +98,21 @@ class JsonLines:
         self._path = path
 
     def __call__(self, metrics: Metrics) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
+        line = (json.dumps(known) + "\n").encode()
+        with open(self._path, "ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            except OSError:
+                file.truncate(start)  # no half line stays
+                raise
+
+    def sync(self) -> None:
+        if self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def _step_of(line: str) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import data, distributed, runtime
+from jaxlm import data, distributed, recovery, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer, shapes
+from jaxlm.checkpoint import Checkpointer, CheckpointError, shapes
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
@@ -37,6 +38,7 @@ class Parts(NamedTuple):
     placement: Placement
     checkpoints: Checkpointer
     reporter: Reporter
+    returns: list[recovery.Return]  # to earlier checkpoints, in the run so far
 
 
 def build(
@@ -56,31 +58,81 @@ def build(
         raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
     corpus = data.prepare(config, progress=not quiet)
     _check_prompt(config, corpus)
-    order = data.TrainOrder(corpus, config)
     devices = runtime.choose_devices(config)
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
     _check_same_corpus(workdir, corpus)
     _check_shared(workdir, "--workdir, as it was")
+    returns = recovery.read(workdir) if workdirs.holds_checkpoints(workdir) else []
+    distributed.check_same("what was done so far", {recovery.NAME: returns})
+    order = train_order(corpus, config, returns)
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
-    state, start, origin = _load_state(config, workdir, placement, placement.initial(model))
+    state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
 
     def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
         workdirs.claim(workdir, config, facts, changed, lock)
+        workdirs.put_aside(workdir, damaged)
         workdirs.save_tokenizer(workdir, corpus.tokenizer)
 
     _on_first(workdir, claim)
     _check_shared(workdir, "--workdir")
 
-    checkpoints = Checkpointer(workdir, config.checkpoint)
     reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
-    for line in (changed and f"changed since the last run: {changed}", origin):
+    checkpoints = Checkpointer(workdir, config.checkpoint, say=reporter.say)
+    for line in (changed and f"changed since the last run: {changed}", *said):
         if line:
             reporter.say(line)
-    return Parts(config, workdir, corpus, order, model, devices, placement, checkpoints, reporter), state, start
+    parts = Parts(config, workdir, corpus, order, model, devices, placement, checkpoints, reporter, returns)
+    return parts, state, start
+
+
+def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return]) -> data.TrainOrder:
+    """The order of the data, without the batches that the run has stepped over."""
+    return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns])
+
+
+def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.TrainState, int]:
+    """The parts and the state to go on from after trouble: those of the last good checkpoint, without the batches of
+    the steps that were bad. Later checkpoints are removed.
+
+    Raises:
+      Diverged: it went back `optim.max_returns` times already.
+      CheckpointError: no checkpoint is whole.
+    """
+    c, workdir, returns = parts.config, parts.workdir, parts.returns
+    bad = int(parts.order.number(trouble.first)), int(parts.order.number(trouble.last))
+    if len(returns) >= c.optim.max_returns:
+        batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in returns), bad])
+        raise recovery.Diverged(
+            f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(returns)} times"
+            f" (optim.max_returns), bad were batches {batches}; the newest checkpoint is of step"
+            f" {parts.checkpoints.saved}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+        )
+    with _opened(workdir, c) as checkpoints:
+        whole = _whole(checkpoints, len(returns)) if checkpoints else []
+        if checkpoints is None or not whole:
+            raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
+        to = recovery.target(whole, trouble.first, returns)
+        state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
+        later = [step for step in checkpoints.steps() if step > to]
+    returns = [*returns, recovery.Return(to, *bad, trouble.why)]
+
+    def keep() -> None:
+        recovery.remove(workdir / "checkpoints", later)
+        recovery.write(workdir, returns)
+
+    _on_first(workdir, keep)
+    parts.reporter.say(
+        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(returns)} of"
+        f" {c.optim.max_returns})"
+    )
+    state = state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0))
+    checkpoints = Checkpointer(workdir, c.checkpoint, say=parts.reporter.say)
+    order = train_order(parts.corpus, c, returns)
+    return parts._replace(checkpoints=checkpoints, order=order, returns=returns), state, to
 
 
 def train_batches(parts: Parts, start: int) -> data.TrainStream:
@@ -102,30 +154,30 @@ def eval_batches(parts: Parts) -> Iterator[dict[str, np.ndarray]]:
 
 def _load_state(
     config: Config, workdir: Path, placement: Placement, fresh: steps.TrainState
-) -> tuple[steps.TrainState, int, str | None]:
-    """The newest checkpoint's state; else fresh, with the weights that `checkpoint.resume` names.
+) -> tuple[steps.TrainState, int, list[str], list[int]]:
+    """The state of the newest whole checkpoint; else fresh, with the weights that `checkpoint.resume` names.
 
     Returns:
-      The state, the number of its updates, and a line about where other weights come from.
+      The state, the number of its updates, what there is to say about it, and the steps whose checkpoints are damaged.
     """
     resume = config.checkpoint.resume
     with _opened(workdir, config) as checkpoints:
-        newest = checkpoints.latest() if checkpoints else None
-        if checkpoints and newest is not None:
-            checkpoints.check(newest)
+        if checkpoints and checkpoints.steps():
+            newest, damage = _newest_whole(checkpoints)
             if newest > config.steps:
                 raise UserError(
                     f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}"
                 )
-            return checkpoints.restore(newest, placement, fresh), newest, None
+            said = [f"{reason}: put aside as {step}.damaged" for step, reason in damage.items()]
+            return checkpoints.restore(newest, placement, fresh), newest, said, list(damage)
     if resume in ("auto", "never"):
-        return fresh, 0, None
+        return fresh, 0, [], []
     with _opened(user_path("checkpoint.resume", resume), config) as checkpoints:
-        step = checkpoints.latest() if checkpoints else None
-        if checkpoints is None or step is None:
+        if checkpoints is None or not checkpoints.steps():
             raise UserError(
                 f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
             )
+        step, damage = _newest_whole(checkpoints)
         params = checkpoints.restore_params(step)
     here, there = shapes(fresh.params), shapes(params)
     if here != there:
@@ -135,7 +187,27 @@ def _load_state(
     state = fresh._replace(
         params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
     )
-    return state, 0, f"starts from the weights of step {step} in {resume}"
+    return state, 0, [*damage.values(), f"starts from the weights of step {step} in {resume}"], []
+
+
+def _newest_whole(checkpoints: Checkpointer) -> tuple[int, dict[int, str]]:
+    """The newest step whose files are whole, and what is wrong with newer ones. The first process looks, for all.
+
+    Raises:
+      CheckpointError: none is.
+    """
+    found = distributed.of_first("the newest whole checkpoint", lambda: json.dumps(checkpoints.newest_whole()))
+    step, damage = json.loads(found)
+    if step is None:
+        raise CheckpointError(f"{next(iter(damage.values()))}; none of its {len(damage)} checkpoints is whole")
+    return step, {int(k): v for k, v in damage.items()}
+
+
+def _whole(checkpoints: Checkpointer, time: int) -> list[int]:
+    def find() -> str:
+        return json.dumps([step for step in checkpoints.steps() if checkpoints.damage(step) is None])
+
+    return json.loads(distributed.of_first(f"the whole checkpoints ({time})", find))
 
 
 @contextmanager
@@ -185,7 +257,7 @@ def _check_shared(workdir: Path, what: str) -> None:
         except OSError:
             return "not there"
 
-    wanted, deadline = distributed.of_first(what, seen()), time.monotonic() + FOLDER_LIMIT
+    wanted, deadline = distributed.of_first(what, seen), time.monotonic() + FOLDER_LIMIT
     while seen() != wanted and time.monotonic() < deadline:  # a network's file system may show it late
         time.sleep(0.5)
     distributed.check_same(f"{what}: a folder that all hosts see", {"config.json": seen()})

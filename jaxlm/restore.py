@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer, shapes
+from jaxlm.checkpoint import Checkpointer, CheckpointError, shapes
 from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.model import Model, Params, make_model
-from jaxlm.train import Diverged
+from jaxlm.recovery import Diverged
 
 
 class Run(NamedTuple):
@@ -49,9 +49,16 @@ def open_run(workdir: Path, step: int | None) -> Run:
     there = checkpoints.steps()
     if not there:
         raise UserError(f"--workdir {workdir}: no whole checkpoint in it yet")
-    step = there[-1] if step is None else step
-    if step not in there:
+    if step is not None and step not in there:
         raise UserError(f"--step is {step}; allowed: one of {', '.join(map(str, there))}")
+    if step is None:
+        step, damaged = checkpoints.newest_whole()
+        for reason in damaged.values():
+            print(f"{reason}: an older checkpoint is taken", file=sys.stderr)
+    elif reason := checkpoints.damage(step):
+        raise CheckpointError(reason)
+    if step is None:
+        raise CheckpointError(f"{workdir}: none of its checkpoints is whole")
     params = checkpoints.restore_params(step)
     checkpoints.close()
     model = make_model(config.model, vocab_size, config.seq_len)

@@ -18,12 +18,14 @@ from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
 from jaxlm.fit import fit
-from jaxlm.hooks import Profiler, make_evaluation, make_on_step, make_writer
+from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
-from jaxlm.parts import Parts, build, train_batches
+from jaxlm.parts import Parts, build, go_back, train_batches
+from jaxlm.recovery import Diverged, Trouble
 from jaxlm.stop import EXIT_CODE as STOPPED
-from jaxlm.stop import StopSignal
+from jaxlm.stop import StopSignal, make_stop
 from jaxlm.train import train
+from jaxlm.watchdog import Watchdog
 
 
 def run(config: Config, workdir: Path, deadline: float | None = None, stop: StopSignal | None = None) -> int:
@@ -34,7 +36,9 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
-      CheckpointError: there is a checkpoint, and it cannot be used.
+      CheckpointError: there are checkpoints, and none of them can be used.
+      Diverged: training went wrong, and again after it went back to earlier checkpoints.
+      Unsaved: the last state could not be written.
       Stopped: a signal came before training began.
     """
     stop, asked = stop or StopSignal(), config.steps
@@ -50,9 +54,19 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
     if config.steps < asked:
         parts.reporter.say(f"--max_minutes: {config.steps} of {asked} steps fit on this machine")
     if start == config.steps:  # a finished run: its numbers are written already
-        scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
+        try:
+            scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
+        except Trouble as trouble:
+            raise Diverged(f"training diverged: {trouble}") from trouble
     else:
-        step, scores = _train(parts, state, start, stop)
+        while True:
+            try:
+                step, scores = _train(parts, state, start, stop)
+                break
+            except Trouble as error:
+                trouble = Trouble(error.first, error.last, error.why)  # without frames that hold on to the state
+            del state
+            parts, state, start = go_back(parts, trouble)
         if step < config.steps:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
@@ -73,39 +87,45 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
     """The loop with its hooks; returns the updates done and the scores of the newest evaluation."""
     stop.defer()
     config, checkpoints = parts.config, parts.checkpoints
-    write = make_writer(parts, start)
-    evaluation = make_evaluation(parts, write)
+    log = make_log(parts, start)
+    watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
+    evaluation = make_evaluation(parts, log, watchdog.at)
     evaluated, scores = -1, {}
 
     def evaluate(step: int, state: steps.TrainState) -> None:
         nonlocal evaluated, scores
         evaluated, scores = step, evaluation(step, state)
 
-    def save(step: int, state: steps.TrainState) -> None:
-        checkpoints.save(step, parts.placement.saved(state), scores["eval_loss"] if step == evaluated else None)
+    def save(step: int, state: steps.TrainState, act: Callable = checkpoints.save) -> None:
+        if not all_finite(state.params):
+            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        loss = scores["eval_loss"] if step == evaluated else None
+        act(step, parts.placement.saved(state), loss, log.sync)
 
     def every(period: int) -> Callable[[int], bool]:
         return lambda step: step == config.steps or (period > 0 and step % period == 0)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (every(config.eval.every_steps), evaluate),
-             (every(config.checkpoint.every_steps), save)]  # fmt: skip
+             (lambda step: every(config.checkpoint.every_steps)(step) or checkpoints.due(), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
     batches = train_batches(parts, start)
     try:
-        if checkpoints.latest() is None:
+        watchdog.start()
+        if checkpoints.saved is None:
             save(0, state)
         if profiler.due(start):
             profiler(start, state)
         parts.reporter.start()
         state, step = train(
             state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.placement.batch, on_step=make_on_step(parts, write, state.params, start), hooks=hooks,
-            should_stop=stop.agreed,
+            sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
+            stop=make_stop(stop, parts.placement.batch), at=watchdog.at,
         )  # fmt: skip
-        save(step, state)
-        checkpoints.wait()
+        save(step, state, checkpoints.finish)
+        log.finish()
     finally:
+        watchdog.stop()
         parts.reporter.stop()
         profiler.close()
         batches.close()

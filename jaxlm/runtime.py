@@ -6,12 +6,18 @@ Nothing here imports jax at module level, so that a program can still start itse
 import os
 import platform
 import sys
+import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 from jaxlm import distributed
 from jaxlm.config import Config, UserError
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# XLA's oneDNN aborts a process that drops a compiled program within some milliseconds after its last product: where it
+# multiplies, programs are kept (`kept`), and the end of the process waits (`leave`).
+SETTLE = 0.2  # seconds
+_kept: list[Any] | None = None
 
 
 def on_cpu() -> bool:
@@ -46,7 +52,9 @@ def configure_jax(config: Config, processes: int) -> None:
     On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
     the batch divides over: for small models that is the largest gain of all.
     """
+    global _kept
     chosen = cpu_flags(config) if on_cpu() else gpu_flags(config, processes)
+    _kept = [] if rounds_products(config) else None
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *chosen]).strip()
     import jax
 
@@ -86,6 +94,20 @@ def cpu_flags(config: Config) -> list[str]:
         flags["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"  # leaves dots to oneDNN
         os.environ.setdefault("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     return _unset(flags)
+
+
+def kept(program: Any) -> Any:
+    """The program, which is never dropped where that could abort the process."""
+    if _kept is not None:
+        _kept.append(program)
+    return program
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program."""
+    if _kept is not None:
+        time.sleep(SETTLE)
+    sys.exit(code)
 
 
 def _unset(flags: dict[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlm import guard, runtime
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
@@ -20,7 +21,8 @@ from jaxlm.sync import GradSync, Group, make_sync, overlap, sharing, zero
 AXIS = "devices"
 
 Device = Any  # jax.Device, which type checkers take for a variable
-# inputs, targets, and with packed documents positions: int32 [B, T]; a target of -1 where nothing is predicted.
+# inputs, targets, and with packed documents positions: int32 [B, T]; a target of -1 where nothing is predicted. With
+# several processes stop too, float32 [1]: 1 where this one was asked to.
 Batch = dict[str, jax.Array]
 
 
@@ -30,12 +32,13 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     ema: Params | None  # moving average of params, where optim.ema_decay is set
     sync: Any  # of the gradient-synchronization strategy, [devices, ...]
+    guard: guard.Guard  # what was usual in the last steps, and how many were skipped
 
 
 def state_axes(config: Config) -> TrainState:
     """Which of the state a device has its own part of: None = the same everywhere, 0 = split along the first axis."""
     opt_state = 0 if config.parallel.zero else None
-    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0}
+    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0, "guard": None}
     return TrainState(**axes)
 
 
@@ -54,6 +57,7 @@ def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
         opt_state=zero.spread(opt_state, num_devices) if config.parallel.zero else opt_state,
         ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
         sync=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync),
+        guard=guard.init(),
     )
 
 
@@ -73,6 +77,8 @@ def make_train_step(
     schedule = make_schedule(config.optim, config.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        batch, stop = dict(batch), batch.get("stop")
+        batch.pop("stop", None)
         # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
         # devices, every target of the global batch weighs the same. A batch without targets has a gradient of zero.
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
@@ -103,9 +109,15 @@ def make_train_step(
         masters = sync.whole(optax.apply_updates(own, updates))
 
         metrics = {"loss": group.mean(sums.nll) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
+        good, guarded = guard.judge(state.guard, metrics["loss"], grad_norm, config.optim.spike_factor)
+        metrics |= {"skipped": guarded.skipped, "in_row": guarded.in_row}
+        if stop is not None:  # whether any process was asked to: all learn it of the same step
+            metrics["stop"] = group.mean(stop)
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
         params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
-        return TrainState(state.step + 1, params, opt_state, ema, sync_state), metrics
+        new, old = (params, opt_state, ema, sync_state), (state.params, state.opt_state, state.ema, state.sync)
+        params, opt_state, ema, sync_state = guard.either(good, new, old)
+        return TrainState(state.step + 1, params, opt_state, ema, sync_state, guarded), metrics
 
     return train_step
 
@@ -215,9 +227,11 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
     """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics); the state is donated."""
     axes = state_axes(config)
-    return jax.pmap(step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices)
+    return runtime.kept(jax.pmap(
+        step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices
+    ))  # fmt: skip
 
 
 def pmap_eval_step(step: Callable, devices: list[Device]) -> Callable:
     """The evaluation on all devices: (params, batch [local devices, ...]) -> sums over the global batch."""
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    return runtime.kept(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices))

@@ -16,8 +16,6 @@ class Stopped(BaseException):
 class StopSignal:
     """SIGTERM or SIGINT. A second one ends the process at once."""
 
-    AGREE_EVERY = 10  # steps; with several processes, all must stop after the same one
-
     def __init__(self) -> None:
         self._received = self._deferred = False
         self.listen()
@@ -35,17 +33,58 @@ class StopSignal:
             raise Stopped
 
     def defer(self) -> None:
-        """From now on a signal is only noted: whoever asks `agreed` stops, and saves."""
+        """From now on a signal is only noted: who asks `received` stops, and saves."""
         self._deferred = True
 
-    def agreed(self, step: int) -> bool:
-        """Whether all processes are to stop after `step` updates."""
+    @property
+    def received(self) -> bool:
+        return self._received
+
+
+class Alone:
+    """Stops one process after the step under way; never, without a signal."""
+
+    def __init__(self, signal: StopSignal | None):
+        self._signal = signal
+
+    def tell(self, batch: Any) -> Any:
+        return batch
+
+    def hear(self, metrics: Any) -> None:
+        pass
+
+    def now(self) -> bool:
+        return self._signal is not None and self._signal.received
+
+
+class Together:
+    """Stops several processes after the same step: what one was asked goes into its next step, whose metrics, a mean
+    over all devices, tell it to all of them at the same place of their loops.
+    """
+
+    def __init__(self, signal: StopSignal, sharding: Any):
+        """Args: sharding: of a batch [local devices, ...]."""
         import jax
         import numpy as np
-        from jax.experimental import multihost_utils
 
-        if jax.process_count() == 1:
-            return self._received
-        if step % self.AGREE_EVERY:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(self._received)).any())
+        self._signal, self._heard = signal, False
+        count = sharding.mesh.size
+        self._asked = [jax.device_put(np.full(count, flag, np.float32), sharding) for flag in (0, 1)]
+
+    def tell(self, batch: Any) -> Any:
+        return batch | {"stop": self._asked[self._signal.received]}
+
+    def hear(self, metrics: Any) -> None:
+        self._heard |= bool(metrics["stop"] > 0)
+
+    def now(self) -> bool:
+        return self._heard
+
+
+NEVER = Alone(None)
+
+
+def make_stop(signal: StopSignal, sharding: Any) -> Alone | Together:
+    import jax
+
+    return Alone(signal) if jax.process_count() == 1 else Together(signal, sharding)

@@ -3,18 +3,29 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import NamedSharding
 
 from jaxlm.step import TrainState
+from jaxlm.stop import NEVER
 
 Hook = Callable[[int, TrainState], None]  # (updates done, state); may read the state, which the next step donates
 
 
-class Diverged(RuntimeError):
-    """The loss is not a finite number any more: exit code 3."""
+class Stop(Protocol):
+    """Whether to stop, which processes tell each other by way of the step, so that all do after the same one."""
+
+    def tell(self, batch: Any) -> Any:
+        """The batch with what this process has been asked."""
+        ...
+
+    def hear(self, metrics: dict[str, jax.Array]) -> None:
+        """Learns from a step's metrics what any has been asked."""
+        ...
+
+    def now(self) -> bool: ...
 
 
 class Done(NamedTuple):
@@ -49,13 +60,14 @@ def train(
     sharding: NamedSharding,
     on_step: Callable[[Done], None],
     hooks: Sequence[tuple[Callable[[int], bool], Hook]],
-    should_stop: Callable[[int], bool],
+    stop: Stop = NEVER,
+    at: Callable[[int, str], None] = lambda step, doing: None,
 ) -> tuple[TrainState, int]:
-    """Runs steps `start` to `steps`, or until `should_stop`; returns the state and the number of updates done.
+    """Runs steps `start` to `steps`, or until it is to stop; returns the state and the number of updates done.
 
     While the devices compute step n, the host sees to the batch of step n + 1 and reports step n - 1; it never waits
     for the step just dispatched, and is never more than one ahead. A hook runs when its condition holds for
-    the number of updates done; the loop then waits for it.
+    the number of updates done; the loop then waits for it. `at` is told where the loop is.
     """
     began, in_hooks = time.perf_counter(), 0.0
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -64,16 +76,19 @@ def train(
         nonlocal pending
         if pending is not None:
             step, metrics = pending
+            at(step, "waiting for the devices")
             jax.block_until_ready(metrics)
+            stop.hear(metrics)
             on_step(Done(step, metrics, time.perf_counter() - began - in_hooks))
         pending = None
 
     ahead = on_devices(batches, steps - start, sharding)
     batch = next(ahead, None)
     step = start
-    while step < steps and not should_stop(step):
-        state, metrics = train_step(state, batch)
+    while step < steps and not stop.now():
+        state, metrics = train_step(state, stop.tell(batch))
         step += 1
+        at(step, "reading the next batch")
         batch = next(ahead, None)
         report()
         pending = (step, metrics)
@@ -82,6 +97,7 @@ def train(
             report()
             paused = time.perf_counter()
             for hook in due:
+                at(step, "beside the steps")
                 hook(step, state)
             in_hooks += time.perf_counter() - paused
     report()

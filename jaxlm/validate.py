@@ -22,7 +22,7 @@ from jaxlm.config import (
 
 POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
-    "optim.accum_steps", "optim.lr", "optim.eps", "log.every_steps", "checkpoint.keep",
+    "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps", "checkpoint.keep",
 )  # fmt: skip
 MAX_INT = 2**31 - 1  # of JAX's integers
 MAX_LAYERS = 10_000  # more are a slip, and would end in a full memory
@@ -86,6 +86,7 @@ def validate(c: Config) -> Config:
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
+    require(not 0 < o.spike_factor <= 1, "optim.spike_factor", "0, or more than 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
     _check_parallel(c.parallel, m, require)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import filecmp
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config, UserError, changes
 
 # All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
-FILES = ("config.json", "metrics.jsonl", "wandb_id")
+FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
 FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "profile", "wandb")
 LOCK = ".lock"
 
@@ -172,6 +173,19 @@ def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | N
         write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
+def put_aside(workdir: Path, damaged: Sequence[int]) -> None:
+    """Renames damaged checkpoints to `<step>.damaged`: their steps are going to be saved again. A file about returns
+    that is left of a run without checkpoints goes too.
+    """
+    with _writing(workdir):
+        for step in damaged:
+            path = workdir / "checkpoints" / str(step)
+            names = (path.with_name(f"{step}.damaged{i or ''}") for i in itertools.count())
+            path.rename(next(name for name in names if not name.exists()))
+        if not holds_checkpoints(workdir):
+            (workdir / "returns.json").unlink(missing_ok=True)
+
+
 def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
     """Puts the tokenizer (or none) in a workdir, in place of one that a run without a checkpoint left there.
 
@@ -184,7 +198,7 @@ def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
             shutil.rmtree(folder)
         if tokenizer is None or folder.exists():
             return
-        temporary = _beside(folder)
+        temporary = beside(folder)
         temporary.mkdir()
         tokenizer.save(temporary)
         temporary.rename(folder)
@@ -207,16 +221,18 @@ def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is never seen half-written."""
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A name in the same folder that nobody has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 

@@ -282,11 +282,11 @@ def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("damage", ["truncated", "data missing", "metadata missing", "item missing"])
-def test_damaged_checkpoint_is_4(damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_checkpoints_are_4(damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     newest = workdir / "checkpoints/2"
-    for item in ("params", "train"):
-        everything = [p for p in (newest / item).rglob("*") if p.is_file()]
+    for folder in (step / item for step in newest.parent.iterdir() for item in ("params", "train")):
+        everything = [p for p in folder.rglob("*") if p.is_file()]
         if damage == "truncated":
             for path in everything:
                 os.truncate(path, path.stat().st_size // 2)
@@ -295,11 +295,11 @@ def test_damaged_checkpoint_is_4(damage: str, finished: Path, tmp_path: Path, ca
                 if path.parent.name == "d":  # the arrays
                     path.unlink()
         elif damage == "metadata missing":
-            for path in (newest / item).iterdir():
+            for path in folder.iterdir():
                 if path.is_file():
                     path.unlink()
         else:
-            shutil.rmtree(newest / item)
+            shutil.rmtree(folder)
     before = contents(workdir)
     argv = ["--config", str(CONFIG), "--workdir", str(workdir), *flags("checkpoint.every_steps=1", "steps=4")]
     code, error = in_process(argv, capsys)
@@ -307,9 +307,7 @@ def test_damaged_checkpoint_is_4(damage: str, finished: Path, tmp_path: Path, ca
     assert error.count("\n") == 1 and str(newest) in error, error
     assert contents(workdir) == before
     assert tool("evaluate", "--workdir", workdir) == 4
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(newest) in error, error
-    assert tool("evaluate", "--workdir", workdir, "--step", 1) == 0, "the one before is whole"
+    assert str(newest) in capsys.readouterr().err
 
 
 # The same as the shell sees it
@@ -334,7 +332,8 @@ def test_exit_codes_of_processes(finished: Path, tmp_path: Path):
     workdir = Path(shutil.copytree(finished, tmp_path / "copy"))
     fine = shell(ROOT / "tools/evaluate.py", "--workdir", workdir, cwd=tmp_path)
     assert fine.returncode == 0 and fine.stderr == "" and fine.stdout.count("\n") == 1, fine
-    shutil.rmtree(workdir / "checkpoints/2/params")
+    for step in (workdir / "checkpoints").iterdir():
+        shutil.rmtree(step / "params")
     damaged = shell("-m", "jaxlm.main", "--config", CONFIG, "--workdir", workdir, *flags("checkpoint.every_steps=1"))
     assert damaged.returncode == 4 and damaged.stderr.count("\n") == 1 and damaged.stdout == "", damaged
 

@@ -271,18 +271,32 @@ def test_never_starts_a_new_run(tmp_path: Path):
 
 
 def test_goes_on_with_other_devices_and_other_ways_to_exchange(tmp_path: Path):
-    """The losses are those of a run that changed nothing; what was changed is said."""
-    keys = {"log.every_steps": 1, "optim.schedule": "constant", "optim.warmup_steps": 1}
+    """8, 3, 1, then 4 devices, ZeRO on and off, other accumulation: the losses are those of a run that changed nothing;
+    what was changed is said.
+    """
+    keys = {"log.every_steps": 1, "batch_size": 24, "eval.every_steps": 0}
     assert run(tmp_path / "plain", steps=4, **keys) == 0
     changes = [
-        {"steps": 2, "parallel.zero": 1, "parallel.reduce": "ring", "parallel.devices": 2},
-        {"steps": 3, "parallel.overlap": True, "parallel.bucket_mb": 0.001, "parallel.devices": 4},
-        {"steps": 4, "parallel.zero": 1, "parallel.devices": 1},
+        {"steps": 1, "parallel.zero": 1, "parallel.reduce": "ring", "parallel.devices": 8},
+        {"steps": 2, "parallel.overlap": True, "parallel.bucket_mb": 0.001, "parallel.devices": 3},
+        {"steps": 3, "parallel.zero": 1, "parallel.devices": 1, "optim.accum_steps": 4},
+        {"steps": 4, "parallel.devices": 4},
     ]
     for change in changes:
         assert run(tmp_path / "changed", **keys, **change) == 0
     want, got = ([m["loss"] for m in lines(tmp_path / name) if "loss" in m] for name in ("plain", "changed"))
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4 and want[0] != want[3]
     history = [h["changed"] for h in json.loads((tmp_path / "changed/config.json").read_text())["history"]]
-    assert ["parallel.zero 1 -> 0" in h for h in history] == [True, False]
+    assert ["parallel.zero 1 -> 0" in h for h in history] == [True, False, True]
     assert all("parallel.devices" in h for h in history)
+
+
+def test_a_lossy_exchange_may_be_given_up(tmp_path: Path):
+    """The next loss is that of the same parameters, whoever computes it."""
+    keys = {"log.every_steps": 1, "eval.every_steps": 0, "checkpoint.every_steps": 2}
+    assert run(tmp_path / "int8", steps=3, **keys | {"parallel.reduce": "int8"}) == 0
+    shutil.copytree(tmp_path / "int8", tmp_path / "pmean")
+    shutil.rmtree(tmp_path / "pmean/checkpoints/3")
+    assert run(tmp_path / "pmean", steps=3, **keys) == 0
+    int8, pmean = ([m["loss"] for m in lines(tmp_path / name) if "loss" in m] for name in ("int8", "pmean"))
+    assert pmean == pytest.approx(int8, rel=1e-5) and len(pmean) == 3

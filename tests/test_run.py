@@ -38,7 +38,18 @@ def test_metrics(whole: Path):
     train = [m for m in lines(whole) if "loss" in m]
     scores = [m for m in lines(whole) if "eval_loss" in m]
     assert len(train) + len(scores) == len(lines(whole))
-    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "mfu", "epochs"}
+    keys = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "skipped",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "epochs",
+    }
     assert all(m.keys() == keys for m in train)
     per_epoch = (SYNTHETIC_TRAIN - 1) // 16  # rows
     assert all(m["epochs"] == pytest.approx(m["step"] * 8 / per_epoch) for m in train)

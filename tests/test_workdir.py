@@ -175,11 +175,16 @@ def test_a_key_that_is_newer_than_the_run_takes_the_value_of_base(copy: Path, ca
     assert "optim.unheard_of" in refusal(copy)
 
 
-def test_an_empty_checkpoint_is_named(copy: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_empty_checkpoint_is_named_and_put_aside(copy: Path, capsys: pytest.CaptureFixture[str]):
     (copy / "checkpoints/99999").mkdir()
-    assert exit_code(lambda: run(copy)) == 4
+    assert run(copy, steps=CHECKPOINT) == 0
+    assert "checkpoints/99999: no params in it: put aside as 99999.damaged" in capsys.readouterr().out
+    for step in (0, CHECKPOINT):
+        shutil.rmtree(copy / f"checkpoints/{step}")
+    (copy / "checkpoints/7").mkdir()
+    assert exit_code(lambda: run(copy, steps=CHECKPOINT)) == 4
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "checkpoints/99999" in error
+    assert error.count("\n") == 1 and "checkpoints/7: no params in it; none of its 1 checkpoints" in error
 
 
 def test_a_file_in_place_of_a_checkpoint_is_said(copy: Path):

@@ -107,7 +107,7 @@ class Trainer:
         self.config = config
         self.parts, self.state, _ = parts.build(config, workdir, Lock(), quiet=True)
         self.vocab_size = self.parts.corpus.vocab_size
-        self._write = hooks.make_writer(self.parts, 0)
+        self._write = hooks.make_log(self.parts, 0)
         self._step = step.pmap_train_step(
             config, step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
         )
@@ -145,7 +145,7 @@ class Trainer:
         start = time.perf_counter()
         self.state, self._done = train(
             self.state, self._step, self._stream, start=self._done, steps=self._done + steps,
-            sharding=self.parts.placement.batch, on_step=on_step, hooks=[], should_stop=lambda step: False,
+            sharding=self.parts.placement.batch, on_step=on_step, hooks=[],
         )  # fmt: skip
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps

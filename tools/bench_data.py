@@ -178,7 +178,7 @@ def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, com
                 batches, start = Timed(stream), time.perf_counter()
                 train(
                     cast(Any, None), lambda state, batch, kind=kind: (state, {"done": kinds[kind]()}), batches, start=0,
-                    steps=steps, sharding=sharding, on_step=lambda done: None, hooks=[], should_stop=lambda step: False,
+                    steps=steps, sharding=sharding, on_step=lambda done: None, hooks=[],
                 )  # fmt: skip
                 seconds = time.perf_counter() - start
                 found[kind].append((batches.seconds / seconds, seconds / steps * 1e3))

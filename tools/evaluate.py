@@ -1,7 +1,6 @@
 """Scores a checkpoint on its whole validation set; the last line of output is one JSON object."""
 
 import json
-import sys
 
 from jaxlm import cli, runtime
 from jaxlm.config import UserError, flatten
@@ -38,4 +37,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     runtime.relaunch_with_huge_pages()
-    sys.exit(exit_code(main))
+    runtime.leave(exit_code(main))

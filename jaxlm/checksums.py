@@ -1,0 +1,66 @@
+"""Hashes of a checkpoint's files, written before it becomes visible, and compared before anything is taken from it.
+
+Each item of a checkpoint (a folder, such as `params`) holds them in a file of its own, which also names the items that
+belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+NAME = "checksums.json"
+
+
+def write(item: Path, items: Sequence[str]) -> None:
+    """Adds the hashes of all files of an item, and makes it durable: the checkpoint before it is deleted next."""
+    files = {str(p.relative_to(item)): p for p in sorted(item.rglob("*")) if p.is_file()}
+    found = {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()}
+    (item / NAME).write_text(json.dumps({"items": list(items), "files": found}))
+    for path in (*item.rglob("*"), item):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(step: Path) -> str | None:
+    """What is wrong with the checkpoint in a folder, naming the file; None if it is whole.
+
+    One that was written before there were hashes has none in any item, and counts as whole.
+    """
+    items = [p for p in step.iterdir() if (p / NAME).exists()] if step.is_dir() else []
+    if not items:
+        return None if (step / "params").is_dir() else f"{step}: no params in it"
+    try:
+        wanted = {name: json.loads((step / name / NAME).read_text()) for name in _items(items[0])}
+        for name, content in wanted.items():
+            for file, (size, digest) in content["files"].items():
+                path = step / name / file
+                if ".." in path.parts or not path.is_relative_to(step):
+                    raise ValueError("leads elsewhere")
+                if path.stat().st_size != size:
+                    return f"{path}: {path.stat().st_size} bytes instead of {size}"
+                if _sha256(path) != digest:
+                    return f"{path}: other content than was saved"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{step}: a {NAME} in it is damaged"
+    return None
+
+
+def _items(item: Path) -> list[str]:
+    return json.loads((item / NAME).read_text())["items"]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,73 @@
+"""Training that goes wrong: a run goes back to a good checkpoint, and steps over the batches that were bad.
+
+`returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …}`. It is written
+before the run goes on, so that one that is killed afterwards takes the same way.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.config import UserError
+from jaxlm.workdir import beside, write_whole
+
+NAME = "returns.json"
+
+
+class Diverged(RuntimeError):
+    """Training went wrong and could not recover: exit code 3."""
+
+
+class Trouble(RuntimeError):
+    """Training went wrong in the steps first ... last (counted from 1)."""
+
+    def __init__(self, first: int, last: int, why: str):
+        super().__init__(why)
+        self.first, self.last, self.why = first, last, why
+
+
+class Return(NamedTuple):
+    to: int  # the step of the checkpoint
+    first: int  # numbers of the batches that are stepped over, counted from 1
+    last: int
+    why: str
+
+
+def read(workdir: Path) -> list[Return]:
+    """Raises UserError if the file is not as `write` made it."""
+    path = workdir / NAME
+    if not path.exists():
+        return []
+    try:
+        found = [
+            Return(r["to"], r["batches"][0], r["batches"][1], r["why"]) for r in json.loads(path.read_text("utf-8"))
+        ]
+        if not all(0 <= r.to < r.first <= r.last for r in found):
+            raise ValueError("impossible numbers")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({error}); allowed: as a run wrote it") from error
+    return found
+
+
+def write(workdir: Path, returns: Sequence[Return]) -> None:
+    content = [{"to": r.to, "batches": [r.first, r.last], "why": r.why} for r in returns]
+    write_whole(workdir / NAME, json.dumps(content, indent=2) + "\n")
+
+
+def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:
+    """The checkpoint to go back to: the newest before the first bad step; where the last return brought no good step,
+    one before that.
+    """
+    if returns and first == returns[-1].to + 1:
+        first = returns[-1].to
+    return max((step for step in steps if step < first), default=min(steps))
+
+
+def remove(checkpoints: Path, steps: Sequence[int]) -> None:
+    """Removes checkpoints; a kill in between leaves none that looks whole."""
+    for step in steps:
+        hidden = beside(checkpoints / str(step))
+        (checkpoints / str(step)).rename(hidden)
+        shutil.rmtree(hidden)

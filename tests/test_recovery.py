@@ -1,0 +1,136 @@
+"""After bad batches a run goes back and on without them, as one that never had them; else it ends."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import data, recovery
+from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpointer
+from jaxlm.cli import load
+from jaxlm.config import UserError
+from jaxlm.data.order import TrainOrder
+from jaxlm.main import exit_code
+from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
+from tools import chaos_child
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the loss of some batches none."""
+    monkeypatch.setattr(TrainOrder, "batches", TrainOrder.batches)
+    monkeypatch.setattr(steps, "output_loss", steps.output_loss)
+    return chaos_child.poison
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batches_that_are_left_out(seed: int):
+    """Step n trains on the n-th of the batches that are left."""
+    rng = np.random.default_rng(seed)
+    config = load(CONFIG, flags())
+    corpus = data.prepare(config)
+    starts = rng.integers(1, 60, rng.integers(0, 5))
+    left_out = [(int(a), int(a + rng.integers(0, 6))) for a in starts]
+    gone = {n for a, b in left_out for n in range(a, b + 1)}
+    order, every = TrainOrder(corpus, config, left_out), TrainOrder(corpus, config)
+    want = [n for n in range(1, 200) if n not in gone][:60]
+    assert [int(order.number(step)) for step in range(1, 61)] == want
+    got = order.batches(0, 60)["inputs"]
+    np.testing.assert_array_equal(got, every.batches(0, 200)["inputs"][np.array(want) - 1])
+    np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from anywhere
+    assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
+
+
+@pytest.mark.parametrize(
+    "steps, first, before, want",
+    [
+        ([0, 50, 100], 101, [], 100),
+        ([0, 50, 100], 100, [], 50),  # what was saved in the bad step itself is none
+        ([50, 100], 30, [], 50),
+        ([0, 50, 100], 101, [100], 50),  # nothing good came of going back to it
+        ([0, 50, 100], 102, [100], 100),
+        ([100], 101, [100], 100),
+    ],
+)
+def test_where_it_goes_back_to(steps: list[int], first: int, before: list[int], want: int):
+    returns = [recovery.Return(to, to + 1, to + 5, "") for to in before]
+    assert recovery.target(steps, first, returns) == want
+
+
+def test_bad_steps_are_skipped_and_counted(poison: Any, copy: Path, capsys: pytest.CaptureFixture[str]):
+    poison(CHECKPOINT + 3, CHECKPOINT + 4)
+    assert run(copy, steps=CHECKPOINT + 12, log__every_steps=4) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " skipped, " in line]
+    assert [line.split(",")[0] for line in said] == ["step 103 skipped", "step 104 skipped"]
+    assert "with batch 103: the loss is nan" in said[0]
+    found = {
+        m["step"]: (m["skipped"], m["loss"] is None) for m in lines(copy) if "loss" in m and m["step"] > CHECKPOINT
+    }
+    assert found == {104: (2, True), 108: (2, False), 112: (2, False)}
+    assert not (copy / recovery.NAME).exists()
+
+
+def test_after_many_in_a_row_it_goes_back_and_on_without_them(
+    poison: Any, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    bad, upto = (CHECKPOINT + 11, CHECKPOINT + 13), CHECKPOINT + 30
+    keys = {"steps": upto, "optim.max_skipped": 3, "checkpoint.every_steps": 12, "eval.every_steps": 10}
+    poisoned, plain = (Path(shutil.copytree(short, tmp_path / name)) for name in ("poisoned", "plain"))
+    with monkeypatch.context():
+        poison(*bad)
+        assert run(poisoned, **keys) == 0
+        said = capsys.readouterr().out
+    returns = recovery.read(poisoned)
+    assert [(r.to, r.first, r.last) for r in returns] == [(108, *bad)]
+    assert "goes back to step 108, without batches 111 to 113" in said
+    monkeypatch.undo()
+    shutil.copy(poisoned / recovery.NAME, plain)
+    assert run(plain, **keys) == 0
+    assert numbers(poisoned) == numbers(plain) and all(m.get("loss", 0) is not None for m in lines(poisoned))
+    assert_identical(state_of(poisoned, upto), state_of(plain, upto))
+    epochs = {m["step"]: m["epochs"] for m in lines(plain) if "epochs" in m}
+    assert epochs[upto] == pytest.approx(epochs[CHECKPOINT] * (upto + 3) / CHECKPOINT)
+    # A finished run is scored again, with a file that says something else refused.
+    (plain / recovery.NAME).write_text('[{"to": 5, "batches": [3, 4], "why": ""}]')
+    with pytest.raises(UserError, match=recovery.NAME):
+        run(plain, **keys)
+
+
+def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    keys = {"optim.lr": 1e6, "steps": 60, "checkpoint.every_steps": 2, "eval.every_steps": 0, "optim.max_returns": 2}
+    assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "diverged" in error and "went back 2 times" in error
+    returns = recovery.read(tmp_path / "run")
+    assert len(returns) == 2
+    assert all(f"{r.first} to {r.last}" in error for r in returns)
+    checkpoints = Checkpointer(tmp_path / "run", load(CONFIG, flags()).checkpoint, read_only=True)
+    for step in checkpoints.steps():
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params(step, ema=False)))
+    checkpoints.close()
+    # The same command tries no further, until more returns are allowed.
+    assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
+    assert len(recovery.read(tmp_path / "run")) == 2
+
+
+def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path: Path):
+    assert run(tmp_path / "run", steps=1) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    recovery.write(tmp_path / "run", [recovery.Return(0, 1, 1, "")])
+    assert run(tmp_path / "run", steps=1) == 0
+    assert not (tmp_path / "run" / recovery.NAME).exists()
+
+
+NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,
+              '[{"to": "a", "batches": [1, 2], "why": ""}]', '{"to": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_RETURNS)
+def test_what_is_no_list_of_returns(content: str, tmp_path: Path):
+    (tmp_path / recovery.NAME).write_text(content)
+    with pytest.raises(UserError, match=recovery.NAME):
+        recovery.read(tmp_path)

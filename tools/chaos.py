@@ -1,0 +1,322 @@
+"""Does to a run what befalls long runs, and looks whether anything was lost.
+
+    python tools/chaos.py --config configs/debug.py --workdir /tmp/chaos --config.steps=400
+
+trains the configuration once undisturbed, and once more for each fault, each in a folder of its own below --workdir:
+
+- kill    kill -9, --kills times, at random moments: while it imports, builds the token store, compiles, makes a step,
+          evaluates, saves, deletes an old checkpoint
+- term    SIGTERM, --stops times, at random moments of training; each time it must end with 75 and go on
+- damage  the same, and each time a file of the newest checkpoint is cut short, zeroed, removed or has a bit flipped
+- disk    for --outage seconds nothing can be written in the workdir
+- nan     batches whose loss is not a number, two alone, then as many in a row as send the run back to a checkpoint
+- hang    data that does not come: it must say where it is, and end with 5
+
+After the first four all that is in metrics.jsonl but times, and all parameters, must be bit for bit those of the
+undisturbed run. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm import cli
+from jaxlm.config import Config, UserError
+from jaxlm.main import exit_code
+from jaxlm.paths import user_path
+
+CHILD = Path(__file__).with_name("chaos_child.py")
+TIMES = {"tokens_per_second", "step_seconds", "mfu"}
+FAULTS = ("kill", "term", "damage", "disk", "nan", "hang")
+LIMIT = 600.0  # seconds, after which a run that does not end is a broken promise
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+@dataclasses.dataclass
+class Bench:
+    """What the faults share: the command, and the undisturbed run."""
+
+    config: Config
+    command: list[str]
+    folder: Path
+    draw: random.Random
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # file operations of the undisturbed run
+    seconds: float = 0.0  # that it took
+    startup: float = 0.0  # of these, until its first step
+
+    def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
+        workdir, cache = self.folder / name, self.folder / f"{name}-cache"
+        env = os.environ | {
+            "CHAOS": json.dumps(plan), "CHAOS_WORKDIR": str(workdir), "CHAOS_CACHE": str(cache),
+            "CHAOS_LOG": str(self.folder / f"{name}.log"),
+        }  # fmt: skip
+        command = [sys.executable, str(CHILD), *self.command, "--workdir", str(workdir)]
+        return subprocess.Popen(
+            [*command, f"--config.data.cache_dir={cache}", *overrides], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def finish(self, name: str, plan: dict[str, Any], want: int, *overrides: str) -> tuple[str, str]:
+        """Runs it to its end; gives what it wrote to stdout and stderr."""
+        return self.end(self.start(name, plan, *overrides), want)
+
+    def end(self, process: subprocess.Popen[str], *want: int) -> tuple[str, str]:
+        try:
+            out, error = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise Broken(f"did not end within {LIMIT:.0f} s: {process.communicate()[1][-500:]}") from None
+        if process.returncode not in want:
+            raise Broken(f"exit code {process.returncode} instead of {want}: {error.strip()[-500:]}")
+        return out, error
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{name}.log"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+    def checkpoints(self, name: str) -> list[int]:
+        folder = self.folder / name / "checkpoints"
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+    def wait_for(self, process: subprocess.Popen[str], true: Callable[[], bool]) -> bool:
+        """Whether it became true before the process ended."""
+        deadline = time.monotonic() + LIMIT
+        while process.poll() is None and time.monotonic() < deadline:
+            if true():
+                return True
+            time.sleep(0.005)
+        return False
+
+    def same(self, name: str) -> None:
+        """Raises Broken unless a run gave what the undisturbed one did."""
+        ours, whole = self.metrics(name), self.metrics("whole")
+        if ours != whole:
+            wrong = next(
+                (pair for pair in zip(ours, whole, strict=False) if pair[0] != pair[1]), (len(ours), len(whole))
+            )
+            raise Broken(f"metrics.jsonl differs: {wrong[0]} instead of {wrong[1]}")
+        params = {n: self.state(n) for n in (name, "whole")}
+        if params[name] != params["whole"]:
+            raise Broken("the parameters or the optimizer's state differ")
+
+    def state(self, name: str) -> dict[str, bytes]:
+        """The bytes of every array of the last checkpoint."""
+        from jaxlm.checkpoint import Checkpointer
+
+        checkpoints = Checkpointer(self.folder / name, self.config.checkpoint, read_only=True)
+        arrays = checkpoints.restore_arrays(self.config.steps)
+        checkpoints.close()
+        return {key: x.tobytes() for key, x in arrays.items()}
+
+
+def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    made = 0
+    while made < kills:
+        process = bench.start("kill", _moment(bench))
+        bench.end(process, 0, -signal.SIGKILL)
+        made += process.returncode != 0
+        if process.returncode == 0:  # all steps were made before the moment came
+            break
+    bench.finish("kill", {}, 0)
+    bench.same("kill")
+    where = collections.Counter(_where(entry) for entry in bench.log("kill") if "killed" in entry)
+    few = "" if made == kills else f" (the run ended before the other {kills - made})"
+    return f"{made} times{few}: " + ", ".join(f"{n} {what}" for what, n in where.most_common())
+
+
+def _moment(bench: Bench) -> dict[str, Any]:
+    """A moment to be killed at: by the clock, at a place of the loop, or at a file operation."""
+    draw, steps = bench.draw, bench.config.steps
+    step = (bench.seconds - bench.startup) / steps
+    kinds = [kind for kind in ("store", "save", "save", "delete", "metrics") if bench.counts.get(kind)]
+    how = draw.choice(["start", "compile", "step", "evaluate", *kinds])
+    if how == "start":
+        return {"kill": "time", "seconds": draw.uniform(0, bench.startup)}
+    if how in ("compile", "step", "evaluate"):
+        place = {"compile": "before the first step", "step": "step", "evaluate": "evaluating"}[how]
+        every = bench.config.checkpoint.every_steps or steps
+        most = {"compile": bench.startup / 2, "step": every * step, "evaluate": 0.05}[how]
+        return {"kill": "place", "place": place, "seconds": draw.uniform(0, most)}
+    saves = max(1, len(bench.checkpoints("whole")))
+    most = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
+    return {"kill": "file", "kind": how, "count": draw.randint(1, most)}
+
+
+def _where(entry: dict[str, Any]) -> str:
+    """What a run was doing when it was killed, in a word."""
+    what, place = entry["killed"].split()[0], entry["place"]
+    if what in ("store", "save", "delete", "metrics"):
+        return {"store": "building the store", "save": "saving", "delete": "deleting", "metrics": "writing metrics"}[
+            what
+        ]
+    if place.startswith("step"):
+        return "evaluating" if "evaluating" in place else "in a step"
+    return "importing" if place == "importing" else "before the first step"
+
+
+def term(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    slowest = max(_stopped(bench, "term", stops), default=0.0)
+    bench.finish("term", {}, 0)
+    bench.same("term")
+    return f"{stops} times, saved and ended within {slowest:.2f} s"
+
+
+def _stopped(bench: Bench, name: str, stops: int) -> Iterator[float]:
+    """Stops a run so often, at random steps; gives the seconds that each took."""
+    steps = sorted(bench.draw.sample(range(1, bench.config.steps), min(stops, bench.config.steps - 1)))
+    for step in steps:
+        process = bench.start(name, {})
+        if not bench.wait_for(process, lambda step=step: any(m["step"] >= step for m in bench.metrics(name))):
+            bench.end(process, 0)
+            return  # it was faster than we looked
+        time.sleep(bench.draw.uniform(0, 0.1))
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        bench.end(process, 75, 0)
+        yield time.monotonic() - sent
+        if process.returncode == 0:
+            return
+
+
+def damage(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    done: list[str] = []
+    for _ in _stopped(bench, "damage", stops):
+        newest = bench.folder / "damage/checkpoints" / str(bench.checkpoints("damage")[-1])
+        done.append(_harm(newest, bench.draw))
+        if newest.name == "0":
+            break
+    bench.finish("damage", {}, 0)
+    bench.same("damage")
+    aside = sum(".damaged" in p.name for p in (bench.folder / "damage/checkpoints").iterdir())
+    kinds = collections.Counter(done)
+    return f"{len(done)} files ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}), {aside} checkpoints put aside"
+
+
+def _harm(checkpoint: Path, draw: random.Random) -> str:
+    """Damages a file with content, of an item."""
+    files = [p for item in ("params", "train") for p in sorted((checkpoint / item).rglob("*")) if p.is_file()]
+    path = draw.choice([p for p in files if p.stat().st_size and p.name != "commit_success.txt"])
+    how, content = draw.choice(["cut short", "zeroed", "bit flipped", "removed"]), bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        return how
+    if how == "cut short":
+        content = content[: draw.randrange(len(content))]
+    elif how == "zeroed":
+        content = bytearray(len(content))
+    else:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    return how
+
+
+def disk(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    out, _ = bench.finish("disk", {"fail": outage, "step": bench.config.steps // 4}, 0)
+    bench.same("disk")
+    failed = bench.log("disk")[-1]["counts"].get("failed", 0)
+    if not failed or "NOT" not in out:
+        raise Broken(
+            "nothing was written while the disk failed, or it was not said: a longer run or --outage is needed"
+        )
+    return f"{failed} operations failed in {outage:g} s, said {out.count('NOT ')} times, and were made good"
+
+
+def nan(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    c, row = bench.config, bench.config.optim.max_skipped
+    first = c.steps // 2
+    if c.steps < 4 * row:
+        raise UserError(f"steps is {c.steps}; allowed with the fault nan: at least {4 * row}")
+    bench.finish("nan", {"nan": [first, first + row - 1]}, 0)
+    returns = json.loads((bench.folder / "nan/returns.json").read_text())
+    if [r["batches"] for r in returns] != [[first, first + row - 1]]:
+        raise Broken(f"returns.json has {returns}")
+    losses = [m["loss"] for m in bench.metrics("nan") if "loss" in m]
+    if bench.metrics("nan")[-1]["step"] != c.steps or None in losses:
+        raise Broken("it did not train to its end with finite losses")
+    return (
+        f"batches {first} to {first + row - 1}: skipped {row} steps, went back to step {returns[0]['to']}, trained on"
+    )
+
+
+def hang(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    at, patience = bench.config.steps // 2, 2 * bench.startup  # in which it compiles, which must not count
+    began = time.monotonic()
+    keys = [f"--config.log.hang_seconds={patience:.1f}", "--config.log.hang_abort=true"]
+    _, error = bench.finish("hang", {"hang": at}, 5, *keys)
+    if "nothing has moved" not in error or "in stuck" not in error or f"step {at - 1}" not in error:
+        raise Broken(f"it did not say where it hung: {error[-500:]}")
+    return f"said where, with stacks, and ended with 5 ({time.monotonic() - began:.0f} s in all)"
+
+
+def main() -> int:
+    parser = cli.Parser(
+        description="Does to a run what befalls long runs, and looks whether anything was lost.",
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE as for training.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="what to train; its steps should take a minute")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for all runs")
+    parser.add_argument("--faults", default=",".join(FAULTS), metavar="A,B", help=f"(default: {','.join(FAULTS)})")
+    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
+    parser.add_argument("--stops", type=int, default=5, help="of term and damage (default: 5)")
+    parser.add_argument("--outage", type=float, default=10.0, metavar="S", help="seconds of disk (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    args, overrides = parser.parse_known_args()
+    file, folder = user_path("--config", args.config), user_path("--workdir", args.workdir)
+    config = cli.load(file, overrides)
+    names = [name.strip() for name in args.faults.split(",")]
+    if wrong := [name for name in names if name not in FAULTS]:
+        raise UserError(f"--faults has {wrong[0]!r}; allowed: {', '.join(FAULTS)}, commas between")
+    for name in ("kills", "stops"):
+        if not 1 <= getattr(args, name) <= 10_000:
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 to 10000")
+    if not 0 < args.outage <= 3600:
+        raise UserError(f"--outage is {args.outage}; allowed: more than 0, at most 3600")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--workdir {folder}: there is something in it; allowed: a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(config, ["--config", str(file), *overrides], folder.resolve(), random.Random(args.seed))
+
+    began = time.monotonic()
+    process = bench.start("whole", {"count": True})
+    bench.wait_for(process, lambda: bool(bench.metrics("whole")))
+    bench.startup = time.monotonic() - began
+    bench.end(process, 0)
+    bench.seconds, bench.counts = time.monotonic() - began, bench.log("whole")[-1]["counts"]
+    print(f"undisturbed · {bench.seconds:.1f} s, of which {bench.startup:.1f} until the first step", flush=True)
+    held: dict[str, bool] = {}
+    tests = {"kill": kill, "term": term, "damage": damage, "disk": disk, "nan": nan, "hang": hang}
+    for name in names:
+        began = time.monotonic()
+        try:
+            held[name], said = True, tests[name](bench, args.kills, args.stops, args.outage)
+        except Broken as error:
+            held[name], said = False, " ".join(str(error).split())
+        print(f"{name} · {'held' if held[name] else 'BROKEN'} · {said} · {time.monotonic() - began:.0f} s", flush=True)
+        if held[name]:
+            shutil.rmtree(folder / name)
+            shutil.rmtree(folder / f"{name}-cache", ignore_errors=True)
+    print(json.dumps({"held": held}))
+    return 0 if all(held.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, "chaos"))

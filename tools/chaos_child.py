@@ -1,0 +1,156 @@
+"""The trainer with a fault: chaos.py runs it in place of `-m jaxlm.main`, and says in CHAOS (JSON) which.
+
+- {"kill": "time", "seconds": 3.2}: SIGKILL so long after the start
+- {"kill": "place", "place": "evaluating", "seconds": 0.01}: so long after the loop is there
+- {"kill": "file", "kind": "save", "count": 7}: at that file operation of a kind (`store`, `save`, `delete`, `metrics`)
+- {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
+- {"nan": [first, last]}: the loss of these batches is not a number
+- {"hang": 20}: the data of the 20th batch never comes
+- {"count": true}: nothing; counts file operations
+
+What happened is appended to the file in CHAOS_LOG, a JSON object a line.
+"""
+
+import errno
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+PLAN = json.loads(os.environ.get("CHAOS", "{}"))
+WORKDIR = os.path.realpath(os.environ.get("CHAOS_WORKDIR", "."))
+CACHE = os.path.realpath(os.environ.get("CHAOS_CACHE", "."))
+WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+counts: Counter[str] = Counter()
+
+
+def place() -> str:
+    distributed = sys.modules.get("jaxlm.distributed")
+    return getattr(distributed, "here", "importing")
+
+
+def note(**fields: Any) -> None:
+    with open(os.environ["CHAOS_LOG"], "a") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+def kill(what: str) -> None:
+    note(killed=what, place=place())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kind_of(event: str, args: tuple[Any, ...]) -> str | None:
+    """Which of the trainer's files an operation changes; None where none of them."""
+    if event not in WRITING or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
+        return None
+    if not isinstance(args[0], str | os.PathLike | bytes):
+        return None
+    path = os.fsdecode(args[0])
+    if not os.path.isabs(path) and event in ("os.remove", "os.rmdir"):
+        return "delete"  # by rmtree, relative to a folder that it has open
+    path = os.path.realpath(path)
+    if (path + os.sep).startswith(CACHE + os.sep):
+        return "store"
+    if not (path + os.sep).startswith(WORKDIR + os.sep):
+        return None
+    if "metrics.jsonl" in path:
+        return "metrics"
+    if os.sep + "checkpoints" not in path:
+        return "workdir"
+    return "delete" if event in ("os.remove", "os.rmdir", "shutil.rmtree") else "save"
+
+
+def hook(event: str, args: tuple[Any, ...]) -> None:
+    if event not in WRITING:
+        return
+    kind = kind_of(event, args)
+    if kind is None:
+        return
+    counts[kind] += 1
+    if PLAN.get("kill") == "file" and PLAN["kind"] == kind and counts[kind] == PLAN["count"]:
+        kill(f"{kind} ({event} {os.path.basename(os.fsdecode(args[0]))})")
+    if failing() and kind in ("save", "delete", "metrics", "workdir"):
+        counts["failed"] += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(args[0]))
+
+
+began: float | None = None  # when writing began to fail
+
+
+def failing() -> bool:
+    global began
+    if "fail" not in PLAN:
+        return False
+    if began is None and place().startswith("step ") and int(place().split()[1].rstrip(",")) >= PLAN["step"]:
+        began = time.monotonic()
+    return began is not None and time.monotonic() - began < PLAN["fail"]
+
+
+def wait_and_kill() -> None:
+    while PLAN["kill"] == "place" and PLAN["place"] not in place():
+        time.sleep(0.001)
+    time.sleep(PLAN["seconds"])
+    kill(PLAN["kill"])
+
+
+def poison(first: int, last: int) -> None:
+    """The loss of batches first ... last (counted from 1) is not a number."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm import step
+    from jaxlm.data.order import TrainOrder
+
+    mark, batches, loss = -2, TrainOrder.batches, step.output_loss
+
+    def marked(self: Any, begin: int, count: int, rows: slice = slice(None)) -> Any:
+        found = batches(self, begin, count, rows)
+        numbers = self.number(np.arange(begin + 1, begin + count + 1))
+        found["targets"][(numbers >= first) & (numbers <= last), 0, 0] = mark
+        return found
+
+    def poisoned(unembed: Any, x: Any, targets: Any, config: Any) -> Any:
+        bad = jnp.where(jnp.any(targets == mark), jnp.nan, 1.0)
+        return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
+
+    setattr(TrainOrder, "batches", marked)  # noqa: B010
+    step.output_loss = poisoned
+
+
+def hang(number: int) -> None:
+    from jaxlm import train
+
+    on_devices = train.on_devices
+
+    def stuck(batches: Any, *args: Any) -> Any:
+        for i, batch in enumerate(on_devices(batches, *args), 1):
+            if i == number:
+                time.sleep(1e6)
+            yield batch
+
+    train.on_devices = stuck
+
+
+def main() -> None:
+    if "kill" in PLAN and PLAN["kill"] != "file":
+        threading.Thread(target=wait_and_kill, daemon=True).start()
+    sys.addaudithook(hook)
+    if "nan" in PLAN:
+        poison(*PLAN["nan"])
+    if "hang" in PLAN:
+        hang(PLAN["hang"])
+    try:
+        runpy.run_module("jaxlm.main", run_name="__main__")
+    finally:
+        note(counts=counts)
+
+
+if __name__ == "__main__":
+    main()
