@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import main
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpointer
 from jaxlm.cli import load
+from jaxlm.config import UserError
 from jaxlm.data.arrays import SYNTHETIC_TRAIN
 from jaxlm.model import make_model
 from jaxlm.placement import Placement
@@ -27,6 +29,7 @@ from tests.runs import (
     assert_identical,
     flags,
     lines,
+    numbers,
     run,
     state_of,
 )
@@ -71,6 +74,15 @@ def test_config_and_checkpoints(whole: Path):
     fresh = steps.init_state(config, make_model(config.model, 64, config.seq_len), 2)
     assert_identical(state_of(whole, 0), jax.device_get(fresh))
     assert [int(state_of(whole, s).step) for s in (0, 100, 600)] == [0, 100, 600]
+
+
+def test_config_json_is_enough_to_run_it_again(short: Path, tmp_path: Path):
+    """The same numbers, bit for bit."""
+    with pytest.raises(UserError, match="--workdir is not given"):
+        main.run(["--config", str(short / "config.json")])
+    assert main.run(["--config", str(short / "config.json"), "--workdir", str(tmp_path / "again")]) == 0
+    assert numbers(tmp_path / "again") == numbers(short)
+    assert_identical(state_of(tmp_path / "again", CHECKPOINT), state_of(short, CHECKPOINT))
 
 
 def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, short: Path):
