@@ -7,10 +7,11 @@ has the hashes of its files, which are compared before anything is restored (che
 """
 
 import concurrent.futures
+import json
 import logging as std_logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxlm import checksums
-from jaxlm.config import CheckpointConfig
+from jaxlm.config import CheckpointConfig, UserError
 from jaxlm.placement import Placement
 from jaxlm.step import TrainState
 
@@ -57,6 +58,28 @@ def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
     return handler
 
 
+class _Kept(PreservationPolicy):
+    """The newest, and the best of those whose validation loss is known."""
+
+    def __init__(self, config: CheckpointConfig, losses: dict[int, float]):
+        self._config, self._losses = config, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        best = sorted((s for s in steps if s in self._losses), key=lambda s: self._losses[s])[: self._config.keep_best]
+        return [s in best or s in steps[-self._config.keep :] for s in steps]
+
+
+def _validation_losses(metrics: Path) -> dict[int, float]:
+    """{step: loss} of the evaluations so far."""
+    found = {}
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
+            m = json.loads(line)
+            found[int(m["step"])] = float(m["eval_loss"])
+    return found
+
+
 class Checkpointer:
     """The `checkpoints` folder of a workdir.
 
@@ -77,15 +100,12 @@ class Checkpointer:
         self._pause = FIRST_PAUSE
         self._retry_at: float | None = None  # where a save has failed
         self._writing: list[str] = []  # items of the checkpoint that is being written
+        self._losses = _validation_losses(workdir / "metrics.jsonl")
         self._manager: Any = self._open()
         self.saved = self.latest()  # the newest step that is written
 
     def _open(self) -> Any:
-        c = self._config
-        best = BestN(
-            get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=c.keep_best, keep_checkpoints_without_metrics=False
-        )  # fmt: skip
-        policy = None if self._read_only else AnyPreservationPolicy([LatestN(c.keep), best])
+        policy = None if self._read_only else _Kept(self._config, self._losses)
         return ocp.CheckpointManager(
             self.folder, item_handlers={item: _handler(self._writing) for item in ("params", "ema", "train", "sync")},
             options=ocp.CheckpointManagerOptions(
@@ -102,8 +122,15 @@ class Checkpointer:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a step; None if it is whole."""
-        return checksums.damage(self.folder / str(step))
+        """What is wrong with the files of a step; None if it is whole.
+
+        Raises:
+          UserError: they cannot be read now.
+        """
+        try:
+            return checksums.damage(self.folder / str(step))
+        except OSError as error:
+            raise UserError(f"{self.folder / str(step)}: cannot be read now ({_reason(error)})") from error
 
     def newest_whole(self) -> tuple[int | None, dict[int, str]]:
         """The newest step whose files are whole, and what is wrong with newer ones."""
@@ -136,14 +163,15 @@ class Checkpointer:
         items = {"params": state.params, "train": train}
         items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
         self._writing[:] = items
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        if eval_loss is not None:
+            self._losses[step] = eval_loss
         args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
 
         def begin() -> Exception | None:
             try:
                 before()
                 self._manager = self._manager or self._open()
-                self._manager.save(step, args=args, metrics=metrics)
+                self._manager.save(step, args=args)
             except Exception as error:
                 return error
 
@@ -151,12 +179,18 @@ class Checkpointer:
             if failed:
                 raise failed
             self._manager.wait_until_finished()
+            checksums.sync(self.folder)
 
         self._last = step
         if on_cpu and jax.process_count() == 1:
             self._saving = self._worker.submit(lambda: end(begin()))
         else:  # begun here: it reads the devices, and meets the other processes
             self._saving = self._worker.submit(end, begin())
+
+    def settled(self) -> int | None:
+        """The newest step that is written, when a save under way has ended."""
+        self._settle()
+        return self.saved
 
     def due(self) -> bool:
         """Whether a save has failed, and it is time to try again."""
@@ -178,12 +212,12 @@ class Checkpointer:
             error = self._settle()
             if error is None:
                 return
-            if time.monotonic() + self._pause > deadline:
+            if time.monotonic() >= deadline:
                 raise Unsaved(
                     f"{self.folder}: the state of step {step} cannot be saved: {_reason(error)}; the newest checkpoint"
                     f" is of step {self.saved}; mend that, and run the same command again"
                 ) from error
-            time.sleep(max(0.0, (self._retry_at or 0) - time.monotonic()))
+            time.sleep(max(0.0, min(self._retry_at or 0, deadline) - time.monotonic()))
 
     def _settle(self) -> Exception | None:
         """Waits for a save under way, and gives its error; a failed one is said, and what it left is removed."""
@@ -284,7 +318,9 @@ class Checkpointer:
             raise error
 
     def close(self) -> None:
-        self._worker.shutdown()  # after a save under way
+        if self._saving is not None and jax.process_count() == 1:
+            self._settle()  # a failure is said, and hides no other error
+        self._worker.shutdown()
         if self._manager is not None:
             self._manager.close()
 

@@ -4,6 +4,7 @@ Each item of a checkpoint (a folder, such as `params`) holds them in a file of i
 belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ def write(item: Path, items: Sequence[str]) -> None:
     files = {str(p.relative_to(item)): p for p in sorted(item.rglob("*")) if p.is_file()}
     found = {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()}
     (item / NAME).write_text(json.dumps({"items": list(items), "files": found}))
-    for path in (*item.rglob("*"), item):
+    for path in (*item.rglob("*"), item, item.parent):
         sync(path)
 
 
@@ -27,6 +28,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)):
+            raise  # some file systems know no such thing for folders
     finally:
         os.close(handle)
 
@@ -35,6 +39,9 @@ def damage(step: Path) -> str | None:
     """What is wrong with the checkpoint in a folder, naming the file; None if it is whole.
 
     One that was written before there were hashes has none in any item, and counts as whole.
+
+    Raises:
+      OSError: it cannot be read now, which says nothing of it.
     """
     items = [p for p in step.iterdir() if (p / NAME).exists()] if step.is_dir() else []
     if not items:
@@ -50,7 +57,7 @@ def damage(step: Path) -> str | None:
                     return f"{path}: {path.stat().st_size} bytes instead of {size}"
                 if _sha256(path) != digest:
                     return f"{path}: other content than was saved"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{error.filename}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{step}: a {NAME} in it is damaged"

@@ -13,7 +13,7 @@ import optax
 
 WINDOW = 64  # of the newest good steps, whose medians say what is usual
 LEAST = 32  # good steps before a norm counts as unusual: those of the first ones change fast
-FLOOR = 0.1  # nats: below such a loss, what is learned by heart, a multiple of it is no sign of anything
+FLOOR = 0.1  # nats: below such a loss all is learned by heart, and a multiple of next to nothing is no sign
 
 
 class Guard(NamedTuple):
@@ -39,12 +39,13 @@ def judge(guard: Guard, loss: jax.Array, norm: jax.Array, factor: float) -> tupl
     """
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if factor:
-        known = jnp.sum(jnp.isfinite(guard.norms))
-        good &= (known == 0) | (loss <= factor * jnp.maximum(jnp.nanmedian(guard.losses), FLOOR))
-        good &= (known < LEAST) | (norm <= factor * jnp.nanmedian(guard.norms))
+        known, usual = jnp.sum(jnp.isfinite(guard.norms)), jnp.nanmedian(guard.losses)
+        good &= (known == 0) | (loss <= factor * jnp.maximum(usual, FLOOR))
+        good &= (known < LEAST) | (usual < FLOOR) | (norm <= factor * jnp.nanmedian(guard.norms))
+    counts = good & (norm > 0)  # a batch without targets says nothing of what is usual
 
     def push(window: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.where(good, jnp.concatenate([window[1:], x[None]]), window)
+        return jnp.where(counts, jnp.concatenate([window[1:], x[None]]), window)
 
     bad = 1 - good.astype(jnp.int32)
     return good, Guard(

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxlm import checksums
 from jaxlm.config import Config, flatten
 from jaxlm.workdir import write_whole
 
@@ -59,20 +61,30 @@ class Log:
                     self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
 
     def _write(self) -> None:
+        error = None
         for writer, queue in self._queues:
-            while queue:
-                writer(queue[0])
-                queue.pop(0)
+            try:
+                while queue:
+                    writer(queue[0])
+                    queue.pop(0)
+            except OSError as failed:  # the others do not wait for it
+                error = failed
+                if isinstance(writer, JsonLines):
+                    raise
+        if error is not None:
+            raise error
         self._pause, self._retry_at = self.FIRST_PAUSE, 0.0
 
     def sync(self) -> None:
-        """Returns when all is on disk: before a checkpoint, behind which lines are never written again. Raises OSError
-        where it cannot be.
+        """Returns when all lines of metrics.jsonl are on disk: before a checkpoint, since what lies before one is never
+        written again. Raises OSError where they cannot be.
         """
         with self._lock:
-            self._write()
-            for writer, _ in self._queues:
+            for writer, queue in self._queues:
                 if isinstance(writer, JsonLines):
+                    while queue:
+                        writer(queue[0])
+                        queue.pop(0)
                     writer.sync()
 
     def finish(self) -> None:
@@ -80,11 +92,13 @@ class Log:
         deadline, pause = time.monotonic() + self.PATIENCE, self.FIRST_PAUSE
         while True:
             try:
-                return self.sync()
+                self.sync()
+                with self._lock:
+                    return self._write()
             except OSError:
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() >= deadline:
                     raise
-                time.sleep(pause)
+                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
                 pause *= 2
 
 
@@ -99,20 +113,24 @@ class JsonLines:
 
     def __call__(self, metrics: Metrics) -> None:
         known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
-        line = (json.dumps(known) + "\n").encode()
-        with open(self._path, "ab", buffering=0) as file:
-            start = file.tell()
-            try:
-                if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            except OSError:
-                file.truncate(start)  # no half line stays
-                raise
+        _append(self._path, (json.dumps(known) + "\n").encode())
 
     def sync(self) -> None:
         if self._path.exists():
-            with open(self._path, "rb") as file:
-                os.fsync(file.fileno())
+            checksums.sync(self._path)
+            checksums.sync(self._path.parent)
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Adds all of it to a file, or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        start = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(start)
+            raise
 
 
 def _step_of(line: str) -> float:
@@ -137,8 +155,9 @@ def tensorboard(folder: Path, resume_step: int) -> Writer:
     path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
 
     def add(**fields: Any) -> None:
-        with open(path, "ab") as file:
-            RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        _append(path, record.getvalue())
 
     add(file_version="brain.Event:2")
     if resume_step:

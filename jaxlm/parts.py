@@ -71,6 +71,9 @@ def build(
     placement = Placement(config, devices)
     state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
 
+    if returns and start == returns[-1].to:
+        state = _counted_anew(state)
+
     def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
         workdirs.claim(workdir, config, facts, changed, lock)
@@ -99,23 +102,25 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
     the steps that were bad. Later checkpoints are removed.
 
     Raises:
-      Diverged: it went back `optim.max_returns` times already.
+      Diverged: it went back `optim.max_returns` times already, in vain.
       CheckpointError: no checkpoint is whole.
     """
     c, workdir, returns = parts.config, parts.workdir, parts.returns
-    bad = int(parts.order.number(trouble.first)), int(parts.order.number(trouble.last))
-    if len(returns) >= c.optim.max_returns:
-        batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in returns), bad])
-        raise recovery.Diverged(
-            f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(returns)} times"
-            f" (optim.max_returns), bad were batches {batches}; the newest checkpoint is of step"
-            f" {parts.checkpoints.saved}; a lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
-        )
     with _opened(workdir, c) as checkpoints:
         whole = _whole(checkpoints, len(returns)) if checkpoints else []
         if checkpoints is None or not whole:
             raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
         to = recovery.target(whole, trouble.first, returns)
+        first = max(trouble.first, to + 1)  # those before it are used up in that checkpoint
+        bad = int(parts.order.number(first)), int(parts.order.number(trouble.last))
+        vain = [r for r in returns if r.to >= to]  # since the others, good steps have been saved
+        if len(vain) >= c.optim.max_returns:
+            batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in vain), bad])
+            raise recovery.Diverged(
+                f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(vain)} times"
+                f" (optim.max_returns), bad were batches {batches}; the newest checkpoint is of step {max(whole)}; a"
+                " lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+            )
         state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
         later = [step for step in checkpoints.steps() if step > to]
     returns = [*returns, recovery.Return(to, *bad, trouble.why)]
@@ -126,10 +131,10 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
 
     _on_first(workdir, keep)
     parts.reporter.say(
-        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(returns)} of"
+        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(vain) + 1} of"
         f" {c.optim.max_returns})"
     )
-    state = state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0))
+    state = _counted_anew(state)
     checkpoints = Checkpointer(workdir, c.checkpoint, say=parts.reporter.say)
     order = train_order(parts.corpus, c, returns)
     return parts._replace(checkpoints=checkpoints, order=order, returns=returns), state, to
@@ -201,6 +206,11 @@ def _newest_whole(checkpoints: Checkpointer) -> tuple[int, dict[int, str]]:
     if step is None:
         raise CheckpointError(f"{next(iter(damage.values()))}; none of its {len(damage)} checkpoints is whole")
     return step, {int(k): v for k, v in damage.items()}
+
+
+def _counted_anew(state: steps.TrainState) -> steps.TrainState:
+    """After a return: skipped steps in a row are counted from there."""
+    return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0))
 
 
 def _whole(checkpoints: Checkpointer, time: int) -> list[int]:

@@ -67,7 +67,7 @@ def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:
 
 def remove(checkpoints: Path, steps: Sequence[int]) -> None:
     """Removes checkpoints; a kill in between leaves none that looks whole."""
-    for step in steps:
+    for step in sorted(steps, reverse=True):
         hidden = beside(checkpoints / str(step))
         (checkpoints / str(step)).rename(hidden)
         shutil.rmtree(hidden)

@@ -14,6 +14,7 @@ import jax
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
+from jaxlm.checkpoint import Unsaved
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
@@ -122,8 +123,12 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
             sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
             stop=make_stop(stop, parts.placement.batch), at=watchdog.at,
         )  # fmt: skip
+        watchdog.stop()
         save(step, state, checkpoints.finish)
-        log.finish()
+        try:
+            log.finish()
+        except OSError as error:
+            raise Unsaved(f"{parts.workdir}: the last metrics cannot be written: {error}") from error
     finally:
         watchdog.stop()
         parts.reporter.stop()

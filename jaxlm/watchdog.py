@@ -13,13 +13,15 @@ class Watchdog:
 
     Args:
       seconds: without a call, after which the places of all hosts and the stacks of this process's threads go to
-        stderr; again after twice as long, and so on. 0 = never.
+        stderr; again after twice as long, and so on. 0 = never. Counted from the first call: before it, the step is
+        compiled.
       abort: the process ends then, with exit code 5.
     """
 
     def __init__(self, seconds: float, abort: bool = False):
         self._seconds, self._abort = seconds, abort
-        self._since, self._closed = time.monotonic(), threading.Event()
+        self._since: float | None = None  # the last call of `at`
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
@@ -30,7 +32,7 @@ class Watchdog:
     def _watch(self) -> None:
         said, limit = self._since, self._seconds
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if self._since != said:
+            if self._since != said or said is None:
                 said, limit = self._since, self._seconds
             elif time.monotonic() - said > limit:
                 self._say(time.monotonic() - said)
@@ -45,7 +47,6 @@ class Watchdog:
             distributed.end(distributed.LOST, f"{reason}; the same command goes on")
 
     def start(self) -> None:
-        self._since = time.monotonic()
         if self._seconds:
             self._thread.start()
 

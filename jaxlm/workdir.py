@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm import checksums
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config, UserError, changes
 
@@ -182,6 +184,9 @@ def put_aside(workdir: Path, damaged: Sequence[int]) -> None:
             path = workdir / "checkpoints" / str(step)
             names = (path.with_name(f"{step}.damaged{i or ''}") for i in itertools.count())
             path.rename(next(name for name in names if not name.exists()))
+        for path in (workdir / "checkpoints").glob(".*"):
+            if re.fullmatch(r"\.\d+\.[0-9a-f]{16}", path.name):  # one that was being removed
+                shutil.rmtree(path)
         if not holds_checkpoints(workdir):
             (workdir / "returns.json").unlink(missing_ok=True)
 
@@ -228,6 +233,7 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        checksums.sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

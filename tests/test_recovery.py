@@ -45,6 +45,17 @@ def test_batches_that_are_left_out(seed: int):
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 
+def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, copy: Path):
+    """What was skipped before it is used up already, and is no batch to step over."""
+    keys = {"steps": CHECKPOINT + 20, "checkpoint.every_steps": 5, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
+            "eval.every_steps": 0, "optim.max_skipped": 5}  # fmt: skip
+    poison(CHECKPOINT + 8, CHECKPOINT + 12)
+    assert run(copy, **keys) == 0
+    returns = [(r.to, r.first, r.last) for r in recovery.read(copy)]
+    assert returns == [(CHECKPOINT + 10, CHECKPOINT + 11, CHECKPOINT + 12)]
+    assert [m for m in lines(copy) if "loss" in m][-1]["skipped"] == 3  # of batches 108 to 110
+
+
 @pytest.mark.parametrize(
     "steps, first, before, want",
     [

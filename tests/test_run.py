@@ -101,6 +101,14 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
         checkpoints.wait()
     assert checkpoints.steps() == [2, 5, 6]
     checkpoints.close()
+    # A run that goes on knows from its metrics which was the best.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.0}\n{"step": 5, "eval_loss": 5.0}\n{"step": 6')
+    checkpoints = Checkpointer(tmp_path, config.checkpoint)
+    for step in (7, 8, 9):
+        checkpoints.save(step, state)
+        checkpoints.wait()
+    assert checkpoints.steps() == [2, 8, 9]
+    checkpoints.close()
 
 
 # Learning

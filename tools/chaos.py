@@ -9,7 +9,7 @@ trains the configuration once undisturbed, and once more for each fault, each in
 - term    SIGTERM, --stops times, at random moments of training; each time it must end with 75 and go on
 - damage  the same, and each time a file of the newest checkpoint is cut short, zeroed, removed or has a bit flipped
 - disk    for --outage seconds nothing can be written in the workdir
-- nan     batches whose loss is not a number, two alone, then as many in a row as send the run back to a checkpoint
+- nan     as many batches in a row whose loss is not a number as send the run back to a checkpoint
 - hang    data that does not come: it must say where it is, and end with 5
 
 After the first four all that is in metrics.jsonl but times, and all parameters, must be bit for bit those of the
