@@ -155,7 +155,7 @@ def _moment(bench: Bench) -> dict[str, Any]:
         every = bench.config.checkpoint.every_steps or steps
         most = {"compile": bench.startup / 2, "step": every * step, "evaluate": 0.05}[how]
         return {"kill": "place", "place": place, "seconds": draw.uniform(0, most)}
-    saves = max(1, len(bench.checkpoints("whole")))
+    saves = 1 + steps // (bench.config.checkpoint.every_steps or steps)
     most = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
     return {"kill": "file", "kind": how, "count": draw.randint(1, most)}
 
