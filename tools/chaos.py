@@ -157,7 +157,9 @@ def _moment(bench: Bench) -> dict[str, Any]:
         return {"kill": "place", "place": place, "seconds": draw.uniform(0, most)}
     saves = 1 + steps // (bench.config.checkpoint.every_steps or steps)
     most = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
-    return {"kill": "file", "kind": how, "count": draw.randint(1, most)}
+    # An operation that does not come, as those of a store that is whole, is not waited for.
+    late = bench.startup + 2 * step * (bench.config.checkpoint.every_steps or steps)
+    return {"kill": "file", "kind": how, "count": draw.randint(1, most), "seconds": late}
 
 
 def _where(entry: dict[str, Any]) -> str:

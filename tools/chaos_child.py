@@ -2,7 +2,8 @@
 
 - {"kill": "time", "seconds": 3.2}: SIGKILL so long after the start
 - {"kill": "place", "place": "evaluating", "seconds": 0.01}: so long after the loop is there
-- {"kill": "file", "kind": "save", "count": 7}: at that file operation of a kind (`store`, `save`, `delete`, `metrics`)
+- {"kill": "file", "kind": "save", "count": 7, "seconds": 20}: at that file operation of a kind (`store`, `save`,
+  `delete`, `metrics`), or so long after the start
 - {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
 - {"nan": [first, last]}: the loss of these batches is not a number
 - {"hang": 20}: the data of the 20th batch never comes
@@ -139,7 +140,7 @@ def hang(number: int) -> None:
 
 
 def main() -> None:
-    if "kill" in PLAN and PLAN["kill"] != "file":
+    if "kill" in PLAN:
         threading.Thread(target=wait_and_kill, daemon=True).start()
     sys.addaudithook(hook)
     if "nan" in PLAN:
