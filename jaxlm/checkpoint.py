@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: written in the background, visible only when whole; the newest and the best are kept.
+"""Reading checkpoints: which there are, whether they are whole, and a state out of one. saving.py writes them.
 
 A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state and guard), and
 `sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number of devices,
@@ -6,13 +6,10 @@ but for those rows. The place in the data needs no saving: batch N is a function
 has the hashes of its files, which are compared before anything is restored (checksums.py).
 """
 
-import concurrent.futures
-import json
 import logging as std_logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,104 +19,43 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxlm import checksums
-from jaxlm.config import CheckpointConfig, UserError
+from jaxlm.config import UserError
 from jaxlm.placement import Placement
 from jaxlm.step import TrainState
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
 logging.set_verbosity(logging.FATAL)
 
-
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between tries to save, each twice the one before
-PATIENCE = 60.0  # seconds for which the last state of a run is tried to be saved
+ITEMS = ("params", "ema", "train", "sync")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is there but cannot be used: exit code 4."""
 
 
-class Unsaved(OSError):
-    """A state could not be written, as often as it was tried: exit code 2."""
+def folder_of(workdir: Path) -> Path:
+    return (workdir / "checkpoints").resolve()
 
 
-def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
-    """Orbax's, which adds the hashes of an item's files before the checkpoint, of these items, becomes visible."""
-    handler = ocp.StandardCheckpointHandler()
-    finish = handler.finalize
-
-    def finalize(directory: Any) -> None:
-        finish(directory)
-        checksums.write(Path(directory), items)
-
-    handler.finalize = finalize
-    return handler
+def steps_in(folder: Path) -> list[int]:
+    """The steps that are written: Orbax gives a checkpoint its name when it is whole."""
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-class _Kept(PreservationPolicy):
-    """The newest, and the best of those whose validation loss is known."""
+class Checkpoints:
+    """Those of a workdir, to be read."""
 
-    def __init__(self, config: CheckpointConfig, losses: dict[int, float]):
-        self._config, self._losses = config, losses
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [c.step for c in checkpoints]
-        best = sorted((s for s in steps if s in self._losses), key=lambda s: self._losses[s])[: self._config.keep_best]
-        return [s in best or s in steps[-self._config.keep :] for s in steps]
-
-
-def _validation_losses(metrics: Path) -> dict[int, float]:
-    """{step: loss} of the evaluations so far."""
-    found = {}
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
-            m = json.loads(line)
-            found[int(m["step"])] = float(m["eval_loss"])
-    return found
-
-
-class Checkpointer:
-    """The `checkpoints` folder of a workdir.
-
-    A save that fails is said, and tried again later with the state that there is then (`due`): training goes on. With
-    several processes it raises, for the others wait for the one that failed.
-    """
-
-    def __init__(
-        self, workdir: Path, config: CheckpointConfig, read_only: bool = False, say: Callable[[str], None] = print
-    ):
-        if not read_only:
-            _hide_cut_off()
-        self._workdir, self._config, self._read_only, self._say = workdir, config, read_only, say
-        self.folder = (workdir / "checkpoints").resolve()
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: concurrent.futures.Future[None] | None = None  # a save under way
-        self._last: int | None = None  # the step that it is of
-        self._pause = FIRST_PAUSE
-        self._retry_at: float | None = None  # where a save has failed
-        self._writing: list[str] = []  # items of the checkpoint that is being written
-        self._losses = _validation_losses(workdir / "metrics.jsonl")
-        self._manager: Any = self._open()
-        self.saved = self.latest()  # the newest step that is written
-
-    def _open(self) -> Any:
-        policy = None if self._read_only else _Kept(self._config, self._losses)
-        return ocp.CheckpointManager(
-            self.folder, item_handlers={item: _handler(self._writing) for item in ("params", "ema", "train", "sync")},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, read_only=self._read_only, cleanup_tmp_directories=not self._read_only
-            ),
+    def __init__(self, workdir: Path):
+        self.folder = folder_of(workdir)
+        self._manager = ocp.CheckpointManager(
+            self.folder, item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS},
+            options=ocp.CheckpointManagerOptions(read_only=True),
         )  # fmt: skip
 
-    def latest(self) -> int | None:
-        """The newest of `steps`."""
-        return max(self.steps(), default=None)
-
     def steps(self) -> list[int]:
-        """Those that are written: Orbax gives a checkpoint its name when it is whole."""
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        return steps_in(self.folder)
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a step; None if it is whole.
@@ -130,7 +66,7 @@ class Checkpointer:
         try:
             return checksums.damage(self.folder / str(step))
         except OSError as error:
-            raise UserError(f"{self.folder / str(step)}: cannot be read now ({_reason(error)})") from error
+            raise UserError(f"{self.folder / str(step)}: cannot be read now ({reason_of(error)})") from error
 
     def newest_whole(self) -> tuple[int | None, dict[int, str]]:
         """The newest step whose files are whole, and what is wrong with newer ones."""
@@ -141,104 +77,6 @@ class Checkpointer:
                 return step, damage
             damage[step] = reason
         return None, damage
-
-    def save(
-        self, step: int, state: TrainState, eval_loss: float | None = None, before: Callable[[], None] = lambda: None
-    ) -> None:
-        """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone.
-
-        Args:
-          state: as `Placement.saved` gives it.
-          before: what must have been done before there is a checkpoint.
-        """
-        self._settle()
-        if step == self.saved or (self._retry_at is not None and not self.due()):
-            return
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu:
-            # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
-            # ones; from GPUs it takes a copy to the host anyway.
-            state = jax.tree.map(jnp.copy, state)
-        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
-        items = {"params": state.params, "train": train}
-        items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
-        self._writing[:] = items
-        if eval_loss is not None:
-            self._losses[step] = eval_loss
-        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
-
-        def begin() -> Exception | None:
-            try:
-                before()
-                self._manager = self._manager or self._open()
-                self._manager.save(step, args=args)
-            except Exception as error:
-                return error
-
-        def end(failed: Exception | None) -> None:
-            if failed:
-                raise failed
-            self._manager.wait_until_finished()
-            checksums.sync(self.folder)
-
-        self._last = step
-        if on_cpu and jax.process_count() == 1:
-            self._saving = self._worker.submit(lambda: end(begin()))
-        else:  # begun here: it reads the devices, and meets the other processes
-            self._saving = self._worker.submit(end, begin())
-
-    def settled(self) -> int | None:
-        """The newest step that is written, when a save under way has ended."""
-        self._settle()
-        return self.saved
-
-    def due(self) -> bool:
-        """Whether a save has failed, and it is time to try again."""
-        if self._saving is not None and self._saving.done():
-            self._settle()
-        return self._retry_at is not None and time.monotonic() >= self._retry_at
-
-    def finish(self, step: int, state: TrainState, *args: Any) -> None:
-        """Saves and waits; where that fails, tries again for a while.
-
-        Raises:
-          Unsaved: it cannot be written.
-        """
-        deadline, self._pause = time.monotonic() + PATIENCE, FIRST_PAUSE
-        while True:
-            self._settle()
-            self._retry_at = None
-            self.save(step, state, *args)
-            error = self._settle()
-            if error is None:
-                return
-            if time.monotonic() >= deadline:
-                raise Unsaved(
-                    f"{self.folder}: the state of step {step} cannot be saved: {_reason(error)}; the newest checkpoint"
-                    f" is of step {self.saved}; mend that, and run the same command again"
-                ) from error
-            time.sleep(max(0.0, min(self._retry_at or 0, deadline) - time.monotonic()))
-
-    def _settle(self) -> Exception | None:
-        """Waits for a save under way, and gives its error; a failed one is said, and what it left is removed."""
-        if self._saving is None:
-            return None
-        saving, self._saving = self._saving, None
-        error = saving.exception()
-        if error is None:
-            self.saved, self._pause, self._retry_at = self._last, FIRST_PAUSE, None
-            return None
-        if jax.process_count() > 1 or not isinstance(error, Exception):
-            raise error
-        self._retry_at = time.monotonic() + self._pause
-        self._say(f"the state of step {self._last} is NOT saved: {_reason(error)}; the next try is in {self._pause:.0f}"
-                  f" s, the newest checkpoint is of step {self.saved}")  # fmt: skip
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        if self._manager is not None:
-            with suppress(Exception):  # the error that is known already
-                self._manager.close()
-        self._manager = None  # the next one removes what this save left
-        return error
 
     def restore(self, step: int, placement: Placement, fresh: TrainState) -> TrainState:
         """The state of a step, on the devices.
@@ -278,7 +116,7 @@ class Checkpointer:
 
     def restore_arrays(self, step: int) -> dict[str, np.ndarray]:
         """All that a step holds, by name: {'train/step': …}"""
-        items = [item for item in ("params", "ema", "train", "sync") if item in self._items(step)]
+        items = [item for item in ITEMS if item in self._items(step)]
         return {
             f"{item}/{name}": np.asarray(x) for item in items for name, x in _named(self._on_host(step, item)).items()
         }
@@ -304,7 +142,7 @@ class Checkpointer:
     @contextmanager
     def _damage(self, step: int) -> Iterator[None]:
         """Makes an error in reading a step a CheckpointError, without the tracebacks of reads that it cuts off."""
-        before = _hide_cut_off()
+        before = hide_cut_off()
         try:
             yield
         except Exception as error:  # of many kinds: every one means that this checkpoint is of no use here
@@ -312,24 +150,16 @@ class Checkpointer:
             raise CheckpointError(f"{self.folder / str(step)}: cannot be restored: {reason}") from error
         sys.unraisablehook = before  # not after an error: those reads end later
 
-    def wait(self) -> None:
-        """Returns when what was saved is on disk; raises if it could not be written."""
-        if error := self._settle():
-            raise error
-
     def close(self) -> None:
-        if self._saving is not None and jax.process_count() == 1:
-            self._settle()  # a failure is said, and hides no other error
-        self._worker.shutdown()
-        if self._manager is not None:
-            self._manager.close()
+        self._manager.close()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """In a line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
 
 
-def _hide_cut_off() -> Any:
+def hide_cut_off() -> Any:
     """Keeps what an error cuts off in Orbax's background from writing tracebacks of its own; gives the hook before."""
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     before = sys.unraisablehook

@@ -169,11 +169,6 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    for key, value in flatten(values.config).items():
-        if isinstance(value, str) and "://" in value:
-            from jaxlm.data.files import check_address  # late: it takes more to import than a refusal needs
-
-            check_address(key, value)
     return validate(values.config)  # a copy with the overrides set
 
 

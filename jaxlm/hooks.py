@@ -103,7 +103,7 @@ def _telling(batches: Iterator[Any], tell: Callable[[], None]) -> Iterator[Any]:
 
 def bad_since(parts: Parts, step: int, why: str) -> Trouble:
     """That a state is bad, of which it is only known that the newest checkpoint was not."""
-    return Trouble(min((parts.checkpoints.settled() or 0) + 1, step), step, why)
+    return Trouble(min((parts.saver.wait() or 0) + 1, step), step, why)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxlm import checksums
 from jaxlm.config import Config, flatten
+from jaxlm.retry import Pause, insist
 from jaxlm.workdir import write_whole
 
 Metrics = dict[str, Any]
@@ -41,39 +42,30 @@ class Log:
     the same order; that is said, and training goes on.
     """
 
-    FIRST_PAUSE, LONGEST_PAUSE, PATIENCE = 1.0, 60.0, 60.0  # seconds between tries; and of tries at the end of a run
-
     def __init__(self, writers: list[Writer], say: Callable[[str], None]):
         self._queues: list[tuple[Writer, list[Metrics]]] = [(writer, []) for writer in writers]
-        self._say, self._pause, self._retry_at = say, self.FIRST_PAUSE, 0.0
-        self._lock = threading.Lock()
+        self._say, self._pause, self._lock = say, Pause(), threading.Lock()
 
     def __call__(self, metrics: Metrics) -> None:
         with self._lock:
             for _, queue in self._queues:
                 queue.append(metrics)
-            if time.monotonic() >= self._retry_at:
+            if self._pause.over:
                 try:
                     self._write()
                 except OSError as error:
-                    self._say(f"metrics are NOT written: {error}; the next try is in {self._pause:.0f} s")
-                    self._retry_at = time.monotonic() + self._pause
-                    self._pause = min(2 * self._pause, self.LONGEST_PAUSE)
+                    self._say(f"metrics are NOT written: {error}; the next try is in {self._pause.begin():.0f} s")
 
     def _write(self) -> None:
-        error = None
+        errors = []
         for writer, queue in self._queues:
             try:
-                while queue:
-                    writer(queue[0])
-                    queue.pop(0)
-            except OSError as failed:  # the others do not wait for it
-                error = failed
-                if isinstance(writer, JsonLines):
-                    raise
-        if error is not None:
-            raise error
-        self._pause, self._retry_at = self.FIRST_PAUSE, 0.0
+                _drain(writer, queue)
+            except OSError as error:  # the others do not wait for it
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        self._pause.end()
 
     def sync(self) -> None:
         """Returns when all lines of metrics.jsonl are on disk: before a checkpoint, since what lies before one is never
@@ -82,24 +74,24 @@ class Log:
         with self._lock:
             for writer, queue in self._queues:
                 if isinstance(writer, JsonLines):
-                    while queue:
-                        writer(queue[0])
-                        queue.pop(0)
+                    _drain(writer, queue)
                     writer.sync()
 
     def finish(self) -> None:
         """Writes what is left, trying for a while. Raises OSError where it cannot be."""
-        deadline, pause = time.monotonic() + self.PATIENCE, self.FIRST_PAUSE
-        while True:
-            try:
-                self.sync()
-                with self._lock:
-                    return self._write()
-            except OSError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-                pause *= 2
+
+        def act() -> None:
+            self.sync()
+            with self._lock:
+                self._write()
+
+        insist(act)
+
+
+def _drain(writer: Writer, queue: list[Metrics]) -> None:
+    while queue:
+        writer(queue[0])
+        queue.pop(0)
 
 
 class JsonLines:

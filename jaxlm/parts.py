@@ -17,12 +17,13 @@ from jax.experimental import multihost_utils
 from jaxlm import data, distributed, recovery, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer, CheckpointError, shapes
+from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.model import Model, make_model
 from jaxlm.paths import user_path
 from jaxlm.placement import Placement
+from jaxlm.saving import Saver
 from jaxlm.step import Device
 
 FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
@@ -36,7 +37,7 @@ class Parts(NamedTuple):
     model: Model
     devices: list[Device]  # of all processes
     placement: Placement
-    checkpoints: Checkpointer
+    saver: Saver
     reporter: Reporter
     returns: list[recovery.Return]  # to earlier checkpoints, in the run so far
 
@@ -84,11 +85,11 @@ def build(
     _check_shared(workdir, "--workdir")
 
     reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
-    checkpoints = Checkpointer(workdir, config.checkpoint, say=reporter.say)
+    saver = Saver(workdir, config.checkpoint, reporter.say)
     for line in (changed and f"changed since the last run: {changed}", *said):
         if line:
             reporter.say(line)
-    parts = Parts(config, workdir, corpus, order, model, devices, placement, checkpoints, reporter, returns)
+    parts = Parts(config, workdir, corpus, order, model, devices, placement, saver, reporter, returns)
     return parts, state, start
 
 
@@ -106,7 +107,7 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
       CheckpointError: no checkpoint is whole.
     """
     c, workdir, returns = parts.config, parts.workdir, parts.returns
-    with _opened(workdir, c) as checkpoints:
+    with _opened(workdir) as checkpoints:
         whole = _whole(checkpoints, len(returns)) if checkpoints else []
         if checkpoints is None or not whole:
             raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
@@ -135,9 +136,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         f" {c.optim.max_returns})"
     )
     state = _counted_anew(state)
-    checkpoints = Checkpointer(workdir, c.checkpoint, say=parts.reporter.say)
-    order = train_order(parts.corpus, c, returns)
-    return parts._replace(checkpoints=checkpoints, order=order, returns=returns), state, to
+    saver, order = Saver(workdir, c.checkpoint, parts.reporter.say), train_order(parts.corpus, c, returns)
+    return parts._replace(saver=saver, order=order, returns=returns), state, to
 
 
 def train_batches(parts: Parts, start: int) -> data.TrainStream:
@@ -166,7 +166,7 @@ def _load_state(
       The state, the number of its updates, what there is to say about it, and the steps whose checkpoints are damaged.
     """
     resume = config.checkpoint.resume
-    with _opened(workdir, config) as checkpoints:
+    with _opened(workdir) as checkpoints:
         if checkpoints and checkpoints.steps():
             newest, damage = _newest_whole(checkpoints)
             if newest > config.steps:
@@ -177,7 +177,7 @@ def _load_state(
             return checkpoints.restore(newest, placement, fresh), newest, said, list(damage)
     if resume in ("auto", "never"):
         return fresh, 0, [], []
-    with _opened(user_path("checkpoint.resume", resume), config) as checkpoints:
+    with _opened(user_path("checkpoint.resume", resume)) as checkpoints:
         if checkpoints is None or not checkpoints.steps():
             raise UserError(
                 f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
@@ -195,7 +195,7 @@ def _load_state(
     return state, 0, [*damage.values(), f"starts from the weights of step {step} in {resume}"], []
 
 
-def _newest_whole(checkpoints: Checkpointer) -> tuple[int, dict[int, str]]:
+def _newest_whole(checkpoints: Checkpoints) -> tuple[int, dict[int, str]]:
     """The newest step whose files are whole, and what is wrong with newer ones. The first process looks, for all.
 
     Raises:
@@ -213,7 +213,7 @@ def _counted_anew(state: steps.TrainState) -> steps.TrainState:
     return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0))
 
 
-def _whole(checkpoints: Checkpointer, time: int) -> list[int]:
+def _whole(checkpoints: Checkpoints, time: int) -> list[int]:
     def find() -> str:
         return json.dumps([step for step in checkpoints.steps() if checkpoints.damage(step) is None])
 
@@ -221,12 +221,12 @@ def _whole(checkpoints: Checkpointer, time: int) -> list[int]:
 
 
 @contextmanager
-def _opened(workdir: Path, config: Config) -> Iterator[Checkpointer | None]:
+def _opened(workdir: Path) -> Iterator[Checkpoints | None]:
     """The checkpoints of a workdir, to be read; None where there are none."""
     if not workdirs.holds_checkpoints(workdir):
         yield None
         return
-    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir)
     try:
         yield checkpoints
     finally:

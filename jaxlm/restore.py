@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Checkpointer, CheckpointError, shapes
+from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
 from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
@@ -45,7 +45,7 @@ def open_run(workdir: Path, step: int | None) -> Run:
     vocab_size = workdirs.read_facts(workdir)["vocab_size"]
     if not workdirs.holds_checkpoints(workdir):
         raise UserError(f"--workdir {workdir}: no checkpoints in it yet")
-    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir)
     there = checkpoints.steps()
     if not there:
         raise UserError(f"--workdir {workdir}: no whole checkpoint in it yet")

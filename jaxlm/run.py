@@ -14,7 +14,6 @@ import jax
 from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import Unsaved
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
@@ -23,6 +22,7 @@ from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_l
 from jaxlm.model import num_params
 from jaxlm.parts import Parts, build, go_back, train_batches
 from jaxlm.recovery import Diverged, Trouble
+from jaxlm.saving import Unsaved
 from jaxlm.stop import EXIT_CODE as STOPPED
 from jaxlm.stop import StopSignal, make_stop
 from jaxlm.train import train
@@ -87,7 +87,7 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
 def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) -> tuple[int, dict[str, Any]]:
     """The loop with its hooks; returns the updates done and the scores of the newest evaluation."""
     stop.defer()
-    config, checkpoints = parts.config, parts.checkpoints
+    config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
     evaluation = make_evaluation(parts, log, watchdog.at)
@@ -97,7 +97,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         nonlocal evaluated, scores
         evaluated, scores = step, evaluation(step, state)
 
-    def save(step: int, state: steps.TrainState, act: Callable = checkpoints.save) -> None:
+    def save(step: int, state: steps.TrainState, act: Callable = saver.save) -> None:
         if not all_finite(state.params):
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         loss = scores["eval_loss"] if step == evaluated else None
@@ -108,12 +108,12 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (every(config.eval.every_steps), evaluate),
-             (lambda step: every(config.checkpoint.every_steps)(step) or checkpoints.due(), save)]  # fmt: skip
+             (lambda step: every(config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
     batches = train_batches(parts, start)
     try:
         watchdog.start()
-        if checkpoints.saved is None:
+        if saver.saved is None:
             save(0, state)
         if profiler.due(start):
             profiler(start, state)
@@ -124,7 +124,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
             stop=make_stop(stop, parts.placement.batch), at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
-        save(step, state, checkpoints.finish)
+        save(step, state, saver.finish)
         try:
             log.finish()
         except OSError as error:
@@ -134,7 +134,7 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         parts.reporter.stop()
         profiler.close()
         batches.close()
-        checkpoints.close()
+        saver.close()
     return step, scores
 
 

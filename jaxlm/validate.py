@@ -1,6 +1,7 @@
 """Whether a configuration makes sense: every value, and how they go together. Before any device is touched."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
@@ -24,6 +25,7 @@ POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
     "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps", "checkpoint.keep",
 )  # fmt: skip
+SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 MAX_INT = 2**31 - 1  # of JAX's integers
 MAX_LAYERS = 10_000  # more are a slip, and would end in a full memory
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
@@ -41,6 +43,31 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{key} is {show(value)}; allowed: {describe(kind)}")
 
 
+def _check_address(key: str, text: str) -> None:
+    """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
+    if _holds_secret(text):
+        raise UserError(f"{key} has an address with credentials in it, which a run would write into its config.json; "
+                        "allowed: one without, credentials come from the environment")  # fmt: skip
+
+
+def _holds_secret(text: str) -> bool:
+    """Whether an address has user:password@ (before a Git host's it is owner:repository@), on the web any user@, or a
+    secret in its query.
+    """
+    scheme, *addresses = text.lower().split("://")
+    for address in addresses:
+        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # or a user and half a password: Amazon's have slashes
+        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # that would be a port
+        if pair and "@" in address and not scheme.endswith(("git", "github")):
+            return True
+        if "@" in host and scheme.endswith(("http", "https")):
+            return True
+        if any(map(SECRET_NAMES.search, re.findall("(?:^|&)([^=&]*)=", address.partition("?")[2]))):
+            return True
+        scheme = address
+    return False
+
+
 def validate(c: Config) -> Config:
     """Checks every value and how they go together; returns the same configuration.
 
@@ -50,6 +77,8 @@ def validate(c: Config) -> Config:
     types = key_types()
     for key, value in flatten(c).items():
         _check_type(key, value, types[key])
+        if types[key] is str:
+            _check_address(key, value)
 
     def require(ok: bool, key: str, allowed: str) -> None:
         if not ok:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm import run as runs
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.model import make_model
 from jaxlm.placement import Placement
@@ -68,7 +68,7 @@ def state_of(workdir: Path, step: int) -> steps.TrainState:
     config = load(CONFIG, flags())
     placement = Placement(config, jax.devices()[:2])
     fresh = placement.initial(make_model(config.model, 64, config.seq_len))
-    checkpoints = Checkpointer(workdir, config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(step, placement, fresh)
     checkpoints.close()
     return jax.device_get(state)

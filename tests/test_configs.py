@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm import run as runs
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.config import flatten
 
@@ -66,7 +66,7 @@ def test_it_takes_steps(path: Path, tmp_path: Path):
     # Logits of an untrained model are of size 1 at most, which adds up to half a nat to ln V.
     assert abs(losses[0] - math.log(64)) < 0.5 and len(losses) == STEPS
     assert lines[-1]["step"] == STEPS and math.isfinite(lines[-1]["eval_loss"])
-    checkpoints = Checkpointer(tmp_path / "run", config.checkpoint, read_only=True)
+    checkpoints = Checkpoints(tmp_path / "run")
     before, after = (checkpoints.restore_params(step, ema=False) for step in (0, STEPS))
     checkpoints.close()
     for (key, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):

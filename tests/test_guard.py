@@ -82,7 +82,9 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
     assert_identical(after.ema, before.ema)
 
     def moments(opt_state: object) -> object:
-        is_count = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+        def is_count(x: object) -> bool:
+            return isinstance(x, optax.ScaleByScheduleState)
+
         return jax.tree.map(lambda x: None if is_count(x) else x, opt_state, is_leaf=is_count)
 
     assert_identical(moments(after.opt_state), moments(before.opt_state))

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.config import Config
 from jaxlm.model import make_model
 from jaxlm.optimizer import make_optimizer
 from jaxlm.placement import Placement
+from jaxlm.saving import Saver
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
 from jaxlm.sync.zero import Zero, joined, spread
@@ -216,14 +217,19 @@ def test_these_gradients_need_the_exchange():
     assert gap(grads[0], grads[1]) > 1000 * RTOL
 
 
+def saved_in(workdir: Path, trained: Result) -> Checkpoints:
+    saver = Saver(workdir, make_config().checkpoint)
+    saver.finish(STEPS, trained.placement.saved(trained.state))
+    saver.close()
+    return Checkpoints(workdir)
+
+
 @pytest.mark.parametrize("devices, overrides", [(2, ["parallel.zero=1"]), (4, ["parallel.zero=1"]), (1, [])])
 def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, overrides: list[str], tmp_path: Path):
     """Saved by three with ZeRO-1 and residuals, restored by others, with and without."""
     saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
     config = make_config("optim.name=muon", "parallel.reduce=int8", *overrides)
-    checkpoints = Checkpointer(tmp_path, config.checkpoint)
-    checkpoints.save(STEPS, saved.placement.saved(saved.state))
-    checkpoints.wait()
+    checkpoints = saved_in(tmp_path, saved)
     placement = Placement(config, jax.devices()[:devices])
     fresh = placement.initial(make_model(config.model, VOCAB, T))
     found = checkpoints.restore(STEPS, placement, fresh)
@@ -239,9 +245,7 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, ove
 
 def test_another_reduction_starts_with_nothing_kept(tmp_path: Path):
     saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
-    checkpoints = Checkpointer(tmp_path, make_config().checkpoint)
-    checkpoints.save(STEPS, saved.placement.saved(saved.state))
-    checkpoints.wait()
+    checkpoints = saved_in(tmp_path, saved)
     for reduce, kept in (("pmean", False), ("topk", True)):  # the residual means the same to both lossy ones
         config = make_config("optim.name=muon", f"parallel.reduce={reduce}")
         placement = Placement(config, jax.devices()[:3])

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import Checkpointer
-from jaxlm.cli import load
+from jaxlm.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
@@ -78,7 +77,7 @@ def numbers(workdir: Path) -> list[dict[str, Any]]:
 
 
 def params(workdir: Path, step: int) -> Any:
-    checkpoints = Checkpointer(workdir, load(CONFIG, flags("steps=40")).checkpoint, read_only=True)
+    checkpoints = Checkpoints(workdir)
     found = checkpoints.restore_params(step)
     checkpoints.close()
     return found

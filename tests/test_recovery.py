@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import data, recovery
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.data.order import TrainOrder
@@ -119,7 +119,7 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     returns = recovery.read(tmp_path / "run")
     assert len(returns) == 2
     assert all(f"{r.first} to {r.last}" in error for r in returns)
-    checkpoints = Checkpointer(tmp_path / "run", load(CONFIG, flags()).checkpoint, read_only=True)
+    checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params(step, ema=False)))
     checkpoints.close()

@@ -16,16 +16,13 @@ import pytest
 
 from jaxlm import run as runs
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer
-from jaxlm.cli import load
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.config import UserError
 from jaxlm.main import exit_code
 from tests.runs import (
     CHECKPOINT,
-    CONFIG,
     STEPS,
     assert_identical,
-    flags,
     lines,
     numbers,
     run,
@@ -157,7 +154,7 @@ def test_diverged_run_is_exit_code_3_and_leaves_no_checkpoint_of_it(tmp_path: Pa
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "diverged" in error
     newest = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
-    checkpoints = Checkpointer(tmp_path / "run", load(CONFIG, flags()).checkpoint, read_only=True)
+    checkpoints = Checkpoints(tmp_path / "run")
     params = checkpoints.restore_params(newest, ema=False)
     checkpoints.close()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), f"checkpoint {newest} cannot be gone on from"

@@ -15,12 +15,13 @@ import pytest
 
 from jaxlm import main
 from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpointer
+from jaxlm.checkpoint import steps_in
 from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.data.arrays import SYNTHETIC_TRAIN
 from jaxlm.model import make_model
 from jaxlm.placement import Placement
+from jaxlm.saving import Saver
 from tests.runs import (
     CHECKPOINT,
     CONFIG,
@@ -95,20 +96,20 @@ def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
     config = load(CONFIG, flags(checkpoint__keep=2, checkpoint__keep_best=1))
     state = Placement(config, jax.devices()[:2]).initial(make_model(config.model, 64, config.seq_len))
-    checkpoints = Checkpointer(tmp_path, config.checkpoint)
+    saver = Saver(tmp_path, config.checkpoint)
     for step, loss in enumerate([None, 3.0, 1.0, 2.0, None, 5.0, None]):
-        checkpoints.save(step, state, loss)
-        checkpoints.wait()
-    assert checkpoints.steps() == [2, 5, 6]
-    checkpoints.close()
+        saver.save(step, state, loss)
+        saver.wait()
+    assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
+    saver.close()
     # A run that goes on knows from its metrics which was the best.
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.0}\n{"step": 5, "eval_loss": 5.0}\n{"step": 6')
-    checkpoints = Checkpointer(tmp_path, config.checkpoint)
+    saver = Saver(tmp_path, config.checkpoint)
     for step in (7, 8, 9):
-        checkpoints.save(step, state)
-        checkpoints.wait()
-    assert checkpoints.steps() == [2, 8, 9]
-    checkpoints.close()
+        saver.save(step, state)
+        saver.wait()
+    assert steps_in(tmp_path / "checkpoints") == [2, 8, 9]
+    saver.close()
 
 
 # Learning

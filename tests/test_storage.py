@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm import checkpoint, metrics
+from jaxlm import metrics, retry
 from jaxlm.main import exit_code
 from tests.runs import CHECKPOINT, CONFIG, ROOT, assert_identical, flags, lines, numbers, run, state_of
 
@@ -46,8 +46,7 @@ def test_an_outage_leaves_no_trace(
     outage: Outage, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Metrics and checkpoints that fell into it are written after it; the run ends as if nothing had been."""
-    monkeypatch.setattr(checkpoint, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(metrics.Log, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(retry, "FIRST", 0.05)
     report = metrics.Log.__call__
 
     def watched(self: metrics.Log, m: dict[str, Any]) -> None:
@@ -71,8 +70,8 @@ def test_an_outage_leaves_no_trace(
 def test_a_last_state_that_cannot_be_saved_is_an_error(
     outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(checkpoint, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(checkpoint, "PATIENCE", 1.0)
+    monkeypatch.setattr(retry, "FIRST", 0.05)
+    monkeypatch.setattr(retry, "PATIENCE", 1.0)
     assert run(tmp_path / "run", steps=1) == 0
 
     def fails() -> int:

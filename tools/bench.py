@@ -159,7 +159,7 @@ class Trainer:
 
     def close(self) -> None:
         self._stream.close()
-        self.parts.checkpoints.close()
+        self.parts.saver.close()
 
 
 class NanoGPT:

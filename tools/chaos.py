@@ -119,9 +119,9 @@ class Bench:
 
     def state(self, name: str) -> dict[str, bytes]:
         """The bytes of every array of the last checkpoint."""
-        from jaxlm.checkpoint import Checkpointer
+        from jaxlm.checkpoint import Checkpoints
 
-        checkpoints = Checkpointer(self.folder / name, self.config.checkpoint, read_only=True)
+        checkpoints = Checkpoints(self.folder / name)
         arrays = checkpoints.restore_arrays(self.config.steps)
         checkpoints.close()
         return {key: x.tobytes() for key, x in arrays.items()}
@@ -143,23 +143,27 @@ def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def _moment(bench: Bench) -> dict[str, Any]:
-    """A moment to be killed at: by the clock, at a place of the loop, or at a file operation."""
+    """A moment to be killed at: by the clock, at a place of the loop, or at a file operation. It is within the time of
+    two saves, so that a run sees many.
+    """
     draw, steps = bench.draw, bench.config.steps
-    step = (bench.seconds - bench.startup) / steps
-    kinds = [kind for kind in ("store", "save", "save", "delete", "metrics") if bench.counts.get(kind)]
-    how = draw.choice(["start", "compile", "step", "evaluate", *kinds])
+    every = bench.config.checkpoint.every_steps or steps
+    kinds = [kind for kind in ("save", "save", "delete", "metrics") if bench.counts.get(kind)]
+    if bench.counts.get("store") and not bench.checkpoints("kill"):
+        kinds += ["store"] * 4
+    how, most = draw.choice(["start", "compile", "step", "evaluate", *kinds]), {"most": 2 * every}
     if how == "start":
-        return {"kill": "time", "seconds": draw.uniform(0, bench.startup)}
-    if how in ("compile", "step", "evaluate"):
-        place = {"compile": "before the first step", "step": "step", "evaluate": "evaluating"}[how]
-        every = bench.config.checkpoint.every_steps or steps
-        most = {"compile": bench.startup / 2, "step": every * step, "evaluate": 0.05}[how]
-        return {"kill": "place", "place": place, "seconds": draw.uniform(0, most)}
-    saves = 1 + steps // (bench.config.checkpoint.every_steps or steps)
-    most = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
-    # An operation that does not come, as those of a store that is whole, is not waited for.
-    late = bench.startup + 2 * step * (bench.config.checkpoint.every_steps or steps)
-    return {"kill": "file", "kind": how, "count": draw.randint(1, most), "seconds": late}
+        return most | {"kill": "time", "seconds": draw.uniform(0, bench.startup)}
+    if how == "compile":
+        seconds = draw.uniform(0, bench.startup / 2)
+        return most | {"kill": "place", "place": "before the first step", "seconds": seconds}
+    if how == "evaluate":
+        return most | {"kill": "place", "place": "evaluating", "seconds": draw.uniform(0, 0.05)}
+    if how == "step":
+        return most | {"kill": "step", "steps": draw.randrange(2 * every), "seconds": draw.uniform(0, 0.05)}
+    saves = 1 + steps // every
+    count = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
+    return most | {"kill": "file", "kind": how, "count": draw.randint(1, count)}
 
 
 def _where(entry: dict[str, Any]) -> str:

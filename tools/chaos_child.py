@@ -2,8 +2,9 @@
 
 - {"kill": "time", "seconds": 3.2}: SIGKILL so long after the start
 - {"kill": "place", "place": "evaluating", "seconds": 0.01}: so long after the loop is there
-- {"kill": "file", "kind": "save", "count": 7, "seconds": 20}: at that file operation of a kind (`store`, `save`,
-  `delete`, `metrics`), or so long after the start
+- {"kill": "step", "steps": 5, "seconds": 0.01}: so long after its fifth step
+- {"kill": "file", "kind": "save", "count": 7}: at that file operation of a kind (`store`, `save`, `delete`, `metrics`)
+- with "most": 20, at the latest after so many steps
 - {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
 - {"nan": [first, last]}: the loss of these batches is not a number
 - {"hang": 20}: the data of the 20th batch never comes
@@ -22,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 PLAN = json.loads(os.environ.get("CHAOS", "{}"))
 WORKDIR = os.path.realpath(os.environ.get("CHAOS_WORKDIR", "."))
@@ -88,16 +90,30 @@ def failing() -> bool:
     global began
     if "fail" not in PLAN:
         return False
-    if began is None and place().startswith("step ") and int(place().split()[1].rstrip(",")) >= PLAN["step"]:
+    if began is None and (step() or 0) >= PLAN["step"]:
         began = time.monotonic()
     return began is not None and time.monotonic() - began < PLAN["fail"]
 
 
+def step() -> int | None:
+    """The step that the loop is in."""
+    words = place().replace(",", "").split()
+    return int(words[1]) if words[0] == "step" else None
+
+
 def wait_and_kill() -> None:
-    while PLAN["kill"] == "place" and PLAN["place"] not in place():
+    began, first, there = time.monotonic(), None, None
+    while True:
+        now, at = time.monotonic(), step()
+        first = at if first is None else first
+        done = 0 if at is None or first is None else at - first
+        arrived = {"time": True, "place": PLAN.get("place", "") in place(), "file": False,
+                   "step": at is not None and done >= PLAN.get("steps", 0)}[PLAN["kill"]]  # fmt: skip
+        if arrived and there is None:
+            there = began if PLAN["kill"] == "time" else now
+        if done >= PLAN["most"] or (there is not None and now - there >= PLAN["seconds"]):
+            kill(PLAN["kill"])
         time.sleep(0.001)
-    time.sleep(PLAN["seconds"])
-    kill(PLAN["kill"])
 
 
 def poison(first: int, last: int) -> None:
@@ -121,7 +137,7 @@ def poison(first: int, last: int) -> None:
         bad = jnp.where(jnp.any(targets == mark), jnp.nan, 1.0)
         return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
 
-    setattr(TrainOrder, "batches", marked)  # noqa: B010
+    mock.patch.object(TrainOrder, "batches", marked).start()
     step.output_loss = poisoned
 
 

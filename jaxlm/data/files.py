@@ -25,34 +25,8 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 XZ_MEMORY = 1 << 30  # bytes; a .xz says how much its reader is to allocate, `xz -9` 65 MiB
 UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; a unit becomes two maps of files, or four
 LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
-SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 
 T = TypeVar("T")
-
-
-def check_address(key: str, text: str) -> None:
-    """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
-    if _holds_secret(text):
-        raise UserError(f"{key} has an address with credentials in it, which a run would write into its config.json; "
-                        "allowed: one without, credentials come from the environment")  # fmt: skip
-
-
-def _holds_secret(text: str) -> bool:
-    """Whether an address has user:password@ (before a Git host's it is owner:repository@), on the web any user@, or a
-    secret in its query.
-    """
-    scheme, *addresses = text.lower().split("://")
-    for address in addresses:
-        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # or a user and half a password: Amazon's have slashes
-        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # that would be a port
-        if pair and "@" in address and not scheme.endswith(("git", "github")):
-            return True
-        if "@" in host and scheme.endswith(("http", "https")):
-            return True
-        if any(map(SECRET_NAMES.search, re.findall("(?:^|&)([^=&]*)=", address.partition("?")[2]))):
-            return True
-        scheme = address
-    return False
 
 
 def key_of(data: DataConfig) -> str:
@@ -104,14 +78,9 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
 
 
 def located(key: str, path: str) -> Path:
-    """The path, or the UPath of an address.
-
-    Raises:
-      UserError: names `key`, when fsspec does not know the address or credentials are in it.
-    """
+    """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
     if "://" not in path:
         return user_path(key, path)
-    check_address(key, path)
     import upath
 
     try:

@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 from typing import Any
 
-from jaxlm.config import Config, DataConfig, UserError, flatten, mixture
+from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
 from jaxlm.data.documents import Source
-from jaxlm.data.files import check_address, key_of, named
+from jaxlm.data.files import key_of, named
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -26,9 +26,6 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
       UserError: the data is missing, unreadable, too short or does not fit the configuration.
     """
     data = config.data
-    for key, value in flatten(data, "data.").items():
-        if isinstance(value, str):
-            check_address(key, value)
     if data.mixture:
         return _mixed(config, progress)
     if data.source == "synthetic":
