@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # read when JAX starts: before any import of it
+# Read when JAX starts: before any import of it. Tiny programs take longer to optimize than to run.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 

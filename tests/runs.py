@@ -1,6 +1,8 @@
 """Runs of a tiny model, in this process or in one of their own, and what they left."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +30,11 @@ TINY = {
     "optim.ema_decay": 0.9, "parallel.devices": 2, "checkpoint.every_steps": CHECKPOINT, "checkpoint.keep": 20,
     "eval.every_steps": 150, "log.tensorboard": False,
 }  # fmt: skip
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS as they are, with another number of devices."""
+    return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
 
 
 def flags(**keys: Any) -> list[str]:

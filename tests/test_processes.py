@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint import Checkpoints
+from tests.runs import xla_flags
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
@@ -48,7 +49,7 @@ def start(
     for i in range(processes):
         joined = ["--coordinator", address, "--num_processes", str(processes), "--process_id", str(i)]
         arguments = command + (more or {}).get(i, []) + (joined if processes > 1 else [])
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices[i]}"}
+        env = os.environ | {"XLA_FLAGS": xla_flags(devices[i])}
         started.append(subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         ))  # fmt: skip
@@ -281,7 +282,7 @@ def test_hosts_with_different_data(there: bool, tmp_path: Path):
     keys = flags("steps=10", "data.source=text", "data.tokenizer=bytes", "data.path=text", "data.val_fraction=0.2",
                  "eval.sample_tokens=0")  # fmt: skip
     address, started = f"127.0.0.1:{free_port()}", []
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT)}
     for i in range(2):
         command = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run"),
                    *keys, "--coordinator", address, "--num_processes", "2", "--process_id", str(i)]  # fmt: skip

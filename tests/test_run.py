@@ -33,6 +33,7 @@ from tests.runs import (
     numbers,
     run,
     state_of,
+    xla_flags,
 )
 
 # What a run writes
@@ -187,7 +188,7 @@ def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert first.startswith("the ") and first == sample(1) != sample(2)
 
     # On a machine with fewer devices than the run had.
-    alone = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    alone = {"XLA_FLAGS": xla_flags(1)}
     arguments = ["--workdir", tmp_path / "run", "--prompt", "the ", "--max_new_tokens", "20", "--seed", "1"]
     shown = subprocess.run(
         [sys.executable, ROOT / "tools/generate.py", *arguments], env=os.environ | alone, capture_output=True,
