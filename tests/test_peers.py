@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli
+from jaxlm import cli, guard
 from jaxlm import step as steps
 from jaxlm.config import Config
 from jaxlm.model import make_model
@@ -286,7 +286,7 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
     devices = jax.devices()[:2]
     step = steps.pmap_train_step(c, steps.make_train_step(c, model, devices), devices)
     shapes = jax.eval_shape(lambda: steps.init_state(c, model, 2))
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=start)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=start, guard=guard.init())
     clipped = 0
     for n, batch in enumerate(batches(3)):
         lr = c.optim.lr * ((n + 1) / 2 if n < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (n - 2) / 8)) / 2)
