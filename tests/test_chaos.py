@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jaxlm.cli import load
 from jaxlm.config import UserError
 from tests.runs import ROOT
 from tools import chaos
@@ -44,10 +46,6 @@ def test_every_promise_holds(tmp_path: Path):
 
 
 def test_what_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import random
-
-    from jaxlm.cli import load
-
     bench = chaos.Bench(load(ROOT / "configs/debug.py"), [], tmp_path, random.Random(0))
     for name, loss in (("whole", 1.0), ("kill", 1.0), ("term", 1.0000001)):
         (tmp_path / name).mkdir()
@@ -61,6 +59,19 @@ def test_what_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     states["kill"] = {"params/w": b"2"}
     with pytest.raises(chaos.Broken, match="parameters"):
         bench.same("kill")
+
+
+@pytest.mark.parametrize("counts", [{"save": 40, "metrics": 30}, {"store": 5, "save": 40, "delete": 30, "metrics": 30}])
+def test_moments_are_of_what_the_run_does(counts: dict[str, int], tmp_path: Path):
+    """A run of synthetic tokens builds no store, and one that keeps all checkpoints deletes none."""
+    bench = chaos.Bench(load(ROOT / "configs/debug.py"), [], tmp_path, random.Random(0), counts, startup=1.0)
+    first = [chaos._moment(bench) for _ in range(10)]
+    assert all(m.get("kind") == "store" for m in first) == ("store" in counts)
+    (tmp_path / "kill.log").write_text('{"killed": "store"}\n' * 2)
+    moments = first + [chaos._moment(bench) for _ in range(500)]
+    assert {m["kind"] for m in moments if m["kill"] == "file"} == set(counts)
+    assert all(1 <= m["count"] <= counts[m["kind"]] for m in moments if m["kill"] == "file")
+    assert {m["kill"] for m in moments} == {"file", "place", "step", "time"}
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def main() -> int:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
     config.steps = 10**9  # no end
     config.log.every_steps = 10
+    # Parameters that hardly move: the step alone would learn its one batch by heart, and the trainer skip all others.
+    config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
     with tempfile.TemporaryDirectory() as folder:

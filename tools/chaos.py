@@ -149,9 +149,9 @@ def _moment(bench: Bench) -> dict[str, Any]:
     draw, steps = bench.draw, bench.config.steps
     every = bench.config.checkpoint.every_steps or steps
     kinds = [kind for kind in ("save", "save", "delete", "metrics") if bench.counts.get(kind)]
-    if bench.counts.get("store") and not bench.checkpoints("kill"):
-        kinds += ["store"] * 4
     how, most = draw.choice(["start", "compile", "step", "evaluate", *kinds]), {"most": 2 * every}
+    if bench.counts.get("store") and len(bench.log("kill")) < 2:  # it is built once, at the start
+        how = "store"
     if how == "start":
         return most | {"kill": "time", "seconds": draw.uniform(0, bench.startup)}
     if how == "compile":
@@ -162,8 +162,8 @@ def _moment(bench: Bench) -> dict[str, Any]:
     if how == "step":
         return most | {"kill": "step", "steps": draw.randrange(2 * every), "seconds": draw.uniform(0, 0.05)}
     saves = 1 + steps // every
-    count = {"store": bench.counts["store"], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
-    return most | {"kill": "file", "kind": how, "count": draw.randint(1, count)}
+    latest = {"store": bench.counts[how], "metrics": 4}.get(how, max(2, bench.counts[how] // saves))
+    return most | {"kill": "file", "kind": how, "count": draw.randint(1, latest)}
 
 
 def _where(entry: dict[str, Any]) -> str:
@@ -305,7 +305,10 @@ def main() -> int:
     process = bench.start("whole", {"count": True})
     bench.wait_for(process, lambda: bool(bench.metrics("whole")))
     bench.startup = time.monotonic() - began
-    bench.end(process, 0)
+    try:
+        bench.end(process, 0)
+    except Broken as error:
+        raise UserError(f"the undisturbed run: {' '.join(str(error).split())}") from None
     bench.seconds, bench.counts = time.monotonic() - began, bench.log("whole")[-1]["counts"]
     print(f"undisturbed · {bench.seconds:.1f} s, of which {bench.startup:.1f} until the first step", flush=True)
     held: dict[str, bool] = {}
