@@ -9,6 +9,11 @@ import numpy as np
 
 from jaxlm.config import UserError
 from jaxlm.model import Params
+from jaxlm.stop import NEVER, Stop
+
+
+class Interrupted(Exception):
+    """The evaluation was asked to stop, and has no scores."""
 
 
 def evaluate(
@@ -16,6 +21,7 @@ def evaluate(
     params: Params,
     batches: Iterable[dict[str, np.ndarray]],
     bytes_per_token: np.ndarray | None,
+    stop: Stop = NEVER,
 ) -> dict[str, Any]:
     """Scores of the parameters over the batches.
 
@@ -27,15 +33,21 @@ def evaluate(
     Returns:
       `eval_loss` in nats per target token, `eval_perplexity`, `eval_bits_per_byte` (None where there is no text),
       `eval_accuracy`, `eval_tokens`.
+
+    Raises:
+      UserError: nothing is predicted.
+      Interrupted: it was to stop.
     """
     table = np.zeros(0, np.int32) if bytes_per_token is None else bytes_per_token
     sums = []
     for batch in batches:
+        if stop.now():
+            raise Interrupted
         targets = batch["targets"]
         counted = np.where(targets >= 0, table[targets], 0) if table.size else np.zeros_like(targets)
-        sums.append(eval_step(params, batch | {"bytes": counted.astype(np.float32)}))
+        sums.append(eval_step(params, stop.tell(batch | {"bytes": counted.astype(np.float32)})))
         if len(sums) > 2:
-            jax.block_until_ready(sums[-2])  # batches do not pile up on the devices
+            stop.hear(jax.block_until_ready(sums[-2]))  # batches do not pile up on the devices
     total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}  # in float64
     if not total["targets"]:
         raise UserError("the validation data has no target that is learned; allowed: more of it (data.val_fraction, "

@@ -16,6 +16,7 @@ from jaxlm.generate import generate
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
 from jaxlm.recovery import Trouble
+from jaxlm.stop import NEVER, Stop
 from jaxlm.train import Done
 
 
@@ -77,19 +78,21 @@ def _consumed(parts: Parts, step: int) -> dict[str, float]:
 
 
 def make_evaluation(
-    parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None
+    parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None, stop: Stop = NEVER
 ) -> Callable[[int, steps.TrainState], dict[str, Any]]:
-    """(step, state) -> scores on the validation set, written and shown with a sample of text."""
+    """(step, state) -> scores on the validation set, written and shown with a sample of text; raises Interrupted where
+    it was to stop before that.
+    """
     eval_step = steps.pmap_eval_step(steps.make_eval_step(parts.config, parts.model), parts.devices)
 
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
         batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
-        scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token)
+        scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop)
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         write({"step": step, **scores})
-        parts.reporter.evaluation({"step": step, **scores}, sample_text(parts, params))
+        parts.reporter.evaluation({"step": step, **scores}, None if stop.now() else sample_text(parts, params))
         return scores
 
     return evaluation

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that a killed run did not finish
+
+
+def validation_losses(workdir: Path) -> dict[int, float]:
+    """{step: loss} of the evaluations so far."""
+    found, path = {}, workdir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
+            m = json.loads(line)
+            found[int(m["step"])] = float(m["eval_loss"])
+    return found
 
 
 def tensorboard(folder: Path, resume_step: int) -> Writer:

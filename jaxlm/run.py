@@ -1,22 +1,25 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
 import dataclasses
+import json
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlm import data, runtime
+from jaxlm import data, distributed, metrics, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
+from jaxlm.evaluate import Interrupted
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
@@ -54,7 +57,8 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
     describe(parts, state, start)
     if config.steps < asked:
         parts.reporter.say(f"--max_minutes: {config.steps} of {asked} steps fit on this machine")
-    if start == config.steps:  # a finished run: its numbers are written already
+    owed = _owes_evaluation(parts, start)
+    if start == config.steps and not owed:  # a finished run: its numbers are written already
         try:
             scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
         except Trouble as trouble:
@@ -62,13 +66,14 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
     else:
         while True:
             try:
-                step, scores = _train(parts, state, start, stop)
+                step, scores = _train(parts, state, start, stop, owed)
                 break
             except Trouble as error:
                 trouble = Trouble(error.first, error.last, error.why)  # without frames that hold on to the state
             del state
             parts, state, start = go_back(parts, trouble)
-        if step < config.steps:
+            owed = False  # it was whole before that
+        if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
     finish(parts, scores)
@@ -84,31 +89,36 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
     return fit(config, deadline)
 
 
-def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) -> tuple[int, dict[str, Any]]:
-    """The loop with its hooks; returns the updates done and the scores of the newest evaluation."""
+def _train(
+    parts: Parts, state: steps.TrainState, start: int, stop: StopSignal, owed: bool
+) -> tuple[int, dict[str, Any]]:
+    """The loop with its hooks; returns the updates done and, where it has just been evaluated, the state's scores.
+
+    Args:
+      owed: whether the evaluation after step `start` is still to be made.
+    """
     stop.defer()
     config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
-    evaluation = make_evaluation(parts, log, watchdog.at)
+    asked = make_stop(stop, parts.placement.batch)
+    evaluation = make_evaluation(parts, log, watchdog.at, asked)
     evaluated, scores = -1, {}
 
     def evaluate(step: int, state: steps.TrainState) -> None:
         nonlocal evaluated, scores
-        evaluated, scores = step, evaluation(step, state)
+        with suppress(Interrupted):  # the same command makes it when it goes on
+            evaluated, scores = step, evaluation(step, state)
+            saver.scored(step, scores["eval_loss"])
 
     def save(step: int, state: steps.TrainState, act: Callable = saver.save) -> None:
         if not all_finite(state.params):
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
-        loss = scores["eval_loss"] if step == evaluated else None
-        act(step, parts.placement.saved(state), loss, log.sync)
-
-    def every(period: int) -> Callable[[int], bool]:
-        return lambda step: step == config.steps or (period > 0 and step % period == 0)
+        act(step, parts.placement.saved(state), log.sync)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
-    hooks = [(profiler.due, profiler), (every(config.eval.every_steps), evaluate),
-             (lambda step: every(config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
+    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
+             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
     batches = train_batches(parts, start)
     try:
@@ -118,10 +128,12 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         if profiler.due(start):
             profiler(start, state)
         parts.reporter.start()
+        if owed:
+            evaluate(start, state)
         state, step = train(
             state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
             sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
-            stop=make_stop(stop, parts.placement.batch), at=watchdog.at,
+            stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
         save(step, state, saver.finish)
@@ -135,7 +147,21 @@ def _train(parts: Parts, state: steps.TrainState, start: int, stop: StopSignal) 
         profiler.close()
         batches.close()
         saver.close()
-    return step, scores
+    return step, scores if step == evaluated else {}
+
+
+def _due(config: Config, period: int) -> Callable[[int], bool]:
+    return lambda step: step == config.steps or (period > 0 and step % period == 0)
+
+
+def _owes_evaluation(parts: Parts, start: int) -> bool:
+    """Whether the run was stopped in the evaluation after the step from which it goes on."""
+    if start == 0 or not _due(parts.config, parts.config.eval.every_steps)(start):
+        return False
+    known = distributed.of_first(
+        "the evaluations so far", lambda: json.dumps(start in metrics.validation_losses(parts.workdir))
+    )
+    return not json.loads(known)
 
 
 def describe(parts: Parts, state: steps.TrainState, start: int) -> None:

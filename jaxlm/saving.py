@@ -4,7 +4,6 @@ A save that fails is said, and tried again later with the state that there is th
 processes it raises, for the others wait for the one that failed.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from jaxlm import checksums
 from jaxlm.checkpoint import ITEMS, folder_of, hide_cut_off, reason_of, steps_in
 from jaxlm.config import CheckpointConfig
+from jaxlm.metrics import validation_losses
 from jaxlm.retry import Pause, insist
 from jaxlm.step import TrainState
 
@@ -37,7 +37,7 @@ class Saver:
         self._under_way: tuple[int, Future[None]] | None = None
         self._pause = Pause()
         self._items: list[str] = []  # of the checkpoint that is being written
-        self._losses = _validation_losses(workdir / "metrics.jsonl")
+        self._losses = validation_losses(workdir)
         self._manager: Any = self._open()
         self.saved = max(steps_in(self._folder), default=None)  # the newest step that is written
 
@@ -49,9 +49,11 @@ class Saver:
             ),
         )  # fmt: skip
 
-    def save(
-        self, step: int, state: TrainState, eval_loss: float | None = None, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def scored(self, step: int, loss: float) -> None:
+        """Tells the validation loss of a step, by which the best checkpoints are kept."""
+        self._losses[step] = loss
+
+    def save(self, step: int, state: TrainState, before: Callable[[], None] = lambda: None) -> None:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone, and
         none is begun in the pause after one that failed.
 
@@ -71,8 +73,6 @@ class Saver:
         items = {"params": state.params, "train": train}
         items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
         self._items[:] = items
-        if eval_loss is not None:
-            self._losses[step] = eval_loss
         args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
 
         def begin() -> Exception | None:
@@ -178,13 +178,3 @@ class _Kept(PreservationPolicy):
         steps = [c.step for c in checkpoints]
         best = sorted((s for s in steps if s in self._losses), key=lambda s: self._losses[s])[: self._config.keep_best]
         return [s in best or s in steps[-self._config.keep :] for s in steps]
-
-
-def _validation_losses(metrics: Path) -> dict[int, float]:
-    """{step: loss} of the evaluations so far."""
-    found = {}
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
-            m = json.loads(line)
-            found[int(m["step"])] = float(m["eval_loss"])
-    return found

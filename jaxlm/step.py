@@ -219,7 +219,10 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         x_ND = model.hidden(params, batch["inputs"], positions_BT=batch.get("positions"))
         sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
-        return jax.lax.psum(sums._asdict() | {"bytes": jnp.sum(batch["bytes"])}, AXIS)
+        sums = sums._asdict() | {"bytes": jnp.sum(batch["bytes"])}
+        if "stop" in batch:
+            sums["stop"] = batch["stop"]
+        return jax.lax.psum(sums, AXIS)
 
     return eval_step
 

@@ -4,7 +4,7 @@ Nothing here imports jax at module level, so that a program can be stopped while
 """
 
 import signal
-from typing import Any
+from typing import Any, Protocol
 
 EXIT_CODE = 75
 
@@ -41,6 +41,22 @@ class StopSignal:
         return self._received
 
 
+class Stop(Protocol):
+    """Whether to stop, which processes tell each other by way of what they compute together: all learn it at the same
+    place.
+    """
+
+    def tell(self, batch: Any) -> Any:
+        """The batch with what this process has been asked."""
+        ...
+
+    def hear(self, metrics: dict[str, Any]) -> None:
+        """Learns from the numbers of a batch what any has been asked."""
+        ...
+
+    def now(self) -> bool: ...
+
+
 class Alone:
     """Stops one process after the step under way; never, without a signal."""
 
@@ -58,8 +74,8 @@ class Alone:
 
 
 class Together:
-    """Stops several processes after the same step: what one was asked goes into its next step, whose metrics, a mean
-    over all devices, tell it to all of them at the same place of their loops.
+    """Stops several processes after the same step: what one was asked goes into its next step, or evaluation's batch,
+    whose metrics, over all devices, tell it to all of them at the same place of their loops.
     """
 
     def __init__(self, signal: StopSignal, sharding: Any):
@@ -81,10 +97,10 @@ class Together:
         return self._heard
 
 
-NEVER = Alone(None)
+NEVER: Stop = Alone(None)
 
 
-def make_stop(signal: StopSignal, sharding: Any) -> Alone | Together:
+def make_stop(signal: StopSignal, sharding: Any) -> Stop:
     import jax
 
     return Alone(signal) if jax.process_count() == 1 else Together(signal, sharding)

@@ -3,29 +3,15 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 
 from jaxlm.step import TrainState
-from jaxlm.stop import NEVER
+from jaxlm.stop import NEVER, Stop
 
 Hook = Callable[[int, TrainState], None]  # (updates done, state); may read the state, which the next step donates
-
-
-class Stop(Protocol):
-    """Whether to stop, which processes tell each other by way of the step, so that all do after the same one."""
-
-    def tell(self, batch: Any) -> Any:
-        """The batch with what this process has been asked."""
-        ...
-
-    def hear(self, metrics: dict[str, jax.Array]) -> None:
-        """Learns from a step's metrics what any has been asked."""
-        ...
-
-    def now(self) -> bool: ...
 
 
 class Done(NamedTuple):

@@ -161,6 +161,31 @@ def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[i
 
 
 @pytest.mark.slow
+def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
+    """One that takes minutes; it is made first when they go on."""
+    np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
+    np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
+    keys = ["data.source=tokens", f"data.path={tmp_path / 'train.npy'}", f"data.val_path={tmp_path / 'val.npy'}",
+            "data.vocab_size=64", "eval.every_steps=1", "steps=2"]  # fmt: skip
+    workdir = tmp_path / "run"
+    both = start(workdir, 2, *keys, "eval.batches=0")
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not lines(workdir):
+            assert all(p.poll() is None for p in both) and time.monotonic() < deadline, finish(both)
+            time.sleep(0.002)
+        both[1].send_signal(signal.SIGTERM)
+    finally:
+        results = finish(both)
+    assert [code for code, *_ in results] == [75, 75], results
+    assert "stopped after step 1," in results[0][1]
+    assert [(m["step"], "loss" in m) for m in lines(workdir)] == [(1, True)]
+    again = finish(start(workdir, 2, *keys, "eval.batches=2"))
+    assert [code for code, *_ in again] == [0, 0], again
+    assert [(m["step"], "loss" in m) for m in lines(workdir)] == [(1, True), (1, False), (2, True), (2, False)]
+
+
+@pytest.mark.slow
 def test_weights_of_a_run_of_two_processes_are_taken_by_others(two: tuple[Path, Any], tmp_path: Path):
     """By two processes, and by one with as many devices; `params` above has other devices than the run had."""
     want = params(two[0], 40)

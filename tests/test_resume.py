@@ -64,7 +64,7 @@ def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: 
 
 
 def test_second_signal_ends_it_at_once(tmp_path: Path):
-    """In the middle of an evaluation that takes minutes; the first signal alone would wait for its end."""
+    """In the middle of what the first signal has it do: stop the evaluation, and save."""
     np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
     np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
     keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
@@ -76,16 +76,23 @@ def test_second_signal_ends_it_at_once(tmp_path: Path):
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGTERM)
         sent += 1
-        time.sleep(0.05)
+        time.sleep(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGTERM and sent >= 2
     assert [m["step"] for m in lines(tmp_path / "run")] == [1]
 
 
-@pytest.mark.parametrize("when", ["compile", "evaluation"])
-def test_signal_while_it_compiles_or_evaluates(when: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It stops after the step, or after the evaluation that is due, and goes on from there."""
+@pytest.mark.parametrize("when, step", [("compile", 1), ("evaluation", 150), ("last evaluation", STEPS)])
+def test_signal_while_it_compiles_or_evaluates(
+    when: str,
+    step: int,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """It stops after the step, the evaluation that is due is cut short, and made first when the run goes on."""
     name = "make_train_step" if when == "compile" else "make_eval_step"
     make: Callable[..., Any] = getattr(steps, name)
 
@@ -98,15 +105,27 @@ def test_signal_while_it_compiles_or_evaluates(when: str, whole: Path, tmp_path:
 
         return traced
 
+    if when == "last evaluation":
+        shutil.copytree(whole, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run/checkpoints" / str(STEPS))
     with monkeypatch.context() as patch:
         patch.setattr(steps, name, make_signalling)
-        assert run(tmp_path / "run") == runs.STOPPED
-    stop = 1 if when == "compile" else 150
-    assert numbers(tmp_path / "run") == numbers(whole, stop)
-    assert int(state_of(tmp_path / "run", stop).step) == stop
+        if when == "last evaluation":
+            assert run(tmp_path / "run", eval__every_steps=0) == runs.STOPPED
+        else:
+            assert run(tmp_path / "run") == runs.STOPPED
+    assert f"stopped after step {step}, saved" in capsys.readouterr().out
+    assert int(state_of(tmp_path / "run", step).step) == step
+    assert numbers(tmp_path / "run") == [m for m in numbers(whole, step) if m["step"] < step or "eval_loss" not in m]
     if when == "compile":
         assert run(tmp_path / "run", steps=CHECKPOINT) == 0
         assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
+        return
+    assert run(tmp_path / "run", steps=step + 10 if step < STEPS else step) == 0
+    assert numbers(tmp_path / "run")[: len(numbers(whole, step))] == numbers(whole, step)
+    before = numbers(tmp_path / "run")
+    assert run(tmp_path / "run", steps=before[-1]["step"]) == 0
+    assert numbers(tmp_path / "run") == before  # it is finished
 
 
 def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,7 +99,9 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
     state = Placement(config, jax.devices()[:2]).initial(make_model(config.model, 64, config.seq_len))
     saver = Saver(tmp_path, config.checkpoint)
     for step, loss in enumerate([None, 3.0, 1.0, 2.0, None, 5.0, None]):
-        saver.save(step, state, loss)
+        if loss is not None:
+            saver.scored(step, loss)
+        saver.save(step, state)
         saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
     saver.close()
