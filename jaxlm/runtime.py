@@ -3,10 +3,13 @@
 Nothing here imports jax at module level, so that a program can still start itself anew.
 """
 
+import atexit
 import os
 import platform
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +21,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # multiplies, programs are kept (`kept`), and the end of the process waits (`leave`).
 SETTLE = 0.2  # seconds
 _kept: list[Any] | None = None
+IMPORTER = "tensorflow-import"  # the thread that imports it while the first steps are made
 
 
 def on_cpu() -> bool:
@@ -107,6 +111,14 @@ def leave(code: int) -> NoReturn:
     """Ends the program."""
     if _kept is not None:
         time.sleep(SETTLE)
+    if any(thread.name == IMPORTER for thread in threading.enumerate()):
+        # The interpreter's end would cut the import off, which may crash it, and to wait takes seconds: more than a
+        # scheduler that stops a run may give it.
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

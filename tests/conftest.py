@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     # What one test compiled another loads, in whichever process and worker.
     base = tmp_path_factory.getbasetemp()
@@ -38,6 +39,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    from jaxlm.runtime import IMPORTER
+
+    for thread in threading.enumerate():
+        if thread.name == IMPORTER:  # the interpreter's end would cut it off
+            thread.join()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -180,6 +180,26 @@ def test_without_tensorflow(monkeypatch):
         train_stream(TrainOrder(corpus, config), config, 0, num_devices=1, backend="tf")
 
 
+def test_close_does_not_wait_for_tensorflow(monkeypatch: pytest.MonkeyPatch):
+    """A run that is stopped in its first seconds."""
+    imported = threading.Event()
+    monkeypatch.setattr(stream_lib, "import_tensorflow", imported.wait)
+    monkeypatch.setattr(stream_lib, "PATIENCE", 3)
+    config, corpus = make_config(steps=50), make_corpus(500)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
+    for _ in range(10):
+        next(stream)
+    assert stream._importer.is_alive()
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+    imported.set()
+    stream.settle()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
 @pytest.mark.parametrize("backend", ["auto", "tf", "thread"])
 def test_errors_are_raised_not_swallowed(backend: str):
     def make(first: int, count: int) -> dict[str, np.ndarray]:

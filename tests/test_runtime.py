@@ -88,3 +88,21 @@ def test_xla_knows_every_flag(monkeypatch: pytest.MonkeyPatch):
             capture_output=True, env=os.environ | {"XLA_FLAGS": known + extra, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
         assert result.returncode == code, result.stderr
+
+
+LEAVES = """
+import atexit, threading, time
+from jaxlm import runtime
+atexit.register(print, "cleaned up")
+if NAME:
+    threading.Thread(target=time.sleep, args=(600,), name=NAME, daemon=True).start()
+print("done")
+runtime.leave(75)
+"""
+
+
+@pytest.mark.parametrize("name", ["", runtime.IMPORTER])
+def test_the_end_waits_for_no_import_and_cleans_up(name: str):
+    program = LEAVES.replace("NAME", repr(name))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (75, "done\ncleaned up\n", "")

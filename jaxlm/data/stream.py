@@ -17,6 +17,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data.order import TrainOrder, make_order
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.data.tokens import Tokens
+from jaxlm.runtime import IMPORTER
 
 Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
 MakeBatches = Callable[[int, int], Batch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
@@ -76,7 +77,7 @@ class TrainStream:
         self._served = 0
         self._ahead: Generator[Batch, None, None] | None = None
         self._open: Callable[[MakeBatches, int, int], Generator[Batch, None, None]] | None = None
-        self._importer = threading.Thread(target=self._choose, args=(backend,), name="tensorflow-import")
+        self._importer = threading.Thread(target=self._choose, args=(backend,), name=IMPORTER, daemon=True)
         if backend != "auto":
             self._choose(backend)
 
@@ -116,7 +117,6 @@ class TrainStream:
     def close(self) -> None:
         """Ends the background work; there are no batches after it."""
         self._stop = self._next
-        self.settle()  # an import cut off by the interpreter's end may crash it
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
