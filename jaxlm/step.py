@@ -44,7 +44,7 @@ def state_axes(config: Config) -> TrainState:
 
 def init_params(config: Config, model: Model) -> Params:
     """Of step 0; depend on the seed alone."""
-    return model.init(jax.random.key(config.seed))
+    return jax.jit(model.init)(jax.random.key(config.seed))  # operation by operation, each would be compiled alone
 
 
 def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
