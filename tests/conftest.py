@@ -127,3 +127,26 @@ def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         return Seen(out)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, which is not written to."""
+    from jaxlm import run as runs
+    from jaxlm.cli import load
+    from tests.exit_codes import flags
+    from tests.runs import CONFIG
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert runs.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def fast_compile() -> Iterator[None]:
+    """XLA without most of its optimizations: tiny models compile in half the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

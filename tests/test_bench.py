@@ -17,15 +17,8 @@ def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, 
     made: list[bench.Trainer] = []
     summary = bench.summary
     monkeypatch.setattr(bench, "summary", lambda ours, rounds: made.append(ours) or summary(ours, rounds))
-    arguments = [
-        "--config",
-        str(CONFIG),
-        *flags(**{"optim.lr": 1.0}),
-        "--steps",
-        str(4 * guard.WINDOW),
-        "--rounds",
-        "2",
-    ]
+    arguments = ["--config", str(CONFIG), *flags(**{"optim.lr": 1.0}), "--rounds", "2"]
+    arguments += ["--steps", str(4 * guard.WINDOW)]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     assert bench.main() == 0
     out = capsys.readouterr().out.splitlines()

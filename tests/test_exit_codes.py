@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,24 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlm import main
-from jaxlm import run as runs
-from jaxlm.cli import load
-
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/debug.py"
-TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
-        "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
-
-
-def flags(*overrides: str) -> list[str]:
-    return [f"--config.{o}" for o in (*TINY, *overrides)]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert runs.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
-    return workdir
+from tests.exit_codes import contents, flags, in_process, tool
+from tests.runs import CONFIG, ROOT
 
 
 @pytest.fixture
@@ -48,19 +31,6 @@ def files(tmp_path: Path) -> Path:
         "    c.optim.lr = 10**400\n    return c\n"
     )
     return tmp_path
-
-
-def in_process(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and stderr of `python -m jaxlm.main`."""
-    try:
-        code = main.exit_code(lambda: main.run(argv))
-    except SystemExit as stop:  # of the parser
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().err
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 TEXT = ["data.source=text", "data.tokenizer=bytes", "data.cache_dir=FILES/cache"]
@@ -203,82 +173,6 @@ def test_other_data_in_the_same_place(files: Path, capsys: pytest.CaptureFixture
     code, error = in_process(argv, capsys)
     assert code == 2 and error.count("\n") == 1 and "data has changed" in error
     assert contents(files / "run") == before
-
-
-def tool(name: str, *argv: object) -> int:
-    before = sys.argv
-    sys.argv = [name, *map(str, argv)]
-    try:
-        return main.exit_code(runpy.run_path(str(ROOT / f"tools/{name}.py"))["main"])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-
-
-@pytest.mark.parametrize("name", ["generate", "evaluate"])
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--workdir", "EMPTY"], ["--workdir", "config.json"]),
-        (["--workdir", "EMPTY/none"], ["--workdir", "config.json"]),
-        (["--workdir", "BEFORE"], ["--workdir", "no checkpoints"]),
-        (["--workdir", "RUN", "--step", "7"], ["--step", "7", "1, 2"]),
-        (["--workdir", "RUN", "--step", "last"], ["--step", "last"]),
-        (["--workdir", "RUN", "--stpe", "1"], ["--stpe"]),
-        ([], ["--workdir"]),
-    ],
-)
-def test_tools(
-    name: str, argv: list[str], words: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "before").mkdir()
-    shutil.copy(finished / "config.json", tmp_path / "before")
-    places = {"EMPTY": tmp_path / "empty", "BEFORE": tmp_path / "before", "RUN": finished}
-    before = contents(tmp_path) | contents(finished)
-    for word, folder in places.items():
-        argv = [a.replace(word, str(folder)) for a in argv]
-    assert tool(name, *argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words), error
-    assert contents(tmp_path) | contents(finished) == before
-    assert not (tmp_path / "before/checkpoints").exists()
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--temperature=-1"], ["--temperature", "-1"]),
-        (["--top_p=0"], ["--top_p", "0"]),
-        (["--num_samples=0"], ["--num_samples", "0"]),
-        (["--num_samples=99999999999999"], ["--num_samples", "2147483647"]),
-        (["--max_new_tokens=99999999999999"], ["--max_new_tokens", "2147483647"]),
-        (["--temperature=inf"], ["--temperature", "inf"]),
-        (["--seed=99999999999999"], ["--seed", "4294967294"]),
-        (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
-    ],
-)
-def test_generate(argv: list[str], words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]):
-    assert tool("generate", "--workdir", finished, *argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words), error
-
-
-def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[str]):
-    for override, word in (("data.nothing=1", "data.nothing"), ("data.source=paper", "paper")):
-        assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and word in error
-
-
-@pytest.mark.parametrize("override", ["model.d_model=32", "seq_len=32", "eval.batches=2", "optim.lr=0.1"])
-def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.CaptureFixture[str]):
-    """What would change nothing, or the model, is refused."""
-    assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and override.split("=")[0] in error and "as in the run" in error
-    assert tool("evaluate", "--workdir", finished, "--config.batch_size=16") == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "data missing", "metadata missing", "item missing"])

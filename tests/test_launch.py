@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.test_processes import CONFIG, LIMIT, ROOT, flags, free_port, lines, numbers
+from tests.processes import LIMIT, flags, free_port, numbers
+from tests.runs import CONFIG, ROOT, lines
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), *flags("steps=40")]

@@ -6,8 +6,6 @@ Shapes as in `jaxlm/model.py`: B batch, T time, N = B * T, D d_model, H heads, K
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,47 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli
 from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
 from tests import reference
+from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
 
-VOCAB, MAX_LEN = 13, 12
-BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
-TINY = dataclasses.replace(
-    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
-    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
-    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
-    matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-)  # fmt: skip
-
-
-def with_(**changes: Any) -> ModelConfig:
-    return dataclasses.replace(TINY, **changes)
-
-
-def drawn(model: Model) -> Params:
-    """Parameters with norm scales that are not 1 and biases that are not 0, which give logits of order 1."""
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, x: Any) -> np.ndarray:
-        noise = 0.35 * rng.standard_normal(x.shape)
-        return np.asarray(noise + (path[-1].key == "scale"), np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile() -> Iterator[None]:
-    """XLA without most of its optimizations: tiny models compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
@@ -228,62 +192,6 @@ def test_bfloat16_logits_are_not_rounded(tied: bool) -> None:
     unembed = jax.jit(model.unembed, compiler_options={"xla_allow_excess_precision": False})
     exact = np.asarray(x_ND, np.float64) @ np.asarray(jnp.asarray(w_DV, jnp.bfloat16), np.float64)
     np.testing.assert_allclose(unembed(params, x_ND), 5 * np.tanh(exact / 5), rtol=0, atol=5e-6)
-
-
-# Dropout
-
-
-def test_dropout_of_ones() -> None:
-    """Each element is 0 with probability `rate`, else 1 / (1 - rate): the mean stays 1."""
-    rate, n = 0.3, 40_000
-    keys_B = jax.random.split(jax.random.key(0), 2)
-    x_ND = jnp.ones((2 * n // 8, 8))
-    out = np.asarray(models._dropout(x_ND, rate, keys_B, 3))
-    assert set(np.unique(out)) == {0.0, np.float32(1 / (1 - rate))}
-    deviation = math.sqrt(rate / (1 - rate) / out.size)
-    assert abs(out.mean() - 1) < 5 * deviation
-    rows = (out.reshape(2, -1), np.asarray(models._dropout(x_ND, rate, keys_B, 4)).reshape(2, -1))
-    for a, b in [(rows[0][0], rows[0][1]), (rows[0][0], rows[1][0])]:  # sequences and sites have masks of their own
-        assert abs(np.mean((a == 0) & (b == 0)) - rate**2) < 0.02
-    np.testing.assert_array_equal(models._dropout(x_ND, rate, None, 3), x_ND)
-    np.testing.assert_array_equal(models._dropout(x_ND, 0.0, keys_B, 3), x_ND)
-
-
-def test_dropout_is_a_function_of_the_sequences_key() -> None:
-    model = make_model(with_(dropout=0.4), VOCAB, MAX_LEN)
-    params, tokens_BT = drawn(model), some_tokens(4, 6)
-    keys_B = jax.random.split(jax.random.key(5), 4)
-    hidden = jax.jit(model.hidden)
-    plain = hidden(params, tokens_BT)
-    without = jax.jit(make_model(TINY, VOCAB, MAX_LEN).hidden)(params, tokens_BT, keys_B)
-    np.testing.assert_allclose(plain, without, rtol=0, atol=1e-5)
-    masked = hidden(params, tokens_BT, keys_B)
-    assert np.abs(masked - plain).max() > 0.1
-    np.testing.assert_array_equal(masked, hidden(params, tokens_BT, keys_B))
-    assert np.abs(masked - hidden(params, tokens_BT, keys_B[::-1])).max() > 0.1
-    parts = [hidden(params, tokens_BT[i : i + 2], keys_B[i : i + 2]) for i in (0, 2)]
-    np.testing.assert_allclose(np.concatenate(parts), masked, rtol=0, atol=1e-5)
-
-
-def test_embedding_and_every_branch_drop_elements_of_their_own() -> None:
-    """Where branches add a constant, the difference to the next state shows the mask of each."""
-    c, n = with_(num_layers=2, d_model=512, d_ff=8, dropout=0.5, use_bias=True, position="sinusoidal"), 4
-    model = make_model(c, VOCAB, MAX_LEN)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
-    zeros["final_norm"]["scale"] += 1
-    masks, hidden = [], jax.jit(model.hidden)
-    for layer, (part, name) in itertools.product(range(2), (("attention", "out"), ("mlp", "down"))):
-        params = jax.tree.map(np.copy, zeros)
-        params["layers"][part][name]["bias"][layer] = 1e6  # so large that the embedding does not count
-        x_ND = np.asarray(hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1)))
-        masks.append(x_ND > 0)
-    params = jax.tree.map(np.copy, zeros)
-    params["embed"]["embedding"] += 1e6
-    masks.append(np.asarray(hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1))) > 0)
-    for mask in masks:
-        assert 0.4 < mask.mean() < 0.6
-    for a, b in itertools.combinations(masks, 2):
-        assert 0.4 < (a == b).mean() < 0.6
 
 
 # Parameters

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +15,8 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint import Checkpoints
-from tests.runs import xla_flags
-
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/debug.py"
-TINY = ["batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "model.dropout=0.1", "optim.name=muon",
-        "model.matmul_precision=highest",  # the same to rounding, whoever computes
-        "optim.lr=0.003", "optim.schedule=constant", "optim.warmup_steps=1", "optim.accum_steps=2",
-        "checkpoint.every_steps=20", "checkpoint.keep=50", "eval.every_steps=20", "eval.batches=3", "log.every_steps=5",
-        "log.tensorboard=False"]  # fmt: skip
-LIMIT = 150  # seconds, after which a run that hangs is killed
-
-
-def flags(*overrides: str) -> list[str]:
-    return [f"--config.{o}" for o in (*TINY, *overrides)]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start(
-    workdir: Path, processes: int, *overrides: str, more: dict[int, list[str]] | None = None, devices: Any = None,
-    program: Sequence[str] = ("-m", "jaxlm.main"),
-) -> list[subprocess.Popen[str]]:  # fmt: skip
-    """All processes of a run, with four devices together; `more` has arguments of some, `devices` other counts."""
-    command = [sys.executable, *program, "--config", str(CONFIG), "--workdir", str(workdir), *flags(*overrides)]
-    address, devices = f"127.0.0.1:{free_port()}", devices or [4 // processes] * processes
-    started = []
-    for i in range(processes):
-        joined = ["--coordinator", address, "--num_processes", str(processes), "--process_id", str(i)]
-        arguments = command + (more or {}).get(i, []) + (joined if processes > 1 else [])
-        env = os.environ | {"XLA_FLAGS": xla_flags(devices[i])}
-        started.append(subprocess.Popen(
-            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        ))  # fmt: skip
-    return started
-
-
-def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each; none outlives its time."""
-    deadline = time.monotonic() + LIMIT
-    try:
-        outputs = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in started]
-    finally:
-        for p in started:
-            p.kill()
-    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
-
-
-def lines(workdir: Path) -> list[dict[str, Any]]:
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def numbers(workdir: Path) -> list[dict[str, Any]]:
-    timing = {"tokens_per_second", "step_seconds", "mfu", "eval_bits_per_byte"}
-    return [{k: v for k, v in m.items() if k not in timing} for m in lines(workdir)]
+from tests.processes import LIMIT, finish, flags, free_port, numbers, start
+from tests.runs import CONFIG, ROOT, lines, xla_flags
 
 
 def params(workdir: Path, step: int) -> Any:

@@ -202,4 +202,4 @@ class NanoGPT:
 
 if __name__ == "__main__":
     runtime.relaunch_with_huge_pages()
-    sys.exit(exit_code(main))
+    runtime.leave(exit_code(main))

@@ -1,0 +1,40 @@
+"""Tiny decoders, and parameters that hide nothing."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm import cli
+from jaxlm.config import ModelConfig
+from jaxlm.model import Model, Params
+from tests.runs import ROOT
+
+VOCAB, MAX_LEN = 13, 12
+BASE = cli.load(ROOT / "configs/base.py")
+TINY = dataclasses.replace(
+    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
+    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
+    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
+    matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
+)  # fmt: skip
+
+
+def with_(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def drawn(model: Model) -> Params:
+    """Parameters with norm scales that are not 1 and biases that are not 0, which give logits of order 1."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, x: Any) -> np.ndarray:
+        noise = 0.35 * rng.standard_normal(x.shape)
+        return np.asarray(noise + (path[-1].key == "scale"), np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, shape).astype(np.int32)

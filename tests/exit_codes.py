@@ -1,0 +1,41 @@
+"""Command lines in this process: their exit codes, what they say, and what they leave."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm import main
+from tests.runs import ROOT
+
+TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
+        "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
+
+
+def flags(*overrides: str) -> list[str]:
+    return [f"--config.{o}" for o in (*TINY, *overrides)]
+
+
+def in_process(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of `python -m jaxlm.main`."""
+    try:
+        code = main.exit_code(lambda: main.run(argv))
+    except SystemExit as stop:  # of the parser
+        code = int(stop.code or 0)
+    return code, capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tool(name: str, *argv: object) -> int:
+    before = sys.argv
+    sys.argv = [name, *map(str, argv)]
+    try:
+        return main.exit_code(runpy.run_path(str(ROOT / f"tools/{name}.py"))["main"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before

@@ -1,0 +1,73 @@
+"""What a user of the tools can do wrong: one line on stderr that names it, the promised exit code, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.exit_codes import contents, tool
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--workdir", "EMPTY"], ["--workdir", "config.json"]),
+        (["--workdir", "EMPTY/none"], ["--workdir", "config.json"]),
+        (["--workdir", "BEFORE"], ["--workdir", "no checkpoints"]),
+        (["--workdir", "RUN", "--step", "7"], ["--step", "7", "1, 2"]),
+        (["--workdir", "RUN", "--step", "last"], ["--step", "last"]),
+        (["--workdir", "RUN", "--stpe", "1"], ["--stpe"]),
+        ([], ["--workdir"]),
+    ],
+)
+def test_tools(
+    name: str, argv: list[str], words: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "before").mkdir()
+    shutil.copy(finished / "config.json", tmp_path / "before")
+    places = {"EMPTY": tmp_path / "empty", "BEFORE": tmp_path / "before", "RUN": finished}
+    before = contents(tmp_path) | contents(finished)
+    for word, folder in places.items():
+        argv = [a.replace(word, str(folder)) for a in argv]
+    assert tool(name, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert contents(tmp_path) | contents(finished) == before
+    assert not (tmp_path / "before/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--temperature=-1"], ["--temperature", "-1"]),
+        (["--top_p=0"], ["--top_p", "0"]),
+        (["--num_samples=0"], ["--num_samples", "0"]),
+        (["--num_samples=99999999999999"], ["--num_samples", "2147483647"]),
+        (["--max_new_tokens=99999999999999"], ["--max_new_tokens", "2147483647"]),
+        (["--temperature=inf"], ["--temperature", "inf"]),
+        (["--seed=99999999999999"], ["--seed", "4294967294"]),
+        (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
+    ],
+)
+def test_generate(argv: list[str], words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]):
+    assert tool("generate", "--workdir", finished, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[str]):
+    for override, word in (("data.nothing=1", "data.nothing"), ("data.source=paper", "paper")):
+        assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and word in error
+
+
+@pytest.mark.parametrize("override", ["model.d_model=32", "seq_len=32", "eval.batches=2", "optim.lr=0.1"])
+def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.CaptureFixture[str]):
+    """What would change nothing, or the model, is refused."""
+    assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and override.split("=")[0] in error and "as in the run" in error
+    assert tool("evaluate", "--workdir", finished, "--config.batch_size=16") == 0
