@@ -67,8 +67,10 @@ def get_config() -> Config:
             accum_steps=1,
             ema_decay=0.0,
             spike_factor=10.0,
+            on_spike="scale",
             max_skipped=5,
             max_returns=3,
+            return_lr=0.5,
         ),
         data=DataConfig(
             source="stdlib",  # the source of the running Python's standard library

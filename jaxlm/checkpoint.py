@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm import checksums
+from jaxlm import checksums, guard
 from jaxlm.config import UserError
 from jaxlm.placement import Placement
 from jaxlm.step import TrainState
@@ -89,8 +89,9 @@ class Checkpoints:
         """
         like, there = placement.saved_like(fresh), self._items(step)
         train = {"step": like.step, "opt_state": like.opt_state}
-        if any(key.startswith("guard") for key in self._shapes(step, "train")):
-            train["guard"] = like.guard
+        saved = [key.removeprefix("guard/") for key in self._shapes(step, "train") if key.startswith("guard/")]
+        if saved:
+            train["guard"] = like.guard if set(saved) == set(like.guard._fields) else guard.old(like.guard)
         wanted = {"params": like.params, "train": train}
         if like.ema is not None and "ema" in there:
             wanted["ema"] = like.ema
@@ -107,8 +108,8 @@ class Checkpoints:
         if not same and "sync" in there and jax.tree.leaves(sync):
             sync = _adapted(self._on_host(step, "sync"), sync)
         train = found["train"]
-        guard = train.get("guard", placement.everywhere(fresh).guard)  # an older jaxlm had none
-        return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync, guard))
+        own = guard.upgraded(train.get("guard"), placement.everywhere(fresh).guard)
+        return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync, own))
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""

@@ -75,9 +75,11 @@ class OptimConfig:
     clip_norm: float  # largest global gradient norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step
     ema_decay: float  # moving average of the parameters, used to evaluate and sample; 0 = off
-    spike_factor: float  # a step is skipped whose loss or gradient norm is so many times its median; 0 = any finite one
+    spike_factor: float  # a spike is a gradient norm above this many times the recent root mean square; 0 = no limit
+    on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or leave its batch out
     max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
-    max_returns: int  # such returns, and then it ends: exit code 3
+    max_returns: int  # returns to earlier checkpoints, after which the run ends with exit code 3
+    return_lr: float  # factor on all learning rates from each return on; 1 = leave them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -19,6 +19,8 @@ from jaxlm.recovery import Trouble
 from jaxlm.stop import NEVER, Stop
 from jaxlm.train import Done
 
+MAX_HIGH = 100  # such losses in a row; a run that recovers from a spike has fewer
+
 
 def make_log(parts: Parts, start: int) -> metrics.Log:
     """Where metrics go: every place that the configuration names; on the first process only."""
@@ -35,28 +37,38 @@ def make_log(parts: Parts, start: int) -> metrics.Log:
 def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -> Callable[[Done], None]:
     """Reports finished steps: progress for each, all numbers for the first, every Nth and the last.
 
-    It raises Trouble after `max_skipped` steps in a row that were skipped.
+    Raises:
+      Trouble: `max_skipped` steps in a row were skipped, or MAX_HIGH losses in a row were much too high.
     """
     c = parts.config
     per_step = c.batch_size * c.seq_len
     flops = flops_per_token(c.model, params, c.seq_len)
     peak = metrics.peak_flops(parts.devices[0].device_kind)
     last_step, last_seconds = start, 0.0
+    spikes: int | None = None  # before this step
 
     def on_step(done: Done) -> None:
-        nonlocal last_step, last_seconds
+        nonlocal last_step, last_seconds, spikes
         parts.reporter.progress(done.step)
-        if in_row := int(done.metrics["in_row"]):
-            loss, norm = (float(done.metrics[key]) for key in ("loss", "grad_norm"))
-            why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
+        in_row, high, found = (int(done.metrics[key]) for key in ("in_row", "high", "spikes"))
+        loss, norm = (float(done.metrics[key]) for key in ("loss", "grad_norm"))
+        why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
+        if in_row:
             parts.reporter.say(f"step {done.step} skipped, with batch {parts.order.number(done.step)}: {why}")
             if in_row >= c.optim.max_skipped:
                 raise Trouble(done.step - in_row + 1, done.step, f"{in_row} steps in a row were skipped: {why}")
+        elif found == 1 and spikes == 0:
+            parts.reporter.say(f"step {done.step}: the gradient's norm, {norm:.4g}, is a spike and was scaled down"
+                               " (optim.spike_factor); metrics.jsonl counts further ones as spikes")  # fmt: skip
+        spikes = found
+        if high >= MAX_HIGH:
+            worse = f"{high} losses in a row were much higher than before anything was learned"
+            raise Trouble(done.step - high + 1, done.step, f"{worse}: {why}")
         if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
             seconds = (done.seconds - last_seconds) / (done.step - last_step)
             rate = per_step / seconds
             m = {"step": done.step, **{k: float(done.metrics[k]) for k in ("loss", "lr", "grad_norm")}}
-            m |= {"skipped": int(done.metrics["skipped"])}
+            m |= {"skipped": int(done.metrics["skipped"]), "spikes": found}
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds,
                   "mfu": rate * flops / (peak * len(parts.devices)) if peak else None}  # fmt: skip
             m |= _consumed(parts, done.step)

@@ -18,9 +18,10 @@ from jaxlm.sync.sharing import Sharing, alone
 from jaxlm.sync.zero import Zero
 
 Schedule = Callable[[Any], Any]  # updates done -> learning rate
+LrCuts = tuple[tuple[int, float], ...]  # (updates done, factor on the learning rates from there on)
 
 
-def make_schedule(c: OptimConfig, steps: int, peak: float | None = None) -> Schedule:
+def make_schedule(c: OptimConfig, steps: int, peak: float | None = None, cuts: LrCuts = ()) -> Schedule:
     """Learning rate of the update after `n` updates, n = 0 ... steps - 1.
 
     Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Then, with p the share of the
@@ -49,6 +50,8 @@ def make_schedule(c: OptimConfig, steps: int, peak: float | None = None) -> Sche
             factor = 1 - (1 - c.min_lr_ratio) * jnp.clip((n - (steps - decay)) / decay, 0, 1)
         else:
             factor = jnp.ones(())
+        for after, cut in cuts:
+            factor *= jnp.where(n >= after, cut, 1.0)
         return peak * factor * jnp.minimum((n + 1) / max(warmup, 1), 1)
 
     return schedule
@@ -99,18 +102,18 @@ def _orthogonalized(sharing: Sharing) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _muon(c: OptimConfig, steps: int, sharing: Sharing) -> optax.GradientTransformation:
+def _muon(c: OptimConfig, steps: int, sharing: Sharing, cuts: LrCuts) -> optax.GradientTransformation:
     """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
     muon = optax.chain(
         optax.trace(c.momentum, nesterov=True),
         _orthogonalized(sharing),
         optax.add_decayed_weights(c.weight_decay),
-        optax.scale_by_learning_rate(make_schedule(c, steps)),
+        optax.scale_by_learning_rate(make_schedule(c, steps, cuts=cuts)),
     )
 
     def adamw(lr: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, lr))
+            optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, lr, cuts))
         )
 
     return optax.partition({"muon": muon, "table": adamw(c.embed_lr or c.adam_lr), "adamw": adamw(c.adam_lr)}, _groups)
@@ -134,15 +137,17 @@ def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.Gradient
     return optax.GradientTransformation(inner.init, update)
 
 
-def make_optimizer(c: OptimConfig, steps: int, sharing: Sharing | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    c: OptimConfig, steps: int, sharing: Sharing | None = None, cuts: LrCuts = ()
+) -> optax.GradientTransformation:
     """The optax chain of a configuration, from averaged (and clipped) gradients to updates.
 
     With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without. `init` is
     given whole parameters and gives the whole state.
     """
-    schedule, sharing = make_schedule(c, steps), sharing or alone()
+    schedule, sharing = make_schedule(c, steps, cuts=cuts), sharing or alone()
     if c.name == "muon":
-        return _muon(c, steps, sharing)
+        return _muon(c, steps, sharing, cuts)
     # Shazeer and Stern, Adafactor, with their constants.
     adafactor = optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),

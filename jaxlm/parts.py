@@ -119,12 +119,13 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
             batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in vain), bad])
             raise recovery.Diverged(
                 f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(vain)} times"
-                f" (optim.max_returns), bad were batches {batches}; the newest checkpoint is of step {max(whole)}; a"
-                " lower optim.lr, more optim.warmup_steps or optim.clip_norm may help"
+                f" (optim.max_returns), in the end with {recovery.lr_scale(returns):.3g} times the learning rates; bad"
+                f" were batches {batches}; the newest checkpoint is of step {max(whole)}; a lower optim.lr, more"
+                " optim.warmup_steps, a smaller optim.clip_norm or optim.spike_factor, or model.qk_norm=true may help"
             )
         state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
         later = [step for step in checkpoints.steps() if step > to]
-    returns = [*returns, recovery.Return(to, *bad, trouble.why)]
+    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr)]
 
     def keep() -> None:
         recovery.remove(workdir / "checkpoints", later)
@@ -132,8 +133,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
 
     _on_first(workdir, keep)
     parts.reporter.say(
-        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(vain) + 1} of"
-        f" {c.optim.max_returns})"
+        f"goes back to step {to}, without batches {bad[0]} to {bad[1]} and with {recovery.lr_scale(returns):.3g} times"
+        f" the learning rates, since {trouble.why} (return {len(vain) + 1} of {c.optim.max_returns})"
     )
     state = _counted_anew(state)
     saver, order = Saver(workdir, c.checkpoint, parts.reporter.say), train_order(parts.corpus, c, returns)
@@ -209,8 +210,8 @@ def _newest_whole(checkpoints: Checkpoints) -> tuple[int, dict[int, str]]:
 
 
 def _counted_anew(state: steps.TrainState) -> steps.TrainState:
-    """After a return: skipped steps in a row are counted from there."""
-    return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0))
+    """After a return, bad steps in a row are counted from there."""
+    return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0, high=state.guard.high * 0))
 
 
 def _whole(checkpoints: Checkpoints, time: int) -> list[int]:

@@ -1,16 +1,22 @@
 """Training that goes wrong: a run goes back to a good checkpoint, and steps over the batches that were bad.
 
-`returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …}`. It is written
-before the run goes on, so that one that is killed afterwards takes the same way.
+It also lowers the learning rates, so that the second try differs in more than its batches: PaLM's authors restarted
+without the batches around a spike (Chowdhery et al., 2022, section 5.1), OPT's with a lower rate (Zhang et al., 2022,
+section 2.5).
+
+`returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …, "lr": factor}`. It is
+written before the run goes on, so that one that is killed afterwards takes the same way.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import UserError
+from jaxlm.optimizer import LrCuts
 from jaxlm.workdir import beside, write_whole
 
 NAME = "returns.json"
@@ -33,6 +39,7 @@ class Return(NamedTuple):
     first: int  # numbers of the batches that are stepped over, counted from 1
     last: int
     why: str
+    lr: float = 1.0  # factor on the learning rates from here on; older files have none
 
 
 def read(workdir: Path) -> list[Return]:
@@ -42,25 +49,36 @@ def read(workdir: Path) -> list[Return]:
         return []
     try:
         found = [
-            Return(r["to"], r["batches"][0], r["batches"][1], r["why"]) for r in json.loads(path.read_text("utf-8"))
+            Return(r["to"], r["batches"][0], r["batches"][1], r["why"], r.get("lr", 1.0))
+            for r in json.loads(path.read_text("utf-8"))
         ]
-        if not all(0 <= r.to < r.first <= r.last for r in found):
+        if not all(0 <= r.to < r.first <= r.last and 0 < r.lr <= 1 for r in found):
             raise ValueError("impossible numbers")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); allowed: as a run wrote it") from error
     return found
 
 
 def write(workdir: Path, returns: Sequence[Return]) -> None:
-    content = [{"to": r.to, "batches": [r.first, r.last], "why": r.why} for r in returns]
+    content = [{"to": r.to, "batches": [r.first, r.last], "why": r.why, "lr": r.lr} for r in returns]
     write_whole(workdir / NAME, json.dumps(content, indent=2) + "\n")
+
+
+def lr_scale(returns: Sequence[Return]) -> float:
+    """The factor on the learning rates after these returns."""
+    return math.prod(r.lr for r in returns)
+
+
+def lr_cuts(returns: Sequence[Return]) -> LrCuts:
+    """What the schedule needs to know of these returns."""
+    return tuple((r.to, r.lr) for r in returns)
 
 
 def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:
     """The checkpoint to go back to: the newest before the first bad step; where the last return brought no good step,
     one before that.
     """
-    if returns and first == returns[-1].to + 1:
+    if returns and first <= returns[-1].to + 1:
         first = returns[-1].to
     return max((step for step in steps if step < first), default=min(steps))
 

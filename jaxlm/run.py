@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxlm import data, distributed, metrics, runtime
+from jaxlm import data, distributed, metrics, recovery, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
@@ -119,7 +119,7 @@ def _train(
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
-    step_of_one = steps.make_train_step(config, parts.model, parts.devices)
+    step_of_one = steps.make_train_step(config, parts.model, parts.devices, recovery.lr_cuts(parts.returns))
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -187,6 +187,10 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
+    if (scale := recovery.lr_scale(parts.returns)) < 1:
+        say(
+            f"learning rates: {scale:.3g} times optim.lr, since the run went back to earlier checkpoints (returns.json)"
+        )
     if start:
         say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
 

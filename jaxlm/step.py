@@ -15,7 +15,7 @@ from jaxlm import guard, runtime
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
-from jaxlm.optimizer import make_optimizer, make_schedule
+from jaxlm.optimizer import LrCuts, make_optimizer, make_schedule
 from jaxlm.sync import GradSync, Group, make_sync, overlap, sharing, zero
 
 AXIS = "devices"
@@ -67,14 +67,14 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
 
 
 def make_train_step(
-    config: Config, model: Model, devices: list[Device]
+    config: Config, model: Model, devices: list[Device], lr_cuts: LrCuts = ()
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
     params_like = jax.eval_shape(model.init, jax.random.key(0))
     group = Group(AXIS, len(devices))
     sync = make_sync(config.parallel, group, params_like)
-    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like))
-    schedule = make_schedule(config.optim, config.steps)
+    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), lr_cuts)
+    schedule = make_schedule(config.optim, config.steps, cuts=lr_cuts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch, stop = dict(batch), batch.get("stop")
@@ -100,17 +100,17 @@ def make_train_step(
             grads, sums = accumulate(loss, masters, micro)
             grads, sync_state = sync.reduce(grads, state.sync)
 
-        grad_norm = sync.global_norm(grads)
+        numbers = guard.agree(state.guard, sums.nll, sync.global_norm(grads), group)
+        good, scale, guarded = guard.judge(state.guard, numbers, targets, config.optim, model.vocab_size)
         if config.optim.clip_norm:
-            scale = jnp.minimum(1.0, config.optim.clip_norm / jnp.maximum(grad_norm, 1e-9))
-            grads = jax.tree.map(lambda g: g * scale, grads)
+            scale = jnp.minimum(scale, config.optim.clip_norm / jnp.maximum(numbers.norm, 1e-9))
+        grads = jax.tree.map(lambda g: g * scale, grads)
         own = sync.own(masters)  # what this device updates: all, or its parts
         updates, opt_state = optimizer.update(grads, state.opt_state, own)
         masters = sync.whole(optax.apply_updates(own, updates))
 
-        metrics = {"loss": group.mean(sums.nll) / targets, "lr": schedule(state.step), "grad_norm": grad_norm}
-        good, guarded = guard.judge(state.guard, metrics["loss"], grad_norm, config.optim.spike_factor)
-        metrics |= {"skipped": guarded.skipped, "in_row": guarded.in_row}
+        metrics = {"loss": numbers.nll / targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
+        metrics |= {key: getattr(guarded, key) for key in ("skipped", "spikes", "in_row", "high")}
         if stop is not None:  # whether any process was asked to: all learn it of the same step
             metrics["stop"] = group.mean(stop)
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)

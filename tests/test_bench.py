@@ -18,7 +18,7 @@ def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, 
     summary = bench.summary
     monkeypatch.setattr(bench, "summary", lambda ours, rounds: made.append(ours) or summary(ours, rounds))
     arguments = ["--config", str(CONFIG), *flags(**{"optim.lr": 1.0}), "--rounds", "2"]
-    arguments += ["--steps", str(4 * guard.WINDOW)]
+    arguments += ["--steps", str(4 * guard.LEAST)]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     assert bench.main() == 0
     out = capsys.readouterr().out.splitlines()
