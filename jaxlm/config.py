@@ -79,7 +79,7 @@ class OptimConfig:
     on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or leave its batch out
     max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
     max_returns: int  # returns to earlier checkpoints, after which the run ends with exit code 3
-    return_lr: float  # factor on all learning rates from each return on; 1 = leave them
+    return_lr: float  # factor on all learning rates from a return on that follows one in vain; 1 = leave them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -18,7 +18,9 @@ from jaxlm.sync.sharing import Sharing, alone
 from jaxlm.sync.zero import Zero
 
 Schedule = Callable[[Any], Any]  # updates done -> learning rate
-LrCuts = tuple[tuple[int, float], ...]  # (updates done, factor on the learning rates from there on)
+# (updates done, factor): after so many updates the learning rates are multiplied by a factor and warm up again.
+LrCuts = tuple[tuple[int, float], ...]
+LEAST_REWARM = 10  # updates in which they do, at least
 
 
 def make_schedule(c: OptimConfig, steps: int, peak: float | None = None, cuts: LrCuts = ()) -> Schedule:
@@ -50,9 +52,12 @@ def make_schedule(c: OptimConfig, steps: int, peak: float | None = None, cuts: L
             factor = 1 - (1 - c.min_lr_ratio) * jnp.clip((n - (steps - decay)) / decay, 0, 1)
         else:
             factor = jnp.ones(())
+        rise = jnp.minimum((n + 1) / max(warmup, 1), 1)
         for after, cut in cuts:
+            again = (n - after + 1) / max(warmup, LEAST_REWARM)
             factor *= jnp.where(n >= after, cut, 1.0)
-        return peak * factor * jnp.minimum((n + 1) / max(warmup, 1), 1)
+            rise = jnp.where(n >= after, jnp.minimum(rise, again), rise)
+        return peak * factor * rise
 
     return schedule
 

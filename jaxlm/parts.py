@@ -125,7 +125,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
             )
         state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
         later = [step for step in checkpoints.steps() if step > to]
-    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr)]
+    # The first may have met a passing fault. When it was in vain, the rates are likely to be too high.
+    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr if vain else 1.0)]
 
     def keep() -> None:
         recovery.remove(workdir / "checkpoints", later)
@@ -133,8 +134,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
 
     _on_first(workdir, keep)
     parts.reporter.say(
-        f"goes back to step {to}, without batches {bad[0]} to {bad[1]} and with {recovery.lr_scale(returns):.3g} times"
-        f" the learning rates, since {trouble.why} (return {len(vain) + 1} of {c.optim.max_returns})"
+        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(vain) + 1} of"
+        f" {c.optim.max_returns}); warms up again to {recovery.lr_scale(returns):.3g} times the learning rates"
     )
     state = _counted_anew(state)
     saver, order = Saver(workdir, c.checkpoint, parts.reporter.say), train_order(parts.corpus, c, returns)

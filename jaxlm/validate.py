@@ -116,6 +116,7 @@ def validate(c: Config) -> Config:
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
     require(not 0 < o.spike_factor <= 1, "optim.spike_factor", "0, or more than 1")
+    require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
     _check_parallel(c.parallel, m, require)

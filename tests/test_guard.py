@@ -1,6 +1,7 @@
 """Which updates are made, against a reference in NumPy; and that a skipped one leaves no trace in the step."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import pytest
 
 from jaxlm import guard
 from jaxlm import step as steps
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.model import make_model
 from jaxlm.placement import Placement
+from jaxlm.saving import Saver
 from jaxlm.sync import Group
 from tests.runs import CONFIG, assert_identical, flags
 
@@ -183,3 +186,18 @@ def test_whether_a_process_is_to_stop_goes_through_the_step():
     for asked in ([0, 0], [0, 1], [1, 1]):
         found = step(placement.initial(model), batch | {"stop": np.array(asked, np.float32)})[1]["stop"]
         assert (float(found) > 0) == any(asked)
+
+
+def test_a_checkpoint_of_before_keeps_its_count_of_skipped_steps(tmp_path: Path):
+    config = load(CONFIG, flags())
+    placement = Placement(config, jax.devices()[:2])
+    fresh = placement.initial(make_model(config.model, 64, config.seq_len))
+    window, count = jnp.ones(64, jnp.float32), jnp.int32(7)
+    older = guard.OldGuard(*jax.device_put((window, window, count, count), fresh.guard.known.sharding))
+    saver = Saver(tmp_path, config.checkpoint)
+    saver.save(3, fresh._replace(guard=cast(Any, older)))
+    saver.close()
+    checkpoints = Checkpoints(tmp_path)
+    found = checkpoints.restore(3, placement, fresh)
+    checkpoints.close()
+    assert_identical(jax.device_get(found.guard), jax.device_get(fresh.guard._replace(skipped=count)))

@@ -15,6 +15,7 @@ from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.data.order import TrainOrder
 from jaxlm.main import exit_code
+from jaxlm.optimizer import make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child
 
@@ -97,7 +98,7 @@ def test_after_many_in_a_row_it_goes_back_and_on_without_them(
         said = capsys.readouterr().out
     returns = recovery.read(poisoned)
     assert [(r.to, r.first, r.last) for r in returns] == [(108, *bad)]
-    assert "goes back to step 108, without batches 111 to 113" in said
+    assert "goes back to step 108, without batches 111 to 113" in said and "warms up again to 1 times" in said
     monkeypatch.undo()
     shutil.copy(poisoned / recovery.NAME, plain)
     assert run(plain, **keys) == 0
@@ -117,7 +118,7 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "diverged" in error and "went back 2 times" in error
     returns = recovery.read(tmp_path / "run")
-    assert len(returns) == 2
+    assert [r.lr for r in returns] == [1.0, 0.5]
     assert all(f"{r.first} to {r.last}" in error for r in returns)
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
@@ -134,6 +135,16 @@ def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path
     recovery.write(tmp_path / "run", [recovery.Return(0, 1, 1, "")])
     assert run(tmp_path / "run", steps=1) == 0
     assert not (tmp_path / "run" / recovery.NAME).exists()
+
+
+def test_rates_after_returns():
+    """A new warm-up after each; a later return multiplies what the earlier ones left."""
+    c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
+    schedule = make_schedule(
+        c, 1000, cuts=recovery.lr_cuts([recovery.Return(100, 101, 105, "", lr) for lr in (1, 0.5)])
+    )
+    got = [float(schedule(n)) for n in (99, 100, 109, 119, 500)]
+    np.testing.assert_allclose(got, [0.5, 0.25 / 20, 0.25 * 10 / 20, 0.25, 0.25], rtol=1e-6)
 
 
 NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,
