@@ -67,7 +67,7 @@ def build(
     _check_shared(workdir, "--workdir, as it was")
     returns = recovery.read(workdir) if workdirs.holds_checkpoints(workdir) else []
     distributed.check_same("what was done so far", {recovery.NAME: returns})
-    order = train_order(corpus, config, returns)
+    order = train_order(corpus, config, returns, workdirs.order_version(workdir))
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
     state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
@@ -76,7 +76,7 @@ def build(
         state = _counted_anew(state)
 
     def claim() -> None:
-        facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
+        facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size, "order": order.version}
         workdirs.claim(workdir, config, facts, changed, lock)
         workdirs.put_aside(workdir, damaged)
         workdirs.save_tokenizer(workdir, corpus.tokenizer)
@@ -93,9 +93,9 @@ def build(
     return parts, state, start
 
 
-def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return]) -> data.TrainOrder:
+def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return], version: int) -> data.TrainOrder:
     """The order of the data, without the batches that the run has stepped over."""
-    return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns])
+    return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns], version)
 
 
 def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.TrainState, int]:
@@ -136,7 +136,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         f" {c.optim.max_returns})"
     )
     state = _counted_anew(state)
-    saver, order = Saver(workdir, c.checkpoint, parts.reporter.say), train_order(parts.corpus, c, returns)
+    saver = Saver(workdir, c.checkpoint, parts.reporter.say)
+    order = train_order(parts.corpus, c, returns, parts.order.version)
     return parts._replace(saver=saver, order=order, returns=returns), state, to
 
 
@@ -148,11 +149,11 @@ def train_batches(parts: Parts, start: int) -> data.TrainStream:
     )  # fmt: skip
 
 
-def eval_batches(parts: Parts) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(parts: Parts) -> Iterator[data.Scored]:
     """This process's part of the validation set, in batches as large as a micro-batch of training."""
     c = parts.config
     return data.eval_batches(
-        parts.corpus.val, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.placement.local),
+        parts.corpus, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.placement.local),
         process_index=jax.process_index(), process_count=jax.process_count(), limit=c.eval.batches,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ class Share(NamedTuple):
     name: str
     weight: float  # of the training samples; all shares add up to 1
     train: Tokens
+    val: Tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,11 @@ class Corpus:
     folder: Path | None  # of the token store; None: no store
     facts: dict[str, Any]  # documents, bytes and tokens of each split, files and records skipped
     shares: tuple[Share, ...] = ()  # of a mixture, whose tokens are those of all sources, one after the other
+
+    @property
+    def parts(self) -> tuple[Share, ...]:
+        """Its sources: the shares of a mixture, else one without a name."""
+        return self.shares or (Share("", 1.0, self.train, self.val),)
 
 
 def fingerprint(vocab_size: int, *digests: Any) -> str:

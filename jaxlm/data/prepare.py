@@ -70,7 +70,7 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     for name, corpus in zip(names, corpora, strict=True):
         check_lengths(f"data.mixture: {name}", len(corpus.train), len(corpus.val), config.seq_len)
     shares = [
-        Share(name, weight / sum(weights), corpus.train)
+        Share(name, weight / sum(weights), corpus.train, corpus.val)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
