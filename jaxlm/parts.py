@@ -63,7 +63,7 @@ def build(
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
-    _check_same_corpus(workdir, corpus)
+    _check_same_corpus(workdir, corpus, changed)
     _check_shared(workdir, "--workdir, as it was")
     returns = recovery.read(workdir) if workdirs.holds_checkpoints(workdir) else []
     distributed.check_same("what was done so far", {recovery.NAME: returns})
@@ -274,18 +274,23 @@ def _check_shared(workdir: Path, what: str) -> None:
     distributed.check_same(f"{what}: a folder that all hosts see", {"config.json": seen()})
 
 
-def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
-    """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
+def _check_same_corpus(workdir: Path, corpus: data.Corpus, changed: str | None) -> None:
+    """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else.
+
+    Args:
+      changed: which keys have changed since, for the message.
+    """
     distributed.check_same("the data", {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size})
     if not workdirs.holds_checkpoints(workdir):
         return
     facts = workdirs.read_facts(workdir)
     before = facts["data_fingerprint"]
     if before != corpus.fingerprint:
+        keys = f"; {changed}" if changed else ""
         raise UserError(
             f"--workdir {workdir}: the data has changed since this run began (fingerprint {before}, now"
-            f" {corpus.fingerprint}); allowed: the same data, or another workdir (checkpoint.resume=PATH takes weights"
-            " from this one)"
+            f" {corpus.fingerprint}{keys}); allowed: the same data, or another workdir (checkpoint.resume=PATH takes"
+            " weights from this one)"
         )
     if facts["vocab_size"] != corpus.vocab_size:
         raise UserError(
