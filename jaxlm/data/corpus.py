@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.config import UserError
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.files import is_alone, named
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
@@ -45,9 +46,10 @@ def fingerprint(vocab_size: int, *digests: Any) -> str:
     return hashlib.sha256(json.dumps([vocab_size, *digests]).encode()).hexdigest()[:16]
 
 
-def check_lengths(where: str, num_train: int, num_val: int, seq_len: int) -> None:
-    """Raises UserError where the corpus is too short for one training sequence or one validation target."""
-    if num_train < seq_len + 1:
+def check_lengths(data: DataConfig, seq_len: int, num_train: int, num_val: int) -> None:
+    """Raises UserError where a source is too short for one training sequence or one validation target."""
+    where = named(data)
+    if num_train < seq_len + 1 and not is_alone(data):
         raise UserError(f"{where}: {num_train} training tokens; allowed: at least seq_len + 1 = {seq_len + 1}")
     if num_val < 2:
         raise UserError(f"{where}: {num_val} validation tokens; allowed: at least 2 (see data.val_fraction)")
