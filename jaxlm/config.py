@@ -167,6 +167,10 @@ CHANGEABLE = (
     r"|model\.(dtype|dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
 )
 
+# Keys that say where the data is: a run may go on with others where the data is the same, which its fingerprint says.
+# Of a mixture, its paths alone.
+PLACES = r"data\.(path|val_path|tokenizer_path|mixture)"
+
 BEFORE = {"model.key_offset": False}  # what a run did before there was the key, where configs/base.py does otherwise
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
@@ -244,8 +248,16 @@ def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
-    """Keys whose value differs, as {key: (old, new)}: those a run may go on with, and those it may not."""
+    """Keys whose value differs, as {key: (old, new)}: those a run may go on with (with PLACES, where the data is the
+    same), and those it may not.
+    """
     a, b = flatten(old), flatten(new)
     differ = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
-    free = {k: v for k, v in differ.items() if re.fullmatch(CHANGEABLE, k)}
+    allowed = CHANGEABLE if _kinds(old.data) != _kinds(new.data) else f"{CHANGEABLE}|{PLACES}"
+    free = {k: v for k, v in differ.items() if re.fullmatch(allowed, k)}
     return free, {k: v for k, v in differ.items() if k not in free}
+
+
+def _kinds(data: DataConfig) -> list[tuple[float, str, str]]:
+    """What a mixture says beside the paths of files."""
+    return [(weight, part.source, part.tfds_name) for weight, part in mixture(data)] if data.mixture else []

@@ -63,11 +63,11 @@ def build(
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
     workdirs.check_metrics(workdir)
-    _check_same_corpus(workdir, corpus)
+    _check_same_corpus(workdir, corpus, changed)
     _check_shared(workdir, "--workdir, as it was")
     returns = recovery.read(workdir) if workdirs.holds_checkpoints(workdir) else []
     distributed.check_same("what was done so far", {recovery.NAME: returns})
-    order = train_order(corpus, config, returns)
+    order = train_order(corpus, config, returns, workdirs.order_version(workdir))
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
     state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
@@ -76,7 +76,7 @@ def build(
         state = _counted_anew(state)
 
     def claim() -> None:
-        facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size}
+        facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size, "order": order.version}
         workdirs.claim(workdir, config, facts, changed, lock)
         workdirs.put_aside(workdir, damaged)
         workdirs.save_tokenizer(workdir, corpus.tokenizer)
@@ -93,9 +93,9 @@ def build(
     return parts, state, start
 
 
-def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return]) -> data.TrainOrder:
+def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return], version: int) -> data.TrainOrder:
     """The order of the data, without the batches that the run has stepped over."""
-    return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns])
+    return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns], version)
 
 
 def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.TrainState, int]:
@@ -138,7 +138,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         f" {c.optim.max_returns}); warms up again to {recovery.lr_scale(returns):.3g} times the learning rates"
     )
     state = _counted_anew(state)
-    saver, order = Saver(workdir, c.checkpoint, parts.reporter.say), train_order(parts.corpus, c, returns)
+    saver = Saver(workdir, c.checkpoint, parts.reporter.say)
+    order = train_order(parts.corpus, c, returns, parts.order.version)
     return parts._replace(saver=saver, order=order, returns=returns), state, to
 
 
@@ -150,11 +151,11 @@ def train_batches(parts: Parts, start: int) -> data.TrainStream:
     )  # fmt: skip
 
 
-def eval_batches(parts: Parts) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(parts: Parts) -> Iterator[data.Scored]:
     """This process's part of the validation set, in batches as large as a micro-batch of training."""
     c = parts.config
     return data.eval_batches(
-        parts.corpus.val, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.placement.local),
+        parts.corpus, c, c.batch_size // c.optim.accum_steps, num_devices=len(parts.placement.local),
         process_index=jax.process_index(), process_count=jax.process_count(), limit=c.eval.batches,
     )  # fmt: skip
 
@@ -275,18 +276,23 @@ def _check_shared(workdir: Path, what: str) -> None:
     distributed.check_same(f"{what}: a folder that all hosts see", {"config.json": seen()})
 
 
-def _check_same_corpus(workdir: Path, corpus: data.Corpus) -> None:
-    """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else."""
+def _check_same_corpus(workdir: Path, corpus: data.Corpus, changed: str | None) -> None:
+    """Raises UserError if the run in this workdir was trained on other data: its steps would mean something else.
+
+    Args:
+      changed: which keys have changed since, for the message.
+    """
     distributed.check_same("the data", {"fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size})
     if not workdirs.holds_checkpoints(workdir):
         return
     facts = workdirs.read_facts(workdir)
     before = facts["data_fingerprint"]
     if before != corpus.fingerprint:
+        keys = f"; {changed}" if changed else ""
         raise UserError(
             f"--workdir {workdir}: the data has changed since this run began (fingerprint {before}, now"
-            f" {corpus.fingerprint}); allowed: the same data, or another workdir (checkpoint.resume=PATH takes weights"
-            " from this one)"
+            f" {corpus.fingerprint}{keys}); allowed: the same data, or another workdir (checkpoint.resume=PATH takes"
+            " weights from this one)"
         )
     if facts["vocab_size"] != corpus.vocab_size:
         raise UserError(

@@ -92,7 +92,7 @@ def score(run: Run, config: Config) -> dict[str, Any]:
     mesh = Mesh(np.array(devices), (steps.AXIS,))
     params = jax.device_put(run.params, NamedSharding(mesh, PartitionSpec()))
     batches = data.eval_batches(
-        corpus.val, config, config.batch_size // config.optim.accum_steps, num_devices=len(devices),
+        corpus, config, config.batch_size // config.optim.accum_steps, num_devices=len(devices),
         process_index=0, process_count=1, limit=config.eval.batches,
     )  # fmt: skip
     eval_step = steps.pmap_eval_step(steps.make_eval_step(config, run.model), devices)

@@ -148,7 +148,7 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
         require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
     else:
         with_val_path = (*FILE_SOURCES, "tokens")
-        for key, path, sources in (("path", d.path, (*with_val_path, "tfds")), ("val_path", d.val_path, with_val_path)):
+        for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, (*with_val_path, "tfds"))):
             require(not path or d.source in sources, f"data.{key}",
                     f"none with data.source={d.source}; {', '.join(sources)} have one")  # fmt: skip
     if d.prompt_key or d.response_key:

@@ -23,6 +23,7 @@ from typing import Any
 from jaxlm import checksums
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config, UserError, changes
+from jaxlm.data.order import VERSION, VERSIONS
 
 # All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
 FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
@@ -263,6 +264,20 @@ def read_facts(workdir: Path) -> dict[str, Any]:
         if type(content.get(key)) is not kind:
             raise UserError(f"{path}: {key} is {content.get(key)!r}; allowed: what a run wrote there")
     return content
+
+
+def order_version(workdir: Path) -> int:
+    """The order of the data that a run in this folder goes on with: its own, and of a new run the newest.
+
+    Raises:
+      UserError: it is none that this jaxlm knows.
+    """
+    if not holds_checkpoints(workdir):
+        return VERSION
+    found = read_facts(workdir).get("order", 1)  # older runs do not say
+    if found not in VERSIONS:
+        raise UserError(f"{workdir / 'config.json'}: order is {found!r}; allowed: {', '.join(map(str, VERSIONS))}")
+    return found
 
 
 def _versions() -> dict[str, str | None]:

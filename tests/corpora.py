@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from configs.base import get_config
 from jaxlm.config import Config
 from jaxlm.data import Corpus, prepare
 from jaxlm.data.baselines import text_of
+from jaxlm.data.corpus import Share
 from jaxlm.data.documents import Document, Source
+from jaxlm.data.tokens import Tokens, chain
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
 
@@ -44,3 +48,12 @@ def documents(source: Source, split: str) -> list[Document]:
     """Those of a split, from unit after unit."""
     found = [document for unit in source.units() for document in unit.read()]
     return [d for d in found if isinstance(d, Document) and d.split == split]
+
+
+def corpus_of(*sets: np.ndarray) -> Corpus:
+    """Ids to train and to validate on; several are the sources of a mixture, a, b, ..."""
+    parts = [Tokens([ids]) for ids in sets]
+    shares = tuple(Share("abcdef"[i], 1 / len(parts), part, part) for i, part in enumerate(parts))
+    return Corpus(train=chain(parts), val=chain(parts), vocab_size=1 + max(int(ids.max()) for ids in sets),
+                  tokenizer=None, bytes_per_token=None, fingerprint="", folder=None, facts={},
+                  shares=shares if len(parts) > 1 else ())  # fmt: skip

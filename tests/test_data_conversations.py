@@ -88,7 +88,7 @@ def test_only_what_is_learned_is_a_target(config: Config, tmp_path: Path, packin
     answers = [text for _, texts in documents(corpus, "val") for text in texts]
     ends = 0
     targets: list[int] = []
-    for batch in eval_batches(corpus.val, config, 4, num_devices=2):
+    for _, _, batch in eval_batches(corpus, config, 4, num_devices=2):
         y = batch["targets"].ravel()
         targets += y[y >= 0].tolist()
         after = batch["inputs"].ravel()

@@ -32,8 +32,8 @@ class Counting:
     def rows(self, sample: np.ndarray) -> Rows:
         return {"inputs": np.stack([np.full(len(sample), self.number), sample], 1).astype(np.int32)}
 
-    def in_order(self, first: int, last: int) -> Rows:
-        return self.rows(np.arange(first, last))
+    def in_order(self, places: np.ndarray) -> Rows:
+        return self.rows(places)
 
 
 def mixed(weights: list[float], seed: int = 0) -> Mixed:

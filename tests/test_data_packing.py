@@ -161,7 +161,7 @@ def test_the_loss_of_a_document_is_that_of_it_alone(model_config: Config, tmp_pa
         return jnp.where(targets >= 0, nll_N.reshape(targets.shape), 0)
 
     packed, together = [], 0
-    for batch in eval_batches(corpus.val, config, 4, num_devices=1):
+    for _, _, batch in eval_batches(corpus, config, 4, num_devices=1):
         x, y, p = (batch[k][0] for k in ("inputs", "targets", "positions"))
         together = max(together, int((p[:, 1:] == 0).sum(1).max()))
         nll = np.asarray(losses(x, y, p))

@@ -13,9 +13,9 @@ from jaxlm import step as steps
 from jaxlm.cli import load
 from jaxlm.config import Config
 from jaxlm.data import eval_batches
-from jaxlm.data.tokens import Tokens
 from jaxlm.evaluate import evaluate
 from jaxlm.model import make_model
+from tests.corpora import corpus_of
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 VOCAB, T, ROWS = 23, 8, 8
@@ -41,22 +41,21 @@ def model_and_params() -> tuple[Any, Any]:
     return model, jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) for x in leaves])
 
 
-def score(
-    devices: int, tokens: np.ndarray = TOKENS, limit: int = 0, table: np.ndarray | None = BYTES, **keys: Any
-) -> Any:
+def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | None = BYTES, **keys: Any) -> Any:
     config = make_config(*(f"{k}={v}" for k, v in keys.items()))
     model, params = model_and_params()
     local = jax.devices()[:devices]
     step = steps.pmap_eval_step(steps.make_eval_step(config, model), local)
-    return evaluate(step, params, eval_batches(Tokens([tokens]), config, ROWS, num_devices=devices, limit=limit), table)
+    corpus = corpus_of(*(sets or (TOKENS,)))
+    return evaluate(step, params, eval_batches(corpus, config, ROWS, num_devices=devices, limit=limit), table)
 
 
 @cache
-def reference(num_targets: int) -> dict[str, float]:
+def reference(num_targets: int, starts: tuple[int, ...] | None = None) -> dict[str, float]:
     """In NumPy float64 from the logits, window by window; the last one is cut, not padded."""
     model, params = model_and_params()
     apply, (nll, correct, size) = jax.jit(model.apply), (0.0, 0, 0.0)
-    for start in range(0, num_targets, T):
+    for start in starts or range(0, num_targets, T):
         stop = min(start + T, num_targets)
         logits = np.asarray(apply(params, TOKENS[None, start:stop].astype(np.int32))[0], np.float64)
         targets = TOKENS[start + 1 : stop + 1]
@@ -64,12 +63,13 @@ def reference(num_targets: int) -> dict[str, float]:
         nll += float(np.sum(log_z - logits[np.arange(len(targets)), targets]))
         correct += int(np.sum(logits.argmax(-1) == targets))
         size += float(BYTES[targets].sum())
+    count = len(starts) * T if starts else num_targets
     return {
-        "eval_loss": nll / num_targets,
-        "eval_perplexity": math.exp(nll / num_targets),
+        "eval_loss": nll / count,
+        "eval_perplexity": math.exp(nll / count),
         "eval_bits_per_byte": nll / math.log(2) / size,
-        "eval_accuracy": correct / num_targets,
-        "eval_tokens": num_targets,
+        "eval_accuracy": correct / count,
+        "eval_tokens": count,
     }
 
 
@@ -84,11 +84,38 @@ def test_every_target_counts_once_on_any_number_of_devices(devices: int):
     assert scores["eval_tokens"] == len(TOKENS) - 1 and isinstance(scores["eval_tokens"], int)
 
 
-def test_limit_is_the_score_of_the_first_batches():
-    scores, want = score(2, limit=1), reference(ROWS * T)
-    assert abs(want["eval_loss"] / reference(len(TOKENS) - 1)["eval_loss"] - 1) > 100 * RTOL
+@pytest.mark.parametrize("devices", [1, 4])
+def test_limit_is_the_score_of_windows_spread_over_the_set(devices: int):
+    scores = score(devices, limit=1)
+    want = reference(len(TOKENS) - 1, tuple(i * 20 // ROWS * T for i in range(ROWS)))  # of 20 windows
+    prefix = reference(len(TOKENS) - 1, tuple(i * T for i in range(ROWS)))
+    assert abs(want["eval_loss"] / prefix["eval_loss"] - 1) > 100 * RTOL
     for key, value in want.items():
         assert scores[key] == pytest.approx(value, rel=RTOL), key
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_sources_of_a_mixture_have_losses_of_their_own(devices: int):
+    """Each is that of the source scored alone, and the whole is that of all targets."""
+    cut = ROWS * T + 3  # the first has 8 windows and a rest, the second 11 and a rest
+    sets = (TOKENS[:cut], TOKENS[cut:])
+    both, alone = score(devices, *sets), [score(devices, tokens) for tokens in sets]
+    assert [both["eval_loss/a"], both["eval_loss/b"]] == [a["eval_loss"] for a in alone]
+    counts = np.array([len(tokens) - 1 for tokens in sets])
+    assert both["eval_tokens"] == counts.sum()
+    for key in ("eval_loss", "eval_accuracy"):
+        assert both[key] == pytest.approx(np.average([a[key] for a in alone], weights=counts), rel=RTOL)
+    assert not any("/" in key for key in alone[0])
+
+
+def test_a_few_batches_of_a_mixture_estimate_the_loss_of_all_its_targets():
+    """Of 4 windows and 12: a batch of each counts with the windows that it stands for."""
+    sets = (TOKENS[: 4 * T + 1], TOKENS[6 * T : 18 * T + 1])
+    scores, alone = score(2, *sets, limit=1), [score(2, tokens, limit=1) for tokens in sets]
+    assert scores["eval_tokens"] == (4 + 8) * T
+    assert scores["eval_loss"] == pytest.approx((4 * alone[0]["eval_loss"] + 12 * alone[1]["eval_loss"]) / 16, rel=RTOL)
+    plain = (4 * alone[0]["eval_loss"] + 8 * alone[1]["eval_loss"]) / 12
+    assert abs(scores["eval_loss"] / plain - 1) > 100 * RTOL
 
 
 @pytest.mark.parametrize("num_tokens", [2, T, T + 1, T + 2, ROWS * T + 1, ROWS * T + 2])
@@ -115,5 +142,5 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     worse = params | {"head": jax.tree.map(lambda x: 1e5 * x, params["head"])}
     config = make_config()
     step = steps.pmap_eval_step(steps.make_eval_step(config, model), jax.devices()[:1])
-    scores = evaluate(step, worse, eval_batches(Tokens([TOKENS]), config, ROWS, num_devices=1), None)
+    scores = evaluate(step, worse, eval_batches(corpus_of(TOKENS), config, ROWS, num_devices=1), None)
     assert scores["eval_loss"] > 1000 and math.isfinite(scores["eval_perplexity"])

@@ -1,23 +1,48 @@
-"""Scores a checkpoint on its whole validation set; the last line of output is one JSON object."""
+"""Scores a checkpoint on its whole validation set, or on other data; the last line of output is one JSON object."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 from jaxlm import cli, runtime
-from jaxlm.config import UserError, flatten
+from jaxlm.config import Config, UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
 
 
+def load(workdir: Path, overrides: list[str]) -> Config:
+    """The run's configuration with other keys. Other data is instead of the run's: `data.val_path` is scored as a
+    whole, and nothing else is read; of `data.path` alone, what is held out.
+    """
+    config = cli.load_workdir(workdir)
+    path, val_path = (any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides) for k in ("path", "val_path"))
+    if path or val_path:
+        config.data.mixture = config.data.val_path = ""
+        config.data.path = "-"  # with data.val_path alone: any that is allowed
+    config = cli.apply_overrides(config, overrides)
+    if config.data.val_path and val_path:
+        config.data.path = ""
+    elif path:
+        print(
+            f"scores what is held out of data.path={config.data.path}; --config.data.val_path scores all of it",
+            file=sys.stderr,
+        )
+    return config
+
+
 def main() -> int:
     parser = cli.Parser(
-        description=__doc__, allow_abbrev=False, epilog="--config.data.… scores other data with the run's tokenizer."
-    )
+        description=__doc__, allow_abbrev=False,
+        epilog="--config.data.val_path=FILE scores all of a file or folder, --config.data.path=FILE what is held out of"
+        " it (data.val_fraction), with the run's tokenizer; data.source says of which kind it is.",
+    )  # fmt: skip
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     args, overrides = parser.parse_known_args()
     workdir = user_path("--workdir", args.workdir)
     trained = flatten(cli.load_workdir(workdir))
-    config = cli.load_workdir(workdir, overrides)
+    config = load(workdir, overrides)
     for key, value in flatten(config).items():
         if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
             raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.config import Config, UserError, show
-from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
+from jaxlm.data.corpus import Corpus, fingerprint
 from jaxlm.data.documents import BLOCK
 from jaxlm.data.files import HASH_LIMIT, named, train_and_val
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ def synthetic(config: Config) -> Corpus:
     vocab_size = config.data.vocab_size
     train = [_chains(vocab_size, SYNTHETIC_TRAIN, seed=[config.seed % 2**64, 0])]
     val = [_chains(vocab_size, SYNTHETIC_VAL, seed=[config.seed % 2**64, 1])]
-    return _corpus(config, "data.source=synthetic", train, val, None)
+    return _corpus(config, train, val, None)
 
 
 def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 4096) -> np.ndarray:
@@ -69,7 +69,7 @@ def raw_tokens(config: Config) -> Corpus:
             starts = _starts(train, tokenizer.bos_id)
             cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
-    return _corpus(config, named(data), train, val, tokenizer)
+    return _corpus(config, train, val, tokenizer)
 
 
 def open_array(path: Path, vocab_size: int) -> tuple[Path, np.ndarray]:
@@ -122,12 +122,9 @@ def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
                             f"allowed: 0 to data.vocab_size - 1 = {vocab_size - 1}")  # fmt: skip
 
 
-def _corpus(
-    config: Config, where: str, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None
-) -> Corpus:
+def _corpus(config: Config, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None) -> Corpus:
     vocab_size = config.data.vocab_size
     splits = [_tokens(part, tokenizer) for part in (train, val)]
-    check_lengths(where, len(splits[0]), len(splits[1]), config.seq_len)
     return Corpus(
         train=splits[0],
         val=splits[1],
@@ -136,7 +133,8 @@ def _corpus(
         bytes_per_token=tokenizer.bytes_per_token() if tokenizer else None,
         fingerprint=fingerprint(vocab_size, *(list(map(array_hash, part)) for part in (train, val))),
         folder=None,
-        facts={"source": where} | {name: {"tokens": len(s)} for name, s in zip(("train", "val"), splits, strict=True)},
+        facts={"source": named(config.data)}
+        | {name: {"tokens": len(s)} for name, s in zip(("train", "val"), splits, strict=True)},
     )
 
 

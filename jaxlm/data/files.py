@@ -36,8 +36,15 @@ def key_of(data: DataConfig) -> str:
     return {"stdlib": "data.source", "synthetic": "data.source", "tfds": "data.tfds_name"}.get(data.source, "data.path")
 
 
+def is_alone(data: DataConfig) -> bool:
+    """Whether there is nothing but `data.val_path`, to be scored: a configuration to train with has `data.path` too."""
+    return bool(data.val_path and not data.path)
+
+
 def named(data: DataConfig) -> str:
     """A source in a message."""
+    if is_alone(data):
+        return f"data.val_path={data.val_path}"
     path = {"tfds": data.tfds_name, "stdlib": "", "synthetic": ""}.get(data.source, data.path)
     if data.mixture:
         return f"data.mixture: {data.source} {path}".rstrip()
@@ -207,12 +214,12 @@ def identify(files: dict[str, Path]) -> list[list[Any]]:
 
 
 def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The files of `data.path`, less those of `data.val_path`, and the latter: none where it is empty.
+    """The files of `data.path`, less those of `data.val_path`, and the latter: none where one of them is empty.
 
     Raises:
       UserError: there are none, one has none of the suffixes, or some are there to validate on and would be trained on.
     """
-    train = list_files(key_of(data), data.path)
+    train = {} if is_alone(data) else list_files(key_of(data), data.path)
     val = list_files("data.val_path", data.val_path) if data.val_path else {}
     inside = {path.resolve() for path in val.values()}
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
@@ -223,7 +230,7 @@ def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dic
         if suffixes and path.suffix not in suffixes:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source={data.source}: "
                             + ", ".join(suffixes))  # fmt: skip
-    if not train:
+    if not train and not is_alone(data):
         raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
     if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
         _check_names(data, train)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.documents import Split
-from jaxlm.data.order import Order, Packed, Rows, TrainOrder, make_order
+from jaxlm.data.order import Packed, Rows, TrainOrder, make_order
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
@@ -105,51 +105,66 @@ class View:
             self.parts, self.num_batches = self._mixed.parts, config.steps
             self._weights = [share.weight for share in corpus.shares] or [1.0]
         else:
-            self.parts, self._weights = [make_order(corpus.val, config)], [1.0]
-            self.num_batches = -(-self.parts[0].count // config.batch_size)
+            self.parts = [make_order(share.val, config) for share in corpus.parts]
+            rows = np.array([part.count for part in self.parts])
+            self._weights = (rows / rows.sum()).tolist()
+            self._ends = np.cumsum(-(-rows // config.batch_size))  # of each source's batches
+            self.num_batches = int(self._ends[-1])
 
     def batch(self, n: int) -> Batch:
-        """That of update n + 1, or the n-th of validation, whose last one may have fewer rows."""
-        first, sources = n * self.config.batch_size, None
+        """That of update n + 1, or the n-th of validation, where the last one of each source may have fewer rows."""
+        tokenizer, size, sources = self.corpus.tokenizer, self.config.batch_size, None
         if self.order:
             rows = {name: batches[0] for name, batches in self.order.batches(n, 1).items()}
+            filled = self._filled(rows, np.full(size, self.config.seq_len))
             if self.corpus.shares:
-                sources = self._mixed.split(np.arange(first, first + self.config.batch_size))[0]
+                sources = self._mixed.split(np.arange(n * size, (n + 1) * size))[0]
         else:
-            rows = self.parts[0].in_order(first, min(first + self.config.batch_size, self.parts[0].count))
-        tokenizer = self.corpus.tokenizer
-        return Batch(rows, self._filled(first, rows), sources, tokenizer and tokenizer.bos_id)
+            k = int(np.searchsorted(self._ends, n, "right"))
+            part, first = self.parts[k], (n - int(self._ends[k - 1] if k else 0)) * size
+            places = np.arange(first, min(first + size, part.count))
+            rows = part.in_order(places)
+            filled = self._filled(rows, self._targets(k) - places * self.config.seq_len)
+            if self.corpus.shares:
+                sources = np.full(len(places), k)
+        return Batch(rows, filled, sources, tokenizer and tokenizer.bos_id)
 
-    def _filled(self, first: int, rows: Rows) -> np.ndarray:
+    def _targets(self, k: int) -> int:
+        """Of a source's validation set, where documents run on."""
+        return len(self.corpus.parts[k].val) - 1
+
+    def _filled(self, rows: Rows, left: np.ndarray) -> np.ndarray:
+        """int64 [R]: the places of each row that are not padding; `left` is the number of targets from it on, where
+        documents run on.
+        """
         T = rows["inputs"].shape[1]
-        if "positions" in rows:  # what starts at a place, does not go on, and has nothing to learn, is padding
-            stops = np.pad(rows["positions"][:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
-            padding = (rows["positions"] == 0) & stops & (rows["targets"] < 0)
-            return T - padding.sum(1)
-        if self.order:
-            return np.full(len(rows["inputs"]), T)
-        return np.minimum(len(self.corpus.val) - 1 - (first + np.arange(len(rows["inputs"]))) * T, T)
+        if "positions" not in rows:
+            return np.minimum(left, T)
+        # What starts at a place, does not go on, and has nothing to learn, is padding.
+        stops = np.pad(rows["positions"][:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+        return T - ((rows["positions"] == 0) & stops & (rows["targets"] < 0)).sum(1)
 
     def padding(self) -> tuple[float, np.ndarray]:
         """The share of padding in all places of the split, and the share of its rows (float64 [7]) that have none of
-        it, and those up to each further one of PADDING_EDGES; sources of a mixture count with their weights.
+        it, and those up to each further one of PADDING_EDGES. Sources of a mixture count with their weights, in
+        validation with their rows.
         """
         total, rows = 0.0, np.zeros(len(PADDING_EDGES))
-        for part, weight in zip(self.parts, self._weights, strict=True):
-            empty = self._padding(part)
+        for k, weight in enumerate(self._weights):
+            empty = self._padding(k)
             total += weight * float(empty.mean())
             bins = np.searchsorted(PADDING_EDGES, empty)
             rows += weight * np.bincount(bins, minlength=len(PADDING_EDGES)) / len(empty)
         return total, rows
 
-    def _padding(self, part: Order) -> np.ndarray:
-        """float64 [rows]: the share of each that is padding; of rows without any, one stands for all."""
-        T = self.config.seq_len
+    def _padding(self, k: int) -> np.ndarray:
+        """float64 [rows]: the padding's share of each row of a source; of rows without any, one stands for all."""
+        part, T = self.parts[k], self.config.seq_len
         if isinstance(part, Packed):
             return 1 - np.add.reduceat(part.packing.lengths, part.packing.rows[:-1]) / T
         if self.order:
             return np.zeros(1)
-        return np.append(np.zeros(part.count - 1), part.count - (len(self.corpus.val) - 1) / T)
+        return np.append(np.zeros(part.count - 1), part.count - self._targets(k) / T)
 
 
 def mixture_shares(view: View, batch: Batch, n: int) -> list[dict[str, Any]]:

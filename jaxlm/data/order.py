@@ -1,10 +1,10 @@
 """Which tokens are in batch N: a pure function of the corpus, the configuration and N.
 
-The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets, so an epoch
-holds every target once, but for the fewer than T that are left over. Sample i of the run is window p(i mod W) of epoch
-i // W, where p is a keyed permutation that is computed, not stored; a run can therefore go on at any batch at once.
-Each epoch starts to cut at another token, one of those left over, and so leaves out others. Where documents are packed,
-the windows are the rows of the packing. In a mixture, each source has an order of its own.
+The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets. Sample i of
+the run is window p(i mod W) of epoch i // W, where p is a keyed permutation that is computed, not stored; a run can
+therefore go on at any batch at once. An epoch holds every target once, but for fewer than 2 T that are left over: from
+T - 1 on, so that each epoch can begin to cut at another token, and cuts other windows. Where documents are packed, the
+windows are the rows of the packing. In a mixture, each source has an order of its own.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxlm.config import Config
-from jaxlm.data.corpus import Corpus, Share
+from jaxlm.data.corpus import Corpus
 from jaxlm.data.packing import pack
 from jaxlm.data.tokens import Tokens
 
 ROUNDS = 8
 CHUNK = 2048  # samples whose places are made at once
 WEIGHT_BITS = 32  # of a mixture's weights
+# A run keeps the order that it began with. 1: fewer than T targets are left over, where there are none, the windows are
+# the same in every epoch; 2: T - 1 or more are.
+VERSION, VERSIONS = 2, (1, 2)
 
 # inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T].
 Rows = dict[str, np.ndarray]
@@ -91,14 +94,14 @@ def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.
     return found, drawn
 
 
-def num_windows(num_tokens: int, seq_len: int) -> int:
+def num_windows(num_tokens: int, seq_len: int, version: int = VERSION) -> int:
     """Training samples in an epoch."""
-    return (num_tokens - 1) // seq_len
+    return (num_tokens - 1) // seq_len if version == 1 else max(1, (num_tokens - seq_len) // seq_len)
 
 
-def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int) -> np.ndarray:
+def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int, version: int = VERSION) -> np.ndarray:
     """int64 [n]: where the window of each sample of the run (int64 [n], counted from 0) starts among the tokens."""
-    windows = num_windows(num_tokens, seq_len)
+    windows = num_windows(num_tokens, seq_len, version)
     spare = num_tokens - 1 - windows * seq_len
     places, drawn = shuffled(sample, windows, seed)
     return places * seq_len + (drawn % np.uint64(spare + 1)).astype(np.int64)
@@ -114,20 +117,22 @@ class Order(Protocol):
         """Those of the samples of a run (int64 [R], counted from 0)."""
         ...
 
-    def in_order(self, first: int, last: int) -> Rows:
-        """Rows first ... last - 1 of an epoch that holds every target once; beyond its end nothing is learned."""
+    def in_order(self, places: np.ndarray) -> Rows:
+        """Those at some places (int64 [R], rising) of an epoch that holds every target once; beyond its end nothing is
+        learned.
+        """
         ...
 
 
 class Windows:
     """Documents run on, one after the other."""
 
-    def __init__(self, tokens: Tokens, T: int, seed: int):
-        self.tokens, self.T, self.seed = tokens, T, seed
-        self.per_epoch, self.count = num_windows(len(tokens), T), -(-(len(tokens) - 1) // T)
+    def __init__(self, tokens: Tokens, T: int, seed: int, version: int = VERSION):
+        self.tokens, self.T, self.seed, self.version = tokens, T, seed, version
+        self.per_epoch, self.count = num_windows(len(tokens), T, version), -(-(len(tokens) - 1) // T)
 
     def rows(self, sample: np.ndarray) -> Rows:
-        return self._at(window_starts(sample, len(self.tokens), self.T, self.seed))
+        return self._at(window_starts(sample, len(self.tokens), self.T, self.seed, self.version))
 
     def _at(self, starts: np.ndarray) -> Rows:
         if self.tokens.masks is None:  # one read for both
@@ -135,16 +140,17 @@ class Windows:
             return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}
         return {"inputs": self.tokens.windows(starts, self.T), "targets": self.tokens.targets(starts + 1, self.T)}
 
-    def in_order(self, first: int, last: int) -> Rows:
-        out = _empty(last - first, self.T)
-        whole = min(last, (len(self.tokens) - 1) // self.T)
-        if whole > first:
-            for name, found in self._at(np.arange(first, whole) * self.T).items():
-                out[name][: whole - first] = found
-        start, rest = whole * self.T, len(self.tokens) - 1 - whole * self.T
-        if first <= whole < last and rest > 0:  # the last row is not full
-            out["inputs"][whole - first, :rest] = self.tokens.windows(np.array([start]), rest)[0]
-            out["targets"][whole - first, :rest] = self.tokens.targets(np.array([start + 1]), rest)[0]
+    def in_order(self, places: np.ndarray) -> Rows:
+        out = _empty(len(places), self.T)
+        whole, rest = divmod(len(self.tokens) - 1, self.T)
+        full = int(np.searchsorted(places, whole))
+        if full:
+            for name, found in self._at(places[:full] * self.T).items():
+                out[name][:full] = found
+        if rest and full < len(places) and places[full] == whole:  # the last row is not full
+            start = np.array([whole * self.T])
+            out["inputs"][full, :rest] = self.tokens.windows(start, rest)[0]
+            out["targets"][full, :rest] = self.tokens.targets(start + 1, rest)[0]
         return out
 
 
@@ -158,18 +164,12 @@ class Packed:
         self._places = np.arange(T, dtype=np.int32)
 
     def rows(self, sample: np.ndarray) -> Rows:
-        return self._at(shuffled(sample, self.count, self.seed)[0])
+        return self.in_order(shuffled(sample, self.count, self.seed)[0])
 
-    def in_order(self, first: int, last: int) -> Rows:
-        out = self._at(np.arange(first, min(last, self.count)))
-        missing = last - max(first, min(last, self.count))
-        empty = _empty(missing, self.T) | {"positions": np.zeros((missing, self.T), np.int32)}
-        return {name: np.concatenate([out[name], empty[name]]) for name in out}
-
-    def _at(self, places: np.ndarray) -> Rows:
+    def in_order(self, places: np.ndarray) -> Rows:
         out = _empty(len(places), self.T) | {"positions": np.zeros((len(places), self.T), np.int32)}
         starts, lengths, rows = self.packing
-        for r, place in enumerate(places.tolist()):
+        for r, place in enumerate(places[places < self.count].tolist()):
             at = 0
             for piece in range(rows[place], rows[place + 1]):
                 start, n = int(starts[piece]), int(lengths[piece])
@@ -232,10 +232,12 @@ def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
     return (high >> 12) + ((((high & 0xFFF) << 20) + low + phase) >> WEIGHT_BITS)
 
 
-def make_order(tokens: Tokens, config: Config, number: int = 0) -> Windows | Packed:
+def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = VERSION) -> Windows | Packed:
     """`number` is that of the source in a mixture: each has an order of its own."""
     seed = config.seed + number * 2**32
-    return (Packed if config.data.packing == "document" else Windows)(tokens, config.seq_len, seed)
+    if config.data.packing == "document":
+        return Packed(tokens, config.seq_len, seed)
+    return Windows(tokens, config.seq_len, seed, version)
 
 
 class Consumed(NamedTuple):
@@ -251,13 +253,16 @@ class TrainOrder:
 
     Args:
       left_out: numbers of batches, counted from 1, that are stepped over: (first, last) of each range.
+      version: one of VERSIONS.
     """
 
-    def __init__(self, corpus: Corpus, config: Config, left_out: Sequence[tuple[int, int]] = ()):
-        shares = corpus.shares or [Share("", 1.0, corpus.train)]
+    def __init__(
+        self, corpus: Corpus, config: Config, left_out: Sequence[tuple[int, int]] = (), version: int = VERSION
+    ):
+        shares, self.version = corpus.parts, version
         self._names = [share.name for share in shares]
         self.mixed = Mixed(
-            [make_order(share.train, config, i) for i, share in enumerate(shares)],
+            [make_order(share.train, config, i, version) for i, share in enumerate(shares)],
             [share.weight for share in shares],
             config.seed,
         )

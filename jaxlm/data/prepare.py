@@ -8,7 +8,7 @@ from jaxlm.config import Config, DataConfig, UserError, mixture
 from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
 from jaxlm.data.documents import Source
-from jaxlm.data.files import key_of, named
+from jaxlm.data.files import is_alone, key_of, named
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.mixture:
         return _mixed(config, progress)
     if data.source == "synthetic":
-        return synthetic(config)
+        return _checked(synthetic(config), config)
     if data.source == "tokens":
         return _checked(_tokens(config), config)
     source = open_source(data)
@@ -40,12 +40,18 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
 def _tokens(config: Config) -> Corpus:
     """Of a token store, or of files of token ids."""
     data = config.data
-    path = None if "://" in data.path else user_path(key_of(data), data.path)
-    if not path or not (path / "manifest.json").exists():
+    if data.val_path and _is_store("data.val_path", data.val_path):
+        raise UserError(f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
+                        "which a part is held out, is data.path")  # fmt: skip
+    if is_alone(data) or not _is_store(key_of(data), data.path):
         return raw_tokens(config)
     if data.val_path:
         raise UserError(f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none")
-    return open_store(path)
+    return open_store(user_path(key_of(data), data.path))
+
+
+def _is_store(key: str, path: str) -> bool:
+    return "://" not in path and (user_path(key, path) / "manifest.json").exists()
 
 
 def _mixed(config: Config, progress: bool) -> Corpus:
@@ -67,10 +73,10 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     ]
     names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
     names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    for name, corpus in zip(names, corpora, strict=True):
-        check_lengths(f"data.mixture: {name}", len(corpus.train), len(corpus.val), config.seq_len)
+    for part, corpus in zip(parts, corpora, strict=True):
+        check_lengths(part, config.seq_len, len(corpus.train), len(corpus.val))
     shares = [
-        Share(name, weight / sum(weights), corpus.train)
+        Share(name, weight / sum(weights), corpus.train, corpus.val)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
@@ -117,9 +123,9 @@ def _path(data: DataConfig) -> str:
 
 
 def _checked(corpus: Corpus, config: Config) -> Corpus:
-    where = named(config.data)
-    check_lengths(where, len(corpus.train), len(corpus.val), config.seq_len)
+    check_lengths(config.data, config.seq_len, len(corpus.train), len(corpus.val))
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
-        raise UserError(f"data.packing is 'document', and nobody knows where documents start in {where}; allowed with "
-                        "files of token ids: packing=concat, or data.tokenizer_path, whose bos opens them")  # fmt: skip
+        raise UserError(f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
+                        " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
+                        " them")  # fmt: skip
     return corpus

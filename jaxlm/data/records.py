@@ -66,7 +66,7 @@ def open_records(data: DataConfig) -> Source:
         return [Unit(partial(_read, group, data))
                 for group in grouped(parts, lambda part: part.num_bytes, limit)]  # fmt: skip
 
-    return Source(data.path, key, units, 0, masked=bool(_conversation_keys(data)),
+    return Source(data.path or data.val_path, key, units, 0, masked=bool(_conversation_keys(data)),
                   files=real([*files.values(), *val.values()]))  # fmt: skip
 
 

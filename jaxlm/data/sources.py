@@ -117,7 +117,7 @@ class Part(NamedTuple):
 def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipped: int = 0) -> Source:
     key = {"source": data.source, "on_error": data.on_error} | key
     skips = data.on_error == "skip"
-    name = data.source if data.source == "stdlib" else data.path
+    name = data.source if data.source == "stdlib" else data.path or data.val_path
     size = _text_size(*(part.path for part in parts))
     return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped,
                   files=real(part.path for part in parts))  # fmt: skip

@@ -100,7 +100,7 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
     folder = cache_folder(data) / _short({"shape": SHAPE, "source": source.key, "tokenizer": name})
 
     def make(temporary: Path) -> None:
-        _fill(temporary, source, tokenizer, named(data), seq_len, progress)
+        _fill(temporary, source, tokenizer, data, seq_len, progress)
         if open_source(data).key != source.key:
             raise UserError(f"{named(data)}: files changed while they were read; run it again")
 
@@ -199,7 +199,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
         lock.release()
 
 
-def _fill(folder: Path, source: Source, tokenizer: Tokenizer, where: str, seq_len: int, progress: bool) -> None:
+def _fill(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, seq_len: int, progress: bool) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
     try:
@@ -218,7 +218,7 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, where: str, seq_le
             reasons.append(f"... and {skipped - len(reasons)} more")
         for reason in reasons:
             print(f"  {reason}", file=sys.stderr)
-    check_lengths(where, totals["train"]["tokens"], totals["val"]["tokens"], seq_len)
+    check_lengths(data, seq_len, totals["train"]["tokens"], totals["val"]["tokens"])
     manifest = {
         "format": FORMAT, "dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size,
         "source": source.name, "masked": source.masked, "skipped": skipped, "shards": shards,

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices: a tf.data pipeline for training, a plain generator for evaluation.
+"""Batches of training on their way to the devices, through a tf.data pipeline.
 
 What is in a batch is decided in `order`; here it is made ahead of time and shaped
 [local devices, sequences of one device, T]. TensorFlow takes seconds to import, so a thread does that while the first
@@ -8,15 +8,14 @@ batches are made as they are asked for; without TensorFlow a thread makes batche
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.config import Config, UserError
-from jaxlm.data.order import TrainOrder, make_order
+from jaxlm.data.order import TrainOrder
 from jaxlm.data.tf_import import import_tensorflow
-from jaxlm.data.tokens import Tokens
 from jaxlm.runtime import IMPORTER
 
 Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
@@ -39,7 +38,7 @@ def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, pr
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def _shard(rows: Batch, num_devices: int) -> Batch:
+def shard(rows: Batch, num_devices: int) -> Batch:
     """[..., R, T] -> [..., devices, B, T]"""
     return {k: v.reshape(*v.shape[:-2], num_devices, -1, v.shape[-1]) for k, v in rows.items()}
 
@@ -65,7 +64,7 @@ def train_stream(
     """
     rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
     return TrainStream(
-        lambda first, count: _shard(order.batches(first, count, rows), num_devices), start_step, config.steps, backend
+        lambda first, count: shard(order.batches(first, count, rows), num_devices), start_step, config.steps, backend
     )
 
 
@@ -209,37 +208,3 @@ def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch
     finally:
         closed.set()
         thread.join()
-
-
-def eval_batches(
-    tokens: Tokens,
-    config: Config,
-    rows_per_batch: int,
-    *,
-    num_devices: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    limit: int = 0,
-) -> Iterator[Batch]:
-    """The tokens in order, in rows in which every target (all but the first id) is once.
-
-    What is missing from the last row and the last batch is filled with targets of -1, which do not count, so that all
-    batches have one shape and all processes the same number of them.
-
-    Args:
-      rows_per_batch: sequences over all processes and devices.
-      limit: number of batches after which to stop; 0 = none.
-
-    Raises:
-      UserError: rows_per_batch does not divide over the devices.
-    """
-    rows = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
-    order = make_order(tokens, config)
-    count = -(-order.count // rows_per_batch)
-
-    def batches() -> Iterator[Batch]:
-        for b in range(min(count, limit) if limit else count):
-            first = b * rows_per_batch
-            yield _shard(order.in_order(first + rows.start, first + rows.stop), num_devices)
-
-    return batches()
