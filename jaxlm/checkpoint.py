@@ -89,8 +89,9 @@ class Checkpoints:
         """
         like, there = placement.saved_like(fresh), self._items(step)
         train = {"step": like.step, "opt_state": like.opt_state}
-        if any(key.startswith("guard") for key in self._shapes(step, "train")):
-            train["guard"] = like.guard
+        saved = {name.split("/")[0] for name in self._shapes(step, "train")}
+        newer = [name for name in ("guard", "loss_mean") if name in saved]  # an older jaxlm had none
+        train |= {name: getattr(like, name) for name in newer}
         wanted = {"params": like.params, "train": train}
         if like.ema is not None and "ema" in there:
             wanted["ema"] = like.ema
@@ -107,8 +108,8 @@ class Checkpoints:
         if not same and "sync" in there and jax.tree.leaves(sync):
             sync = _adapted(self._on_host(step, "sync"), sync)
         train = found["train"]
-        guard = train.get("guard", placement.everywhere(fresh).guard)  # an older jaxlm had none
-        return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync, guard))
+        state = placement.everywhere(fresh)._replace(**train, params=found["params"], ema=ema, sync=sync)
+        return placement.restored(state)
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""

@@ -18,7 +18,7 @@ from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
-from jaxlm.console import human
+from jaxlm.console import Reporter, human
 from jaxlm.evaluate import Interrupted
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
@@ -117,9 +117,12 @@ def _train(
         act(step, parts.placement.saved(state), log.sync)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
-    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
-             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
+    timed = parts.reporter.left.timed
+    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
+             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(),
+              timed("save", save))]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
+    train_step = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -127,13 +130,12 @@ def _train(
             save(0, state)
         if profiler.due(start):
             profiler(start, state)
-        parts.reporter.start()
+        parts.reporter.start(start)
         if owed:
             evaluate(start, state)
         state, step = train(
-            state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
-            stop=asked, at=watchdog.at,
+            state, train_step, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
+            on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
         save(step, state, saver.finish)
@@ -148,6 +150,21 @@ def _train(
         batches.close()
         saver.close()
     return step, scores if step == evaluated else {}
+
+
+def _compiling(train_step: Callable, reporter: Reporter) -> Callable:
+    """The step, whose first call compiles it and says so."""
+    calls = 0
+
+    def step(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            return train_step(*args)
+        with reporter.phase("compiling the step", ended="compiled"):
+            return train_step(*args)
+
+    return step
 
 
 def _due(config: Config, period: int) -> Callable[[int], bool]:
