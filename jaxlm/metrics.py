@@ -129,11 +129,16 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line that a killed run did not finish
 
 
-def validation_losses(workdir: Path) -> dict[int, float]:
-    """{step: loss} of the evaluations so far."""
+def evaluations(workdir: Path) -> dict[int, Metrics]:
+    """{step: its line in metrics.jsonl} of the evaluations so far."""
     found, path = {}, workdir / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
             m = json.loads(line)
-            found[int(m["step"])] = float(m["eval_loss"])
+            found[int(m["step"])] = m | {"eval_loss": float(m["eval_loss"])}
     return found
+
+
+def validation_losses(workdir: Path) -> dict[int, float]:
+    """{step: loss} of the evaluations so far."""
+    return {step: m["eval_loss"] for step, m in evaluations(workdir).items()}

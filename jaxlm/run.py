@@ -1,11 +1,7 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
-import dataclasses
 import json
 import os
-import shlex
-import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +9,13 @@ from typing import Any
 
 import jax
 
-from jaxlm import data, distributed, metrics, runtime
+from jaxlm import distributed, metrics, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import Reporter, human
 from jaxlm.evaluate import Interrupted
+from jaxlm.finished import close
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
@@ -76,7 +72,7 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
-    finish(parts, scores)
+    close(parts.reporter, config, workdir, parts.corpus, scores)
     return 0
 
 
@@ -84,8 +80,7 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
     """With the number of steps that fits before the deadline; a run that has begun keeps the number it was given."""
     workdirs.check(workdir, config)
     if workdirs.holds_checkpoints(workdir):
-        saved, _ = from_saved(read_saved(workdir / "config.json")["config"], str(workdir / "config.json"))
-        return dataclasses.replace(config, steps=min(config.steps, saved.steps))
+        return workdirs.with_given_steps(workdir, config)
     return fit(config, deadline)
 
 
@@ -206,31 +201,3 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
     if start:
         say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
-
-
-def finish(parts: Parts, scores: dict[str, Any]) -> None:
-    """The end: the score beside those of compressors, and what to type next."""
-    say, workdir, bits = parts.reporter.say, parts.workdir, scores["eval_bits_per_byte"]
-    whole = not parts.config.eval.batches  # else the compressors would be given other bytes than the model
-    if bits is not None and whole and parts.config.eval.baselines and jax.process_index() == 0:
-        baselines = data.compression_baselines(parts.corpus)
-        if baselines:
-            parts.reporter.comparison(baselines, bits)
-    if parts.corpus.tokenizer is not None:
-        prompt = parts.config.eval.sample_prompt.strip()
-        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
-        say(f"next: {command('generate')} --workdir {shlex.quote(str(workdir))}{argument}")
-    else:
-        say(f"next: {command('evaluate')} --workdir {shlex.quote(str(workdir))}")
-
-
-def command(tool: str) -> str:
-    """A command line that starts a tool from the folder that we are in, with the Python that we run in."""
-    path = Path(__file__).parents[1] / "tools" / f"{tool}.py"
-    python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
-    return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
-
-
-def _nearby(path: str) -> str:
-    """Relative where that is inside the folder that we are in."""
-    return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)
