@@ -89,9 +89,11 @@ class Checkpoints:
         """
         like, there = placement.saved_like(fresh), self._items(step)
         train = {"step": like.step, "opt_state": like.opt_state}
-        saved = [key.removeprefix("guard/") for key in self._shapes(step, "train") if key.startswith("guard/")]
-        if saved:
-            train["guard"] = like.guard if set(saved) == set(like.guard._fields) else guard.old(like.guard)
+        saved = self._shapes(step, "train")
+        newer = [name for name in ("guard", "loss_mean") if any(key.startswith(f"{name}/") for key in saved)]
+        train |= {name: getattr(like, name) for name in newer}  # an older jaxlm had none
+        if "guard/norms" in saved:
+            train["guard"] = guard.old(like.guard)
         wanted = {"params": like.params, "train": train}
         if like.ema is not None and "ema" in there:
             wanted["ema"] = like.ema
@@ -108,8 +110,9 @@ class Checkpoints:
         if not same and "sync" in there and jax.tree.leaves(sync):
             sync = _adapted(self._on_host(step, "sync"), sync)
         train = found["train"]
-        own = guard.upgraded(train.get("guard"), placement.everywhere(fresh).guard)
-        return placement.restored(TrainState(train["step"], found["params"], train["opt_state"], ema, sync, own))
+        state = placement.everywhere(fresh)
+        train["guard"] = guard.upgraded(train.get("guard"), state.guard)
+        return placement.restored(state._replace(**train, params=found["params"], ema=ema, sync=sync))
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""

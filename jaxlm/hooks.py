@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxlm import metrics
 from jaxlm import step as steps
-from jaxlm.evaluate import evaluate
+from jaxlm.charts import shortened, tensorboard, wandb_writer
+from jaxlm.evaluate import Interrupted, evaluate
 from jaxlm.generate import generate
+from jaxlm.loss_mean import is_logged
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
 from jaxlm.recovery import Trouble
@@ -27,10 +29,13 @@ def make_log(parts: Parts, start: int) -> metrics.Log:
     if jax.process_index() != 0:
         return metrics.Log([], parts.reporter.say)
     writers: list[metrics.Writer] = [metrics.JsonLines(parts.workdir / "metrics.jsonl", start)]
+    charts: list[metrics.Writer] = []
     if parts.config.log.tensorboard:
-        writers.append(metrics.tensorboard(parts.workdir / "tensorboard", start))
+        charts.append(tensorboard(parts.workdir / "tensorboard", parts.config, start))
     if parts.config.log.wandb:
-        writers.append(metrics.wandb_writer(parts.config, parts.workdir))
+        charts.append(wandb_writer(parts.config, parts.workdir))
+    names = [share.name for share in parts.corpus.shares]
+    writers += [shortened(chart, names) for chart in charts]
     return metrics.Log(writers, parts.reporter.say)
 
 
@@ -64,10 +69,10 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
         if high >= MAX_HIGH:
             worse = f"{high} losses in a row were much higher than before anything was learned"
             raise Trouble(done.step - high + 1, done.step, f"{worse}: {why}")
-        if done.step in (1, c.steps) or done.step % c.log.every_steps == 0:
+        if is_logged(done.step, c):
             seconds = (done.seconds - last_seconds) / (done.step - last_step)
             rate = per_step / seconds
-            m = {"step": done.step, **{k: float(done.metrics[k]) for k in ("loss", "lr", "grad_norm")}}
+            m = {"step": done.step, **{k: float(done.metrics[k]) for k in ("loss", "loss_mean", "lr", "grad_norm")}}
             m |= {"skipped": int(done.metrics["skipped"]), "spikes": found}
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds,
                   "mfu": rate * flops / (peak * len(parts.devices)) if peak else None}  # fmt: skip
@@ -99,21 +104,35 @@ def make_evaluation(
 
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
-        batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
-        scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop)
+        with parts.reporter.phase("evaluating", _num_batches(parts)) as advance:
+            batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"), advance)
+            scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop)
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
-        write({"step": step, **scores})
-        parts.reporter.evaluation({"step": step, **scores}, None if stop.now() else sample_text(parts, params))
+        if stop.now():  # its line has a sample, which takes time: both are made when the run goes on
+            raise Interrupted
+        with parts.reporter.phase("sampling"):
+            sample = sample_text(parts, params)
+        m = {"step": step, **scores} | ({} if sample is None else {"sample": sample})
+        write(m)
+        parts.reporter.evaluation(m)
         return scores
 
     return evaluation
 
 
-def _telling(batches: Iterator[Any], tell: Callable[[], None]) -> Iterator[Any]:
+def _telling(batches: Iterator[Any], before: Callable[[], None], after: Callable[[], None]) -> Iterator[Any]:
     for batch in batches:
-        tell()
+        before()
         yield batch
+        after()
+
+
+def _num_batches(parts: Parts) -> int:
+    """How many an evaluation has: exact where documents are not packed; for progress alone."""
+    c = parts.config
+    count = math.ceil((len(parts.corpus.val) - 1) / c.seq_len * c.optim.accum_steps / c.batch_size)
+    return min(count, c.eval.batches or count)
 
 
 def bad_since(parts: Parts, step: int, why: str) -> Trouble:

@@ -51,6 +51,11 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
     processes = distributed.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
+    if processes == 1:
+        from jaxlm import finished
+
+        if finished.answer(config, workdir, limited=args.max_minutes is not None):
+            return 0
     runtime.configure_jax(config, processes)
     hosts = None
     if processes > 1:

@@ -1,14 +1,10 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases; and what a device could do at most."""
+"""Where the numbers of a run go: metrics.jsonl here, charts.py for the rest; and what a device could do at most."""
 
 import errno
-import importlib
-import io
 import json
 import math
 import os
 import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import checksums
-from jaxlm.config import Config, flatten
 from jaxlm.retry import Pause, insist
 from jaxlm.workdir import write_whole
 
 Metrics = dict[str, Any]
-Writer = Callable[[Metrics], None]  # each is given {'step': N, ...}
+Writer = Callable[[Metrics], None]  # each is given {'step': N, ..., 'time': seconds since the epoch}
 
 # Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is whole words of JAX's device_kind.
 # What says more comes first.
@@ -48,6 +43,7 @@ class Log:
         self._say, self._pause, self._lock = say, Pause(), threading.Lock()
 
     def __call__(self, metrics: Metrics) -> None:
+        metrics = metrics | {"time": round(time.time(), 3)}
         with self._lock:
             for _, queue in self._queues:
                 queue.append(metrics)
@@ -106,7 +102,7 @@ class JsonLines:
 
     def __call__(self, metrics: Metrics) -> None:
         known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
-        _append(self._path, (json.dumps(known) + "\n").encode())
+        append(self._path, (json.dumps(known) + "\n").encode())
 
     def sync(self) -> None:
         if self._path.exists():
@@ -114,7 +110,7 @@ class JsonLines:
             checksums.sync(self._path.parent)
 
 
-def _append(path: Path, content: bytes) -> None:
+def append(path: Path, content: bytes) -> None:
     """Adds all of it to a file, or nothing."""
     with open(path, "ab", buffering=0) as file:
         start = file.tell()
@@ -133,57 +129,16 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line that a killed run did not finish
 
 
-def validation_losses(workdir: Path) -> dict[int, float]:
-    """{step: loss} of the evaluations so far."""
+def evaluations(workdir: Path) -> dict[int, Metrics]:
+    """{step: its line in metrics.jsonl} of the evaluations so far."""
     found, path = {}, workdir / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
             m = json.loads(line)
-            found[int(m["step"])] = float(m["eval_loss"])
+            found[int(m["step"])] = m | {"eval_loss": float(m["eval_loss"])}
     return found
 
 
-def tensorboard(folder: Path, resume_step: int) -> Writer:
-    """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
-    # Its messages and records alone: TensorBoard's own EventFileWriter imports TensorFlow. The messages' classes are
-    # made when they are imported, where no type checker sees them.
-    from tensorboard.compat.proto import event_pb2, summary_pb2
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    events: Any = event_pb2
-    summaries: Any = summary_pb2
-    Event, SessionLog, Summary = events.Event, events.SessionLog, summaries.Summary
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-
-    def add(**fields: Any) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
-        _append(path, record.getvalue())
-
-    add(file_version="brain.Event:2")
-    if resume_step:
-        add(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def write(metrics: Metrics) -> None:
-        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, (int, float))}
-        group = "eval" if "eval_loss" in metrics else "train"
-        values = [Summary.Value(tag=f"{group}/{k.removeprefix('eval_')}", simple_value=v) for k, v in numbers.items()]
-        add(step=metrics["step"], summary=Summary(value=values))
-
-    return write
-
-
-def wandb_writer(config: Config, workdir: Path) -> Writer:
-    """Weights & Biases; the id is kept in the workdir, so that a resumed run goes on in the same chart."""
-    wandb = importlib.import_module("wandb")  # optional, so no type checker sees it
-
-    id_file = workdir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "jaxlm"), name=workdir.name, id=id_file.read_text(), resume="allow",
-        dir=workdir, config=flatten(config),
-    )  # fmt: skip
-    return lambda metrics: run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+def validation_losses(workdir: Path) -> dict[int, float]:
+    """{step: loss} of the evaluations so far."""
+    return {step: m["eval_loss"] for step, m in evaluations(workdir).items()}

@@ -70,7 +70,9 @@ def build(
     order = train_order(corpus, config, returns, workdirs.order_version(workdir))
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
-    state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
+    reporter = Reporter(config, quiet=quiet or jax.process_index() != 0)
+    with reporter.phase("restoring" if workdirs.holds_checkpoints(workdir) else "making the initial state"):
+        state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
 
     if returns and start == returns[-1].to:
         state = _counted_anew(state)
@@ -84,7 +86,6 @@ def build(
     _on_first(workdir, claim)
     _check_shared(workdir, "--workdir")
 
-    reporter = Reporter(config.steps, start, quiet=quiet or jax.process_index() != 0)
     saver = Saver(workdir, config.checkpoint, reporter.say)
     for line in (changed and f"changed since the last run: {changed}", *said):
         if line:

@@ -1,11 +1,7 @@
 """A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
 
-import dataclasses
 import json
 import os
-import shlex
-import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +9,13 @@ from typing import Any
 
 import jax
 
-from jaxlm import data, distributed, metrics, recovery, runtime
+from jaxlm import distributed, metrics, recovery, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
-from jaxlm.console import human
+from jaxlm.console import Reporter, human
 from jaxlm.evaluate import Interrupted
+from jaxlm.finished import close
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
@@ -76,7 +72,7 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
-    finish(parts, scores)
+    close(parts.reporter, config, workdir, parts.corpus, scores)
     return 0
 
 
@@ -84,8 +80,7 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
     """With the number of steps that fits before the deadline; a run that has begun keeps the number it was given."""
     workdirs.check(workdir, config)
     if workdirs.holds_checkpoints(workdir):
-        saved, _ = from_saved(read_saved(workdir / "config.json")["config"], str(workdir / "config.json"))
-        return dataclasses.replace(config, steps=min(config.steps, saved.steps))
+        return workdirs.with_given_steps(workdir, config)
     return fit(config, deadline)
 
 
@@ -117,9 +112,12 @@ def _train(
         act(step, parts.placement.saved(state), log.sync)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
-    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
-             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
+    timed = parts.reporter.left.timed
+    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
+             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(),
+              timed("save", save))]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices, recovery.lr_cuts(parts.returns))
+    train_step = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -127,13 +125,12 @@ def _train(
             save(0, state)
         if profiler.due(start):
             profiler(start, state)
-        parts.reporter.start()
+        parts.reporter.start(start)
         if owed:
             evaluate(start, state)
         state, step = train(
-            state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
-            stop=asked, at=watchdog.at,
+            state, train_step, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
+            on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
         save(step, state, saver.finish)
@@ -148,6 +145,21 @@ def _train(
         batches.close()
         saver.close()
     return step, scores if step == evaluated else {}
+
+
+def _compiling(train_step: Callable, reporter: Reporter) -> Callable:
+    """The step, whose first call compiles it and says so."""
+    calls = 0
+
+    def step(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            return train_step(*args)
+        with reporter.phase("compiling the step", ended="compiled"):
+            return train_step(*args)
+
+    return step
 
 
 def _due(config: Config, period: int) -> Callable[[int], bool]:
@@ -193,31 +205,3 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
         )
     if start:
         say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
-
-
-def finish(parts: Parts, scores: dict[str, Any]) -> None:
-    """The end: the score beside those of compressors, and what to type next."""
-    say, workdir, bits = parts.reporter.say, parts.workdir, scores["eval_bits_per_byte"]
-    whole = not parts.config.eval.batches  # else the compressors would be given other bytes than the model
-    if bits is not None and whole and parts.config.eval.baselines and jax.process_index() == 0:
-        baselines = data.compression_baselines(parts.corpus)
-        if baselines:
-            parts.reporter.comparison(baselines, bits)
-    if parts.corpus.tokenizer is not None:
-        prompt = parts.config.eval.sample_prompt.strip()
-        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
-        say(f"next: {command('generate')} --workdir {shlex.quote(str(workdir))}{argument}")
-    else:
-        say(f"next: {command('evaluate')} --workdir {shlex.quote(str(workdir))}")
-
-
-def command(tool: str) -> str:
-    """A command line that starts a tool from the folder that we are in, with the Python that we run in."""
-    path = Path(__file__).parents[1] / "tools" / f"{tool}.py"
-    python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
-    return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
-
-
-def _nearby(path: str) -> str:
-    """Relative where that is inside the folder that we are in."""
-    return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

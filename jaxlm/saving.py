@@ -69,7 +69,8 @@ class Saver:
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
             # ones; from GPUs it takes a copy to the host anyway.
             state = jax.tree.map(jnp.copy, state)
-        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
+        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard,
+                 "loss_mean": state.loss_mean}  # fmt: skip
         items = {"params": state.params, "train": train}
         items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
         self._items[:] = items

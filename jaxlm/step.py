@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import guard, runtime
+from jaxlm import guard, loss_mean, runtime
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
@@ -33,12 +33,14 @@ class TrainState(NamedTuple):
     ema: Params | None  # moving average of params, where optim.ema_decay is set
     sync: Any  # of the gradient-synchronization strategy, [devices, ...]
     guard: guard.Guard  # what was usual in the last steps, and how many were skipped
+    loss_mean: loss_mean.LossMean  # of the steps since the last training line
 
 
 def state_axes(config: Config) -> TrainState:
     """Which of the state a device has its own part of: None = the same everywhere, 0 = split along the first axis."""
     opt_state = 0 if config.parallel.zero else None
-    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0, "guard": None}
+    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0, "guard": None,
+                            "loss_mean": None}  # fmt: skip
     return TrainState(**axes)
 
 
@@ -58,6 +60,7 @@ def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
         ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
         sync=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync),
         guard=guard.init(),
+        loss_mean=loss_mean.init(),
     )
 
 
@@ -110,6 +113,7 @@ def make_train_step(
         masters = sync.whole(optax.apply_updates(own, updates))
 
         metrics = {"loss": numbers.nll / targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
+        metrics["loss_mean"], kept_mean = loss_mean.push(state.loss_mean, metrics["loss"], state.step + 1, config)
         metrics |= {key: getattr(guarded, key) for key in ("skipped", "spikes", "in_row", "high")}
         if stop is not None:  # whether any process was asked to: all learn it of the same step
             metrics["stop"] = group.mean(stop)
@@ -117,7 +121,7 @@ def make_train_step(
         params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
         new, old = (params, opt_state, ema, sync_state), (state.params, state.opt_state, state.ema, state.sync)
         params, opt_state, ema, sync_state = guard.either(good, new, old)
-        return TrainState(state.step + 1, params, opt_state, ema, sync_state, guarded), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, sync_state, guarded, kept_mean), metrics
 
     return train_step
 

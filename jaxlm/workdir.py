@@ -115,6 +115,13 @@ def check(workdir: Path, config: Config) -> str | None:
     return ", ".join(new + [f"{k} {was!r} -> {now!r}" for k, (was, now) in (free | refused).items()]) or None
 
 
+def with_given_steps(workdir: Path, config: Config) -> Config:
+    """The configuration with no more steps than the run in a workdir was given."""
+    path = workdir / "config.json"
+    saved, _ = from_saved(read_saved(path)["config"], str(path))
+    return dataclasses.replace(config, steps=min(config.steps, saved.steps))
+
+
 def _check_foreign(workdir: Path) -> None:
     """Raises UserError if a folder that is no workdir holds something that a run would write over."""
     for name in (*FILES, *FOLDERS, LOCK):

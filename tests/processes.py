@@ -59,5 +59,5 @@ def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 
 def numbers(workdir: Path) -> list[dict[str, Any]]:
-    timing = {"tokens_per_second", "step_seconds", "mfu", "eval_bits_per_byte"}
+    timing = {"time", "tokens_per_second", "step_seconds", "mfu", "eval_bits_per_byte"}
     return [{k: v for k, v in m.items() if k not in timing} for m in lines(workdir)]

@@ -22,7 +22,7 @@ from jaxlm.placement import Placement
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
 STEPS, CHECKPOINT = 600, 100
-TIMES = {"tokens_per_second", "step_seconds", "mfu"}
+TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
 TINY = {
     "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "model.dropout": 0.1,
     "model.matmul_precision": "highest",  # a run of a process of its own must be the same to the bit

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.cli import load
 from tools import bench_comm
-from tools.collectives import collectives
+from tools.collectives import _group_size, collectives
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 # Sizes that no number of devices divides; without Muon, whose layers are shared too.
@@ -75,3 +75,25 @@ def test_bytes_of_each_kind():
         "all-to-all": (1, 4, 300, "s8"),
     }
     assert (found["collective-permute"].times, found["collective-permute"].sent) == (15, 1600)
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['d'=8] {'d'}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("replica_groups=mesh['a'=8], device_ids=([8]) {'a':(2)4}", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_size_of_a_group(groups: str, size: int):
+    """As jax 0.10 to 0.12 write it."""
+    assert _group_size(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {groups}, to_apply=%add") == size
+
+
+def test_an_unknown_form_of_groups_is_no_guess():
+    with pytest.raises(ValueError, match="groups are not known"):
+        _group_size("%x = f32[8]{0} all-reduce(%y), replica_groups=other(8), to_apply=%add")

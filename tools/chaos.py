@@ -36,7 +36,7 @@ from jaxlm.main import exit_code
 from jaxlm.paths import user_path
 
 CHILD = Path(__file__).with_name("chaos_child.py")
-TIMES = {"tokens_per_second", "step_seconds", "mfu"}
+TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
 FAULTS = ("kill", "term", "damage", "disk", "nan", "hang")
 LIMIT = 600.0  # seconds, after which a run that does not end is a broken promise
 

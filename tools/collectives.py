@@ -87,8 +87,15 @@ def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> C
 
 
 def _group_size(line: str) -> int:
+    """Devices of a group. XLA writes the groups as lists, as [groups, size], or as named axes of a mesh."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match[2])
-    return 2  # a permute has pairs
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'a', or 'a':(before)size, a part of it
+        return math.prod(int(size or sizes[axis]) for axis, size in axes)
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"a collective whose groups are not known: {line.strip()[:200]}")

@@ -107,7 +107,8 @@ def chain(parts: Sequence[Tokens]) -> Tokens:
 
     def starts() -> np.ndarray:
         offsets = np.cumsum([0, *map(len, parts)])
-        return np.concatenate([p.starts + offset for p, offset in zip(parts, offsets, strict=False)])
+        places = zip(parts, offsets, strict=False)
+        return np.concatenate([own + offset for part, offset in places if (own := part.starts) is not None])
 
     known = all(part._starts is not None for part in parts)
     return Tokens([shard for part in parts for shard in part.shards], masks, starts if known else None, parts[-1].end)

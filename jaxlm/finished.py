@@ -1,0 +1,85 @@
+"""The closing lines of a run, also when a finished run is asked for again. Nothing here imports jax."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxlm import checksums, data, metrics
+from jaxlm import workdir as workdirs
+from jaxlm.config import Config
+from jaxlm.console import Reporter
+
+
+def answer(config: Config, workdir: Path, limited: bool = False) -> bool:
+    """Prints the closing lines of a finished run from what it wrote; False where anything is left to do or to refuse.
+
+    Args:
+      limited: by --max_minutes, so that the run may have been given fewer steps.
+
+    Raises:
+      UserError: workdir or data do not fit the configuration, or another run is at work there.
+    """
+    if not workdirs.holds_checkpoints(workdir):
+        return False
+    if limited:
+        config = workdirs.with_given_steps(workdir, config)
+    scores = _recorded(workdir, config)
+    if scores is None:
+        return False
+    corpus = data.prepare(config)
+    facts = workdirs.read_facts(workdir)
+    known = facts["data_fingerprint"], facts["vocab_size"]
+    if known != (corpus.fingerprint, corpus.vocab_size) or not workdirs.holds_tokenizer(workdir, corpus.tokenizer):
+        return False
+    with workdirs.Lock() as lock:
+        lock.take(workdir)
+    reporter = Reporter(config)
+    reporter.say(f"finished: nothing left to train in {workdir}")
+    reporter.evaluation(scores)
+    close(reporter, config, workdir, corpus, scores)
+    return True
+
+
+def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """The scores after the last step, if the run is finished, whole, and of this very configuration."""
+    if workdirs.check(workdir, config) is not None:
+        return None
+    workdirs.check_metrics(workdir)
+    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    if newest != config.steps:
+        return None
+    try:
+        damaged = checksums.damage(workdir / "checkpoints" / str(newest))
+    except OSError:
+        return None
+    return None if damaged else metrics.evaluations(workdir).get(newest)
+
+
+def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus, scores: dict[str, Any]) -> None:
+    """The score beside those of compressors, and what to type next."""
+    bits = scores["eval_bits_per_byte"]
+    whole = not config.eval.batches  # else the compressors would be given other bytes than the model
+    if bits is not None and whole and config.eval.baselines and not reporter.console.quiet:
+        baselines = data.compression_baselines(corpus)
+        if baselines:
+            reporter.comparison(baselines, bits)
+    tool, argument = "evaluate", ""
+    if corpus.tokenizer is not None:
+        tool, prompt = "generate", config.eval.sample_prompt.strip()
+        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
+    reporter.say(f"next: {command(tool)} --workdir {shlex.quote(str(workdir))}{argument}", clock=False)
+
+
+def command(tool: str) -> str:
+    """A command line that starts a tool from the folder that we are in, with the Python that we run in."""
+    path = Path(__file__).parents[1] / "tools" / f"{tool}.py"
+    python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
+    return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
+
+
+def _nearby(path: str) -> str:
+    """Relative where that is inside the folder that we are in."""
+    return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

@@ -1,0 +1,42 @@
+"""The mean loss of the steps since the last training line of metrics.jsonl.
+
+The mean is part of the train state: a run that stopped between two lines writes the same next line as one that never
+stopped.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import Config
+
+
+class LossMean(NamedTuple):
+    """The same on all devices."""
+
+    value: jax.Array  # float32, nats
+    count: jax.Array  # int32, steps in it
+
+
+def init() -> LossMean:
+    return LossMean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def is_logged(step: Any, config: Config) -> Any:
+    """Whether a training line is written after this step: the first, every Nth and the last."""
+    return (step == 1) | (step == config.steps) | (step % config.log.every_steps == 0)
+
+
+def push(mean: LossMean, loss: jax.Array, step: jax.Array, config: Config) -> tuple[jax.Array, LossMean]:
+    """The mean with the loss of one more step (NaN where no loss was finite), and the mean to go on with.
+
+    Args:
+      step: updates done, this one included.
+    """
+    finite = jnp.isfinite(loss)
+    count = mean.count + finite
+    value = jnp.where(finite, mean.value + (loss - mean.value) / jnp.maximum(count, 1), mean.value)
+    new = LossMean(value, count)
+    kept = jax.tree.map(lambda fresh, x: jnp.where(is_logged(step, config), fresh, x), init(), new)
+    return jnp.where(count > 0, value, jnp.nan), kept
