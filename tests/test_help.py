@@ -34,7 +34,7 @@ def test_help_lists_every_key(width: int, monkeypatch: pytest.MonkeyPatch, capsy
         if not isinstance(value, (bool, str)):
             assert line.split()[0] == str(value)
     assert "  data.chat_template=$'<|{role}|>\\n{content}\\n'\n" in shown
-    assert re.search(r"model\.activation=relu2\s.*\(gelu,\srelu,\sswiglu,\sgeglu,\srelu2\)", shown, flags=re.S)
+    assert re.search(r"model\.activation=relu2\s.*\(gelu,\s+relu,\s+swiglu,\s+geglu,\s+relu2\)", shown, flags=re.S)
 
 
 def test_help_into_a_pipe_that_closes(tmp_path: Path):
