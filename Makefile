@@ -62,6 +62,15 @@ $(TEST_STAMP): locks/test.txt locks/build.txt pyproject.toml $(BIN)/python $(if 
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+# An environment of another Python than the one asked for is not replaced behind one's back.
+ifeq ($(origin PYTHON),command line)
+.PHONY: same_python
+same_python:
+	@test ! -x $(BIN)/python || test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || \
+		{ echo "make: $(VENV) has $$($(BIN)/python -V) and PYTHON=$(PYTHON) is $$($(PYTHON) -V); make clean first, or leave PYTHON out" >&2; exit 2; }
+$(RUN_STAMP) $(TEST_STAMP): | same_python
+endif
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: jaxlm needs Python 3.11, 3.12 or 3.13, and none was found; name one with PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "make: jaxlm needs Python 3.11, 3.12 or 3.13; $(PYTHON) is %d.%d" % v)'

@@ -1,9 +1,9 @@
 """Reading checkpoints: which there are, whether they are whole, and a state out of one. saving.py writes them.
 
-A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state and guard), and
-`sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number of devices,
-but for those rows. The place in the data needs no saving: batch N is a function of the configuration and N. Each item
-has the hashes of its files, which are compared before anything is restored (checksums.py).
+A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state, guard and mean
+loss), and `sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number
+of devices, but for those rows. The place in the data needs no saving: batch N is a function of the configuration and N.
+Each item has the hashes of its files, which are compared before anything is restored (checksums.py).
 """
 
 import logging as std_logging

@@ -5,11 +5,13 @@ Nothing here imports jax.
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import json
+import os
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -17,22 +19,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlm.config import BEFORE, Config, UserError, describe, flatten, key_types, sections
+from jaxlm.hints import unknown_key, unknown_option
 from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
-
-
-def _unknown_key(key: str, where: str) -> UserError:
-    names = [f.name for f in sections()]
-    if key in names:
-        inside = ", ".join(k for k in key_types() if k.startswith(key + "."))
-        return UserError(f"{where}: '{key}' is a section; its keys: {inside}")
-    known = [*key_types(), *names]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong section
-        near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    hint = f"; did you mean '{near[0]}'?" if near else f"; sections: {', '.join(names)}"
-    return UserError(f"{where}: unknown key '{key}'{hint}")
 
 
 def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
@@ -47,7 +37,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
         if not isinstance(sub, dict):
             raise UserError(f"{where}: '{prefix.rstrip('.')}' is {sub!r}; allowed: an object of keys")
         if extra := sorted(set(sub) - set(names)):
-            raise _unknown_key(prefix + extra[0], where)
+            raise unknown_key(prefix + extra[0], where)
         if missing := sorted(set(names) - set(sub)):
             raise UserError(f"{where}: key '{prefix}{missing[0]}' is missing")
         return cls(
@@ -115,7 +105,7 @@ def _load_file(path: Path) -> Config:
         typo = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'.*", str(error))
         if isinstance(error, AttributeError) and typo:
             prefixes = {f.type.__name__: f"{f.name}." for f in sections()}
-            raise _unknown_key(prefixes.get(typo[1], "") + typo[2], f"--config {path}") from error
+            raise unknown_key(prefixes.get(typo[1], "") + typo[2], f"--config {path}") from error
         raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
     finally:
         for root in roots:
@@ -146,9 +136,9 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             continue  # the value of `--config.key value`; a stray one is reported below
         key = argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
         if not re.match(r"--(no)?config\.", argument):
-            raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
+            raise unknown_option(argument.split("=")[0])
         if key not in types:
-            raise _unknown_key(key, "command line")
+            raise unknown_key(key, "command line")
         if argument.startswith("--no") and "=" in argument:
             raise UserError(f"{argument}: takes no value; allowed: --noconfig.{key} or --config.{key}=VALUE")
     for kind in {k for k in types.values() if get_origin(k) is Literal}:
@@ -186,7 +176,26 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2."""
+    """argparse whose errors are one line and exit code 2.
+
+    Args:
+      more: gives the rest of the help, from the width of the terminal.
+    """
+
+    def __init__(self, *args: Any, more: Callable[[int], str] | None = None, **keys: Any):
+        super().__init__(*args, **keys)
+        self._more = more
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return f"{text}\n{self._more(shutil.get_terminal_size().columns - 2)}" if self._more else text
+
+    def print_help(self, file: Any = None) -> None:
+        try:
+            super().print_help(file)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`: nothing is left for the interpreter to write at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The configuration: what each key means.
+"""The configuration: what each key means. `--help` shows the comments beside the keys.
 
 Types and meanings are declared here; the default values are in `configs/base.py`, `validate.py` says whether a whole of
 them makes sense, and `cli.py` reads files and command lines. Nothing here imports jax or the rest of jaxlm, so a wrong
@@ -24,14 +24,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig:
     """A pre-norm Transformer decoder."""
 
-    num_layers: int
+    num_layers: int  # Transformer blocks
     d_model: int  # width of the residual stream
     num_heads: int  # query heads; must divide d_model
     num_kv_heads: int  # key/value heads; must divide num_heads; 0 = num_heads
     d_ff: int  # hidden width of the MLP; 0 = 4 * d_model
     activation: Literal["gelu", "relu", "swiglu", "geglu", "relu2"]  # relu2 = squared ReLU
-    norm: Literal["layernorm", "rmsnorm"]
-    position: Literal["rope", "learned", "sinusoidal"]
+    norm: Literal["layernorm", "rmsnorm"]  # before attention and MLP, and before the output layer
+    position: Literal["rope", "learned", "sinusoidal"]  # how positions are encoded; rope goes beyond seq_len
     rope_theta: float  # base of RoPE's wavelengths
     use_bias: bool  # biases in linear layers and layernorms
     tie_embeddings: bool  # output layer = transposed token embedding
@@ -45,7 +45,7 @@ class ModelConfig:
     # Of float32 matrices: `highest` is float32; `default` is JAX's, float32 on CPU, TF32 on GPUs; `fastest` also rounds
     # operands to bfloat16 on CPUs with Intel's AMX, in a part of XLA that is experimental (docs/performance.md).
     matmul_precision: Literal["default", "highest", "fastest"]
-    attention: Literal["auto", "xla", "cudnn"]
+    attention: Literal["auto", "xla", "cudnn"]  # implementation; auto = cudnn where it can, else xla
     remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
     scan_unroll: int  # layers per iteration of the scan over layers; 0 = all
 
@@ -59,11 +59,11 @@ class LossConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]  # muon = for hidden matrices, with AdamW for the rest
     lr: float  # peak learning rate; with muon that of the hidden matrices
     adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, norms and biases
     embed_lr: float  # with muon: the same for tables that are not the output layer too; 0 = adam_lr
-    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]  # of the learning rate after warmup_steps
     warmup_steps: int  # linear from 0 to the peak
     decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
     min_lr_ratio: float  # final learning rate / peak
@@ -78,13 +78,13 @@ class OptimConfig:
     spike_factor: float  # a spike is a gradient norm above this many times the recent root mean square; 0 = no limit
     on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or leave its batch out
     max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
-    max_returns: int  # returns to earlier checkpoints, after which the run ends with exit code 3
+    max_returns: int  # returns to earlier checkpoints, after which training ends: exit code 3
     return_lr: float  # factor on all learning rates from a return on that follows one in vain; 1 = leave them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
-    source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]
+    source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]  # kind of data
     path: str  # text, jsonl, parquet: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
     val_path: str  # held-out data of files and `tokens`; "" = a part of `path`
     mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
@@ -93,24 +93,24 @@ class DataConfig:
     response_key: str  # jsonl, parquet: a text that is learned; instead of text_key
     messages_key: str  # jsonl, parquet: a list of {role, content}, the assistant's learned; instead of text_key
     chat_template: str  # how a message is written, with {role} and {content}; "" with prompts = texts as they are
-    on_error: Literal["stop", "skip"]  # text, jsonl, parquet: at a file or record that is no good; skipped are counted
+    on_error: Literal["stop", "skip"]  # text, jsonl, parquet: what to do at a bad file or record; skipped are counted
     tfds_name: str  # tfds: builder, `name[/config][:version]`
-    split: str  # tfds
-    val_split: str  # tfds; "" = a part of `split`
-    val_fraction: float  # held out where no validation data is named
-    tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]
+    split: str  # tfds: the split to train on
+    val_split: str  # tfds: the held-out split; "" = a part of `split`
+    val_fraction: float  # share that is held out where no validation data is named
+    tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]  # hf = the tokenizer.json of a pretrained model
     tokenizer_path: str  # a sentencepiece .model, a run's tokenizer folder, hf: tokenizer.json; "" = made of the corpus
     sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
     vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
-    cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
+    cache_dir: str  # folder of token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
     packing: Literal["concat", "document"]  # documents run on, or: whole ones side by side, each seeing itself alone
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    devices: int  # per host; 0 = all; on CPU one per core, as many as the batch divides over
+    devices: int  # of each host that are used; 0 = all; on CPU one per core, as many as the batch divides over
     reduce: Literal["pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd"]  # how gradients are averaged
-    overlap: bool  # layer by layer while the backward pass still runs, instead of at its end
+    overlap: bool  # gradients are averaged layer by layer while the backward pass still runs, instead of at its end
     bucket_mb: float  # the most that is reduced at once, MiB of float32 gradients; 0 = all (with overlap, of a layer)
     zero: int  # 1 = each device keeps and updates 1/N of the optimizer's state (ZeRO-1); 0 = all of it
     topk_density: float  # topk: the share of the gradient's numbers that a device sends
@@ -119,7 +119,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    every_steps: int  # 0 = only at the end
+    every_steps: int  # steps from one checkpoint to the next; 0 = only at the end
     keep: int  # newest checkpoints kept
     keep_best: int  # besides those, the best by validation loss
     resume: str  # auto | never | a workdir to take weights from
@@ -127,26 +127,26 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    every_steps: int  # 0 = only at the end
-    batches: int  # 0 = the whole validation set
+    every_steps: int  # steps from one evaluation to the next; 0 = only at the end
+    batches: int  # of validation data in an evaluation; 0 = all of it
     sample_tokens: int  # length of the sample shown after an evaluation; 0 = none
-    sample_prompt: str  # what it starts from
+    sample_prompt: str  # what the sample starts from
     baselines: bool  # print what gzip, xz and a unigram model reach on the same held-out bytes
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LogConfig:
-    every_steps: int
-    tensorboard: bool
+    every_steps: int  # steps from one line of metrics.jsonl to the next
+    tensorboard: bool  # event files in WORKDIR/tensorboard
     wandb: bool  # Weights & Biases; project and key come from its own environment variables
     profile_steps: int  # steps traced with jax.profiler into WORKDIR/profile; 0 = off
     hang_seconds: float  # without the end of a step, after which it is said where each host is; 0 = never
-    hang_abort: bool  # and the run ends then, with exit code 5, for a launcher to start it again
+    hang_abort: bool  # whether the run ends then, with exit code 5, for a launcher to start it again
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
-    seed: int
+    seed: int  # of initial weights, data order, dropout and samples
     deterministic: bool  # bit-identical reductions on GPU, at some cost in speed
     steps: int  # optimizer steps of the whole run
     batch_size: int  # sequences per optimizer step over ALL devices and hosts, accumulation included

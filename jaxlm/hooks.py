@@ -17,8 +17,10 @@ from jaxlm.generate import generate
 from jaxlm.loss_mean import is_logged
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
+from jaxlm.phases import counted
 from jaxlm.recovery import Trouble
 from jaxlm.stop import NEVER, Stop
+from jaxlm.time_left import num_eval_batches
 from jaxlm.train import Done
 
 MAX_HIGH = 100  # such losses in a row; a run that recovers from a spike has fewer
@@ -104,9 +106,9 @@ def make_evaluation(
 
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
-        with parts.reporter.phase("evaluating", _num_batches(parts)) as advance:
-            batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"), advance)
-            scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop)
+        batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
+        with parts.reporter.phase("evaluating", num_eval_batches(parts.config, len(parts.corpus.val))) as advance:
+            scores = evaluate(eval_step, params, counted(batches, advance), parts.corpus.bytes_per_token, stop)
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         if stop.now():  # its line has a sample, which takes time: both are made when the run goes on
@@ -121,18 +123,10 @@ def make_evaluation(
     return evaluation
 
 
-def _telling(batches: Iterator[Any], before: Callable[[], None], after: Callable[[], None]) -> Iterator[Any]:
+def _telling(batches: Iterator[Any], tell: Callable[[], None]) -> Iterator[Any]:
     for batch in batches:
-        before()
+        tell()
         yield batch
-        after()
-
-
-def _num_batches(parts: Parts) -> int:
-    """How many an evaluation has: exact where documents are not packed; for progress alone."""
-    c = parts.config
-    count = math.ceil((len(parts.corpus.val) - 1) / c.seq_len * c.optim.accum_steps / c.batch_size)
-    return min(count, c.eval.batches or count)
 
 
 def bad_since(parts: Parts, step: int, why: str) -> Trouble:

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong,
 unusable, 5 another host is gone, 75 stopped by a signal after saving, 130 a tool stopped by Ctrl-C.
 """
 
-import argparse
 import errno
 import os
 import sys
@@ -18,11 +17,11 @@ from jaxlm.paths import user_path
 from jaxlm.stop import EXIT_CODE, Stopped, StopSignal
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parser() -> cli.Parser:
     parser = cli.Parser(
         prog="jaxlm", allow_abbrev=False,
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
-        epilog="Any key can be set: --config.optim.lr=3e-4. The keys are in configs/base.py.",
+        epilog="Any key can be set: --config.optim.lr=3e-4.", more=_keys,
     )  # fmt: skip
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py, or a run's config.json"
@@ -36,12 +35,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")
     parser.add_argument("--process_id", type=int, metavar="I", help="many hosts, by hand: which one this is, from 0")
-    return parser.parse_known_args(argv)
+    return parser
+
+
+def _keys(width: int) -> str:
+    from jaxlm import keys
+
+    return keys.listing(flatten(cli.load(cli.BASE)) if cli.BASE.is_file() else {}, width)
 
 
 def run(argv: list[str]) -> int:
     began, stop = time.monotonic(), StopSignal()
-    args, overrides = _parse(argv)
+    args, overrides = parser().parse_known_args(argv)
     file = user_path("--config", args.config)
     if args.workdir is None and file.suffix == ".json":
         raise UserError(f"--workdir is not given; allowed with --config {file}, which is that of a run: a folder")

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -76,3 +77,10 @@ class Phases:
         seconds = time.monotonic() - began
         if not self.console.is_terminal and (ended or seconds > LONG):
             self.say(f"{ended or what + ': done'} in {seconds:.1f} s")
+
+
+def counted(items: Iterable[Any], advance: Callable[[], None]) -> Iterator[Any]:
+    """The items; each is counted when the next one is asked for."""
+    for item in items:
+        yield item
+        advance()

@@ -17,7 +17,9 @@ from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.model import Model, Params, make_model
+from jaxlm.phases import Phases, counted
 from jaxlm.recovery import Diverged
+from jaxlm.time_left import num_eval_batches
 
 
 class Run(NamedTuple):
@@ -59,7 +61,8 @@ def open_run(workdir: Path, step: int | None) -> Run:
         raise CheckpointError(reason)
     if step is None:
         raise CheckpointError(f"{workdir}: none of its checkpoints is whole")
-    params = checkpoints.restore_params(step)
+    with Phases(stderr=True).phase("restoring"):
+        params = checkpoints.restore_params(step)
     checkpoints.close()
     model = make_model(config.model, vocab_size, config.seq_len)
     want, found = shapes(jax.eval_shape(model.init, jax.random.key(0))), shapes(params)
@@ -96,7 +99,8 @@ def score(run: Run, config: Config) -> dict[str, Any]:
         process_index=0, process_count=1, limit=config.eval.batches,
     )  # fmt: skip
     eval_step = steps.pmap_eval_step(steps.make_eval_step(config, run.model), devices)
-    scores = evaluate(eval_step, params, batches, corpus.bytes_per_token)
+    with Phases(stderr=True).phase("evaluating", num_eval_batches(config, len(corpus.val))) as advance:
+        scores = evaluate(eval_step, params, counted(batches, advance), corpus.bytes_per_token)
     if not math.isfinite(scores["eval_loss"]):
         raise Diverged(f"the validation loss of step {run.step} in {run.folder} is {scores['eval_loss']}")
     return scores

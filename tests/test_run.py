@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -45,7 +46,9 @@ def test_metrics(whole: Path):
     assert len(train) + len(scores) == len(lines(whole))
     keys = {
         "step",
+        "time",
         "loss",
+        "loss_mean",
         "lr",
         "grad_norm",
         "skipped",
@@ -61,7 +64,8 @@ def test_metrics(whole: Path):
     assert [m["step"] for m in train] == [1, *range(10, STEPS + 1, 10)]
     assert all(m["tokens"] == m["step"] * 8 * 16 for m in train)
     assert all(m["tokens_per_second"] == pytest.approx(128 / m["step_seconds"]) and m["mfu"] is None for m in train)
-    keys = {"step", "eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "eval_tokens"}
+    assert sorted(m["time"] for m in train) == [m["time"] for m in train] and abs(time.time() - train[0]["time"]) < 7200
+    keys = {"step", "time", "eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy", "eval_tokens"}
     assert all(m.keys() == keys for m in scores)
     assert [m["step"] for m in scores] == [150, 300, 450, 600]
     assert [m["step"] for m in lines(whole)] == sorted(m["step"] for m in lines(whole))
@@ -155,10 +159,10 @@ def test_evaluate_gives_the_score_of_the_run(
 ):
     assert tool("evaluate", monkeypatch, "--workdir", whole) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found == lines(whole)[-1]
+    assert found == numbers(whole)[-1]
     assert tool("evaluate", monkeypatch, "--workdir", whole, "--step", 300, "--config.parallel.devices=4") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    want = next(m for m in lines(whole) if m["step"] == 300 and "eval_loss" in m)
+    want = next(m for m in numbers(whole) if m["step"] == 300 and "eval_loss" in m)
     assert found.pop("eval_bits_per_byte") is want.pop("eval_bits_per_byte") is None
     assert found == pytest.approx(want, rel=1e-5)
 

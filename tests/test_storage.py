@@ -114,7 +114,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path):
         )
         assert process.stdout
         for line in process.stdout:
-            if line.startswith("step"):
+            if " · loss " in line:
                 break
         with ballast.open("wb", buffering=0) as file:
             while (free := os.statvfs(ballast).f_bavail * os.statvfs(ballast).f_frsize) > 20_000:
