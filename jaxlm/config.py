@@ -39,6 +39,7 @@ class ModelConfig:
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
     key_offset: bool  # half of each key's channels are those of the token before
+    vocab_multiple: int  # the tables of tokens have rows for a multiple of it; those that no token has are never used
     residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
