@@ -84,8 +84,8 @@ class OptimConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
     source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]
-    path: str  # text, jsonl, parquet: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
-    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`
+    path: str  # file, folder or glob; tokens: prepared store, nanoGPT's folder, .bin, .npy; tfds: its data_dir
+    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`, or nanoGPT's val.bin
     mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
     text_key: str  # jsonl, parquet, tfds: where a record has its text; in jsonl and parquet dots lead into objects
     prompt_key: str  # jsonl, parquet: with response_key, a text that is read and not learned; "" = none
@@ -100,7 +100,7 @@ class DataConfig:
     tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]
     tokenizer_path: str  # a sentencepiece .model, a run's tokenizer folder, hf: tokenizer.json; "" = made of the corpus
     sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
-    vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
+    vocab_size: int  # of a trained sentencepiece model, `synthetic`, and ids without a tokenizer; others have their own
     cache_dir: str  # token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
     packing: Literal["concat", "document"]  # documents run on, or: whole ones side by side, each seeing itself alone
 
@@ -127,7 +127,7 @@ class CheckpointConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
     every_steps: int  # 0 = only at the end
-    batches: int  # 0 = the whole validation set
+    batches: int  # about so many, spread evenly over the validation set and its sources; 0 = all of it
     sample_tokens: int  # length of the sample shown after an evaluation; 0 = none
     sample_prompt: str  # what it starts from
     baselines: bool  # print what gzip, xz and a unigram model reach on the same held-out bytes
