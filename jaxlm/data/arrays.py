@@ -75,8 +75,8 @@ def raw_tokens(config: Config, progress: bool = False) -> Corpus:
     if not files.val:
         whole = Tokens(train)
         cut = int(len(whole) * (1 - data.val_fraction))
-        if tokenizer:  # at the end of a document
-            starts = _starts(train, tokenizer.bos_id)
+        starts = _starts(train, tokenizer.bos_id) if tokenizer else np.empty(0)
+        if len(starts) > 1:  # at the end of a document
             cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
     return _corpus(config, vocab_size, train, val, tokenizer)

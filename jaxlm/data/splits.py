@@ -46,7 +46,7 @@ def find_files(data: DataConfig) -> Files:
         train, val = {TRAIN: train[TRAIN]}, {VAL: train[VAL]}
     if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
         _check_names(data, train)
-    notes = [_left_out(f"{key_of(data)}={data.path}", left_out), _left_out(f"data.val_path={data.val_path}", others),
+    notes = [_left_out(named(data), left_out), _left_out(f"data.val_path={data.val_path}", others),
              _meant(data, [*train, *val]) if data.source == "text" else ""]  # fmt: skip
     return Files(train, val, tuple(note for note in notes if note), meta)
 
