@@ -39,6 +39,7 @@ class ModelConfig:
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
     key_offset: bool  # half of each key's channels are those of the token before
+    vocab_multiple: int  # the tables of tokens have rows for a multiple of it; those that no token has are never used
     residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
@@ -85,8 +86,8 @@ class OptimConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
     source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]  # kind of data
-    path: str  # text, jsonl, parquet: file, folder or glob; tokens: prepared store, .bin or .npy; tfds: its data_dir
-    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`
+    path: str  # file, folder or glob; tokens: prepared store, nanoGPT's folder, .bin, .npy; tfds: its data_dir
+    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`, or nanoGPT's val.bin
     mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
     text_key: str  # jsonl, parquet, tfds: where a record has its text; in jsonl and parquet dots lead into objects
     prompt_key: str  # jsonl, parquet: with response_key, a text that is read and not learned; "" = none
@@ -101,7 +102,7 @@ class DataConfig:
     tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]  # hf = the tokenizer.json of a pretrained model
     tokenizer_path: str  # a sentencepiece .model, a run's tokenizer folder, hf: tokenizer.json; "" = made of the corpus
     sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
-    vocab_size: int  # of a trained sentencepiece model, of `synthetic`, and of raw `tokens`
+    vocab_size: int  # of a trained sentencepiece model, `synthetic`, and ids without a tokenizer; others have their own
     cache_dir: str  # folder of token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
     packing: Literal["concat", "document"]  # documents run on, or: whole ones side by side, each seeing itself alone
 
@@ -128,7 +129,7 @@ class CheckpointConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
     every_steps: int  # steps from one evaluation to the next; 0 = only at the end
-    batches: int  # of validation data in an evaluation; 0 = all of it
+    batches: int  # about so many, spread evenly over the validation set and its sources; 0 = all of it
     sample_tokens: int  # length of the sample shown after an evaluation; 0 = none
     sample_prompt: str  # what the sample starts from
     baselines: bool  # print what gzip, xz and a unigram model reach on the same held-out bytes

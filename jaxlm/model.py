@@ -104,7 +104,11 @@ def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
 
 
 class Decoder(nn.Module):
-    """Token and position embedding, L blocks, final norm, output layer."""
+    """Token and position embedding, L blocks, final norm, output layer.
+
+    With `vocab_multiple`, the tables of tokens have more rows than there are tokens, for the sake of their shape alone:
+    there are no logits of these.
+    """
 
     config: ModelConfig
     vocab_size: int
@@ -113,7 +117,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = self._table(self.vocab_size)
+        rows = -(-self.vocab_size // c.vocab_multiple) * c.vocab_multiple
+        self.embed = self._table(rows)
         if c.position == "learned":
             self.positions = self._table(self.max_len)
         block: Any = Block
@@ -136,7 +141,7 @@ class Decoder(nn.Module):
         )(c, self.max_len)
         self.final_norm = _norm(c)
         if not c.tie_embeddings:
-            self.head = Head(c, self.vocab_size)
+            self.head = Head(c, rows)
 
     def _table(self, rows: int) -> nn.Embed:
         """Of unit variance, so that a token's own embedding is not lost among what the layers add to it; where it also
@@ -180,6 +185,7 @@ class Decoder(nn.Module):
         """Logits `[N, V]` in float32."""
         c = self.config
         logits_NV = logits_of(x_ND, self.embed.embedding.T.astype(c.dtype)) if c.tie_embeddings else self.head(x_ND)
+        logits_NV = logits_NV[:, : self.vocab_size]
         if c.logit_softcap:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
         return logits_NV
@@ -193,12 +199,12 @@ class Head(nn.Module):
     """An output layer of its own, which starts at zero."""
 
     config: ModelConfig
-    vocab_size: int
+    rows: int
 
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
-        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.vocab_size), c.param_dtype)
+        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.rows), c.param_dtype)
         return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
 
 

@@ -83,6 +83,8 @@ def score(run: Run, config: Config) -> dict[str, Any]:
     """
     if config.data != run.config.data and run.tokenizer is not None:
         config.data.tokenizer_path = str(run.folder / "tokenizer")
+        if config.data.source == "tokens":
+            config.data.vocab_size = run.vocab_size
     corpus = data.prepare(config)
     bare = config.data.source == "tokens" and corpus.tokenizer is None  # ids that do not say what they stand for
     same = bare or workdirs.holds_tokenizer(run.folder, corpus.tokenizer)

@@ -23,7 +23,8 @@ from jaxlm.config import (
 
 POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
-    "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps", "checkpoint.keep",
+    "model.vocab_multiple", "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps",
+    "checkpoint.keep",
 )  # fmt: skip
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 MAX_INT = 2**31 - 1  # of JAX's integers

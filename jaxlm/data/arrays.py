@@ -1,6 +1,7 @@
 """Corpora that are token ids from the start: raw token files, and a synthetic stream."""
 
 import hashlib
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import numpy as np
 from jaxlm.config import Config, UserError, show
 from jaxlm.data.corpus import Corpus, fingerprint
 from jaxlm.data.documents import BLOCK
-from jaxlm.data.files import HASH_LIMIT, named, train_and_val
+from jaxlm.data.files import HASH_LIMIT, named
+from jaxlm.data.nanogpt import read_meta
+from jaxlm.data.progress import say_once
+from jaxlm.data.splits import find_files
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.data.tokens import Tokens
 
-SUFFIXES = (".bin", ".npy")
 HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
 MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # its version, and the dtype of tokens
 LOOKED_AT = 100_000  # values at the start of a file without a header, to tell how wide they are
@@ -28,7 +31,7 @@ def synthetic(config: Config) -> Corpus:
     vocab_size = config.data.vocab_size
     train = [_chains(vocab_size, SYNTHETIC_TRAIN, seed=[config.seed % 2**64, 0])]
     val = [_chains(vocab_size, SYNTHETIC_VAL, seed=[config.seed % 2**64, 1])]
-    return _corpus(config, train, val, None)
+    return _corpus(config, vocab_size, train, val, None)
 
 
 def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 4096) -> np.ndarray:
@@ -42,34 +45,41 @@ def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 409
     return np.ascontiguousarray(x.T).reshape(-1)
 
 
-def raw_tokens(config: Config) -> Corpus:
+def raw_tokens(config: Config, progress: bool = False) -> Corpus:
     """Tokens of .bin (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy (1-D integers)
     files, memory-mapped; a folder's or a glob's one after the other.
 
-    Without `data.val_path` the last `data.val_fraction` of the tokens are held out.
+    Without `data.val_path` the last `data.val_fraction` of the tokens are held out, and of nanoGPT's folder val.bin.
+    `progress` shows on stderr which files are left out.
 
     Raises:
       UserError: a file is missing or of another kind, or holds an id that is not below `data.vocab_size`.
     """
-    data = config.data
-    tokenizer = load_tokenizer(data.tokenizer_path) if data.tokenizer_path else None
-    if tokenizer and tokenizer.vocab_size != data.vocab_size:
-        raise UserError(f"data.vocab_size is {data.vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
-                        f"{tokenizer.vocab_size}")  # fmt: skip
-    train, val = (
-        [open_array(path, data.vocab_size) for path in files.values()] for files in train_and_val(data, SUFFIXES)
-    )
-    for path, array in (*train, *val):
-        _check_ids(array, path, data.vocab_size)
-    train, val = [array for _, array in train], [array for _, array in val]
-    if not data.val_path:
+    data, files = config.data, find_files(config.data)
+    notes, tokenizer, vocab_size = [*files.notes], None, data.vocab_size
+    if data.tokenizer_path:
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        if tokenizer.vocab_size != vocab_size:
+            raise UserError(f"data.vocab_size is {vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
+                            f"{tokenizer.vocab_size} (model.vocab_multiple makes its tables larger)")  # fmt: skip
+    elif meta := files.meta:
+        tokenizer = read_meta(meta)
+        vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
+        notes += [] if tokenizer else [f"{meta}: left alone, not a table of characters as nanoGPT writes it"]
+    for note in notes if progress else ():
+        say_once(note)
+    opened = [[open_array(path, vocab_size) for path in part.values()] for part in (files.train, files.val)]
+    for path, array in itertools.chain(*opened):
+        _check_ids(array, path, vocab_size)
+    train, val = ([array for _, array in part] for part in opened)
+    if not files.val:
         whole = Tokens(train)
         cut = int(len(whole) * (1 - data.val_fraction))
-        if tokenizer:  # at the end of a document
-            starts = _starts(train, tokenizer.bos_id)
+        starts = _starts(train, tokenizer.bos_id) if tokenizer else np.empty(0)
+        if len(starts) > 1:  # at the end of a document
             cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
-    return _corpus(config, train, val, tokenizer)
+    return _corpus(config, vocab_size, train, val, tokenizer)
 
 
 def open_array(path: Path, vocab_size: int) -> tuple[Path, np.ndarray]:
@@ -122,8 +132,9 @@ def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
                             f"allowed: 0 to data.vocab_size - 1 = {vocab_size - 1}")  # fmt: skip
 
 
-def _corpus(config: Config, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None) -> Corpus:
-    vocab_size = config.data.vocab_size
+def _corpus(
+    config: Config, vocab_size: int, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None
+) -> Corpus:
     splits = [_tokens(part, tokenizer) for part in (train, val)]
     return Corpus(
         train=splits[0],

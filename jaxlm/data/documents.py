@@ -44,6 +44,7 @@ class Source:
     masked: bool = False  # whether some of the text is not to be learned
     skipped: int = 0  # files that were left out already
     files: frozenset[Any] = frozenset()  # that it reads
+    notes: tuple[str, ...] = ()  # lines for people
 
 
 def held_out(name: str, val_fraction: float) -> bool:

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
 from jaxlm.config import DataConfig, UserError
@@ -51,8 +51,9 @@ def named(data: DataConfig) -> str:
     return f"{key_of(data)}={path or data.source}"
 
 
-def list_files(key: str, pattern: str) -> dict[str, Path]:
-    """{name: path} of a file, of a folder's files or of a glob's, sorted by name; empty files are left out.
+def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
+    """{name: path} of a file, of a folder's files or of a glob's, sorted by name, without empty files; and the names of
+    those of a folder that are left out: hidden ones, and those without one of the suffixes, if others have one.
 
     A name is the path relative to the folder, or to the glob's part before its first wildcard.
 
@@ -78,10 +79,25 @@ def list_files(key: str, pattern: str) -> dict[str, Path]:
         raise UserError(f"{key} is '{pattern}': no such file or folder; allowed: a file, a folder or a glob")
     if not files:
         raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
-    full = {name: path for name, path in _distinct(files).items() if path.stat().st_size}
+    kept = _of_kind(files, suffixes) if path.is_dir() else files
+    if not kept:
+        raise UserError(f"{key} is '{pattern}': nothing but hidden files; allowed: other files, or a glob")
+    full = {name: path for name, path in _distinct(kept).items() if path.stat().st_size}
     if not full:
         raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
-    return full
+    return full, sorted(files.keys() - kept.keys())
+
+
+def _of_kind(files: dict[str, Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Those that are not hidden, nor in a hidden folder, and, if some have one of the suffixes, those that do."""
+    seen = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
+    return {name: path for name, path in seen.items() if suffix_of(name) in suffixes} or seen
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file, without that of a packed one: .jsonl of x.jsonl.gz."""
+    path = PurePosixPath(name)
+    return PurePosixPath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def located(key: str, path: str) -> Path:
@@ -211,44 +227,6 @@ def identify(files: dict[str, Path]) -> list[list[Any]]:
         version = remote.fs.ukey(remote.path) if remote else content_hash(files[name]) if by_content else s.st_mtime_ns
         found.append([name, s.st_size, version])
     return found
-
-
-def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], dict[str, Path]]:
-    """The files of `data.path`, less those of `data.val_path`, and the latter: none where one of them is empty.
-
-    Raises:
-      UserError: there are none, one has none of the suffixes, or some are there to validate on and would be trained on.
-    """
-    train = {} if is_alone(data) else list_files(key_of(data), data.path)
-    val = list_files("data.val_path", data.val_path) if data.val_path else {}
-    inside = {path.resolve() for path in val.values()}
-    train = {name: path for name, path in train.items() if path.resolve() not in inside}
-    for path in (*train.values(), *val.values()):
-        if suffixes and is_remote(path):
-            raise UserError(f"{path}: not on this machine; allowed with data.source={data.source}: files that can be "
-                            "memory-mapped")  # fmt: skip
-        if suffixes and path.suffix not in suffixes:
-            raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source={data.source}: "
-                            + ", ".join(suffixes))  # fmt: skip
-    if not train and not is_alone(data):
-        raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
-    if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
-        _check_names(data, train)
-    return train, val
-
-
-TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
-
-
-def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
-    """Raises UserError where files of one path are named as those to train on and those to validate on."""
-    words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
-    train = [name for name in files if words[name] & TRAIN_WORDS]
-    val = [name for name in files if words[name] & VAL_WORDS and name not in train]
-    if train and val:
-        allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
-        raise UserError(f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
-                        f"allowed: {allowed}, or globs")  # fmt: skip
 
 
 def unit_bytes(total: int) -> int:

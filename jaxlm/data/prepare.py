@@ -9,6 +9,7 @@ from jaxlm.data.arrays import raw_tokens, synthetic
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
 from jaxlm.data.documents import Source
 from jaxlm.data.files import is_alone, key_of, named
+from jaxlm.data.progress import say_once
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import open_store, stored, stored_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -31,20 +32,27 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.source == "synthetic":
         return _checked(synthetic(config), config)
     if data.source == "tokens":
-        return _checked(_tokens(config), config)
-    source = open_source(data)
+        return _checked(_tokens(config, progress), config)
+    source = _opened(data, progress)
     tokenizer, name = stored_tokenizer(data, [source], progress)
     return _checked(stored(data, source, tokenizer, name, config.seq_len, progress), config)
 
 
-def _tokens(config: Config) -> Corpus:
+def _opened(data: DataConfig, progress: bool) -> Source:
+    source = open_source(data)
+    for note in source.notes if progress else ():
+        say_once(note)
+    return source
+
+
+def _tokens(config: Config, progress: bool) -> Corpus:
     """Of a token store, or of files of token ids."""
     data = config.data
     if data.val_path and _is_store("data.val_path", data.val_path):
         raise UserError(f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
                         "which a part is held out, is data.path")  # fmt: skip
     if is_alone(data) or not _is_store(key_of(data), data.path):
-        return raw_tokens(config)
+        return raw_tokens(config, progress)
     if data.val_path:
         raise UserError(f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none")
     return open_store(user_path(key_of(data), data.path))
@@ -56,9 +64,9 @@ def _is_store(key: str, path: str) -> bool:
 
 def _mixed(config: Config, progress: bool) -> Corpus:
     weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
-    sources = {i: open_source(part) for i, part in enumerate(parts) if part.source != "tokens"}
+    sources = {i: _opened(part, progress) for i, part in enumerate(parts) if part.source != "tokens"}
     _check_distinct(list(sources.values()))
-    ids = {i: _with_text(config, part) for i, part in enumerate(parts) if part.source == "tokens"}
+    ids = {i: _with_text(config, part, progress) for i, part in enumerate(parts) if part.source == "tokens"}
     if sources or config.data.tokenizer_path:
         tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
     else:
@@ -90,10 +98,10 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     )  # fmt: skip
 
 
-def _with_text(config: Config, part: DataConfig) -> tuple[Corpus, Tokenizer]:
+def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus, Tokenizer]:
     """The token ids of a mixture's part, and what gives them a text."""
     own = dataclasses.replace(config, data=part)
-    corpus = _checked(_tokens(own), own)
+    corpus = _checked(_tokens(own, progress), own)
     if corpus.tokenizer is None:  # whatever tokenizer the others have, nobody knows that it made these
         raise UserError(f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
                         "or a token store")  # fmt: skip

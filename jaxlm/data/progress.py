@@ -4,7 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line on stderr; a program may prepare its data several times."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Progress(NamedTuple):

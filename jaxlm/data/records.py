@@ -19,9 +19,9 @@ from jaxlm.data.files import (
     opened,
     real,
     skip,
-    train_and_val,
     unit_bytes,
 )
+from jaxlm.data.splits import find_files
 
 MAX_LINE_BYTES = 1 << 28  # of a record, which is read as a whole
 
@@ -51,7 +51,7 @@ def open_records(data: DataConfig) -> Source:
       UserError: there are no files, or, while documents are read, a file is damaged, or a record is no good and
         `data.on_error` is stop.
     """
-    files, val = train_and_val(data)
+    files, val, notes, _ = find_files(data)
     shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *_conversation_keys(data))}
     key = {
         **shapes, "train": identify(files), "val": identify(val), "val_fraction": None if val else data.val_fraction,
@@ -67,7 +67,7 @@ def open_records(data: DataConfig) -> Source:
                 for group in grouped(parts, lambda part: part.num_bytes, limit)]  # fmt: skip
 
     return Source(data.path or data.val_path, key, units, 0, masked=bool(_conversation_keys(data)),
-                  files=real([*files.values(), *val.values()]))  # fmt: skip
+                  files=real([*files.values(), *val.values()]), notes=notes)  # fmt: skip
 
 
 def _conversation_keys(data: DataConfig) -> tuple[str, ...]:

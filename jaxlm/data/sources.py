@@ -5,6 +5,7 @@ Train and validation never share a document.
 """
 
 import codecs
+import dataclasses
 import sysconfig
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +16,8 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.documents import BLOCK, Document, Skipped, Source, Split, Unit, digest, held_out
-from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, real, skip, train_and_val, unit_bytes
+from jaxlm.data.files import PACKED, grouped, identify, line_ends, opened, real, skip, unit_bytes
+from jaxlm.data.splits import find_files
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -56,11 +58,13 @@ def _stdlib(data: DataConfig) -> Source:
 
 
 def _text(data: DataConfig) -> Source:
-    files, val = train_and_val(data)
+    files, val, notes, _ = find_files(data)
     if not val:
-        return _one_file(data, *files.popitem()) if len(files) == 1 else _by_name(data, files)
+        source = _one_file(data, *files.popitem()) if len(files) == 1 else _by_name(data, files)
+        return dataclasses.replace(source, notes=notes)
     parts = [Part(n, p, "train") for n, p in files.items()] + [Part(n, p, "val") for n, p in val.items()]
-    return _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
+    source = _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
+    return dataclasses.replace(source, notes=notes)
 
 
 def _by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
