@@ -5,6 +5,7 @@ How this recipe was found: docs/recipe.md.
 """
 
 from jaxlm.config import (
+    OWN,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -52,18 +53,18 @@ def get_config() -> Config:
         loss=LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0),
         optim=OptimConfig(
             name="muon",
-            lr=0.02,  # of the hidden matrices
-            adam_lr=0.004,  # of the rest
-            embed_lr=0.1,  # of embeddings; most tokens are rare, so their rows have few updates
+            lr=OWN,  # like every OWN below, the optimizer's own value: jaxlm/own_values.py
+            adam_lr=0.004,  # muon's, of all but the hidden matrices
+            embed_lr=0.1,  # muon's, of token embeddings; most tokens are rare, so their rows have few updates
             schedule="wsd",  # flat, then linear to min_lr_ratio
             warmup_steps=20,
             decay_fraction=0.4,
             min_lr_ratio=0.0,
-            weight_decay=0.0,
-            b1=0.9,
-            b2=0.95,
+            weight_decay=OWN,
+            b1=OWN,
+            b2=OWN,
             eps=1e-8,
-            momentum=0.95,
+            momentum=OWN,
             clip_norm=1.0,
             accum_steps=1,
             ema_decay=0.0,

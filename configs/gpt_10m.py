@@ -20,6 +20,6 @@ def get_config() -> Config:
     c.model.qk_norm = False
     c.model.key_offset = False
     c.parallel.powersgd_rank = 4  # that of the comparison in docs/communication.md
-    c.optim.name = "adamw"
-    c.optim.lr = 1e-3
+    o = c.optim
+    o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 1e-3, 0.9, 0.95, 0.0
     return c

@@ -18,7 +18,7 @@ def get_config() -> Config:
     m.dtype = "bfloat16"
     m.scan_unroll = 1
     o = c.optim
-    o.name, o.lr, o.weight_decay = "adamw", 1.6e-3, 0.1
+    o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 1.6e-3, 0.9, 0.95, 0.1
     o.schedule, o.warmup_steps = "rsqrt", 1000
     c.data.source = "tfds"
     c.data.tfds_name, c.data.split, c.data.val_split = "lm1b", "train", "test"

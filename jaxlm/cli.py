@@ -18,8 +18,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import BEFORE, Config, UserError, describe, flatten, key_types, sections
+from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten, key_types, sections
 from jaxlm.hints import unknown_key, unknown_option
+from jaxlm.own_values import with_own_values
 from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
@@ -47,7 +48,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
             }
         )
 
-    return validate(build(Config, tree, ""))
+    return validate(with_own_values(build(Config, tree, "")))
 
 
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
@@ -65,7 +66,8 @@ def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]
         holder = tree.get(section[0]) if section else tree
         if isinstance(holder, dict) and name not in holder:
             gained[key] = holder[name] = BEFORE.get(key, flatten(_load_file(BASE))[key])
-    return from_dict(tree, where), gained
+    config = from_dict(tree, where)
+    return config, {key: flatten(config)[key] for key in gained}
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -143,6 +145,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             raise UserError(f"{argument}: takes no value; allowed: --noconfig.{key} or --config.{key}=VALUE")
     for kind in {k for k in types.values() if get_origin(k) is Literal}:
         config_flags.register_flag_parser_for_type(kind, flags.EnumParser([str(v) for v in get_args(kind)]))
+    config_flags.register_flag_parser_for_type(OwnFloat, _OwnFloatParser())
     values = flags.FlagValues()
     argv = ["jaxlm", *overrides]
     config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
@@ -159,7 +162,14 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    return validate(values.config)  # a copy with the overrides set
+    return validate(with_own_values(values.config))  # a copy with the overrides set
+
+
+class _OwnFloatParser(flags.FloatParser):
+    """A number, or `none` for the optimizer's own."""
+
+    def parse(self, argument: Any) -> Any:
+        return None if str(argument).lower() == "none" else super().parse(argument)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -7,7 +7,7 @@ configuration is refused in milliseconds.
 
 import dataclasses
 import re
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -18,6 +18,11 @@ class UserError(ValueError):
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+# A number of which each optimizer has its own default (own_values.py). A file says OWN, a command line `none`; what has
+# been checked, and config.json, hold the number itself.
+OwnFloat = Annotated[float, "or OWN"]
+OWN: Any = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -61,18 +66,18 @@ class LossConfig:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimConfig:
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]  # muon = for hidden matrices, with AdamW for the rest
-    lr: float  # peak learning rate; with muon that of the hidden matrices
+    lr: OwnFloat  # peak learning rate; with muon that of the hidden matrices
     adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, norms and biases
     embed_lr: float  # with muon: the same for tables that are not the output layer too; 0 = adam_lr
     schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]  # of the learning rate after warmup_steps
-    warmup_steps: int  # linear from 0 to the peak
+    warmup_steps: int  # linear from 0 to the peak; also where a run goes on at a higher rate than it had
     decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
     min_lr_ratio: float  # final learning rate / peak
-    weight_decay: float  # decoupled, times the learning rate, on matrices only; with muon, on those of the layers
-    b1: float  # first-moment decay of adamw and lion
-    b2: float  # second-moment decay of adamw and lion
+    weight_decay: OwnFloat  # decoupled, times the learning rate, on matrices only; with muon, on those of the layers
+    b1: OwnFloat  # first-moment decay of adamw and lion
+    b2: OwnFloat  # second-moment decay of adamw and lion
     eps: float  # of adamw (with muon, of its AdamW)
-    momentum: float  # of muon and sgd (Nesterov)
+    momentum: OwnFloat  # of muon and sgd (Nesterov)
     clip_norm: float  # largest global gradient norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step
     ema_decay: float  # moving average of the parameters, used to evaluate and sample; 0 = off
@@ -199,7 +204,7 @@ def key_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             types |= key_types(kind, f"{prefix}{field.name}.")
         else:
-            types[prefix + field.name] = kind
+            types[prefix + field.name] = float if kind is OwnFloat else kind
     return types
 
 

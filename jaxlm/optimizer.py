@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optax chains. Clipping is the step's: only it knows the global gradient norm.
+"""Optax chains. Clipping is the step's: only it knows the global gradient norm.
 
 Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step: devices share that work
 (sync/sharing.py). With ZeRO-1 gradients, states and parameters are a device's own parts of each: that is the same for
@@ -14,52 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import OptimConfig
+from jaxlm.schedules import UNTOUCHED, LrHistory, Schedule, make_schedule
 from jaxlm.sync.sharing import Sharing, alone
 from jaxlm.sync.zero import Zero
-
-Schedule = Callable[[Any], Any]  # updates done -> learning rate
-# (updates done, factor): after so many updates the learning rates are multiplied by a factor and warm up again.
-LrCuts = tuple[tuple[int, float], ...]
-LEAST_REWARM = 10  # updates in which they do, at least
-
-
-def make_schedule(c: OptimConfig, steps: int, peak: float | None = None, cuts: LrCuts = ()) -> Schedule:
-    """Learning rate of the update after `n` updates, n = 0 ... steps - 1.
-
-    Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Then, with p the share of the
-    remaining updates that are done, and r = min_lr_ratio, the peak is multiplied by
-
-    - constant: 1
-    - linear: 1 - (1 - r) p
-    - cosine: r + (1 - r) (1 + cos(pi p)) / 2 (Loshchilov and Hutter, SGDR)
-    - rsqrt: sqrt(max(warmup, 1) / (n + 1)), at least r (Vaswani et al.)
-    - wsd: 1, then linearly to r over the last `decay_fraction` of all steps (Hu et al., MiniCPM)
-    """
-    peak = c.lr if peak is None else peak
-    warmup = c.warmup_steps
-
-    def schedule(n: jax.Array | int) -> jax.Array:
-        n = jnp.asarray(n, jnp.float32)
-        p = jnp.clip((n - warmup) / max(steps - warmup, 1), 0, 1)
-        if c.schedule == "linear":
-            factor = 1 - (1 - c.min_lr_ratio) * p
-        elif c.schedule == "cosine":
-            factor = c.min_lr_ratio + (1 - c.min_lr_ratio) * (1 + jnp.cos(math.pi * p)) / 2
-        elif c.schedule == "rsqrt":
-            factor = jnp.maximum(jnp.sqrt(max(warmup, 1) / jnp.maximum(n + 1, max(warmup, 1))), c.min_lr_ratio)
-        elif c.schedule == "wsd":
-            decay = max(c.decay_fraction * steps, 1)
-            factor = 1 - (1 - c.min_lr_ratio) * jnp.clip((n - (steps - decay)) / decay, 0, 1)
-        else:
-            factor = jnp.ones(())
-        rise = jnp.minimum((n + 1) / max(warmup, 1), 1)
-        for after, cut in cuts:
-            again = (n - after + 1) / max(warmup, LEAST_REWARM)
-            factor *= jnp.where(n >= after, cut, 1.0)
-            rise = jnp.where(n >= after, jnp.minimum(rise, again), rise)
-        return peak * factor * rise
-
-    return schedule
 
 
 def is_matrix(params: Any) -> Any:
@@ -107,21 +64,34 @@ def _orthogonalized(sharing: Sharing) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _muon(c: OptimConfig, steps: int, sharing: Sharing, cuts: LrCuts) -> optax.GradientTransformation:
+def _muon(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
     """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
+    adam_rate, embed_rate = (make_schedule(c, steps, key, history) for key in ("adam_lr", "embed_lr"))
     muon = optax.chain(
         optax.trace(c.momentum, nesterov=True),
         _orthogonalized(sharing),
         optax.add_decayed_weights(c.weight_decay),
-        optax.scale_by_learning_rate(make_schedule(c, steps, cuts=cuts)),
+        optax.scale_by_learning_rate(make_schedule(c, steps, "lr", history)),
     )
 
-    def adamw(lr: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_learning_rate(make_schedule(c, steps, lr, cuts))
-        )
+    def table_rate(path: Any) -> Schedule:
+        # Most rows of a token table have a gradient in few steps; those of a position table have one in every step.
+        return adam_rate if path[0].key == "positions" else embed_rate
 
-    return optax.partition({"muon": muon, "table": adamw(c.embed_lr or c.adam_lr), "adamw": adamw(c.adam_lr)}, _groups)
+    def adamw(rate_of: Callable[[Any], Schedule]) -> optax.GradientTransformation:
+        return optax.chain(optax.scale_by_adam(c.b1, c.b2, c.eps), _scale_by_rates(rate_of))
+
+    return optax.partition({"muon": muon, "table": adamw(table_rate), "adamw": adamw(lambda path: adam_rate)}, _groups)
+
+
+def _scale_by_rates(rate_of: Callable[[Any], Schedule]) -> optax.GradientTransformation:
+    """optax.scale_by_learning_rate with a schedule for each path, and the same state."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates = jax.tree_util.tree_map_with_path(lambda path, x: -rate_of(path)(state.count) * x, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
@@ -143,16 +113,16 @@ def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.Gradient
 
 
 def make_optimizer(
-    c: OptimConfig, steps: int, sharing: Sharing | None = None, cuts: LrCuts = ()
+    c: OptimConfig, steps: int, sharing: Sharing | None = None, history: LrHistory = UNTOUCHED
 ) -> optax.GradientTransformation:
     """The optax chain of a configuration, from averaged (and clipped) gradients to updates.
 
     With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without. `init` is
     given whole parameters and gives the whole state.
     """
-    schedule, sharing = make_schedule(c, steps, cuts=cuts), sharing or alone()
+    schedule, sharing = make_schedule(c, steps, "lr", history), sharing or alone()
     if c.name == "muon":
-        return _muon(c, steps, sharing, cuts)
+        return _muon(c, steps, sharing, history)
     # Shazeer and Stern, Adafactor, with their constants.
     adafactor = optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),

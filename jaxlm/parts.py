@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm import data, distributed, recovery, runtime
+from jaxlm import data, distributed, recovery, rewarm, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
@@ -24,6 +24,7 @@ from jaxlm.model import Model, make_model
 from jaxlm.paths import user_path
 from jaxlm.placement import Placement
 from jaxlm.saving import Saver
+from jaxlm.schedules import LrHistory, Rewarm
 from jaxlm.step import Device
 
 FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
     saver: Saver
     reporter: Reporter
     returns: list[recovery.Return]  # to earlier checkpoints, in the run so far
+    rewarm: Rewarm | None  # of a run that went on at a higher learning rate
 
 
 def build(
@@ -76,9 +78,11 @@ def build(
 
     if returns and start == returns[-1].to:
         state = _counted_anew(state)
+    rises, said_of_it = rewarm.of_run(config, workdir, start, recovery.lr_cuts(returns))
 
     def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size, "order": order.version}
+        facts |= {"rewarm": rises._asdict()} if rises else {}
         workdirs.claim(workdir, config, facts, changed, lock)
         workdirs.put_aside(workdir, damaged)
         workdirs.save_tokenizer(workdir, corpus.tokenizer)
@@ -87,11 +91,16 @@ def build(
     _check_shared(workdir, "--workdir")
 
     saver = Saver(workdir, config.checkpoint, reporter.say)
-    for line in (changed and f"changed since the last run: {changed}", *said):
+    for line in (changed and f"changed since the last run: {changed}", said_of_it, *said):
         if line:
             reporter.say(line)
-    parts = Parts(config, workdir, corpus, order, model, devices, placement, saver, reporter, returns)
+    parts = Parts(config, workdir, corpus, order, model, devices, placement, saver, reporter, returns, rises)
     return parts, state, start
+
+
+def lr_history(parts: Parts) -> LrHistory:
+    """What the learning rates of the steps from here on depend on, beside the configuration."""
+    return LrHistory(parts.rewarm, recovery.lr_cuts(parts.returns))
 
 
 def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return], version: int) -> data.TrainOrder:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import UserError
-from jaxlm.optimizer import LrCuts
+from jaxlm.schedules import Cut
 from jaxlm.workdir import beside, write_whole
 
 NAME = "returns.json"
@@ -69,9 +69,9 @@ def lr_scale(returns: Sequence[Return]) -> float:
     return math.prod(r.lr for r in returns)
 
 
-def lr_cuts(returns: Sequence[Return]) -> LrCuts:
+def lr_cuts(returns: Sequence[Return]) -> tuple[Cut, ...]:
     """What the schedule needs to know of these returns."""
-    return tuple((r.to, r.lr) for r in returns)
+    return tuple(Cut(r.to, r.lr) for r in returns)
 
 
 def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:

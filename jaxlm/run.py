@@ -19,7 +19,7 @@ from jaxlm.finished import close
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
-from jaxlm.parts import Parts, build, go_back, train_batches
+from jaxlm.parts import Parts, build, go_back, lr_history, train_batches
 from jaxlm.recovery import Diverged, Trouble
 from jaxlm.saving import Unsaved
 from jaxlm.stop import EXIT_CODE as STOPPED
@@ -116,7 +116,7 @@ def _train(
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(),
               timed("save", save))]  # fmt: skip
-    step_of_one = steps.make_train_step(config, parts.model, parts.devices, recovery.lr_cuts(parts.returns))
+    step_of_one = steps.make_train_step(config, parts.model, parts.devices, lr_history(parts))
     train_step = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
     batches = train_batches(parts, start)
     try:

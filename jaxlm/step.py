@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import guard, loss_mean, runtime
+from jaxlm import guard, loss_mean, loss_scale, runtime
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
-from jaxlm.optimizer import LrCuts, make_optimizer, make_schedule
+from jaxlm.optimizer import make_optimizer
+from jaxlm.schedules import UNTOUCHED, LrHistory, make_schedule
 from jaxlm.sync import GradSync, Group, make_sync, overlap, sharing, zero
 
 AXIS = "devices"
@@ -70,14 +71,14 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
 
 
 def make_train_step(
-    config: Config, model: Model, devices: list[Device], lr_cuts: LrCuts = ()
+    config: Config, model: Model, devices: list[Device], history: LrHistory = UNTOUCHED
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
     params_like = jax.eval_shape(model.init, jax.random.key(0))
     group = Group(AXIS, len(devices))
     sync = make_sync(config.parallel, group, params_like)
-    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), lr_cuts)
-    schedule = make_schedule(config.optim, config.steps, cuts=lr_cuts)
+    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
+    schedule = make_schedule(config.optim, config.steps, "lr", history)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch, stop = dict(batch), batch.get("stop")
@@ -87,21 +88,41 @@ def make_train_step(
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
         targets = jnp.maximum(group.mean(targets), 1e-9)
 
-        def loss(
-            params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
-        ) -> tuple[jax.Array, LossSums]:
-            x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
-            sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
-            return sums.objective / targets, sums
-
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         masters = float32(state.params)  # whatever they are stored in
         micro = micro_batches((batch, keys), config.optim.accum_steps)
-        if config.parallel.overlap:
-            grads, sums, sync_state = accumulate_overlapped(loss, masters, micro, sync, state.sync)
-        else:
+
+        def gradients(scale: jax.Array | None = None) -> tuple[Params, LossSums, Any]:
+            """The mean gradient, the sums of the loss, and the reduction's state; float16 needs a scale."""
+
+            def loss(
+                params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
+            ) -> tuple[jax.Array, LossSums]:
+                x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
+                sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
+                return (sums.objective / targets if scale is None else sums.objective * scale), sums
+
+            def reduce(grads: Params, sync_state: Any) -> tuple[Params, Any]:
+                if scale is not None:
+                    grads = jax.tree.map(lambda g: g / scale / targets, grads)
+                return sync.reduce(grads, sync_state)
+
+            if config.parallel.overlap:
+                scaled = sync._replace(reduce=reduce)
+                return accumulate_overlapped(loss, masters, micro, scaled, state.sync)
             grads, sums = accumulate(loss, masters, micro)
-            grads, sync_state = sync.reduce(grads, state.sync)
+            grads, sync_state = reduce(grads, state.sync)
+            return grads, sums, sync_state
+
+        def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
+            """Whether no gradient overflowed; where the loss itself did, no other scale helps."""
+            return jnp.isfinite(sync.global_norm(found[0])) | ~jnp.isfinite(group.mean(found[1].nll))
+
+        if config.model.dtype == "float16":
+            scale = loss_scale.first_scale(batch["inputs"].size // config.optim.accum_steps)
+            grads, sums, sync_state = loss_scale.until_finite(gradients, finite, scale)
+        else:
+            grads, sums, sync_state = gradients()
 
         numbers = guard.agree(state.guard, sums.nll, sync.global_norm(grads), group)
         good, scale, guarded = guard.judge(state.guard, numbers, targets, config.optim, model.vocab_size)

@@ -15,7 +15,7 @@ from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.data.order import TrainOrder
 from jaxlm.main import exit_code
-from jaxlm.optimizer import make_schedule
+from jaxlm.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child
 
@@ -141,7 +141,7 @@ def test_rates_after_returns():
     """A new warm-up after each; a later return multiplies what the earlier ones left."""
     c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
     schedule = make_schedule(
-        c, 1000, cuts=recovery.lr_cuts([recovery.Return(100, 101, 105, "", lr) for lr in (1, 0.5)])
+        c, 1000, "lr", LrHistory(None, recovery.lr_cuts([recovery.Return(100, 101, 105, "", lr) for lr in (1, 0.5)]))
     )
     got = [float(schedule(n)) for n in (99, 100, 109, 119, 500)]
     np.testing.assert_allclose(got, [0.5, 0.25 / 20, 0.25 * 10 / 20, 0.25, 0.25], rtol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.config import OptimConfig
-from jaxlm.optimizer import make_schedule
+from jaxlm.schedules import make_schedule
 
 STEPS = 40
 BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py").optim
@@ -88,6 +88,7 @@ def test_schedules_at_their_limits(schedule: str) -> None:
 
 
 def test_the_peak_can_be_another() -> None:
-    c = config(schedule="cosine")
+    c = config(schedule="cosine", adam_lr=0.5, embed_lr=0.0)
     n = jnp.arange(STEPS)
-    np.testing.assert_allclose(make_schedule(c, STEPS, 0.5)(n), 5 * make_schedule(c, STEPS)(n), rtol=1e-6)
+    for key in ("adam_lr", "embed_lr"):  # 0 = that of adam_lr
+        np.testing.assert_allclose(make_schedule(c, STEPS, key)(n), 5 * make_schedule(c, STEPS)(n), rtol=1e-6)
