@@ -118,7 +118,7 @@ def _train(
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
-             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
+             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
     batches = train_batches(parts, start)
     try:
