@@ -218,8 +218,8 @@ def train_and_val(data: DataConfig, suffixes: tuple[str, ...] = ()) -> tuple[dic
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
     for path in (*train.values(), *val.values()):
         if suffixes and is_remote(path):
-            raise UserError(f"{path}: not on this machine; allowed with data.source={data.source}: files that can be "
-                            "memory-mapped")  # fmt: skip
+            raise UserError(f"{path}: not on this machine; allowed with data.source={data.source}: files of "
+                            "this machine")  # fmt: skip
         if suffixes and path.suffix not in suffixes:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source={data.source}: "
                             + ", ".join(suffixes))  # fmt: skip

@@ -54,8 +54,8 @@ class TokenFile:
             while len(found) < wanted:  # the system reads 2 GB at a time, at most
                 more = os.pread(self._handle, wanted - len(found), at + len(found))
                 if not more:
-                    raise UserError(f"{self.path}: ends at byte {at + len(found)}; allowed: {at + wanted} bytes or more"
-                                    ", as when it was opened")  # fmt: skip
+                    size, needed = os.fstat(self._handle).st_size, self.offset + self.nbytes
+                    raise UserError(f"{self.path}: {size} bytes; allowed: {needed} or more, as when it was opened")
                 found += more
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read any more ({error.strerror})") from error
