@@ -1,7 +1,8 @@
 """Hashes of a checkpoint's files, written before it becomes visible, and compared before anything is taken from it.
 
 Each item of a checkpoint (a folder, such as `params`) holds them in a file of its own, which also names the items that
-belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`.
+belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`. Orbax's own file about the
+checkpoint says that there are such files: one that has lost them all is damaged, and not of an older version.
 """
 
 import errno
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NAME = "checksums.json"
+ABOUT = "_CHECKPOINT_METADATA"  # Orbax's, which has what `CheckpointManager.save` was given as custom_metadata
+PROMISE = {"checksums": True}
 
 
 def write(item: Path, items: Sequence[str]) -> None:
@@ -38,14 +41,16 @@ def sync(path: Path) -> None:
 def damage(step: Path) -> str | None:
     """What is wrong with the checkpoint in a folder, naming the file; None if it is whole.
 
-    One that was written before there were hashes has none in any item, and counts as whole.
+    One that was written before there were hashes has none in any item and does not promise any: it counts as whole.
 
     Raises:
       OSError: it cannot be read now, which says nothing of it.
     """
     items = [p for p in step.iterdir() if (p / NAME).exists()] if step.is_dir() else []
     if not items:
-        return None if (step / "params").is_dir() else f"{step}: no params in it"
+        if not (step / "params").is_dir():
+            return f"{step}: no params in it"
+        return _broken_promise(step)
     try:
         wanted = {name: json.loads((step / name / NAME).read_text()) for name in _items(items[0])}
         for name, content in wanted.items():
@@ -62,6 +67,18 @@ def damage(step: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{step}: a {NAME} in it is damaged"
     return None
+
+
+def _broken_promise(step: Path) -> str | None:
+    """What is wrong with a checkpoint without hashes; None if it is of a version that wrote none."""
+    try:
+        about = json.loads((step / ABOUT).read_text())
+        promised = about["custom_metadata"].get("checksums") if "custom_metadata" in about else None
+    except FileNotFoundError:
+        return f"{step}: neither {NAME} nor {ABOUT} in it"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{step / ABOUT}: damaged, and no {NAME} in {step}"
+    return f"{step}: every {NAME} of it is gone" if promised else None
 
 
 def _items(item: Path) -> list[str]:

@@ -129,6 +129,7 @@ class CheckpointConfig:
     keep: int  # newest checkpoints kept
     keep_best: int  # besides those, the best by validation loss
     resume: str  # auto | never | a workdir to take weights from
+    check_replicas: bool  # before each save, compare the bits of the state on all devices
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

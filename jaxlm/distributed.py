@@ -161,6 +161,8 @@ class Hosts:
         state = distributed.global_state
         self._client: Any = state.client
         self.index, self.count = state.process_id, state.num_processes
+        self._round = 0  # of exchanges so far: all hosts make the same ones in the same order
+        self._told: list[str] = []  # keys of this host's values that others may still read
         self.names: list[str] = []
         self.names = self._exchange("the name", socket.gethostname(), JOIN_LIMIT)
         self._coordinator: str = state.coordinator_address or ""
@@ -186,9 +188,15 @@ class Hosts:
                     )
 
     def of_first(self, what: str, value: Callable[[], str]) -> str:
+        self._round += 1
         if self.index == 0:
-            self._client.key_value_set(f"jaxlm/{what}/0", value())
+            found = value()
+            self._tell(what, found)
+            return found
         return self._get(what, 0, time.monotonic() + PREPARE_LIMIT)
+
+    def of_all(self, what: str, value: str) -> list[str]:
+        return self._exchange(what, value, PREPARE_LIMIT)
 
     def run(self, program: Callable[[], int], exit_code: Callable[..., int]) -> int:
         """Runs the program; does not return where it fails: then the others are told, and nobody is waited for."""
@@ -223,16 +231,29 @@ class Hosts:
 
     def _exchange(self, what: str, value: str, limit: int) -> list[str]:
         """The values of all processes; those that are late are waited for, `limit` seconds at most."""
-        self._client.key_value_set(f"jaxlm/{what}/{self.index}", value)
+        self._round += 1
+        read = self._told.copy()  # by all, once all have told this value
+        self._tell(what, value)
         deadline = time.monotonic() + limit
-        return [self._get(what, i, deadline) for i in range(self.count)]
+        found = [self._get(what, i, deadline) for i in range(self.count)]
+        for key in read:
+            self._client.key_value_delete(key)
+            self._told.remove(key)
+        return found
+
+    def _tell(self, what: str, value: str) -> None:
+        self._told.append(self._key(what, self.index))
+        self._client.key_value_set(self._told[-1], value)
+
+    def _key(self, what: str, process: int) -> str:
+        return f"jaxlm/{self._round}/{what}/{process}"
 
     def _get(self, what: str, process: int, deadline: float) -> str:
-        said = self.index > 0  # one of all says it
+        said = self.index != (process == 0)  # one of all says it: the first, and the second of the first
         while True:
             began = time.monotonic()
             try:
-                return self._client.blocking_key_value_get(f"jaxlm/{what}/{process}", 1000 * PATIENCE)
+                return self._client.blocking_key_value_get(self._key(what, process), 1000 * PATIENCE)
             except Exception as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -321,6 +342,11 @@ def check_same(what: str, values: dict[str, Any]) -> None:
 def of_first(what: str, value: Callable[[], str]) -> str:
     """The value of the first process, which alone finds it."""
     return value() if _hosts is None else _hosts.of_first(what, value)
+
+
+def of_all(what: str, value: str) -> list[str]:
+    """The values of all processes, in their order."""
+    return [value] if _hosts is None else _hosts.of_all(what, value)
 
 
 def places() -> dict[str, str]:

@@ -8,10 +8,8 @@ import dataclasses
 import time
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxlm import data, runtime
+from jaxlm import data, distributed, runtime
 from jaxlm import step as steps
 from jaxlm.config import Config, UserError
 from jaxlm.model import make_model
@@ -37,8 +35,7 @@ def fit(config: Config, deadline: float) -> Config:
     """
     compiling, seconds = _measure(config)
     count = fitting(config.steps, deadline - time.monotonic(), compiling, seconds)
-    if jax.process_count() > 1:
-        count = int(multihost_utils.broadcast_one_to_all(np.array(count)))
+    count = int(distributed.of_first("the number of steps that fit", lambda: str(count)))
     least = max(config.optim.warmup_steps, config.log.profile_steps, 1)
     if count < least:
         raise UserError(

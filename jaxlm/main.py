@@ -1,7 +1,8 @@
 """`python -m jaxlm.main --config configs/base.py`: flags, checks before any device is touched, exit codes.
 
 Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong, 3 training diverged, 4 a checkpoint is
-unusable, 5 another host is gone, 75 stopped by a signal after saving, 130 a tool stopped by Ctrl-C.
+unusable, 5 another host is gone or a device is at fault, 75 stopped by a signal after saving, 130 a tool stopped by
+Ctrl-C.
 """
 
 import errno
@@ -98,7 +99,7 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] |
         say("stopped; run the same command again, what is finished is kept")
         return 130
     except Exception as error:
-        code = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2}.get(
+        code = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2, "Corrupt": 5}.get(
             type(error).__name__
         )  # by name: their modules import jax
         full = _exhausted(error)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlm import data, distributed, recovery, rewarm, runtime
 from jaxlm import step as steps
@@ -248,16 +247,16 @@ def _opened(workdir: Path) -> Iterator[Checkpoints | None]:
 
 def _on_first(workdir: Path, act: Callable[[], Any]) -> None:
     """Acts on the first process. All wait for it, and all raise UserError if it does."""
-    refusal = None
-    if jax.process_index() == 0:
+
+    def attempt() -> str:
         try:
             act()
         except UserError as error:
-            refusal = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(refusal is not None)):
-        refusal = refusal or UserError(f"--workdir {workdir}: refused by the first process, which says why")
-    if refusal:
-        raise refusal
+            return str(error)
+        return ""
+
+    if refusal := distributed.of_first(f"what it does in {workdir}", attempt):
+        raise UserError(refusal)
 
 
 def _check_prompt(config: Config, corpus: data.Corpus) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm import together
 from jaxlm.config import Config
 from jaxlm.model import Model, Params
 from jaxlm.optimizer import make_optimizer
@@ -27,8 +28,11 @@ class Placement:
         self._zero = config.parallel.zero == 1
         self._join: Callable | None = None  # compiled, from an optimizer's parts to the whole
         self.local = [d for d in devices if d.process_index == jax.process_index()]
-        self._mesh, self._here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
-        self.batch = NamedSharding(self._here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
+        self._mesh, self.here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._gather = together.compiled(jax.jit(lambda x: x, out_shardings=everywhere), "an array as a whole")
+        self._row = together.compiled(jax.jit(lambda x, i: x[i], out_shardings=everywhere), "a row of an array")
+        self.batch = NamedSharding(self.here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
 
     def initial(self, model: Model) -> TrainState:
         """The state of step 0, on the devices."""
@@ -46,12 +50,12 @@ class Placement:
 
         # Made where it is to be: a state that only fits when it is sharded is never whole on one device.
         like = jax.eval_shape(rest, params)
-        state = jax.jit(rest, out_shardings=self._shardings(like, self._here))(params)
-        return state._replace(params=jax.device_put(params, NamedSharding(self._here, PartitionSpec())))
+        state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
+        return state._replace(params=jax.device_put(params, NamedSharding(self.here, PartitionSpec())))
 
     def place(self, state: TrainState) -> TrainState:
         """Puts this process's part of a state on its devices the way the step keeps it there, for donation."""
-        return jax.device_put(state, self._shardings(state, self._here))
+        return jax.device_put(state, self._shardings(state, self.here))
 
     def everywhere(self, state: TrainState) -> TrainState:
         """The same as arrays of all processes."""
@@ -60,15 +64,36 @@ class Placement:
         specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
 
-    def saved(self, state: TrainState) -> TrainState:
-        """What goes into a checkpoint."""
+    def saved(self, state: TrainState) -> TrainState | None:
+        """What goes into a checkpoint. All processes call this. Where there are several, the first one gets the whole
+        state as NumPy arrays, and the others get None.
+        """
         state = self.everywhere(state)
         if self._zero:
             if self._join is None:  # once, not at every save
                 like = self._opt_state_like(state.params)
-                self._join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
+                join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
+                self._join = together.compiled(join, "the optimizer's state as a whole")
             state = state._replace(opt_state=self._join(state.opt_state))
-        return state
+        return state if jax.process_count() == 1 else self._gathered(state)
+
+    def _gathered(self, state: TrainState) -> TrainState | None:
+        """A state of all processes as NumPy arrays on the first one. The arrays come one by one, so that no device
+        holds much more than its part.
+        """
+        first = jax.process_index() == 0
+
+        def here(x: jax.Array) -> np.ndarray:
+            x = x if x.is_fully_replicated else self._gather(x)
+            jax.block_until_ready(x)  # two programs at once would exchange in another order on another host
+            return np.array(x.addressable_data(0)) if first else np.empty(0)  # a copy: the next step writes over it
+
+        def rows(x: jax.Array) -> np.ndarray:
+            return np.stack([here(self._row(x, np.int32(i))) for i in range(x.shape[0])])
+
+        sync = jax.tree.map(rows, state.sync)
+        rest = jax.tree.map(here, state._replace(sync=None))
+        return rest._replace(sync=sync) if first else None
 
     def saved_like(self, state: TrainState) -> TrainState:
         """The shapes, types and places of `saved(state)`."""

@@ -34,13 +34,17 @@ class Pause:
         return time.monotonic() >= self._until
 
 
-def insist(act: Callable[[], None]) -> None:
-    """Acts, and waits and acts again while that raises; the last error is raised."""
+def insist(act: Callable[[], None], agreed: Callable[[bool], bool] = bool) -> None:
+    """Acts, and waits and acts again while that raises; the last error is raised.
+
+    Args:
+      agreed: whether to give up, given whether it is time; for several processes that act together.
+    """
     deadline, pause = time.monotonic() + PATIENCE, Pause()
     while True:
         try:
             return act()
         except Exception:
-            if time.monotonic() >= deadline:
+            if agreed(time.monotonic() >= deadline):
                 raise
             time.sleep(max(0.0, min(pause.begin(), deadline - time.monotonic())))

@@ -21,6 +21,7 @@ from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_l
 from jaxlm.model import num_params
 from jaxlm.parts import Parts, build, go_back, lr_history, train_batches
 from jaxlm.recovery import Diverged, Trouble
+from jaxlm.replicas import Replicas
 from jaxlm.saving import Unsaved
 from jaxlm.stop import EXIT_CODE as STOPPED
 from jaxlm.stop import StopSignal, make_stop
@@ -39,6 +40,7 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
       CheckpointError: there are checkpoints, and none of them can be used.
       Diverged: training went wrong, and again after it went back to earlier checkpoints.
       Unsaved: the last state could not be written.
+      Corrupt: devices that should hold the same state do not.
       Stopped: a signal came before training began.
     """
     stop, asked = stop or StopSignal(), config.steps
@@ -106,15 +108,19 @@ def _train(
             evaluated, scores = step, evaluation(step, state)
             saver.scored(step, scores["eval_loss"])
 
+    replicas = Replicas(config, parts.placement.here)
+
     def save(step: int, state: steps.TrainState, act: Callable = saver.save) -> None:
         if not all_finite(state.params):
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        if config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
+            replicas.check(step, state)
         act(step, parts.placement.saved(state), log.sync)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     timed = parts.reporter.left.timed
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
-             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(),
+             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step),
               timed("save", save))]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices, lr_history(parts))
     train_step = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)

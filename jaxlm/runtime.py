@@ -165,9 +165,15 @@ def check_batch(config: Config, devices: int, processes: int) -> None:
 
 
 def choose_devices(config: Config) -> list:
-    """The devices of the run over all processes, the same number of each; the first call that touches a device."""
+    """The devices of the run over all processes, the same number of each; the first call that touches a device.
+
+    All hosts meet here, and connect their devices.
+    """
     import jax
 
+    from jaxlm import together
+
+    together.meet("the prepared data")  # JAX itself waits minutes for the devices of the others, no longer
     by_process: dict[int, list] = {}
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
@@ -184,4 +190,6 @@ def choose_devices(config: Config) -> list:
     check_batch(config, count, jax.process_count())
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
         raise UserError(f"model.attention is 'cudnn'; allowed on {jax.default_backend()}: auto, xla")
-    return [d for process in sorted(by_process) for d in by_process[process][:count]]
+    devices = [d for process in sorted(by_process) for d in by_process[process][:count]]
+    together.connect(devices)
+    return devices

@@ -1,9 +1,11 @@
 """Writing checkpoints with Orbax: in the background, visible only when whole; the newest and the best are kept.
 
-A save that fails is said, and tried again later with the state that there is then: training goes on. With several
-processes it raises, for the others wait for the one that failed.
+A save that fails is said, and tried again later with the state that there is then: training goes on. Where there are
+several processes the first one writes alone, and tells the others how it went. All begin a save at the same step,
+because they gather the state for it together.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -15,12 +17,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from jaxlm import checksums
+from jaxlm import checksums, distributed
 from jaxlm.checkpoint import ITEMS, folder_of, hide_cut_off, reason_of, steps_in
 from jaxlm.config import CheckpointConfig
 from jaxlm.metrics import validation_losses
 from jaxlm.retry import Pause, insist
 from jaxlm.step import TrainState
+
+ASKED_EVERY = 64  # steps between two questions of the other processes, at most
 
 
 class Unsaved(OSError):
@@ -28,24 +32,28 @@ class Unsaved(OSError):
 
 
 class Saver:
-    """Writes the `checkpoints` folder of a workdir."""
+    """Writes the `checkpoints` folder of a workdir. All processes call all of it at the same steps."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
         hide_cut_off()
         self._config, self._say, self._folder = config, say, folder_of(workdir)
         self._worker = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way: tuple[int, Future[None]] | None = None
+        self._begun = 0  # the step of the last save
+        self._under_way: tuple[int, Future[None] | None] | None = None  # None: the first process writes
         self._pause = Pause()
         self._items: list[str] = []  # of the checkpoint that is being written
         self._losses = validation_losses(workdir)
-        self._manager: Any = self._open()
-        self.saved = max(steps_in(self._folder), default=None)  # the newest step that is written
+        self._manager: Any = self._open() if jax.process_index() == 0 else None
+        # the newest step that is written
+        self.saved: int | None = _of_first("the newest checkpoint", lambda: max(steps_in(self._folder), default=None))
 
     def _open(self) -> ocp.CheckpointManager:
+        self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
             self._folder, item_handlers={item: _handler(self._items) for item in ITEMS},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Kept(self._config, self._losses), cleanup_tmp_directories=True
+                preservation_policy=_Kept(self._config, self._losses), cleanup_tmp_directories=True, create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             ),
         )  # fmt: skip
 
@@ -53,7 +61,7 @@ class Saver:
         """Tells the validation loss of a step, by which the best checkpoints are kept."""
         self._losses[step] = loss
 
-    def save(self, step: int, state: TrainState, before: Callable[[], None] = lambda: None) -> None:
+    def save(self, step: int, state: TrainState | None, before: Callable[[], None] = lambda: None) -> None:
         """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone, and
         none is begun in the pause after one that failed.
 
@@ -62,10 +70,14 @@ class Saver:
           before: what must have been done before there is a checkpoint.
         """
         self._settle()
-        if step == self.saved or not self._pause.over:
+        if step == self.saved or (self._pause.failing and not self._may_try()):
             return
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu:
+        self._begun = step
+        self._under_way = step, None if state is None else self._write(step, state, before)
+
+    def _write(self, step: int, state: TrainState, before: Callable[[], None]) -> Future[None]:
+        on_gpu = jax.default_backend() != "cpu"
+        if not on_gpu and jax.process_count() == 1:
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
             # ones; from GPUs it takes a copy to the host anyway.
             state = jax.tree.map(jnp.copy, state)
@@ -80,7 +92,7 @@ class Saver:
             try:
                 before()
                 self._manager = self._manager or self._open()
-                self._manager.save(step, args=args)
+                self._manager.save(step, args=args, custom_metadata=checksums.PROMISE)
             except Exception as error:
                 return error
 
@@ -90,23 +102,34 @@ class Saver:
             self._manager.wait_until_finished()
             checksums.sync(self._folder)
 
-        if on_cpu and jax.process_count() == 1:
-            self._under_way = step, self._worker.submit(lambda: end(begin()))
-        else:  # begun here: it reads the devices, and meets the other processes
-            self._under_way = step, self._worker.submit(end, begin())
+        if on_gpu and jax.process_count() == 1:  # begun here: it reads the devices
+            return self._worker.submit(end, begin())
+        return self._worker.submit(lambda: end(begin()))
 
-    def due(self) -> bool:
-        """Whether a save has failed, and it is time to try again."""
-        if self._under_way is not None and self._under_way[1].done():
-            self._settle()
-        return self._pause.failing and self._pause.over
+    def due(self, step: int) -> bool:
+        """Whether a save has failed, and it is time to try again. The other processes ask the first one after 1, 2, 4
+        … steps.
+        """
+        since = step - self._begun
+        if self._under_way is None and not self._pause.failing:
+            return False
+        if jax.process_count() > 1 and since & (since - 1) and since % ASKED_EVERY:
+            return False
+        if self._under_way is not None:
+            saving = self._under_way[1]
+            if _of_first("whether a save has ended", lambda: saving is not None and saving.done()):
+                self._settle()
+        return self._pause.failing and self._may_try()
+
+    def _may_try(self) -> bool:
+        return _of_first("whether to save again", lambda: self._pause.over)
 
     def wait(self) -> int | None:
         """The newest step that is written, when a save under way has ended."""
         self._settle()
         return self.saved
 
-    def finish(self, step: int, state: TrainState, *args: Any) -> None:
+    def finish(self, step: int, state: TrainState | None, *args: Any) -> None:
         """Saves and waits; where that fails, tries again for a while.
 
         Raises:
@@ -121,7 +144,7 @@ class Saver:
                 raise error
 
         try:
-            insist(act)
+            insist(act, lambda late: _of_first("whether to give up saving", lambda: late))
         except Exception as error:
             raise Unsaved(
                 f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; the newest checkpoint"
@@ -129,31 +152,45 @@ class Saver:
             ) from error
 
     def _settle(self) -> Exception | None:
-        """Waits for a save under way, and gives its error; a failed one is said, and what it left is removed."""
+        """Waits for a save under way, and gives its error, to all processes."""
         if self._under_way is None:
             return None
         (step, saving), self._under_way = self._under_way, None
-        error = saving.exception()
+        error = None if saving is None else saving.exception()
+        if not isinstance(error, Exception | None):
+            raise error
+        reason = _of_first(f"the checkpoint of step {step}", lambda: error and reason_of(error))
+        if reason and error is None:
+            error = OSError(reason)  # that of the first process
+        self._end(step, error)
+        return error
+
+    def _end(self, step: int, error: BaseException | None) -> None:
+        """Takes note of a save that has ended; a failed one is said, and what it left is removed."""
         if error is None:
             self.saved = step
             self._pause.end()
-            return None
-        if jax.process_count() > 1 or not isinstance(error, Exception):
-            raise error
+            return
         self._say(f"the state of step {step} is NOT saved: {reason_of(error)}; the next try is in"
                   f" {self._pause.begin():.0f} s, the newest checkpoint is of step {self.saved}")  # fmt: skip
         if self._manager is not None:
             with suppress(Exception):  # the error that is known already
                 self._manager.close()
         self._manager = None  # the next one removes what this save left
-        return error
 
     def close(self) -> None:
-        if jax.process_count() == 1:
-            self._settle()  # a failure is said, and hides no other error
+        """Ends the writing; the other processes may be elsewhere, and are not asked."""
+        if self._under_way is not None and (saving := self._under_way[1]) is not None:
+            self._end(self._under_way[0], saving.exception())  # a failure is said, and hides no other error
+        self._under_way = None
         self._worker.shutdown()
         if self._manager is not None:
             self._manager.close()
+
+
+def _of_first(what: str, value: Callable[[], Any]) -> Any:
+    """What the first process, which writes, finds."""
+    return json.loads(distributed.of_first(what, lambda: json.dumps(value())))
 
 
 def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import guard, loss_mean, loss_scale, runtime
+from jaxlm import guard, loss_mean, loss_scale, runtime, together
 from jaxlm.config import Config
 from jaxlm.losses import LossSums, output_loss
 from jaxlm.model import Model, Params
@@ -255,11 +255,13 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
     """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics); the state is donated."""
     axes = state_axes(config)
-    return runtime.kept(jax.pmap(
+    program = runtime.kept(jax.pmap(
         step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices
     ))  # fmt: skip
+    return together.compiled(program, "training step")
 
 
 def pmap_eval_step(step: Callable, devices: list[Device]) -> Callable:
     """The evaluation on all devices: (params, batch [local devices, ...]) -> sums over the global batch."""
-    return runtime.kept(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices))
+    program = runtime.kept(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices))
+    return together.compiled(program, "evaluation step")

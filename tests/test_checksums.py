@@ -114,15 +114,38 @@ def test_tools_take_the_newest_whole_one_too(copy: Path, capsys: pytest.CaptureF
         open_run(copy, CHECKPOINT)
 
 
-def test_checkpoints_of_before_there_were_hashes(short: Path, copy: Path):
-    for path in copy.rglob(checksums.NAME):
+def as_before(step: Path) -> None:
+    """Makes a checkpoint what older versions wrote: without hashes, and without the promise of any."""
+    about = json.loads((step / checksums.ABOUT).read_text())
+    assert about["custom_metadata"] == checksums.PROMISE
+    (step / checksums.ABOUT).write_text(json.dumps(about | {"custom_metadata": {}}))
+    for path in step.rglob(checksums.NAME):
         path.unlink()
+
+
+def test_checkpoints_of_before_there_were_hashes(short: Path, copy: Path):
+    for step in (0, CHECKPOINT):
+        as_before(copy / f"checkpoints/{step}")
     assert run(copy, steps=CHECKPOINT + 1) == 0
     assert lines(copy)[-1]["step"] == CHECKPOINT + 1
-    shutil.rmtree(copy / f"checkpoints/{CHECKPOINT + 1}/params")
-    shutil.rmtree(copy / f"checkpoints/{CHECKPOINT + 1}/train")
-    reason = checksums.damage(copy / f"checkpoints/{CHECKPOINT + 1}")
-    assert reason is not None
+    shutil.rmtree(copy / f"checkpoints/{CHECKPOINT}/params")
+    reason = checksums.damage(copy / f"checkpoints/{CHECKPOINT}")
+    assert reason is not None and "no params in it" in reason
+
+
+def test_a_checkpoint_that_has_lost_all_hashes_is_damaged(copy: Path):
+    """Also where Orbax's file, which promises them, is gone with them."""
+    step = copy / f"checkpoints/{CHECKPOINT}"
+    for path in step.rglob(checksums.NAME):
+        path.unlink()
+    about, content = step / checksums.ABOUT, (step / checksums.ABOUT).read_bytes()
+    assert f"every {checksums.NAME} of it is gone" in (checksums.damage(step) or "")
+    for act in (cut, zero, Path.unlink):
+        act(about)
+        assert checksums.ABOUT in (checksums.damage(step) or "")
+        about.write_bytes(content)
+    assert run(copy, steps=CHECKPOINT) == 0
+    assert (copy / f"checkpoints/{CHECKPOINT}.damaged").is_dir()
 
 
 def test_hashes_go_nowhere_else(tmp_path: Path):

@@ -217,7 +217,7 @@ def test_addresses_that_are_no_good(config: Config, address: str, words: str):
 
 def test_token_files_are_of_this_machine(config: Config):
     address = in_memory("ids", {"a.bin": bytes(2000)})
-    with pytest.raises(UserError, match=r"a\.bin: not on this machine; allowed .*memory-mapped"):
+    with pytest.raises(UserError, match=r"a\.bin: not on this machine; allowed .*files of this machine"):
         open_corpus(config, f"{address}/a.bin", source="tokens")
 
 

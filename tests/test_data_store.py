@@ -16,6 +16,7 @@ from jaxlm.data import compression_baselines, open_store, prepare
 from jaxlm.data import store as store_lib
 from jaxlm.data.progress import track
 from jaxlm.data.sources import open_source
+from jaxlm.data.token_file import TokenFile
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 from tools import prepare_data
 
@@ -42,7 +43,7 @@ def test_store_holds_the_text(config: Config, tmp_path: Path, tokenizer: str):
         assert facts["tokens"] == len(tokens) == len(ids)
         assert facts["documents"] == len(tokens.starts)
         np.testing.assert_array_equal(np.flatnonzero(ids == corpus.tokenizer.bos_id), tokens.starts)
-    assert corpus.train.dtype == np.dtype("<u2") and isinstance(corpus.train.shards[0].base, np.memmap)
+    assert corpus.train.dtype == np.dtype("<u2") and isinstance(corpus.train.shards[0], TokenFile)
     assert corpus.vocab_size == corpus.tokenizer.vocab_size == len(corpus.bytes_per_token)
 
 

@@ -1,16 +1,25 @@
 """Ids in many shards, read as one array."""
 
+import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm import metrics
+from jaxlm.cli import load
+from jaxlm.config import UserError
 from jaxlm.data import files as files_lib
+from jaxlm.data import prepare
 from jaxlm.data import store as store_lib
 from jaxlm.data.tokens import Tokens, chain
+from jaxlm.main import exit_code
 from tests.corpora import make_config, open_corpus, write
+from tests.runs import CONFIG, run
 
 SIZES = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5), min_size=1, max_size=4)
 
@@ -62,3 +71,38 @@ def test_many_shards_open_with_few_open_files(tmp_path: Path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert corpus.folder and len(corpus.train.shards) > 100 and len(corpus.train) > 10_000
     assert store_lib.open_store(corpus.folder, verify=True).fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".npy"])
+def test_a_file_that_is_cut_short_while_it_is_open(suffix: str, tmp_path: Path):
+    """An error with its name; mapped into memory, it would end the process."""
+    config, path = load(CONFIG, []), tmp_path / f"ids{suffix}"
+    ids = np.random.default_rng(0).integers(0, 64, 200_000).astype("<u2")
+    ids.tofile(path) if suffix == ".bin" else np.save(path, ids)
+    config.data.source, config.data.path, config.data.vocab_size = "tokens", str(path), 64
+    corpus = prepare(config)
+    starts = np.arange(0, 150_000, 777)
+    want = np.stack([ids[a : a + 65] for a in starts])
+    np.testing.assert_array_equal(corpus.train.windows(starts, 65), want)
+    os.truncate(path, 100_000)
+    np.testing.assert_array_equal(corpus.train.windows(starts[:20], 65), want[:20])
+    with pytest.raises(UserError, match=f"ids{suffix}: 100000 bytes; allowed: 3"):
+        corpus.train.windows(starts, 65)
+    with pytest.raises(UserError, match=f"ids{suffix}: 100000 bytes; allowed: 400"):
+        np.asarray(corpus.val)
+
+
+def test_a_run_whose_tokens_are_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    path = tmp_path / "ids.bin"
+    np.random.default_rng(0).integers(0, 64, 200_000).astype("<u2").tofile(path)
+    report = metrics.Log.__call__
+
+    def cut(self: metrics.Log, m: dict[str, Any]) -> None:
+        os.truncate(path, 1000)
+        report(self, m)
+
+    monkeypatch.setattr(metrics.Log, "__call__", cut)
+    keys = {"steps": 500, "data.source": "tokens", "data.path": path, "eval.every_steps": 0, "log.every_steps": 1}
+    assert exit_code(lambda: run(tmp_path / "run", **keys)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"jaxlm: {path}: 1000 bytes; allowed: ") and error.count("\n") == 1

@@ -161,6 +161,7 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
 
 def check_comes_back(result: Result) -> None:
     saved = result.placement.saved(result.state)
+    assert saved is not None
     back = result.placement.restored(saved)
     assert jax.tree.structure(back) == jax.tree.structure(result.state)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(result.state), strict=True):

@@ -9,10 +9,11 @@ trains the configuration once undisturbed, and once more for each fault, each in
 - term    SIGTERM, --stops times, at random moments of training; each time it must end with 75 and go on
 - damage  the same, and each time a file of the newest checkpoint is cut short, zeroed, removed or has a bit flipped
 - disk    for --outage seconds nothing can be written in the workdir
+- flip    a bit of a weight changes on one device: it must be named, end with 5, and go on
 - nan     as many batches in a row whose loss is not a number as send the run back to a checkpoint
 - hang    data that does not come: it must say where it is, and end with 5
 
-After the first four all that is in metrics.jsonl but times, and all parameters, must be bit for bit those of the
+After the first five all that is in metrics.jsonl but times, and all parameters, must be bit for bit those of the
 undisturbed run. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
 """
 
@@ -37,7 +38,7 @@ from jaxlm.paths import user_path
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
-FAULTS = ("kill", "term", "damage", "disk", "nan", "hang")
+FAULTS = ("kill", "term", "damage", "disk", "flip", "nan", "hang")
 LIMIT = 600.0  # seconds, after which a run that does not end is a broken promise
 
 
@@ -245,6 +246,18 @@ def disk(bench: Bench, kills: int, stops: int, outage: float) -> str:
     return f"{failed} operations failed in {outage:g} s, said {out.count('NOT ')} times, and were made good"
 
 
+def flip(bench: Bench, kills: int, stops: int, outage: float) -> str:
+    if bench.config.parallel.devices == 1 or (not bench.config.parallel.devices and os.cpu_count() == 1):
+        return "not tried: it takes two devices"
+    _, error = bench.finish("flip", {"flip": bench.config.steps // 2}, 5)
+    line = error.strip().splitlines()[-1]
+    if "differ" not in line:
+        raise Broken(f"it did not say which devices differ: {line}")
+    bench.finish("flip", {}, 0)
+    bench.same("flip")
+    return f"said: {line.removeprefix('jaxlm: ').split(';')[0]}; went on from the checkpoint before"
+
+
 def nan(bench: Bench, kills: int, stops: int, outage: float) -> str:
     c, row = bench.config, bench.config.optim.max_skipped
     first = c.steps // 2
@@ -312,7 +325,7 @@ def main() -> int:
     bench.seconds, bench.counts = time.monotonic() - began, bench.log("whole")[-1]["counts"]
     print(f"undisturbed · {bench.seconds:.1f} s, of which {bench.startup:.1f} until the first step", flush=True)
     held: dict[str, bool] = {}
-    tests = {"kill": kill, "term": term, "damage": damage, "disk": disk, "nan": nan, "hang": hang}
+    tests = {"kill": kill, "term": term, "damage": damage, "disk": disk, "flip": flip, "nan": nan, "hang": hang}
     for name in names:
         began = time.monotonic()
         try:

@@ -7,6 +7,8 @@
 - with "most": 20, at the latest after so many steps
 - {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
 - {"nan": [first, last]}: the loss of these batches is not a number
+- {"flip": 20}: before the 20th step that this process makes, one bit of a weight changes on its last device; of many
+  processes in the last one
 - {"hang": 20}: the data of the 20th batch never comes
 - {"count": true}: nothing; counts file operations
 
@@ -141,6 +143,38 @@ def poison(first: int, last: int) -> None:
     step.output_loss = poisoned
 
 
+def flip(number: int) -> None:
+    """Before the step of that number one bit of the first weight changes on the last device."""
+    import jax
+    import numpy as np
+
+    from jaxlm import step
+
+    make = step.pmap_train_step
+
+    def flipped(x: jax.Array) -> jax.Array:
+        copies = [shard.data for shard in x.addressable_shards]
+        last = np.array(copies[-1])
+        last.view(np.uint8).reshape(-1)[2] ^= 0x10  # a high bit of its fraction
+        copies[-1] = jax.device_put(last, copies[-1].device)
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
+
+    def made(*args: Any) -> Any:
+        program, calls = make(*args), 0
+
+        def run(state: Any, batch: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number and jax.process_index() == jax.process_count() - 1:
+                leaves, tree = jax.tree.flatten(state.params)
+                state = state._replace(params=tree.unflatten([flipped(leaves[0]), *leaves[1:]]))
+            return program(state, batch)
+
+        return run
+
+    step.pmap_train_step = made
+
+
 def hang(number: int) -> None:
     from jaxlm import train
 
@@ -161,6 +195,8 @@ def main() -> None:
     sys.addaudithook(hook)
     if "nan" in PLAN:
         poison(*PLAN["nan"])
+    if "flip" in PLAN:
+        flip(PLAN["flip"])
     if "hang" in PLAN:
         hang(PLAN["hang"])
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jaxlm.data.files import HASH_LIMIT, named
 from jaxlm.data.nanogpt import read_meta
 from jaxlm.data.progress import say_once
 from jaxlm.data.splits import find_files
+from jaxlm.data.token_file import Shard, TokenFile
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.data.tokens import Tokens
 
@@ -47,7 +49,7 @@ def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 409
 
 def raw_tokens(config: Config, progress: bool = False) -> Corpus:
     """Tokens of .bin (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy (1-D integers)
-    files, memory-mapped; a folder's or a glob's one after the other.
+    files, read when they are asked for; a folder's or a glob's one after the other.
 
     Without `data.val_path` the last `data.val_fraction` of the tokens are held out, and of nanoGPT's folder val.bin.
     `progress` shows on stderr which files are left out.
@@ -82,50 +84,51 @@ def raw_tokens(config: Config, progress: bool = False) -> Corpus:
     return _corpus(config, vocab_size, train, val, tokenizer)
 
 
-def open_array(path: Path, vocab_size: int) -> tuple[Path, np.ndarray]:
+def open_array(path: Path, vocab_size: int) -> tuple[Path, TokenFile]:
     """The ids (below `vocab_size`) of a .bin or .npy file. Raises UserError where it is none."""
     try:
         if path.suffix == ".npy":
-            array = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives and pickles too
+            mapped = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives and pickles too
+            if mapped.ndim != 1 or mapped.dtype.kind not in "iu":
+                raise UserError(f"{path}: {mapped.dtype} of shape {mapped.shape}; allowed: one dimension of integers")
+            array = TokenFile(path, mapped.dtype, mapped.offset, len(mapped))
         elif path.stat().st_size % 2:
             raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: a .bin of uint16 has an even number")
         else:
-            array = _without_header(path, np.memmap(path, "<u2", mode="r"), vocab_size)
+            array = _without_header(TokenFile(path, np.dtype("<u2"), 0, path.stat().st_size // 2), vocab_size)
     except UserError:
         raise
     except Exception as error:  # a .npy's header is a Python literal, and NumPy raises whatever Python's parser does
         raise UserError(f"{path}: unreadable ({show(str(error))})") from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{path}: {array.dtype} of shape {array.shape}; allowed: one dimension of integers")
     return path, array
 
 
-def _without_header(path: Path, array: np.ndarray, vocab_size: int) -> np.ndarray:
-    header = array[: 2 * HEADER].view("<i4") if len(array) >= 2 * HEADER else np.zeros(3, np.int32)
+def _without_header(file: TokenFile, vocab_size: int) -> TokenFile:
+    path, size = file.path, 4 * HEADER
+    header = file.read(0, 2 * HEADER).view("<i4") if file.nbytes >= size else np.zeros(3, np.int32)
     if int(header[0]) not in MAGIC:
-        _check_width(path, array, vocab_size)
-        return array
+        _check_width(file, vocab_size)
+        return file
     version, dtype = MAGIC[int(header[0])]
-    tokens = array[2 * HEADER :]
-    tokens = tokens[: len(tokens) // (dtype.itemsize // 2) * (dtype.itemsize // 2)].view(dtype)
+    tokens = TokenFile(path, dtype, size, (file.nbytes - size) // dtype.itemsize)
     if header[1] != version or header[2] != len(tokens):
         raise UserError(f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
                         f"{version} ({dtype.name}), and the {header[2]} tokens that it says")  # fmt: skip
     return tokens
 
 
-def _check_width(path: Path, array: np.ndarray, vocab_size: int) -> None:
+def _check_width(file: TokenFile, vocab_size: int) -> None:
     """Raises UserError where every second of the uint16s could be the upper half of an id."""
-    head = array[:LOOKED_AT]
-    is_pairs = len(array) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
+    path, head = file.path, file.read(0, LOOKED_AT)
+    is_pairs = len(file) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
     if is_pairs and head[::2].max() > (vocab_size - 1) >> 16:
         raise UserError(f"{path}: looks like ids of 32 bits; allowed: .bin of uint16 without a header, of uint32 with "
                         "llm.c's, or .npy")  # fmt: skip
 
 
-def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
-    for start in range(0, len(array), BLOCK):
-        block = array[start : start + BLOCK]
+def _check_ids(file: TokenFile, name: Path, vocab_size: int) -> None:
+    for start in range(0, len(file), BLOCK):
+        block = file.read(start, start + BLOCK)
         bad = np.flatnonzero((block < 0) | (block >= vocab_size))
         if bad.size:
             raise UserError(f"{name}: id {block[bad[0]]} at position {start + bad[0]}; "
@@ -133,7 +136,7 @@ def _check_ids(array: np.ndarray, name: Path, vocab_size: int) -> None:
 
 
 def _corpus(
-    config: Config, vocab_size: int, train: list[np.ndarray], val: list[np.ndarray], tokenizer: Tokenizer | None
+    config: Config, vocab_size: int, train: Sequence[Shard], val: Sequence[Shard], tokenizer: Tokenizer | None
 ) -> Corpus:
     splits = [_tokens(part, tokenizer) for part in (train, val)]
     return Corpus(
@@ -149,25 +152,29 @@ def _corpus(
     )
 
 
-def _tokens(arrays: list[np.ndarray], tokenizer: Tokenizer | None) -> Tokens:
+def _tokens(arrays: Sequence[Shard], tokenizer: Tokenizer | None) -> Tokens:
     if tokenizer is None:
         return Tokens(arrays)
     return Tokens(arrays, starts=partial(_starts, arrays, tokenizer.bos_id), end=tokenizer.bos_id)
 
 
-def _starts(arrays: list[np.ndarray], bos_id: int) -> np.ndarray:
+def _starts(arrays: Sequence[Shard], bos_id: int) -> np.ndarray:
     """Where documents start: at each bos, and at the first token."""
     offsets = np.cumsum([0, *map(len, arrays)])
-    found = [np.flatnonzero(array == bos_id) + offset for array, offset in zip(arrays, offsets, strict=False)]
+    found = [
+        np.flatnonzero(np.asarray(array[at : at + BLOCK]) == bos_id) + offset + at
+        for array, offset in zip(arrays, offsets, strict=False)
+        for at in range(0, len(array), BLOCK)
+    ]
     return np.unique(np.concatenate([[0], *found]).astype(np.int64))
 
 
-def array_hash(array: np.ndarray) -> str:
+def array_hash(array: Shard) -> str:
     """sha256 of a 1-D array; of a sample of blocks where it is larger than HASH_LIMIT."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
     step = BLOCK // array.itemsize
     starts = range(0, array.size, step)
     stride = -(-array.nbytes // HASH_LIMIT)
     for start in starts[::stride] if stride > 1 else starts:
-        digest.update(array[start : start + step].tobytes())
+        digest.update(np.asarray(array[start : start + step]).tobytes())
     return digest.hexdigest()

@@ -189,7 +189,7 @@ def spread(total: int, count: int) -> np.ndarray:
 def _blocks(tokens: Tokens) -> Iterator[np.ndarray]:
     """All tokens, or blocks of them that are evenly spaced, SAMPLE_TOKENS at most."""
     for block in spread(-(-len(tokens) // BLOCK), max(1, SAMPLE_TOKENS // BLOCK)).tolist():
-        yield from tokens.parts(block * BLOCK, (block + 1) * BLOCK)
+        yield from map(np.asarray, tokens.parts(block * BLOCK, (block + 1) * BLOCK))
 
 
 def token_counts(tokens: Tokens, vocab_size: int) -> np.ndarray:

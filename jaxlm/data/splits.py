@@ -54,7 +54,7 @@ def find_files(data: DataConfig) -> Files:
 def _check_kind(paths: list[Path]) -> None:
     for path in paths:
         if is_remote(path):
-            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files that can be "
+            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of "
                             "memory-mapped")  # fmt: skip
         if path.suffix not in SUFFIXES["tokens"]:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "

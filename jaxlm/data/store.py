@@ -35,6 +35,7 @@ from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
 from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer, sample_characters
 from jaxlm.data.sources import open_source
+from jaxlm.data.token_file import Shard, TokenFile
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokens import Tokens
 from jaxlm.paths import user_path
@@ -229,7 +230,7 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, 
 
 
 def open_store(folder: Path, verify: bool = False) -> Corpus:
-    """The corpus of a store, memory-mapped.
+    """The corpus of a store, whose tokens are read when they are asked for.
 
     Args:
       verify: compare every file with its hash, of large stores too.
@@ -281,7 +282,7 @@ def _check_shards(shards: Any, masked: bool) -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets this process have: each map of a file holds one, and at first 1024 are allowed."""
+    """As many as the system lets this process have: each file of tokens holds one, and at first 1024 are allowed."""
     most = 1 << 16
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -292,18 +293,20 @@ def _allow_open_files() -> None:
 
 def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer, verify: bool) -> Tokens:
     dtypes = {"bin": token_dtype(tokenizer.vocab_size), "starts": np.dtype("<u8"), "mask": np.dtype(bool)}
-    found: dict[str, list[np.ndarray]] = {"bin": [], "mask": []}
+    found: dict[str, list[Shard]] = {"bin": [], "mask": []}
     for index, shard in enumerate(shards):
         for suffix, digest in shard["sha256"].items():
             path = folder / f"{index:05}.{suffix}"
-            array = _map(path, dtypes[suffix], shard["documents" if suffix == "starts" else "tokens"])
+            file = _open_file(path, dtypes[suffix], shard["documents" if suffix == "starts" else "tokens"])
+            array = np.asarray(file) if verify else file
             if verify and hashlib.sha256(cast(Any, array)).hexdigest() != digest:
                 raise UserError(f"{path}: not the content that its manifest says; remove {folder.parent}")
-            if verify and suffix == "bin" and array.max(initial=0) >= tokenizer.vocab_size:
-                raise UserError(f"{path}: id {array.max()}; allowed: 0 to {tokenizer.vocab_size - 1}; remove "
+            largest = np.max(array, initial=0) if verify and suffix == "bin" else 0
+            if largest >= tokenizer.vocab_size:
+                raise UserError(f"{path}: id {largest}; allowed: 0 to {tokenizer.vocab_size - 1}; remove "
                                 f"{folder.parent}")  # fmt: skip
-            if suffix in found:  # the others are read when they are needed: each map holds a file open
-                found[suffix].append(array)
+            if suffix in found:  # the others are opened when they are needed
+                found[suffix].append(file)
     offsets = [0, *itertools.accumulate(map(len, found["bin"]))]
 
     def starts() -> np.ndarray:
@@ -316,11 +319,11 @@ def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
     return Tokens(found["bin"], found["mask"] or None, starts, tokenizer.bos_id)
 
 
-def _map(path: Path, dtype: np.dtype, length: int) -> np.ndarray:
+def _open_file(path: Path, dtype: np.dtype, length: int) -> TokenFile:
     try:
         found, wanted = path.stat().st_size, length * dtype.itemsize
         if found == wanted:
-            return np.memmap(path, dtype, mode="r") if wanted else np.empty(0, dtype)
+            return TokenFile(path, dtype, 0, length)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; allowed: a whole token store (remove {path.parents[1]})") from None
     except OSError as error:

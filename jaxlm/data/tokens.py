@@ -1,4 +1,4 @@
-"""Token ids in many memory-mapped files, read as one array."""
+"""Token ids in many files, read as one array."""
 
 import bisect
 import itertools
@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data.token_file import Shard, TokenFile
+
 
 class Tokens:
     """Ids [num_tokens] of unsigned integers, in the order of their shards."""
 
     def __init__(
         self,
-        shards: Sequence[np.ndarray],
-        masks: Sequence[np.ndarray] | None = None,
+        shards: Sequence[Shard],
+        masks: Sequence[Shard] | None = None,
         starts: Callable[[], np.ndarray] | None = None,
         end: int = -1,
     ):
@@ -28,9 +30,8 @@ class Tokens:
         """
         self.end = end
         self.packings: dict[int, Any] = {}  # made of these, by T
-        # A memmap's slices cost three times those of an array.
-        self.shards = [np.asarray(shard) for shard in shards if shard.size]
-        self.masks = None if masks is None else [np.asarray(mask) for mask in masks if mask.size]
+        self.shards = [shard for shard in shards if shard.size]
+        self.masks = None if masks is None else [mask for mask in masks if mask.size]
         self._starts = starts
         self.dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
         self._ends = [0, *itertools.accumulate(map(len, self.shards))]
@@ -39,7 +40,8 @@ class Tokens:
         return self._ends[-1]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        whole = self.shards[0] if len(self.shards) == 1 else np.concatenate([*self.shards, np.empty(0, self.dtype)])
+        arrays = [np.asarray(shard) for shard in self.shards]
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate([*arrays, np.empty(0, self.dtype)])
         return whole.astype(dtype or self.dtype, copy=bool(copy))
 
     @cached_property
@@ -72,31 +74,35 @@ class Tokens:
             learned = self._read(self.masks, start, n + 1)[1:]
             targets[: len(learned)][~learned] = -1
 
-    def parts(self, start: int, stop: int) -> list[np.ndarray]:
-        """The shards of a part, as views."""
+    def parts(self, start: int, stop: int) -> list[Shard]:
+        """The shards of a part, as views or parts of files."""
         spans = zip(self.shards, self._ends, strict=False)
         return [shard[max(start - end, 0) : max(stop - end, 0)] for shard, end in spans if start - end < len(shard)]
 
-    def _gather(self, shards: list[np.ndarray], starts: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
-        if len(shards) == 1:
+    def _gather(self, shards: list[Shard], starts: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
+        if len(shards) == 1 and isinstance(shards[0], np.ndarray):
             return np.lib.stride_tricks.sliding_window_view(shards[0], length)[starts].astype(dtype, order="C")
         out = np.empty((len(starts), length), dtype)
         for row, start in zip(out, starts.tolist(), strict=True):
             row[:] = self._read(shards, start, length)
         return out
 
-    def _read(self, shards: list[np.ndarray], start: int, length: int) -> np.ndarray:
-        """A view where it lies in one shard."""
+    def _read(self, shards: list[Shard], start: int, length: int) -> np.ndarray:
+        """A view where it lies in one array."""
         first = bisect.bisect_right(self._ends, start) - 1
         start -= self._ends[first]
-        part = shards[first][start : start + length]
+        part = _slice(shards[first], start, start + length)
         if len(part) == length:
             return part
         parts = [part]
         while length > sum(map(len, parts)) and first + 1 < len(shards):
             first += 1
-            parts.append(shards[first][: length - sum(map(len, parts))])
+            parts.append(_slice(shards[first], 0, length - sum(map(len, parts))))
         return np.concatenate(parts)
+
+
+def _slice(shard: Shard, start: int, stop: int) -> np.ndarray:
+    return shard.read(start, stop) if isinstance(shard, TokenFile) else shard[start:stop]
 
 
 def chain(parts: Sequence[Tokens]) -> Tokens:
