@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxlm.generate import generate
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
 from jaxlm.recovery import Trouble
-from jaxlm.stop import NEVER, Stop
+from jaxlm.stop import NEVER, Interrupted, Stop
 from jaxlm.train import Done
 
 
@@ -88,11 +89,14 @@ def make_evaluation(
     def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
         batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
-        scores = evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop)
+        scores = stop.together(lambda: evaluate(eval_step, params, batches, parts.corpus.bytes_per_token, stop))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         write({"step": step, **scores})
-        parts.reporter.evaluation({"step": step, **scores}, None if stop.now() else sample_text(parts, params))
+        text = None
+        with suppress(Interrupted):
+            text = stop.alone(lambda: sample_text(parts, params))
+        parts.reporter.evaluation({"step": step, **scores}, text)
         return scores
 
     return evaluation

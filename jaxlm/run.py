@@ -19,16 +19,16 @@ from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config
 from jaxlm.console import human
-from jaxlm.evaluate import Interrupted
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
 from jaxlm.parts import Parts, build, go_back, train_batches
 from jaxlm.recovery import Diverged, Trouble
 from jaxlm.saving import Unsaved
-from jaxlm.stop import EXIT_CODE as STOPPED
-from jaxlm.stop import StopSignal, make_stop
-from jaxlm.train import train
+from jaxlm.signals import StopSignal
+from jaxlm.startup import STOPPED
+from jaxlm.stop import Interrupted, make_stop
+from jaxlm.train import Done, train
 from jaxlm.watchdog import Watchdog
 
 
@@ -37,13 +37,13 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
 
     Args:
       deadline: of `time.monotonic()`, for a new run: it makes fewer steps where not all of `steps` fit before that.
+      stop: what ends the process at once while there is nothing to save, and else has it save and return.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
       CheckpointError: there are checkpoints, and none of them can be used.
       Diverged: training went wrong, and again after it went back to earlier checkpoints.
       Unsaved: the last state could not be written.
-      Stopped: a signal came before training began.
     """
     stop, asked = stop or StopSignal(), config.steps
     if deadline is not None:
@@ -76,6 +76,8 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
+        if jax.process_count() == 1:
+            stop.release("stopped after the last step, saved; run the same command again for its scores")
     finish(parts, scores)
     return 0
 
@@ -97,7 +99,7 @@ def _train(
     Args:
       owed: whether the evaluation after step `start` is still to be made.
     """
-    stop.defer()
+    stop.release()  # until a step has been made here, there is nothing to save
     config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
@@ -116,6 +118,12 @@ def _train(
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         act(step, parts.placement.saved(state), log.sync)
 
+    report = make_on_step(parts, log, state.params, start)
+
+    def on_step(done: Done) -> None:
+        stop.defer()
+        report(done)
+
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
@@ -132,7 +140,7 @@ def _train(
             evaluate(start, state)
         state, step = train(
             state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.placement.batch, on_step=make_on_step(parts, log, state.params, start), hooks=hooks,
+            sharding=parts.placement.batch, on_step=on_step, hooks=hooks,
             stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
