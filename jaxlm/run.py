@@ -28,7 +28,7 @@ from jaxlm.saving import Unsaved
 from jaxlm.signals import StopSignal
 from jaxlm.startup import STOPPED
 from jaxlm.stop import Interrupted, make_stop
-from jaxlm.train import Done, train
+from jaxlm.train import train
 from jaxlm.watchdog import Watchdog
 
 
@@ -99,7 +99,7 @@ def _train(
     Args:
       owed: whether the evaluation after step `start` is still to be made.
     """
-    stop.release()  # until a step has been made here, there is nothing to save
+    stop.release()  # while the step is compiled there is nothing to save
     config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
@@ -118,16 +118,17 @@ def _train(
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         act(step, parts.placement.saved(state), log.sync)
 
-    report = make_on_step(parts, log, state.params, start)
-
-    def on_step(done: Done) -> None:
-        stop.defer()
-        report(done)
-
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), evaluate),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(), save)]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices)
+    compiled = steps.pmap_train_step(config, step_of_one, parts.devices)
+
+    def train_step(state: steps.TrainState, batch: Any) -> Any:
+        made = compiled(state, batch)
+        stop.defer()
+        return made
+
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -139,9 +140,8 @@ def _train(
         if owed:
             evaluate(start, state)
         state, step = train(
-            state, steps.pmap_train_step(config, step_of_one, parts.devices), batches, start=start, steps=config.steps,
-            sharding=parts.placement.batch, on_step=on_step, hooks=hooks,
-            stop=asked, at=watchdog.at,
+            state, train_step, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
+            on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
         save(step, state, saver.finish)

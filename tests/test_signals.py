@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm import signals
-from jaxlm.data.workers import workers
 from jaxlm.signals import StopSignal
+from jaxlm.workers import workers
 from tests.runs import ROOT
 
 PROGRAM = """

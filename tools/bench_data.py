@@ -25,8 +25,8 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
-from jaxlm.data.workers import apart
 from jaxlm.paths import user_path
+from jaxlm.workers import apart
 from tools.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached

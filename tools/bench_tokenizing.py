@@ -20,7 +20,7 @@ from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.tokenizers import to_bytes
-from jaxlm.data.workers import apart, deaf, no_main, workers
+from jaxlm.workers import apart, deaf, no_main, workers
 
 ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
 

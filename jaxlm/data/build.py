@@ -20,7 +20,7 @@ from jaxlm.config import UserError
 from jaxlm.data.documents import Document, Skipped, Split, Unit
 from jaxlm.data.progress import Progress
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, to_bytes
-from jaxlm.data.workers import deaf, no_main, workers
+from jaxlm.workers import deaf, no_main, workers
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 BATCH_CHARACTERS = 1 << 22  # tokenized at a time

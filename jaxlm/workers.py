@@ -1,6 +1,10 @@
-"""Processes that work for this one: side by side, or so that this one can be stopped while a library is at work."""
+"""Processes that work for this one, and end with it.
+
+This module imports little: until a process has imported it, it does not notice that the one that started it has ended.
+"""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -28,8 +32,9 @@ def workers(count: int, begin: Callable[..., object] | None = None, *args: Any) 
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     if QUIET not in sys.warnoptions:
         sys.warnoptions.append(QUIET)
+    where = (begin.__module__, begin.__qualname__) if begin else None  # imported there when it already has `_begin`
     with deaf():  # this may start the resource tracker, which unblocks the signals that `signals.block` blocked
-        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(begin, *args))
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(where, *args))
     try:
         yield pool
         pool.shutdown()
@@ -86,7 +91,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _begin(begin: Callable[..., object] | None, *args: Any) -> None:
+def _begin(where: tuple[str, str] | None, *args: Any) -> None:
     end_with_parent()
-    if begin:
-        begin(*args)
+    if where:
+        getattr(importlib.import_module(where[0]), where[1])(*args)
