@@ -108,10 +108,13 @@ def of_program() -> StopSignal:
 
 
 def at_stop(act: Callable[[], object]) -> None:
-    """Has `act` called, in another thread, when a signal ends the program. It may be called after it has become
-    superfluous.
-    """
+    """Has `act` called, in another thread, when a signal ends the program; until `forget`."""
     _acts.append(act)
+
+
+def forget(act: Callable[[], object]) -> None:
+    """The opposite of `at_stop`."""
+    _acts.remove(act)
 
 
 def settle() -> None:

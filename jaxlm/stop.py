@@ -108,6 +108,8 @@ def unless_asked(signal: StopSignal, act: Callable[[], T]) -> T:
     """Returns what `act` returns; raises Interrupted as soon as a signal is there, also where XLA compiles for minutes:
     so `act` runs in a thread, which is then left to itself. `runtime.leave` ends a process with such a thread.
     """
+    if signal.received:
+        raise Interrupted
     done: Future[T] = Future()
 
     def work() -> None:

@@ -61,6 +61,8 @@ class Bench:
             COMMANDS, within
         )  # seconds that a command takes, as far as known
         self.env = os.environ | {"TMPDIR": str(folder / "tmp"), "JAX_COMPILATION_CACHE_DIR": ""}
+        self.process: subprocess.Popen[bytes] | None = None  # that gets the next signal
+        signals.at_stop(self.kill)
         (folder / "tmp").mkdir()
         keys = {"data.source": "text", "data.path": ROOT / "jaxlm/**/*.py", "data.val_fraction": 0.1, "batch_size": 8,
                 "data.tokenizer": "sentencepiece", "data.vocab_size": 1000, "data.cache_dir": folder / "cache",
@@ -100,7 +102,7 @@ class Bench:
             process = subprocess.Popen(
                 line, cwd=ROOT, env=self.env, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
             )
-        signals.at_stop(lambda: os.killpg(process.pid, signal.SIGKILL))
+        self.process = process
         try:
             process.wait(max(0.0, began + after - time.monotonic()))
             self.longest[command] = max(0.5, 0.9 * (time.monotonic() - began))
@@ -119,6 +121,10 @@ class Bench:
         seconds = time.monotonic() - sent
         wrong = self.look(command, code, seconds, errors.read_text(), process)
         return Sent(command, kind, sent - began, code, seconds, wrong)
+
+    def kill(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def look(self, command: str, code: int, seconds: float, said: str, process: Any) -> list[str]:
         """What is wrong with how it ended."""

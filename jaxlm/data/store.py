@@ -9,6 +9,7 @@ which tokens of its shard documents start. The manifest has counts and the sha25
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -161,7 +162,8 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
             if folder.exists():
                 raise UserError(f"{folder}: not a whole token store, and not made by jaxlm as it is; move it away")
             temporary.mkdir(exist_ok=True)
-            signals.at_stop(lambda: _remove_empty(temporary))
+            tidy = functools.partial(_remove_empty, temporary)
+            signals.at_stop(tidy)
             try:
                 make(temporary)
                 _sync(temporary)
@@ -171,8 +173,10 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
                 # Data that is no good stays so; else what is done is kept, as where a signal ends it.
                 if isinstance(error, UserError) and not isinstance(error, Unfinished):
                     shutil.rmtree(temporary, ignore_errors=True)
-                _remove_empty(temporary)
+                tidy()
                 raise
+            finally:
+                signals.forget(tidy)
     except OSError as error:
         kept = f"; what is done is kept in {temporary}" if temporary.exists() else ""
         raise UserError(f"data.cache_dir {cache}: cannot be written ({error.strerror or error}){kept}") from error
