@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 SAME = 0.2  # seconds in which a second signal is still the first one: `timeout` sends to the process and to its group
@@ -75,7 +76,16 @@ class StopSignal:
             _within(TIDY, _tidy)
             _within(FLUSH, sys.stdout.flush)
         finally:
-            os._exit(self._code)
+            leave(self._code)
+
+
+starting = threading.Lock()  # held while a process is started, which prints a traceback if this one ends meanwhile
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once."""
+    starting.acquire(timeout=1)
+    os._exit(code)
 
 
 _stop: StopSignal | None = None  # of a program; a library leaves signals to those who use it
@@ -122,9 +132,6 @@ def settle() -> None:
 
 
 def _tidy() -> None:
-    multiprocessing = sys.modules.get("multiprocessing")
-    for process in multiprocessing.active_children() if multiprocessing else ():
-        process.kill()  # with SIGTERM blocked, they would not hear `terminate`
     for act in reversed(_acts):
         with contextlib.suppress(Exception):  # the others are to be called too
             act()

@@ -6,7 +6,6 @@ This module imports little: until a process has imported it, it does not notice 
 import contextlib
 import importlib
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
 
+from jaxlm import signals
 from jaxlm.config import UserError
 
 T = TypeVar("T")
@@ -71,10 +71,11 @@ def no_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started hear no Ctrl-C, from their first moment on: this one ends them."""
+    """Processes that are started hear no Ctrl-C, from their first moment on: they end with this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        with signals.starting:
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -86,7 +87,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         connection.wait([parent.sentinel])
-        os._exit(1)
+        signals.leave(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
