@@ -18,7 +18,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from jaxlm import signals
 from jaxlm.config import UserError
+from jaxlm.startup import STOPPED
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
 LOST = 5  # exit code: another host is gone; the same command goes on
@@ -109,6 +111,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         raise UserError(f"{failed}: {' '.join(str(error).split())[:200]}") from error
     global _hosts
     _hosts = Hosts()
+    signals.at_stop(_hosts.tell_stopped)
     return _hosts
 
 
@@ -222,7 +225,7 @@ class Hosts:
         self._ending = True
         with contextlib.suppress(Exception):  # the coordinator is gone: nobody to tell
             self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([code, *said]))
-        if code not in (0, 75):
+        if code not in (0, STOPPED):
             self._let_read()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -285,8 +288,8 @@ class Hosts:
                     code, *said = json.loads(ends.get(f"jaxlm/end/{i}", "[0]"))
                     key = f"jaxlm/beat/{i}"
                     silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
-                    if code not in (0, 75):
-                        same = code in (2, 3, 4)  # to be mended, not just started again
+                    if code not in (0, STOPPED) or said:
+                        same = code in (2, 3, 4, STOPPED)  # to be mended, or asked to stop: not just started again
                         self._end(
                             code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {' '.join(said)}"
                         )
@@ -320,13 +323,19 @@ class Hosts:
             self._let_read()
             os._exit(code)
 
-    def _let_read(self) -> None:
+    def _let_read(self, seconds: float = 3) -> None:
         """The first process takes the table with it: before, the others shall see in it what happened."""
         if self.index == 0:
-            time.sleep(3)
+            time.sleep(seconds)
+
+    def tell_stopped(self) -> None:
+        """Tells the others, before a signal ends this process at once: they would wait for it in a collective."""
+        self._ending = True
+        self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([STOPPED, "a signal"]), True)
+        self._let_read(signals.TIDY - 0.2)
 
     def _advice(self, code: int) -> str:
-        return "this host stops too" + (", and the same command goes on" if code == LOST else "")
+        return "this host stops too" + (", and the same command goes on" if code in (LOST, STOPPED) else "")
 
 
 _hosts: Hosts | None = None  # of this process, as JAX has one distributed state of a process
@@ -347,6 +356,11 @@ def of_first(what: str, value: Callable[[], str]) -> str:
 def of_all(what: str, value: str) -> list[str]:
     """The values of all processes, in their order."""
     return [value] if _hosts is None else _hosts.of_all(what, value)
+
+
+def of_several() -> bool:
+    """Whether this process is one of several."""
+    return _hosts is not None
 
 
 def places() -> dict[str, str]:

@@ -10,11 +10,7 @@ import numpy as np
 from jaxlm.config import UserError
 from jaxlm.data import Scored
 from jaxlm.model import Params
-from jaxlm.stop import NEVER, Stop
-
-
-class Interrupted(Exception):
-    """The evaluation was asked to stop, and has no scores."""
+from jaxlm.stop import NEVER, Interrupted, Stop
 
 
 def evaluate(

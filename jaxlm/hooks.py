@@ -12,14 +12,14 @@ import numpy as np
 from jaxlm import metrics
 from jaxlm import step as steps
 from jaxlm.charts import shortened, tensorboard, wandb_writer
-from jaxlm.evaluate import Interrupted, evaluate
+from jaxlm.evaluate import evaluate
 from jaxlm.generate import generate
 from jaxlm.loss_mean import is_logged
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
 from jaxlm.phases import counted
 from jaxlm.recovery import Trouble
-from jaxlm.stop import NEVER, Stop
+from jaxlm.stop import NEVER, Interrupted, Stop
 from jaxlm.time_left import num_eval_batches
 from jaxlm.train import Done
 
@@ -108,13 +108,14 @@ def make_evaluation(
         params = state.params if state.ema is None else state.ema
         batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
         with parts.reporter.phase("evaluating", num_eval_batches(parts.config, len(parts.corpus.val))) as advance:
-            scores = evaluate(eval_step, params, counted(batches, advance), parts.corpus.bytes_per_token, stop)
+            shown = counted(batches, advance)
+            scores = stop.together(lambda: evaluate(eval_step, params, shown, parts.corpus.bytes_per_token, stop))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         if stop.now():  # its line has a sample, which takes time: both are made when the run goes on
             raise Interrupted
         with parts.reporter.phase("sampling"):
-            sample = sample_text(parts, params)
+            sample = stop.together(lambda: sample_text(parts, params))
         m = {"step": step, **scores} | ({} if sample is None else {"sample": sample})
         write(m)
         parts.reporter.evaluation(m)

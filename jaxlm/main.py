@@ -1,9 +1,14 @@
 """`python -m jaxlm.main --config configs/base.py`: flags, checks before any device is touched, exit codes.
 
 Exit codes: 0 done, 1 a bug, 2 the configuration, data or command line is wrong, 3 training diverged, 4 a checkpoint is
-unusable, 5 another host is gone or a device is at fault, 75 stopped by a signal after saving, 130 a tool stopped by
-Ctrl-C.
+unusable, 5 another host is gone or a device is at fault, 75 stopped by a signal after saving, 130 a tool stopped by a
+signal.
 """
+
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.trainer()
 
 import errno
 import os
@@ -12,10 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import cli, distributed, runtime
+from jaxlm import cli, distributed, runtime, signals
 from jaxlm.config import UserError, flatten
 from jaxlm.paths import user_path
-from jaxlm.stop import EXIT_CODE, Stopped, StopSignal
+from jaxlm.startup import STOPPED_TOOL, TOOL_STOPPED
 
 
 def parser() -> cli.Parser:
@@ -46,7 +51,7 @@ def _keys(width: int) -> str:
 
 
 def run(argv: list[str]) -> int:
-    began, stop = time.monotonic(), StopSignal()
+    began = time.monotonic()
     args, overrides = parser().parse_known_args(argv)
     file = user_path("--config", args.config)
     if args.workdir is None and file.suffix == ".json":
@@ -66,15 +71,13 @@ def run(argv: list[str]) -> int:
     hosts = None
     if processes > 1:
         hosts = distributed.join(args.coordinator, args.num_processes, args.process_id)
-        stop.listen()
-        stop.defer()  # one that leaves before the others would have them wait for it
 
     def train() -> int:
         shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}
         distributed.check_same("the configuration", shared | {"--max_minutes": args.max_minutes})
         from jaxlm import run as runs
 
-        return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, stop)
+        return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, signals.of_program())
 
     return train() if hosts is None else hosts.run(train, exit_code)
 
@@ -88,16 +91,16 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] |
             said.append(line)
 
     try:
-        return program()
+        try:
+            return program()
+        finally:
+            signals.settle()
     except UserError as error:
         say(" ".join(str(error).split()))
         return 2
-    except Stopped:
-        say("stopped before the first step; run the same command again")
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        say("stopped; run the same command again, what is finished is kept")
-        return 130
+    except KeyboardInterrupt:  # where nobody listens to signals
+        say(STOPPED_TOOL)
+        return TOOL_STOPPED
     except Exception as error:
         code = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2, "Corrupt": 5}.get(
             type(error).__name__
@@ -124,5 +127,4 @@ def _exhausted(error: BaseException | None) -> str | None:
 
 
 if __name__ == "__main__":
-    runtime.relaunch_with_huge_pages()
     runtime.leave(exit_code(lambda: run(sys.argv[1:])))

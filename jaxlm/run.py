@@ -14,7 +14,6 @@ from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.config import Config
 from jaxlm.console import Reporter, human
-from jaxlm.evaluate import Interrupted
 from jaxlm.finished import close
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
@@ -23,8 +22,9 @@ from jaxlm.parts import Parts, build, go_back, lr_history, train_batches
 from jaxlm.recovery import Diverged, Trouble
 from jaxlm.replicas import Replicas
 from jaxlm.saving import Unsaved
-from jaxlm.stop import EXIT_CODE as STOPPED
-from jaxlm.stop import StopSignal, make_stop
+from jaxlm.signals import StopSignal
+from jaxlm.startup import STOPPED
+from jaxlm.stop import Interrupted, make_stop
 from jaxlm.train import train
 from jaxlm.watchdog import Watchdog
 
@@ -34,6 +34,7 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
 
     Args:
       deadline: of `time.monotonic()`, for a new run: it makes fewer steps where not all of `steps` fit before that.
+      stop: what ends the process at once while there is nothing to save, and else has it save and return.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
@@ -41,7 +42,6 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
       Diverged: training went wrong, and again after it went back to earlier checkpoints.
       Unsaved: the last state could not be written.
       Corrupt: devices that should hold the same state do not.
-      Stopped: a signal came before training began.
     """
     stop, asked = stop or StopSignal(), config.steps
     if deadline is not None:
@@ -74,6 +74,8 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
+        if jax.process_count() == 1:
+            stop.release("stopped after the last step, saved; run the same command again for its scores")
     close(parts.reporter, config, workdir, parts.corpus, scores)
     return 0
 
@@ -94,7 +96,7 @@ def _train(
     Args:
       owed: whether the evaluation after step `start` is still to be made.
     """
-    stop.defer()
+    stop.release()  # while the step is compiled there is nothing to save
     config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
@@ -123,7 +125,13 @@ def _train(
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step),
               timed("save", save))]  # fmt: skip
     step_of_one = steps.make_train_step(config, parts.model, parts.devices, lr_history(parts))
-    train_step = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
+    compiled = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
+
+    def train_step(state: steps.TrainState, batch: Any) -> Any:
+        made = compiled(state, batch)
+        stop.defer()  # from here on there is something to save
+        return made
+
     batches = train_batches(parts, start)
     try:
         watchdog.start()

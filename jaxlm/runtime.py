@@ -1,53 +1,26 @@
-"""What must be decided before JAX starts: memory pages, XLA flags, CPU devices.
+"""What must be decided before JAX starts: XLA flags, CPU devices; and how a program ends.
 
-Nothing here imports jax at module level, so that a program can still start itself anew.
+Nothing here imports jax at module level: its flags are read when it is imported.
 """
 
 import atexit
 import os
-import platform
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxlm import distributed
+from jaxlm import distributed, signals
 from jaxlm.config import Config, UserError
+from jaxlm.startup import on_cpu
+from jaxlm.stop import LEFT
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # XLA's oneDNN aborts a process that drops a compiled program within some milliseconds after its last product: where it
 # multiplies, programs are kept (`kept`), and the end of the process waits (`leave`).
 SETTLE = 0.2  # seconds
 _kept: list[Any] | None = None
 IMPORTER = "tensorflow-import"  # the thread that imports it while the first steps are made
-
-
-def on_cpu() -> bool:
-    """Whether JAX is going to run on CPU: it was told to, or there is no accelerator's device file."""
-    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    if wanted:
-        return wanted == "cpu"
-    return not any(
-        Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
-    )
-
-
-def relaunch_with_huge_pages() -> None:
-    """On CPU, starts this program again with transparent huge pages for malloc.
-
-    XLA takes its buffers from malloc anew for every step, and each of their 4 KB pages costs a page fault: a quarter
-    of a step of a small model. glibc (2.35 and later) reads the setting when a process starts, so it can't be made
-    from inside. `GLIBC_TUNABLES` in the environment, even empty, keeps this from happening.
-    """
-    libc, version = platform.libc_ver()
-    recent = libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
-    if not recent or not on_cpu() or "GLIBC_TUNABLES" in os.environ:
-        return
-    os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def configure_jax(config: Config, processes: int) -> None:
@@ -108,18 +81,25 @@ def kept(program: Any) -> Any:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program."""
+    """Ends the program, without the interpreter's own end. That one would be deaf to signals, cut threads off inside
+    XLA or TensorFlow's import, which may crash them, and take a second.
+    """
     if _kept is not None:
         time.sleep(SETTLE)
-    if any(thread.name == IMPORTER for thread in threading.enumerate()):
-        # The interpreter's end would cut the import off, which may crash it, and to wait takes seconds: more than a
-        # scheduler that stops a run may give it.
+    left = [thread for thread in threading.enumerate() if thread.name == LEFT]
+    if left and distributed.of_several():
+        left.pop().join()  # the others wait for what JAX does at exit
+    if not left:
         atexit._run_exitfuncs()
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    signals.settle()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # its reader wanted no more
+    except (OSError, ValueError) as error:
+        print(f"jaxlm: what was printed is lost: {error}", file=sys.stderr)
+        code = code or 2
+    os._exit(code)
 
 
 def _unset(flags: dict[str, str]) -> list[str]:

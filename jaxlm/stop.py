@@ -1,44 +1,18 @@
-"""Stopping by a signal: at once before training has begun, and after the step under way from then on.
+"""When a loop stops because the program was asked to: one process alone, or several after the same step."""
 
-Nothing here imports jax at module level, so that a program can be stopped while it starts.
-"""
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
-import signal
-from typing import Any, Protocol
+from jaxlm.signals import StopSignal
 
-EXIT_CODE = 75
-
-
-class Stopped(BaseException):
-    """A signal came before there was anything to save; like KeyboardInterrupt, no `except Exception` catches it."""
+T = TypeVar("T")
+LEFT = "left"  # the name of threads whose work may have been left
 
 
-class StopSignal:
-    """SIGTERM or SIGINT. A second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self._received = self._deferred = False
-        self.listen()
-
-    def listen(self) -> None:
-        """Takes the signals; again after `jax.distributed.initialize`, which takes SIGTERM for itself."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self._received = True
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        if not self._deferred:
-            raise Stopped
-
-    def defer(self) -> None:
-        """From now on a signal is only noted: who asks `received` stops, and saves."""
-        self._deferred = True
-
-    @property
-    def received(self) -> bool:
-        return self._received
+class Interrupted(Exception):
+    """The work was asked to stop, and has no result."""
 
 
 class Stop(Protocol):
@@ -56,6 +30,18 @@ class Stop(Protocol):
 
     def now(self) -> bool: ...
 
+    def alone(self, act: Callable[[], T]) -> T:
+        """Returns what `act` returns, which other processes need not call too.
+
+        Raises:
+          Interrupted: this process was asked to stop meanwhile; `act` may go on in a thread of its own.
+        """
+        ...
+
+    def together(self, act: Callable[[], T]) -> T:
+        """The same where all processes call `act`, which has collectives: with several processes it is never left."""
+        ...
+
 
 class Alone:
     """Stops one process after the step under way; never, without a signal."""
@@ -71,6 +57,12 @@ class Alone:
 
     def now(self) -> bool:
         return self._signal is not None and self._signal.received
+
+    def alone(self, act: Callable[[], T]) -> T:
+        return act() if self._signal is None else unless_asked(self._signal, act)
+
+    def together(self, act: Callable[[], T]) -> T:
+        return self.alone(act)
 
 
 class Together:
@@ -96,6 +88,12 @@ class Together:
     def now(self) -> bool:
         return self._heard
 
+    def alone(self, act: Callable[[], T]) -> T:
+        return unless_asked(self._signal, act)
+
+    def together(self, act: Callable[[], T]) -> T:
+        return act()
+
 
 NEVER: Stop = Alone(None)
 
@@ -104,3 +102,27 @@ def make_stop(signal: StopSignal, sharding: Any) -> Stop:
     import jax
 
     return Alone(signal) if jax.process_count() == 1 else Together(signal, sharding)
+
+
+def unless_asked(signal: StopSignal, act: Callable[[], T]) -> T:
+    """Returns what `act` returns; raises Interrupted as soon as a signal is there, also where XLA compiles for minutes:
+    so `act` runs in a thread, which is then left to itself. `runtime.leave` ends a process with such a thread.
+    """
+    if signal.received:
+        raise Interrupted
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(act())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name=LEFT, daemon=True).start()
+    while not signal.received:
+        try:
+            return done.result(timeout=0.1)
+        except TimeoutError:
+            if done.done():  # it is the act's own
+                raise
+    raise Interrupted

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,14 +59,11 @@ def programs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A run takes the signals over, and sets what XLA and oneDNN read when they start; both are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    environment = {key: os.environ.get(key) for key in ("XLA_FLAGS", "ONEDNN_DEFAULT_FPMATH_MODE")}
+def environment() -> Iterator[None]:
+    """A run sets what XLA and oneDNN read when they start; it is given back."""
+    before = {key: os.environ.get(key) for key in ("XLA_FLAGS", "ONEDNN_DEFAULT_FPMATH_MODE")}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    for key, value in environment.items():
+    for key, value in before.items():
         os.environ.pop(key, None)
         if value is not None:
             os.environ[key] = value

@@ -103,6 +103,29 @@ def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[i
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_before_the_first_step_ends_both(asked: int, tmp_path: Path):
+    """Neither waits for the other in a collective, or for what is compiled."""
+    both = start(tmp_path / "run", 2, "steps=100000", program=["-m", "tests.compiles_long"])
+    try:
+        said = both[asked].stderr
+        assert said
+        while "compiling" not in (line := said.readline()):
+            assert line, finish(both)
+        both[asked].send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        for p in both:
+            p.wait(30)
+        seconds = time.monotonic() - sent
+    finally:
+        results = finish(both)
+    assert [code for code, *_ in results] == [75, 75], results
+    assert "jaxlm: stopped before the first step; run the same command again" in results[asked][2]
+    assert f"(process {asked}) has ended with exit code 75: a signal; this host stops too" in results[1 - asked][2]
+    assert seconds < 15 and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
     """One that takes minutes; it is made first when they go on."""
     np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
@@ -116,6 +139,7 @@ def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
         while not lines(workdir):
             assert all(p.poll() is None for p in both) and time.monotonic() < deadline, finish(both)
             time.sleep(0.002)
+        time.sleep(0.3)  # until the other one knows of the step
         both[1].send_signal(signal.SIGTERM)
     finally:
         results = finish(both)

@@ -1,11 +1,9 @@
 """Stopping and going on leaves no trace; what may be changed in between, and what is refused."""
 
 import json
-import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,21 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import hooks
 from jaxlm import run as runs
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpoints
+from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.main import exit_code
+from jaxlm.signals import StopSignal
+from jaxlm.stop import LEFT
 from tests.runs import (
     CHECKPOINT,
+    CONFIG,
     STEPS,
     assert_identical,
+    flags,
     lines,
     numbers,
     run,
@@ -63,27 +67,19 @@ def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: 
     assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
 
 
-def test_second_signal_ends_it_at_once(tmp_path: Path):
-    """In the middle of what the first signal has it do: stop the evaluation, and save."""
-    np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
-    np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
-    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
-            "data.vocab_size": 64, "eval.every_steps": 1}  # fmt: skip
-    process = start(tmp_path / "run", **keys)
-    wait_for_step(process, tmp_path / "run", 1)
-    sent = 0
-    deadline = time.monotonic() + 30
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGTERM)
-        sent += 1
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGTERM and sent >= 2
-    assert [m["step"] for m in lines(tmp_path / "run")] == [1]
+class Ended(BaseException):
+    """The process would be gone."""
 
 
-@pytest.mark.parametrize("when, step", [("compile", 1), ("evaluation", 150), ("last evaluation", STEPS)])
+class InProcess(StopSignal):
+    def end(self, line: str) -> None:
+        raise Ended(line)
+
+
+@pytest.mark.parametrize(
+    "when, step",
+    [("compile", 0), ("evaluation", 150), ("sample", 150), ("last evaluation", STEPS), ("at the end", STEPS)],
+)
 def test_signal_while_it_compiles_or_evaluates(
     when: str,
     step: int,
@@ -92,35 +88,54 @@ def test_signal_while_it_compiles_or_evaluates(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """It stops after the step, the evaluation that is due is cut short, and made first when the run goes on."""
-    name = "make_train_step" if when == "compile" else "make_eval_step"
-    make: Callable[..., Any] = getattr(steps, name)
+    """It is not waited for what takes long. An evaluation that is cut short is made first when the run goes on."""
+    stop, end = InProcess(), threading.Event()
+    places: dict[str, tuple[Any, str]] = {
+        "compile": (steps, "make_train_step"), "sample": (hooks, "sample_text"), "at the end": (runs, "finish"),
+    }  # fmt: skip
+    module, name = places.get(when, (steps, "make_eval_step"))
+    make: Callable[..., Any] = getattr(module, name)
 
     def make_signalling(*args: Any) -> Any:
         inner = make(*args)
 
         def traced(*inputs: Any) -> Any:  # runs once, when it is compiled
-            os.kill(os.getpid(), signal.SIGTERM)
+            asked()
             return inner(*inputs)
 
         return traced
+
+    def asked(*args: Any) -> None:
+        stop.receive()
+        end.wait(60)  # XLA is busy
 
     if when == "last evaluation":
         shutil.copytree(whole, tmp_path / "run")
         shutil.rmtree(tmp_path / "run/checkpoints" / str(STEPS))
     with monkeypatch.context() as patch:
-        patch.setattr(steps, name, make_signalling)
-        if when == "last evaluation":
-            assert run(tmp_path / "run", eval__every_steps=0) == runs.STOPPED
+        patch.setattr(module, name, asked if when in ("sample", "at the end") else make_signalling)
+        keys = {"eval__every_steps": 0} if when == "last evaluation" else {}
+        config = load(CONFIG, flags(**keys))
+        if when in ("compile", "at the end"):
+            with pytest.raises(Ended, match="before the first step" if when == "compile" else "after the last step"):
+                runs.run(config, tmp_path / "run", stop=stop)
         else:
-            assert run(tmp_path / "run") == runs.STOPPED
-    assert f"stopped after step {step}, saved" in capsys.readouterr().out
+            assert runs.run(config, tmp_path / "run", stop=stop) == runs.STOPPED
+            assert f"stopped after step {step}, saved" in capsys.readouterr().out
+    end.set()
+    for thread in threading.enumerate():
+        if thread.name == LEFT:
+            thread.join()
     assert int(state_of(tmp_path / "run", step).step) == step
-    assert numbers(tmp_path / "run") == [m for m in numbers(whole, step) if m["step"] < step or "eval_loss" not in m]
     if when == "compile":
+        assert not numbers(tmp_path / "run")
         assert run(tmp_path / "run", steps=CHECKPOINT) == 0
         assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
         return
+    scored = when in ("sample", "at the end")
+    assert numbers(tmp_path / "run") == [
+        m for m in numbers(whole, step) if m["step"] < step or scored or "eval_loss" not in m
+    ]
     assert run(tmp_path / "run", steps=step + 10 if step < STEPS else step) == 0
     assert numbers(tmp_path / "run")[: len(numbers(whole, step))] == numbers(whole, step)
     before = numbers(tmp_path / "run")

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import runtime
 from jaxlm.cli import load
+from jaxlm.stop import LEFT
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 ALL = ["deterministic=true", "parallel.overlap=true", "parallel.bucket_mb=25"]
@@ -101,8 +102,22 @@ runtime.leave(75)
 """
 
 
-@pytest.mark.parametrize("name", ["", runtime.IMPORTER])
-def test_the_end_waits_for_no_import_and_cleans_up(name: str):
+@pytest.mark.parametrize(
+    "name, out", [("", "done\ncleaned up\n"), (runtime.IMPORTER, "done\ncleaned up\n"), (LEFT, "done\n")]
+)
+def test_the_end_waits_for_no_thread(name: str, out: str):
+    """What JAX does at exit may crash where a thread was left inside XLA."""
     program = LEAVES.replace("NAME", repr(name))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (75, "done\ncleaned up\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (75, out, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_the_end_says_what_is_lost():
+    program = "from jaxlm import runtime; print('{}'); runtime.leave(0)"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.startswith("jaxlm: what was printed is lost: ")

@@ -5,8 +5,15 @@ The last line of output is one JSON object. `bench.py data` measures how fast da
 reads what a step moves between devices; each has --help.
 """
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool(huge_pages=True)
+
+
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime
+from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
@@ -50,6 +57,7 @@ def main() -> int:
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
     with tempfile.TemporaryDirectory() as folder:
+        signals.at_stop(lambda: shutil.rmtree(folder, ignore_errors=True))
         ours = Trainer(config, Path(folder))
         peer = NanoGPT(args.nanogpt, args.nanogpt_python, config, ours.vocab_size) if args.nanogpt else None
         rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
@@ -178,6 +186,7 @@ class NanoGPT:
              "medium" if runtime.rounds_products(config) else "highest"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        signals.at_stop(self._process.kill)
         self.step(5)
 
     def step(self, steps: int) -> float:
@@ -201,5 +210,4 @@ class NanoGPT:
 
 
 if __name__ == "__main__":
-    runtime.relaunch_with_huge_pages()
     runtime.leave(exit_code(main))

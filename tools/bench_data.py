@@ -12,6 +12,7 @@ What is compared runs in turns, and medians over the rounds are reported. The la
 import contextlib
 import dataclasses
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -19,13 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jaxlm import cli, runtime
+from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.paths import user_path
-from tools.bench_tokenizing import apart, measure_preparation, save_tokenizer, text_parts
+from jaxlm.workers import apart
+from tools.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
 FEED_SECONDS = 0.5  # of a round, at least
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> int:
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     config.steps = END
     with tempfile.TemporaryDirectory() as folder:
+        signals.at_stop(lambda: shutil.rmtree(folder, ignore_errors=True))
         config.data.cache_dir = f"{folder}/cache"
         preparation = None
         # Before jax and tensorflow are imported: a process that is started is at first as large as this one.

@@ -9,19 +9,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.config import Config, DataConfig, UserError, mixture
-from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, end_with_parent, num_processes
+from jaxlm.config import Config, DataConfig, mixture
+from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
 from jaxlm.data.documents import Document, Unit
 from jaxlm.data.files import grouped
 from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import open_source
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.tokenizers import to_bytes
+from jaxlm.workers import apart, deaf, no_main, workers
 
 ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
 
@@ -144,9 +143,9 @@ def encode_alone(library: Library, folder: Path, data: DataConfig) -> Encoded:
     """Has processes take shares of the texts, and all begin to encode them when the last has its share."""
     units = open_source(data).units()
     count = min(num_processes(), len(units))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=_begin, initargs=(context.Barrier(count),)) as pool:
-        futures = [pool.submit(encode_share, library, folder, units, i, count) for i in range(count)]
+    with workers(count, _begin, multiprocessing.get_context("spawn").Barrier(count)) as pool:
+        with no_main(), deaf():
+            futures = [pool.submit(encode_share, library, folder, units, i, count) for i in range(count)]
         starts, ends, tokens = zip(*(future.result() for future in futures), strict=True)
     return Encoded(max(ends) - min(starts), sum(tokens))
 
@@ -183,21 +182,9 @@ def _encoder(library: Library, folder: Path, threads: int) -> Callable[[list[str
     return lambda texts: sum(map(len, tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
 
 
-def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function gives in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, context, initializer=_begin) as pool:
-            return pool.submit(function, *args).result()
-    except BrokenProcessPool as error:
-        raise UserError("a process was killed, as it is when memory runs out; allowed: a smaller corpus") from error
-
-
 _barrier: Any
 
 
-def _begin(barrier: Any = None) -> None:
-    """Prepares a process: it ends with its parent, also where that is killed."""
+def _begin(barrier: Any) -> None:
     global _barrier
     _barrier = barrier
-    end_with_parent()

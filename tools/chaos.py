@@ -17,6 +17,12 @@ After the first five all that is in metrics.jsonl but times, and all parameters,
 undisturbed run. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
 """
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool("chaos")
+
+
 import collections
 import dataclasses
 import json
@@ -31,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli
+from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
@@ -65,10 +71,12 @@ class Bench:
             "CHAOS_LOG": str(self.folder / f"{name}.log"),
         }  # fmt: skip
         command = [sys.executable, str(CHILD), *self.command, "--workdir", str(workdir)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, f"--config.data.cache_dir={cache}", *overrides], env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        signals.at_stop(process.kill)
+        return process
 
     def finish(self, name: str, plan: dict[str, Any], want: int, *overrides: str) -> tuple[str, str]:
         """Runs it to its end; gives what it wrote to stdout and stderr."""
@@ -80,6 +88,7 @@ class Bench:
         except subprocess.TimeoutExpired:
             process.kill()
             raise Broken(f"did not end within {LIMIT:.0f} s: {process.communicate()[1][-500:]}") from None
+        signals.settle()  # what was killed because of a signal broke no promise
         if process.returncode not in want:
             raise Broken(f"exit code {process.returncode} instead of {want}: {error.strip()[-500:]}")
         return out, error
@@ -341,4 +350,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "chaos"))
+    runtime.leave(exit_code(main, "chaos"))

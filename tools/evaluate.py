@@ -1,5 +1,11 @@
 """Scores a checkpoint on its whole validation set, or on other data; the last line of output is one JSON object."""
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool(huge_pages=True)
+
+
 import json
 import re
 import sys
@@ -61,5 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    runtime.relaunch_with_huge_pages()
     runtime.leave(exit_code(main))

@@ -1,8 +1,14 @@
 """Samples text from a checkpoint."""
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool()
+
+
 import sys
 
-from jaxlm import cli
+from jaxlm import cli, runtime
 from jaxlm.config import MAX_FLOAT, UserError, show
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
@@ -76,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    runtime.leave(exit_code(main))

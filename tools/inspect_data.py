@@ -5,6 +5,12 @@
 The last line on stdout is one JSON object.
 """
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool("inspect_data.py")
+
+
 import argparse
 import io
 import itertools
@@ -20,7 +26,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from jaxlm import cli
+from jaxlm import cli, runtime
 from jaxlm.config import Config, UserError, show
 from jaxlm.data import Corpus, Tokenizer, prepare
 from jaxlm.data.inspect import (
@@ -347,4 +353,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "inspect_data.py"))
+    runtime.leave(exit_code(main, "inspect_data.py"))

@@ -8,24 +8,30 @@ and one of PyTorch's DistributedDataParallel with a GPT of the same sizes and Ad
 another order every round; medians are reported. The last line of output is one JSON object.
 """
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool("netbench")
+
+
 import contextlib
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli
+from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
-from jaxlm.runtime import HUGE_PAGES, rounds_products
+from jaxlm.startup import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
@@ -62,7 +68,6 @@ def main() -> int:
     if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
         raise UserError("netbench needs Linux, root and iproute2 (ip, tc): it makes network namespaces")
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the network goes too
     with (
         network(args.hosts, args.mbit, args.delay_ms) as hosts,
         tempfile.TemporaryFile("w+") as errors,
@@ -100,7 +105,7 @@ def start(
         m = config.model
         sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
                  "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size,
-                 "precision": "medium" if rounds_products(config) else "highest"}  # fmt: skip
+                 "precision": "medium" if runtime.rounds_products(config) else "highest"}  # fmt: skip
         peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
         parties["ddp"] = stack.enter_context(Party(hosts, peer, len(parties), {}, errors))
         runs += [("ddp float32", "ddp", "float32"), ("ddp fp16", "ddp", "fp16")]
@@ -137,12 +142,26 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
     names = [f"jaxlm{os.getpid()}h{i}" for i in range(hosts)]
     bridge = f"jb{os.getpid() % 10**8}"
     etc = [Path("/etc/netns") / name for name in names]
+    making = threading.RLock()
 
     def run(*words: str, check: bool = True) -> None:
-        done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
+        with making:
+            done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
         if check and done.returncode:
             raise UserError(f"netbench cannot make its network: {' '.join(words)}: {done.stderr.strip()}")
 
+    def remove() -> None:
+        with making:
+            for name, folder in zip(names, etc, strict=True):
+                run("ip", "netns", "del", name, check=False)
+                shutil.rmtree(folder, ignore_errors=True)
+            run("ip", "link", "del", bridge, check=False)
+
+    def remove_at_stop() -> None:
+        making.acquire()  # and keeps it: nothing more is made
+        remove()
+
+    signals.at_stop(remove_at_stop)
     try:
         run("ip", "link", "add", bridge, "type", "bridge")
         run("ip", "link", "set", bridge, "up")
@@ -165,10 +184,7 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
                     f"{delay_ms}ms", "limit", "100000")  # fmt: skip
         yield names
     finally:
-        for name, folder in zip(names, etc, strict=True):
-            run("ip", "netns", "del", name, check=False)
-            shutil.rmtree(folder, ignore_errors=True)
-        run("ip", "link", "del", bridge, check=False)
+        remove()
 
 
 def address(host: int) -> str:
@@ -188,6 +204,7 @@ class Party:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0", **env},
             ))  # fmt: skip
+            signals.at_stop(self._processes[-1].kill)
 
     def __enter__(self) -> "Party":
         return self
@@ -219,4 +236,4 @@ class Party:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "netbench"))
+    runtime.leave(exit_code(main, "netbench"))

@@ -5,11 +5,16 @@
 The last line on stdout is one JSON object.
 """
 
+if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+    from jaxlm import startup
+
+    startup.tool("prepare_data.py")
+
+
 import json
-import sys
 from pathlib import Path
 
-from jaxlm import cli
+from jaxlm import cli, runtime
 from jaxlm.data import Corpus, open_store, prepare
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
@@ -55,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main, "prepare_data.py"))
+    runtime.leave(exit_code(main, "prepare_data.py"))

@@ -7,16 +7,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import types
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,6 +20,7 @@ from jaxlm.config import UserError
 from jaxlm.data.documents import Document, Skipped, Split, Unit
 from jaxlm.data.progress import Progress
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, to_bytes
+from jaxlm.workers import deaf, no_main, workers
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 BATCH_CHARACTERS = 1 << 22  # tokenized at a time
@@ -58,12 +53,18 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
             facts[i] = _make_shard(folder, i, units[i], tokenizer, masked)
             bar.advance(_num_bytes(facts[i]))
     else:
-        with _workers(folder, min(num_processes(), len(left))) as pool:
-            with _no_main(), _deaf():
-                futures = {pool.submit(_work, folder, i, units[i], masked): i for i in left}
-            for future in as_completed(futures):
-                facts[futures[future]] = future.result()
-                bar.advance(_num_bytes(future.result()))
+        try:
+            with workers(min(num_processes(), len(left)), _begin, folder) as pool:
+                with no_main(), deaf():
+                    futures = {pool.submit(_work, folder, i, units[i], masked): i for i in left}
+                for future in as_completed(futures):
+                    facts[futures[future]] = future.result()
+                    bar.advance(_num_bytes(future.result()))
+        except BrokenProcessPool as error:
+            raise Unfinished(
+                f"{folder}: a process that tokenizes was killed, as it is when memory runs out; what is done is kept,"
+                " run it again with more memory, or fewer cores (taskset)"
+            ) from error
     return [facts[i] for i in range(len(units))]
 
 
@@ -87,67 +88,12 @@ def _num_bytes(facts: dict) -> int:
     return sum(facts[split]["bytes"] for split in SPLITS)
 
 
-@contextlib.contextmanager
-def _workers(folder: Path, count: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, at once where it is stopped or fails."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(folder,))
-    try:
-        yield pool
-        pool.shutdown()
-    except BrokenProcessPool as error:
-        raise Unfinished(f"{folder}: a process that tokenizes was killed, as it is when memory runs out; what is done "
-                         "is kept, run it again with more memory, or fewer cores (taskset)") from error  # fmt: skip
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-            process.join()
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Processes that are started do not import the program: they need nothing of it, and a script without
-    `if __name__ == "__main__"` would do again in each what it does.
-    """
-    program = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = program
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are started hear no Ctrl-C, from their first moment on: this one ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _tokenizer: Tokenizer
 
 
-def end_with_parent() -> None:
-    """Has this process end when the one that started it does, also where that is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _begin(folder: Path) -> None:
-    """Prepares a process that works; it ends with its parent, also where that is killed."""
+    """Prepares a process that works."""
     global _tokenizer
-    end_with_parent()
     _tokenizer = load_tokenizer(folder / "tokenizer")
     _tokenizer.num_threads = 1
 

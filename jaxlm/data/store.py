@@ -9,6 +9,7 @@ which tokens of its shard documents start. The manifest has counts and the sha25
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -26,6 +27,7 @@ from typing import Any, cast
 import filelock
 import numpy as np
 
+from jaxlm import signals
 from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths, fingerprint
@@ -161,20 +163,30 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
             if folder.exists():
                 raise UserError(f"{folder}: not a whole token store, and not made by jaxlm as it is; move it away")
             temporary.mkdir(exist_ok=True)
+            tidy = functools.partial(_remove_empty, temporary)
+            signals.at_stop(tidy)
             try:
                 make(temporary)
                 _sync(temporary)
                 os.rename(temporary, folder)
                 _sync_folder(cache)
             except BaseException as error:
-                # Data that is no good stays so; else what is done is kept, also where a signal ends it.
-                no_good = isinstance(error, UserError) and not isinstance(error, Unfinished)
-                if no_good or not any(temporary.glob("?????.json")):
+                # Data that is no good stays so; else what is done is kept, as where a signal ends it.
+                if isinstance(error, UserError) and not isinstance(error, Unfinished):
                     shutil.rmtree(temporary, ignore_errors=True)
+                tidy()
                 raise
+            finally:
+                signals.forget(tidy)
     except OSError as error:
         kept = f"; what is done is kept in {temporary}" if temporary.exists() else ""
         raise UserError(f"data.cache_dir {cache}: cannot be written ({error.strerror or error}){kept}") from error
+
+
+def _remove_empty(temporary: Path) -> None:
+    """Removes a folder in which nothing is done."""
+    if not any(temporary.glob("?????.json")):
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""The trainer, whose step takes minutes to compile."""
+
+import sys
+import time
+from typing import Any
+
+from jaxlm import runtime, startup
+from jaxlm import step as steps
+from jaxlm.main import exit_code, run
+
+make = steps.make_train_step
+
+
+def make_slowly(*args: Any) -> Any:
+    step = make(*args)
+
+    def traced(*inputs: Any) -> Any:
+        print("compiling", file=sys.stderr, flush=True)
+        time.sleep(300)
+        return step(*inputs)
+
+    return traced
+
+
+if __name__ == "__main__":
+    startup.trainer()
+    steps.make_train_step = make_slowly
+    runtime.leave(exit_code(lambda: run(sys.argv[1:])))
