@@ -120,7 +120,7 @@ class CheckpointConfig:
     every_steps: int  # 0 = only at the end
     keep: int  # newest checkpoints kept
     keep_best: int  # besides those, the best by validation loss
-    resume: str  # auto | never | a workdir to take weights from
+    resume: str  # auto | never | WORKDIR, WORKDIR@STEP, WORKDIR@best: weights, model's keys and tokenizer of that run
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

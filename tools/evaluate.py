@@ -6,6 +6,7 @@ from jaxlm import cli, runtime
 from jaxlm.config import UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
+from jaxlm.pretrained import read_step
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
         description=__doc__, allow_abbrev=False, epilog="--config.data.… scores other data with the run's tokenizer."
     )
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
     args, overrides = parser.parse_known_args()
     workdir = user_path("--workdir", args.workdir)
     trained = flatten(cli.load_workdir(workdir))
@@ -30,7 +31,7 @@ def main() -> int:
 
     from jaxlm.restore import open_run, score
 
-    run = open_run(workdir, args.step)
+    run = open_run(workdir, read_step("--step", args.step))
     print(json.dumps({"step": run.step, **score(run, config)}))
     return 0
 
