@@ -17,13 +17,15 @@ from jaxlm import data, distributed, metrics, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.cli import from_saved, read_saved
-from jaxlm.config import Config
+from jaxlm.config import Config, UserError
 from jaxlm.console import human
+from jaxlm.data.conversations import trains_on_answers
 from jaxlm.evaluate import Interrupted
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
 from jaxlm.model import num_params
 from jaxlm.parts import Parts, build, go_back, train_batches
+from jaxlm.prompts import encode_prompt
 from jaxlm.recovery import Diverged, Trouble
 from jaxlm.saving import Unsaved
 from jaxlm.stop import EXIT_CODE as STOPPED
@@ -199,12 +201,23 @@ def finish(parts: Parts, scores: dict[str, Any]) -> None:
         baselines = data.compression_baselines(parts.corpus)
         if baselines:
             parts.reporter.comparison(baselines, bits)
-    if parts.corpus.tokenizer is not None:
-        prompt = parts.config.eval.sample_prompt.strip()
-        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
-        say(f"next: {command('generate')} --workdir {shlex.quote(str(workdir))}{argument}")
-    else:
-        say(f"next: {command('evaluate')} --workdir {shlex.quote(str(workdir))}")
+    say(f"next: {_next(parts, shlex.quote(str(workdir)))}")
+
+
+def _next(parts: Parts, workdir: str) -> str:
+    """A command to try the model with."""
+    c, tokenizer = parts.config, parts.corpus.tokenizer
+    if tokenizer is None:
+        return f"{command('evaluate')} --workdir {workdir}"
+    chat = trains_on_answers(c.data)
+    prompt = next(iter(c.eval.sample_prompt.strip().splitlines()), "")
+    try:
+        encode_prompt(tokenizer, c.data, prompt, chat)
+    except UserError:  # of another alphabet
+        prompt = ""
+    if prompt == "-" or not prompt.isprintable():  # which would be stdin, or look strange here
+        prompt = ""
+    return f"{command('generate')} --workdir {workdir}{' --chat' * chat} --prompt {shlex.quote(prompt)}"
 
 
 def command(tool: str) -> str:
