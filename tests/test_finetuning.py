@@ -11,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from jaxlm import cli, main
 from jaxlm import run as runs
 from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
+from jaxlm.hooks import sample_text
 from jaxlm.prompts import encode_prompt
+from jaxlm.restore import open_run
 from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")
@@ -73,6 +76,16 @@ def test_the_answer_ends_by_itself(generate: Generate):
     # A prompt as the template writes it ends at the same place.
     raw = "<|user|>\nowl, blue\n<|assistant|>\n"
     assert generate(*CHAT, "--prompt", raw) == f"{raw}the blue owl\n"
+
+
+def test_the_sample_of_a_run_is_an_answer_and_can_be_cut(recipe: Path):
+    """A signal need not wait until it is whole."""
+    run = open_run(Path("runs/chat"), None)
+    parts: Any = SimpleNamespace(config=run.config, corpus=SimpleNamespace(tokenizer=run.tokenizer), model=run.model)
+    params = jax.device_put(run.params)
+    whole, cut = (sample_text(parts, params, lambda now=now: now) for now in (False, True))
+    assert whole == "owl, blue\nthe blue owl"
+    assert cut and whole.startswith(cut) and len(cut) <= len("owl, blue\n") + 1  # the first token alone
 
 
 def test_stop_texts(generate: Generate):
