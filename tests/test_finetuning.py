@@ -23,11 +23,13 @@ from jaxlm.restore import open_run
 from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")
-QUICK = ["--config.parallel.devices=2"]  # the tests show eight, which are slower than two
+# The tests show eight devices, which are slower than two; the rest compiles and writes less.
+QUICK = ["--config.parallel.devices=2", "--config.model.scan_unroll=1", "--config.eval.every_steps=0",
+         "--config.checkpoint.every_steps=0", "--noconfig.log.tensorboard", "--noconfig.eval.baselines"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
     """A folder in which the data was made and both runs were trained, as the document says."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("recipe")
     os.chdir(folder)
