@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlm import checksums, guard
 from jaxlm.config import UserError
 from jaxlm.placement import Placement
+from jaxlm.pretrained import Step
 from jaxlm.step import TrainState
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
@@ -68,10 +69,26 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.folder / str(step)}: cannot be read now ({reason_of(error)})") from error
 
-    def newest_whole(self) -> tuple[int | None, dict[int, str]]:
-        """The newest step whose files are whole, and what is wrong with newer ones."""
+    def check_step(self, name: str, step: Step, losses: dict[int, float]) -> None:
+        """Raises UserError where no checkpoint is the one that an option, of this name, asks for.
+
+        Args:
+          losses: on the validation data, by step.
+        """
+        there = self.steps()
+        if isinstance(step, int) and step not in there:
+            raise UserError(f"{name} is {step}; allowed: best, or one of {', '.join(map(str, there))}")
+        if step == "best" and not set(there) & losses.keys():
+            raise UserError(f"{name} is best, and no checkpoint in {self.folder} has a validation loss; allowed: one of"
+                            f" {', '.join(map(str, there))}")  # fmt: skip
+
+    def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:
+        """The newest or best step whose files are whole, or the one named, and what is wrong with those before it."""
         damage: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        there = self.steps()[::-1]
+        if step is not None:
+            there = sorted(losses.keys() & set(there), key=lambda s: losses[s]) if step == "best" else [step]
+        for step in there:
             reason = self.damage(step)
             if reason is None:
                 return step, damage

@@ -21,6 +21,8 @@ from ml_collections import config_flags
 from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten, key_types, sections
 from jaxlm.hints import unknown_key, unknown_option
 from jaxlm.own_values import with_own_values
+from jaxlm.paths import holds_checkpoints
+from jaxlm.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
 from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
@@ -128,6 +130,11 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     Raises:
       UserError: an argument is not an override, its key is unknown, or its value has the wrong type.
     """
+    return _checked(_set(config, overrides))
+
+
+def _set(config: Config, overrides: list[str]) -> Config:
+    """A copy of the configuration with the overrides set."""
     types = key_types()
     for argument in overrides:
         if re.match(r"--?(flagfile|undefok)\b", argument):  # absl's own: more options from a file, and fewer errors
@@ -136,7 +143,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
             raise UserError(f"{argument.split('=')[0]}: unknown option; allowed: --config.KEY=VALUE, with two dashes")
         if not argument.startswith("--") or argument == "--":
             continue  # the value of `--config.key value`; a stray one is reported below
-        key = argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+        key = _key(argument)
         if not re.match(r"--(no)?config\.", argument):
             raise unknown_option(argument.split("=")[0])
         if key not in types:
@@ -162,7 +169,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    return validate(with_own_values(values.config))  # a copy with the overrides set
+    return values.config
 
 
 class _OwnFloatParser(flags.FloatParser):
@@ -172,9 +179,52 @@ class _OwnFloatParser(flags.FloatParser):
         return None if str(argument).lower() == "none" else super().parse(argument)
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The checked configuration of a file with command-line overrides."""
-    return apply_overrides(_load_file(Path(path)), overrides or [])
+def _checked(config: Config) -> Config:
+    return validate(with_own_values(config))
+
+
+def _key(argument: str) -> str:
+    return argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
+
+
+def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | None = None) -> Config:
+    """The checked configuration of a file with command-line overrides.
+
+    With weights of another run (`checkpoint.resume`), the model's keys and the tokenizer are those of that run,
+    whatever the file says; a line on stderr says which. A run that goes on in `workdir` has them from there.
+
+    Raises:
+      UserError: an override contradicts the weights, or what `apply_overrides` raises.
+    """
+    file, overrides = _load_file(Path(path)), overrides or []
+    config = _set(file, overrides)
+    weights = named_weights(config.checkpoint.resume)
+    if weights is None:
+        return _checked(config)
+    if workdir is not None and holds_checkpoints(workdir) and (workdir / "config.json").exists():
+        return _checked(_set(updated(file, keys_of(_load_file(workdir / "config.json"))), overrides))
+    run, brought = _weights_of(weights.workdir, config.checkpoint.resume)
+    asked = {_key(argument) for argument in overrides if argument.startswith("--")}
+    check_asked(config, brought, asked, run, weights.workdir)
+    before, config = flatten(config), _checked(_set(updated(file, brought), overrides))
+    said = {k: v for k, v in flatten(config).items() if v != before[k] and not k.startswith("data.")}
+    if said:
+        shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in said.items())
+        print(f"checkpoint.resume: {shown}, as in {weights.workdir}", file=sys.stderr)
+    return config
+
+
+def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run, and the keys that its weights bring."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"checkpoint.resume is '{resume}'; allowed: auto, never, or the workdir of a run, after which "
+                        "@STEP or @best may name a checkpoint")  # fmt: skip
+    saved = read_saved(path)
+    if type(saved.get("vocab_size")) is not int:
+        raise UserError(f"{path}: vocab_size is {saved.get('vocab_size')!r}; allowed: what a run wrote there")
+    run = from_saved(saved["config"], str(path))[0]
+    return run, brought_by(workdir, run, saved["vocab_size"])
 
 
 def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
@@ -182,7 +232,8 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
-    return apply_overrides(from_saved(read_saved(path)["config"], str(path))[0], overrides or [])
+    config = with_own_tokenizer(from_saved(read_saved(path)["config"], str(path))[0], path.parent)
+    return apply_overrides(config, overrides or [])
 
 
 class Parser(argparse.ArgumentParser):

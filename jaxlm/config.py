@@ -128,7 +128,7 @@ class CheckpointConfig:
     every_steps: int  # steps from one checkpoint to the next; 0 = only at the end
     keep: int  # newest checkpoints kept
     keep_best: int  # besides those, the best by validation loss
-    resume: str  # auto | never | a workdir to take weights from
+    resume: str  # auto | never | WORKDIR, WORKDIR@STEP, WORKDIR@best: weights, model's keys and tokenizer of that run
     check_replicas: bool  # before each save, compare the bits of the state on all devices
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from jaxlm import checksums, data, metrics
 from jaxlm import workdir as workdirs
-from jaxlm.config import Config
+from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
+from jaxlm.data.conversations import trains_on_answers
+from jaxlm.prompts import encode_prompt
 
 
 def answer(config: Config, workdir: Path, limited: bool = False) -> bool:
@@ -66,11 +68,22 @@ def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus
         baselines = data.compression_baselines(corpus)
         if baselines:
             reporter.comparison(baselines, bits)
-    tool, argument = "evaluate", ""
-    if corpus.tokenizer is not None:
-        tool, prompt = "generate", config.eval.sample_prompt.strip()
-        argument = f" --prompt {shlex.quote(prompt)}" if prompt else ""
-    reporter.say(f"next: {command(tool)} --workdir {shlex.quote(str(workdir))}{argument}", clock=False)
+    reporter.say(f"next: {_next(config, corpus, shlex.quote(str(workdir)))}", clock=False)
+
+
+def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
+    """A command to try the model with."""
+    if corpus.tokenizer is None:
+        return f"{command('evaluate')} --workdir {workdir}"
+    chat = trains_on_answers(config.data)
+    prompt = next(iter(config.eval.sample_prompt.strip().splitlines()), "")
+    try:
+        encode_prompt(corpus.tokenizer, config.data, prompt, chat)
+    except UserError:  # of another alphabet
+        prompt = ""
+    if prompt == "-" or not prompt.isprintable():  # which would be stdin, or look strange here
+        prompt = ""
+    return f"{command('generate')} --workdir {workdir}{' --chat' * chat} --prompt {shlex.quote(prompt)}"
 
 
 def command(tool: str) -> str:

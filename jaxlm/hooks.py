@@ -7,17 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlm import metrics
 from jaxlm import step as steps
 from jaxlm.charts import shortened, tensorboard, wandb_writer
+from jaxlm.data.conversations import trains_on_answers
 from jaxlm.evaluate import evaluate
-from jaxlm.generate import generate
+from jaxlm.generate import stream
 from jaxlm.loss_mean import is_logged
 from jaxlm.model import flops_per_token
 from jaxlm.parts import Parts, eval_batches
 from jaxlm.phases import counted
+from jaxlm.prompts import Continuation, encode_prompt, make_ending
 from jaxlm.recovery import Trouble
 from jaxlm.stop import NEVER, Interrupted, Stop
 from jaxlm.time_left import num_eval_batches
@@ -115,7 +116,7 @@ def make_evaluation(
         if stop.now():  # its line has a sample, which takes time: both are made when the run goes on
             raise Interrupted
         with parts.reporter.phase("sampling"):
-            sample = stop.together(lambda: sample_text(parts, params))
+            sample = stop.together(lambda: sample_text(parts, params, stop.now))
         m = {"step": step, **scores} | ({} if sample is None else {"sample": sample})
         write(m)
         parts.reporter.evaluation(m)
@@ -140,21 +141,27 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def sample_text(parts: Parts, params: Any) -> str | None:
-    """A continuation of `eval.sample_prompt`; None where no text is wanted, or tokens are not text."""
+def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | None:
+    """`eval.sample_prompt` and what follows it, or the answer to it; None where no text is wanted, or tokens are not
+    text. It ends sooner where it is to stop.
+    """
     c, tokenizer = parts.config, parts.corpus.tokenizer
     if not c.eval.sample_tokens or tokenizer is None or jax.process_index() != 0:
         return None
-    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode([c.eval.sample_prompt])[0]]).astype(np.int32)
-    new = c.eval.sample_tokens
-    if c.model.position != "rope":  # the other positions end where training sequences do
-        new = min(new, c.seq_len - len(prompt))
-    if new < 1:
-        return None
+    chat, text = trains_on_answers(c.data), c.eval.sample_prompt
+    prompt = encode_prompt(tokenizer, c.data, text, chat)[-c.seq_len :]
     here = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
-    key = jax.random.key(c.seed)
-    tokens = generate(parts.model, here, prompt[None], key, max_new_tokens=new, temperature=0.8, top_p=0.95)
-    return tokenizer.decode(np.concatenate([prompt[1:], np.asarray(tokens[0])]))
+    blocks = stream(
+        parts.model, here, prompt[None], jax.random.key(c.seed), max_new_tokens=c.eval.sample_tokens, temperature=0.8,
+        top_p=0.95, stop=stop,
+    )  # fmt: skip
+    sample = Continuation(tokenizer, prompt, make_ending(tokenizer, c.data))
+    text += "\n" if chat else ""
+    for block in blocks:
+        text += sample.add(block[0].tolist())
+        if sample.ended:
+            break
+    return text + sample.finish()
 
 
 class Profiler:

@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     if args.workdir is None and file.suffix == ".json":
         raise UserError(f"--workdir is not given; allowed with --config {file}, which is that of a run: a folder")
     workdir = Path("runs") / file.stem if args.workdir is None else user_path("--workdir", args.workdir)
-    config = cli.load(file, overrides)
+    config = cli.load(file, overrides, workdir)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
     processes = distributed.count_processes(args.coordinator, args.num_processes, args.process_id)

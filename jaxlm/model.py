@@ -43,6 +43,7 @@ class Model(NamedTuple):
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache): tokens stand at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
     vocab_size: int
+    max_positions: int | None  # tokens that it has positions for; None: any number, as with RoPE
 
 
 def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
@@ -84,7 +85,8 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
-    return Model(init, hidden, unembed, apply, init_cache, decode, vocab_size)
+    max_positions = None if config.position == "rope" else max_len
+    return Model(init, hidden, unembed, apply, init_cache, decode, vocab_size, max_positions)
 
 
 def num_params(params: Params) -> int:

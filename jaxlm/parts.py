@@ -5,25 +5,25 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxlm import data, distributed, recovery, rewarm, runtime
+from jaxlm import data, distributed, recovery, rewarm, runtime, start_from
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
-from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
+from jaxlm.checkpoint import CheckpointError, Checkpoints
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
+from jaxlm.data.conversations import trains_on_answers
 from jaxlm.model import Model, make_model
-from jaxlm.paths import user_path
 from jaxlm.placement import Placement
+from jaxlm.pretrained import named_weights, with_own_tokenizer
+from jaxlm.prompts import encode_prompt
 from jaxlm.saving import Saver
 from jaxlm.schedules import LrHistory, Rewarm
+from jaxlm.start_from import find_whole, opened
 from jaxlm.step import Device
 
 FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
@@ -58,7 +58,12 @@ def build(
     workdirs.check(workdir, config)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
-    corpus = data.prepare(config, progress=not quiet)
+    weights = None if workdirs.holds_checkpoints(workdir) else named_weights(config.checkpoint.resume)
+    if weights:
+        start_from.check(config, weights)
+    corpus = data.prepare(with_own_tokenizer(config, workdir), progress=not quiet)
+    if weights:
+        start_from.check_vocabulary(config, corpus, weights)
     _check_prompt(config, corpus)
     devices = runtime.choose_devices(config)
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
@@ -73,7 +78,11 @@ def build(
     placement = Placement(config, devices)
     reporter = Reporter(config, quiet=quiet or jax.process_index() != 0)
     with reporter.phase("restoring" if workdirs.holds_checkpoints(workdir) else "making the initial state"):
-        state, start, said, damaged = _load_state(config, workdir, placement, placement.initial(model))
+        fresh = placement.initial(model)
+        if weights:
+            (state, said), start, damaged = start_from.state(config, weights, fresh), 0, []
+        else:
+            state, start, said, damaged = _load_state(config, workdir, placement, fresh)
 
     if returns and start == returns[-1].to:
         state = _counted_anew(state)
@@ -116,7 +125,7 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
       CheckpointError: no checkpoint is whole.
     """
     c, workdir, returns = parts.config, parts.workdir, parts.returns
-    with _opened(workdir) as checkpoints:
+    with opened(workdir) as checkpoints:
         whole = _whole(checkpoints, len(returns)) if checkpoints else []
         if checkpoints is None or not whole:
             raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
@@ -172,52 +181,19 @@ def eval_batches(parts: Parts) -> Iterator[data.Scored]:
 def _load_state(
     config: Config, workdir: Path, placement: Placement, fresh: steps.TrainState
 ) -> tuple[steps.TrainState, int, list[str], list[int]]:
-    """The state of the newest whole checkpoint; else fresh, with the weights that `checkpoint.resume` names.
+    """The state of the newest whole checkpoint; fresh where there is none.
 
     Returns:
       The state, the number of its updates, what there is to say about it, and the steps whose checkpoints are damaged.
     """
-    resume = config.checkpoint.resume
-    with _opened(workdir) as checkpoints:
-        if checkpoints and checkpoints.steps():
-            newest, damage = _newest_whole(checkpoints)
-            if newest > config.steps:
-                raise UserError(
-                    f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}"
-                )
-            said = [f"{reason}: put aside as {step}.damaged" for step, reason in damage.items()]
-            return checkpoints.restore(newest, placement, fresh), newest, said, list(damage)
-    if resume in ("auto", "never"):
-        return fresh, 0, [], []
-    with _opened(user_path("checkpoint.resume", resume)) as checkpoints:
+    with opened(workdir) as checkpoints:
         if checkpoints is None or not checkpoints.steps():
-            raise UserError(
-                f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
-            )
-        step, damage = _newest_whole(checkpoints)
-        params = checkpoints.restore_params(step)
-    here, there = shapes(fresh.params), shapes(params)
-    if here != there:
-        key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
-        raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
-    params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
-    state = fresh._replace(
-        params=params, ema=None if fresh.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
-    )
-    return state, 0, [*damage.values(), f"starts from the weights of step {step} in {resume}"], []
-
-
-def _newest_whole(checkpoints: Checkpoints) -> tuple[int, dict[int, str]]:
-    """The newest step whose files are whole, and what is wrong with newer ones. The first process looks, for all.
-
-    Raises:
-      CheckpointError: none is.
-    """
-    found = distributed.of_first("the newest whole checkpoint", lambda: json.dumps(checkpoints.newest_whole()))
-    step, damage = json.loads(found)
-    if step is None:
-        raise CheckpointError(f"{next(iter(damage.values()))}; none of its {len(damage)} checkpoints is whole")
-    return step, {int(k): v for k, v in damage.items()}
+            return fresh, 0, [], []
+        newest, damage = find_whole(checkpoints)
+        if newest > config.steps:
+            raise UserError(f"steps is {config.steps}; allowed: at least {newest}, the steps already done in {workdir}")
+        said = [f"{reason}: put aside as {step}.damaged" for step, reason in damage.items()]
+        return checkpoints.restore(newest, placement, fresh), newest, said, list(damage)
 
 
 def _counted_anew(state: steps.TrainState) -> steps.TrainState:
@@ -230,19 +206,6 @@ def _whole(checkpoints: Checkpoints, time: int) -> list[int]:
         return json.dumps([step for step in checkpoints.steps() if checkpoints.damage(step) is None])
 
     return json.loads(distributed.of_first(f"the whole checkpoints ({time})", find))
-
-
-@contextmanager
-def _opened(workdir: Path) -> Iterator[Checkpoints | None]:
-    """The checkpoints of a workdir, to be read; None where there are none."""
-    if not workdirs.holds_checkpoints(workdir):
-        yield None
-        return
-    checkpoints = Checkpoints(workdir)
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
 
 
 def _on_first(workdir: Path, act: Callable[[], Any]) -> None:
@@ -264,7 +227,7 @@ def _check_prompt(config: Config, corpus: data.Corpus) -> None:
     if corpus.tokenizer is None or not config.eval.sample_tokens:
         return
     try:
-        corpus.tokenizer.encode([config.eval.sample_prompt])
+        encode_prompt(corpus.tokenizer, config.data, config.eval.sample_prompt, trains_on_answers(config.data))
     except UserError as error:
         prompt = config.eval.sample_prompt
         raise UserError(f"eval.sample_prompt is {prompt!r}: {error}; or eval.sample_tokens=0") from error

@@ -1,4 +1,4 @@
-"""Paths that users give."""
+"""Paths that users give, and what is there."""
 
 from pathlib import Path
 
@@ -20,3 +20,9 @@ def user_path(name: str, text: str) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{name} is {show(text)}: {reason}; allowed: a path that can be") from error
     return path
+
+
+def holds_checkpoints(workdir: Path) -> bool:
+    """Whether a step was saved; a run that was killed before its first save leaves an empty folder."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())

@@ -16,8 +16,10 @@ from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
 from jaxlm.cli import from_saved, load_workdir, read_saved
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
+from jaxlm.metrics import validation_losses
 from jaxlm.model import Model, Params, make_model
 from jaxlm.phases import Phases, counted
+from jaxlm.pretrained import Step
 from jaxlm.recovery import Diverged
 from jaxlm.time_left import num_eval_batches
 
@@ -32,8 +34,8 @@ class Run(NamedTuple):
     tokenizer: data.Tokenizer | None
 
 
-def open_run(workdir: Path, step: int | None) -> Run:
-    """The run in `workdir` at `step`, the newest checkpoint if None.
+def open_run(workdir: Path, step: Step) -> Run:
+    """The run in `workdir` at `step`: a number, the best by validation loss, or the newest if None.
 
     Raises:
       UserError: it is not a run, or has no such checkpoint.
@@ -48,30 +50,28 @@ def open_run(workdir: Path, step: int | None) -> Run:
     if not workdirs.holds_checkpoints(workdir):
         raise UserError(f"--workdir {workdir}: no checkpoints in it yet")
     checkpoints = Checkpoints(workdir)
-    there = checkpoints.steps()
-    if not there:
+    if not checkpoints.steps():
         raise UserError(f"--workdir {workdir}: no whole checkpoint in it yet")
-    if step is not None and step not in there:
-        raise UserError(f"--step is {step}; allowed: one of {', '.join(map(str, there))}")
-    if step is None:
-        step, damaged = checkpoints.newest_whole()
-        for reason in damaged.values():
-            print(f"{reason}: an older checkpoint is taken", file=sys.stderr)
-    elif reason := checkpoints.damage(step):
-        raise CheckpointError(reason)
-    if step is None:
+    losses = validation_losses(workdir)
+    checkpoints.check_step("--step", step, losses)
+    found, damage = checkpoints.find_whole(step, losses)
+    if isinstance(step, int) and found is None:
+        raise CheckpointError(damage[step])
+    for reason in damage.values():
+        print(f"{reason}: {'an older' if step is None else 'another'} checkpoint is taken", file=sys.stderr)
+    if found is None:
         raise CheckpointError(f"{workdir}: none of its checkpoints is whole")
     with Phases(stderr=True).phase("restoring"):
-        params = checkpoints.restore_params(step)
+        params = checkpoints.restore_params(found)
     checkpoints.close()
     model = make_model(config.model, vocab_size, config.seq_len)
-    want, found = shapes(jax.eval_shape(model.init, jax.random.key(0))), shapes(params)
-    if wrong := sorted(key for key in want.keys() | found.keys() if want.get(key) != found.get(key)):
+    want, got = shapes(jax.eval_shape(model.init, jax.random.key(0))), shapes(params)
+    if wrong := sorted(key for key in want.keys() | got.keys() if want.get(key) != got.get(key)):
         key = wrong[0]
-        raise UserError(f"{path}: not of this checkpoint: {key} would be {want.get(key)} and is {found.get(key)}")
+        raise UserError(f"{path}: not of this checkpoint: {key} would be {want.get(key)} and is {got.get(key)}")
     folder = workdir / "tokenizer"
     tokenizer = data.load_tokenizer(folder) if folder.exists() else None
-    return Run(workdir, config, step, model, vocab_size, params, tokenizer)
+    return Run(workdir, config, found, model, vocab_size, params, tokenizer)
 
 
 def score(run: Run, config: Config) -> dict[str, Any]:

@@ -122,7 +122,11 @@ def validate(c: Config) -> Config:
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
     _check_parallel(c.parallel, m, require)
     _check_data(d, require)
-    require(c.checkpoint.resume != "", "checkpoint.resume", "auto, never, or a workdir")
+    require(
+        c.checkpoint.resume != "",
+        "checkpoint.resume",
+        "auto, never, or a workdir, after which @STEP or @best may follow",
+    )
     return c
 
 

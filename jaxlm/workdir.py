@@ -24,6 +24,7 @@ from jaxlm import checksums
 from jaxlm.cli import from_saved, read_saved
 from jaxlm.config import Config, UserError, changes
 from jaxlm.data.order import VERSION, VERSIONS
+from jaxlm.paths import holds_checkpoints
 
 # All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
 FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
@@ -70,12 +71,6 @@ class Lock:
 def begun(workdir: Path) -> bool:
     """Whether the folder is a run's."""
     return (workdir / "config.json").exists()
-
-
-def holds_checkpoints(workdir: Path) -> bool:
-    """Whether a step was saved; a run that was killed before its first save leaves an empty folder."""
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def check(workdir: Path, config: Config) -> str | None:

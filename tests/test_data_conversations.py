@@ -127,7 +127,8 @@ def test_a_newline_that_a_shell_left_as_two_characters_is_refused(config: Config
 
 def test_templates():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
-    assert conversation(messages, "m", "[{role}] {content}</s>{role}") == [
+    found = conversation(messages, "m", "[{role}] {content}</s>{role}")
+    assert [(text, learned) for text, learned, _ in found] == [
         ("[user] ", False), ("a {role} {content}</s>user", False), ("[assistant] ", False), ("b</s>assistant", True)
     ]  # fmt: skip
 

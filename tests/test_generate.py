@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm import cli
-from jaxlm.generate import filter_logits, generate
+from jaxlm.generate import BLOCK, _read, filter_logits, generate, stream
 from jaxlm.model import Model, Params, make_model
 
 VOCAB, MAX_LEN, NEW = 17, 24, 18
@@ -75,13 +75,19 @@ def test_a_long_prompt_is_read_in_chunks(
     model, params = rope
     prompt_BT = prompts(2, length)
     whole = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
-    cast(Any, generate).clear_cache()  # compiled with the chunks of before
+    cast(Any, _read).clear_cache()  # compiled with the chunks of before
     monkeypatch.setattr("jaxlm.generate.CHUNK", 4)
-    chunks = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
+    sizes: list[int] = []  # of what the model is given, whenever it is compiled
+
+    def decode(params: Params, tokens_BT: jax.Array, *rest: Any) -> Any:
+        sizes.append(tokens_BT.shape[1])
+        return model.decode(params, tokens_BT, *rest)
+
+    told = model._replace(decode=decode)
+    chunks = generate(told, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
+    assert set(sizes) == {4, (length - 1) % 4 + 1, 1}
     np.testing.assert_array_equal(chunks, whole)
-    seen = str(jax.make_jaxpr(lambda: generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2))())
-    assert f"i32[2,{length}]" in seen and "dynamic_slice" in seen
-    cast(Any, generate).clear_cache()
+    cast(Any, _read).clear_cache()
 
 
 @pytest.mark.parametrize("key_offset", [False, True])
@@ -151,6 +157,37 @@ def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], t
     often_V = np.bincount(np.asarray(drawn)[:, 0], minlength=VOCAB) / n
     assert (np.abs(often_V - probs_V) <= 5 * np.sqrt(probs_V * (1 - probs_V) / n) + 1e-9).all()
     assert ((probs_V > 0.05) & (probs_V < 0.95)).sum() >= 2
+
+
+# A few tokens at a time
+
+
+def test_tokens_come_in_blocks_until_it_is_to_stop(rope: tuple[Model, Params]) -> None:
+    model, params = rope
+    new, how = 2 * BLOCK + 5, {"max_new_tokens": 2 * BLOCK + 5, "top_k": 5}
+    whole_BN = generate(model, params, prompts(2), jax.random.key(6), **how)
+    assert whole_BN.shape == (2, new) and len(np.unique(whole_BN)) > 4
+    blocks = []
+    for block_BN in stream(model, params, prompts(2), jax.random.key(6), stop=lambda: len(blocks) == 2, **how):
+        blocks.append(block_BN)
+    assert [block_BN.shape[1] for block_BN in blocks] == [1, BLOCK]
+    np.testing.assert_array_equal(np.concatenate(blocks, axis=1), whole_BN[:, : 1 + BLOCK])
+
+
+@pytest.mark.parametrize("position, length", [("learned", 4), ("sinusoidal", 4), ("learned", MAX_LEN)])
+def test_beyond_its_positions_a_text_goes_on_from_its_last_tokens(position: str, length: int) -> None:
+    """As nanoGPT does: each token is drawn from the logits of the last `max_len` tokens alone."""
+    model, params = with_params(position=position)
+    text_BT, new = prompts(2, length), MAX_LEN + 5
+    got_BN = generate(model, params, text_BT, jax.random.key(0), max_new_tokens=new, temperature=0.0)
+    apply = jax.jit(model.apply)
+    for _ in range(new):
+        window_BT = text_BT[:, -MAX_LEN:]
+        last, rest = window_BT.shape[1] - 1, np.zeros((2, MAX_LEN - window_BT.shape[1]), np.int32)
+        logits_BTV = apply(params, np.concatenate([window_BT, rest], axis=1))  # of one shape; later tokens are not seen
+        text_BT = np.concatenate([text_BT, np.asarray(logits_BTV)[:, last].argmax(-1, keepdims=True)], axis=1)
+    np.testing.assert_array_equal(got_BN, text_BT[:, length:])
+    assert len(np.unique(got_BN[:, -MAX_LEN:])) > 4
 
 
 # Filters

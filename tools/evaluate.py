@@ -15,6 +15,7 @@ from jaxlm import cli, runtime
 from jaxlm.config import Config, UserError, flatten
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
+from jaxlm.pretrained import read_step
 
 
 def load(workdir: Path, overrides: list[str]) -> Config:
@@ -44,7 +45,7 @@ def main() -> int:
         " it (data.val_fraction), with the run's tokenizer; data.source says of which kind it is.",
     )  # fmt: skip
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
     args, overrides = parser.parse_known_args()
     workdir = user_path("--workdir", args.workdir)
     trained = flatten(cli.load_workdir(workdir))
@@ -61,7 +62,7 @@ def main() -> int:
 
     from jaxlm.restore import open_run, score
 
-    run = open_run(workdir, args.step)
+    run = open_run(workdir, read_step("--step", args.step))
     print(json.dumps({"step": run.step, **score(run, config)}))
     return 0
 

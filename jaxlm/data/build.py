@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxlm.config import UserError
 from jaxlm.data.documents import Document, Skipped, Split, Unit
+from jaxlm.data.markup import encode_marked
 from jaxlm.data.progress import Progress
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, to_bytes
 from jaxlm.workers import deaf, no_main, workers
@@ -116,7 +117,8 @@ def _make_shard(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, mask
             documents = [item for item in batch if isinstance(item, Document)]
             reasons = [item.reason for item in batch if isinstance(item, Skipped)]
             skipped, count = (skipped + reasons)[:REASONS], count + len(reasons)
-            for document, ids in zip(documents, tokenizer.encode([d.text for d in documents]), strict=True):
+            encoded = encode_marked(tokenizer, [d.text for d in documents], [d.markup for d in documents])
+            for document, ids in zip(documents, encoded, strict=True):
                 shards[document.split].add(document, ids)
     facts = {split: shards[split].facts() for split in SPLITS} | {"skipped": count, "reasons": skipped}
     file = _facts(folder, index)
@@ -167,8 +169,13 @@ class _Shard:
             # A bos is learned: it ends the document before it, and every one ends with what is learned.
             self._write("mask", b"\1" * document.first + bytes([document.predicted]) * len(ids))
         self.documents += document.first
-        self.bytes += len(document.text) if document.text.isascii() else len(to_bytes(document.text))
+        self.bytes += self._text_bytes(document, ids)
         self.tokens += document.first + len(ids)
+
+    def _text_bytes(self, document: Document, ids: np.ndarray) -> int:
+        if document.markup and self.tokenizer.specials:  # some of which may stand for no text
+            return sum(len(self.tokenizer.pieces[i]) for i in ids)
+        return len(document.text) if document.text.isascii() else len(to_bytes(document.text))
 
     def _write(self, suffix: str, data: bytes) -> None:
         self.files[suffix].write(data)

@@ -1,14 +1,26 @@
-"""Conversations as text: what is said is put into a template, and what the assistant says is to be learned."""
+"""Conversations as text: a template writes each message, and what the assistant says is learned."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxlm.config import UserError
+from jaxlm.config import DataConfig, UserError
 
 LEARNED = "assistant"  # the role whose words are learned
+ASKS = "user"
+TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # as good as written in the template; any other role is data
+
+Spans = tuple[tuple[int, int], ...]
 
 
-def conversation(messages: Any, key: str, template: str) -> list[tuple[str, bool]]:
-    """The texts of a conversation and whether each is to be learned.
+class Piece(NamedTuple):
+    """A text that is tokenized as one."""
+
+    text: str
+    learned: bool
+    markup: Spans = ()  # the characters [start, stop) that the template wrote, where special tokens are recognized
+
+
+def conversation(messages: Any, key: str, template: str) -> list[Piece]:
+    """The pieces of a conversation.
 
     Args:
       messages: [{"role": ..., "content": ...}, ...].
@@ -21,8 +33,7 @@ def conversation(messages: Any, key: str, template: str) -> list[tuple[str, bool
     Raises:
       UserError: they are not messages, or none is the assistant's; says what comes after the record's name.
     """
-    before, after = template.split("{content}")
-    texts: list[tuple[str, bool]] = []
+    pieces: list[Piece] = []
     if not isinstance(messages, list):
         raise UserError(f": '{key}' is {type(messages).__name__}; allowed: a list of messages with role and content")
     for i, message in enumerate(messages):
@@ -32,14 +43,52 @@ def conversation(messages: Any, key: str, template: str) -> list[tuple[str, bool
                 raise UserError(f": '{key}' message {i} has no text '{name}'; allowed: messages with role and content")
             if "\0" in found[name]:
                 raise UserError(f": '{key}' message {i} holds a NUL character; allowed: text")
-        learned = found["role"] == LEARNED
-        start, end = (part.replace("{role}", found["role"]) for part in (before, after))
-        texts += [(start, False), (found["content"] + end, learned)]
-    while texts and not texts[-1][1]:
-        texts.pop()
-    if not texts:
+        pieces += _message(found["role"], found["content"], template)
+    while pieces and not pieces[-1].learned:
+        pieces.pop()
+    if not pieces:
         raise UserError(f": '{key}' has no message of role '{LEARNED}', so nothing to learn")
-    texts = [(text, learned) for text, learned in texts if text]
-    if not texts:
+    pieces = [piece for piece in pieces if piece.text]
+    if not pieces:
         raise UserError(f": '{key}' is empty; allowed: texts")
-    return texts
+    return pieces
+
+
+def trains_on_answers(data: DataConfig) -> bool:
+    """Whether a run learns answers to prompts instead of whole texts."""
+    return bool(data.messages_key or data.response_key)
+
+
+def question(prompt: str, data: DataConfig) -> list[Piece]:
+    """The pieces of a user's message, up to where the answer begins."""
+    if not data.messages_key and not data.chat_template:  # prompts and responses as they are
+        return [Piece(prompt, False)]
+    opening = _message(LEARNED, "", data.chat_template)[0]
+    return [piece for piece in (*_message(ASKS, prompt, data.chat_template), opening) if piece.text]
+
+
+def after_answer(data: DataConfig) -> tuple[str, str]:
+    """What the template writes after an answer, and what would open the user's next message."""
+    if not data.messages_key and not data.chat_template:
+        return "", ""
+    return _message(LEARNED, "", data.chat_template)[1].text, _message(ASKS, "", data.chat_template)[0].text
+
+
+def _message(role: str, content: str, template: str) -> tuple[Piece, Piece]:
+    """What opens a message, and its content with what ends it."""
+    (before, opens), (after, ends) = (_filled(part, role) for part in template.split("{content}"))
+    shifted = tuple((start + len(content), stop + len(content)) for start, stop in ends)
+    return Piece(before, False, opens), Piece(content + after, role == LEARNED, shifted)
+
+
+def _filled(part: str, role: str) -> tuple[str, Spans]:
+    """A part of the template with its role, and which of it is markup."""
+    if role in TEMPLATE_ROLES:
+        text = part.replace("{role}", role)
+        return text, ((0, len(text)),)
+    text, spans = "", ()
+    for i, fragment in enumerate(part.split("{role}")):
+        text += role if i else ""
+        spans += ((len(text), len(text) + len(fragment)),)
+        text += fragment
+    return text, spans

@@ -19,6 +19,7 @@ class Document:
     split: Split
     first: bool = True  # False: goes on where the one before it stopped
     predicted: bool = True  # False: to be read, not to be learned, as a prompt is
+    markup: tuple[tuple[int, int], ...] = ()  # characters [start, stop) that a chat template wrote
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ loaded: the space that some put before a text, NFC, and stripping around added t
 `transformers` only where one of these would have acted. A file that changes texts in other ways is refused, and each
 text is compared with what its ids stand for.
 
-Special tokens are markup between texts. Where one is written inside a text ("<|endoftext|>"), it is letters as others.
+Special tokens are markup between texts. Where one is written inside a text ("<|endoftext|>"), it is letters as others;
+in what a chat template writes it is its id (markup.py).
 """
 
 import contextlib
@@ -27,6 +28,11 @@ FILE = "tokenizer.json"
 BOS = (
     "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<BOS_TOKEN>", "<BOS>", "<|bos_token|>",
     "<｜begin▁of▁sentence｜>", "<|begin_of_sentence|>", "<|endoftext|>", "<|end_of_text|>",
+)  # fmt: skip
+# What they call the tokens that end a document or an answer.
+ENDS = (
+    "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|end_of_sentence|>",
+    "<｜end▁of▁sentence｜>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>",
 )  # fmt: skip
 SURROGATES = re.compile("([\ud800-\udfff]+)")  # which the library takes no text with
 SURROGATES_OR_SPACE_SIGN = re.compile("([\u2581\ud800-\udfff]+)")  # U+2581 is how some files write a space
@@ -71,6 +77,8 @@ class HfTokenizer(Tokenizer):
             if text not in special:
                 pieces[i] = _piece_bytes(text, alphabet, literal=text in added)
         super().__init__(pieces, vocab[bos])
+        self.specials = {text: vocab[text] for text in special if text not in BYTE_PIECES}
+        self.end_ids |= {vocab[text] for text in ENDS if text in special}
         self._content, self._name = content, name
         self._library.encode_special_tokens = True  # as text
         self._as_bytes = SURROGATES if alphabet else SURROGATES_OR_SPACE_SIGN

@@ -40,12 +40,13 @@ def decoded(ids: list[int], tokenizer: Tokenizer | None, lines: bool = True) -> 
     """What ids stand for, and whether that is text; ids that stand for no text are marks."""
     if tokenizer is None:
         return [(" ".join(map(str, ids)) + " ", True)]
+    marks = {i: f"⟨{visible(name.encode())}⟩" for name, i in tokenizer.specials.items()} | {tokenizer.bos_id: "⟨bos⟩"}
     found = []
     for is_text, group in itertools.groupby(ids, lambda i: bool(tokenizer.pieces[i])):
         if is_text:
             found.append((visible(b"".join(tokenizer.pieces[i] for i in group), lines), True))
         else:
-            found += [("⟨bos⟩" if i == tokenizer.bos_id else f"⟨id {i}⟩", False) for i in group]
+            found += [(marks.get(i, f"⟨id {i}⟩"), False) for i in group]
     return found
 
 

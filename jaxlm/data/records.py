@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError, show
-from jaxlm.data.conversations import conversation
+from jaxlm.data.conversations import Piece, Spans, conversation
 from jaxlm.data.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
 from jaxlm.data.files import (
     PACKED,
@@ -125,10 +125,17 @@ def _read_part(part: Part, data: DataConfig) -> Iterator[Document | Skipped]:
             yield Skipped(reason)
             continue
         first = True
-        for text, predicted in texts:
+        for text, learned, markup in texts:
+            at = 0
             for piece in parts_of(text):
-                yield Document(f"{part.name} {place}", piece, split, first, predicted)
-                first = False
+                yield Document(f"{part.name} {place}", piece, split, first, learned, _within(markup, at, len(piece)))
+                first, at = False, at + len(piece)
+
+
+def _within(spans: Spans, start: int, length: int) -> Spans:
+    """The spans of a text in its part from `start` on."""
+    clipped = [(max(a - start, 0), min(b - start, length)) for a, b in spans]
+    return tuple((a, b) for a, b in clipped if a < b)
 
 
 def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Any, bytes]]:
@@ -201,8 +208,8 @@ def _column(key: str, columns: list[str]) -> str:
     return key if key in columns else key.split(".")[0]
 
 
-def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, bool]]:
-    """The texts of a record and whether each is to be learned. Raises UserError, what comes after the record's name."""
+def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[Piece]:
+    """The pieces of a record. Raises UserError, what comes after the record's name."""
     value: Any = record
     if isinstance(record, bytes):
         try:
@@ -217,10 +224,10 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[tuple[str, 
         asked = _text(value, "prompt_key", data.prompt_key, empty=True) if data.prompt_key else ""
         answer = _text(value, "response_key", data.response_key)
         if not data.chat_template:
-            return [(asked, False), (answer, True)] if asked else [(answer, True)]
+            return [Piece(asked, False)] * bool(asked) + [Piece(answer, True)]
         turns = [{"role": "user", "content": asked}] if asked else []
         return conversation([*turns, {"role": "assistant", "content": answer}], "", data.chat_template)
-    return [(_text(value, "text_key", data.text_key), True)]
+    return [Piece(_text(value, "text_key", data.text_key), True)]
 
 
 def _at(value: Any, name: str, key: str) -> Any:

@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class SentencePieceTokenizer(Tokenizer):
         if sp.bos_id() < 0:
             raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
         super().__init__(pieces, sp.bos_id())
+        self.end_ids |= {sp.eos_id()} - {-1}
         self._model = model
         self._lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
@@ -93,6 +94,17 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text = super().decode(ids)
         return text.removeprefix(" ") if self._adds_space else text
+
+    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+        decode, begun = super().decoder(), not self._adds_space
+
+        def part(ids: Iterable[int], final: bool) -> str:
+            nonlocal begun
+            text = decode(ids, final)
+            text, begun = text if begun else text.removeprefix(" "), begun or bool(text)
+            return text
+
+        return part
 
     def save(self, folder: Path) -> None:
         (folder / "sentencepiece.model").write_bytes(self._model)

@@ -43,6 +43,7 @@ from jaxlm.data.tokens import Tokens
 from jaxlm.paths import user_path
 
 FORMAT = 2
+MARKUP = 1  # how special tokens of a chat template are encoded
 COUNTS = ("documents", "bytes", "tokens")  # of a shard
 CHECKED_BYTES = 1 << 28  # of a store whose files are compared with their hashes whenever it is opened
 LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store
@@ -100,7 +101,10 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
     Raises:
       UserError: the data is unreadable or too short, or the store cannot be written.
     """
-    folder = cache_folder(data) / _short({"shape": SHAPE, "source": source.key, "tokenizer": name})
+    key = {"shape": SHAPE, "source": source.key, "tokenizer": name}
+    if source.masked and tokenizer.specials:
+        key["markup"] = MARKUP
+    folder = cache_folder(data) / _short(key)
 
     def make(temporary: Path) -> None:
         _fill(temporary, source, tokenizer, data, seq_len, progress)

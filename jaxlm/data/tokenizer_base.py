@@ -5,9 +5,10 @@ counted exactly from its ids. Lone surrogates, which UTF-8 proper has no bytes f
 """
 
 import abc
+import codecs
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ class Tokenizer(abc.ABC):
     """Ids 0 … vocab_size - 1, of which `bos_id` opens a document and stands for no text."""
 
     num_threads: int  # that `encode` may use
+    specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
+    end_ids: frozenset[int]  # at which a text ends: bos, and what else a pretrained model may end it with
 
     def __init__(self, pieces: list[bytes], bos_id: int):
         self.pieces = pieces
         self.bos_id = bos_id
+        self.specials = {}
+        self.end_ids = frozenset([bos_id])
         self.num_threads = os.cpu_count() or 1
 
     @property
@@ -54,6 +59,13 @@ class Tokenizer(abc.ABC):
             return data.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return data.decode("utf-8", "replace")
+
+    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+        """Decodes ids as they come: (ids, final) -> the text so far as its characters are whole. At the end the rest
+        becomes U+FFFD.
+        """
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return lambda ids, final: decode(b"".join([self.pieces[i] for i in ids]), final)
 
     def bytes_per_token(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes of the text each id stands for; they add up to those of an encoded text."""
