@@ -218,7 +218,7 @@ def _on_first(workdir: Path, act: Callable[[], Any]) -> None:
             return str(error)
         return ""
 
-    if refusal := distributed.of_first(f"what it does in {workdir}", attempt):
+    if refusal := distributed.of_first(f"the preparation of {workdir}", attempt):
         raise UserError(refusal)
 
 

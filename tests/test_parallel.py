@@ -17,6 +17,7 @@ from jaxlm.config import Config
 from jaxlm.model import make_model
 from jaxlm.optimizer import make_optimizer
 from jaxlm.placement import Placement
+from jaxlm.replicas import Replicas
 from jaxlm.saving import Saver
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
@@ -43,6 +44,7 @@ class Result(NamedTuple):
     optimizer_bytes: int  # on the fullest device
     state: steps.TrainState
     placement: Placement
+    config: Config
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
@@ -79,7 +81,7 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
                         if s.device == d) for d in local]  # fmt: skip
         saved = jax.device_get(placement.saved(state))
         RESULTS[devices, overrides] = Result(
-            np.array(metrics), saved.params, saved.ema, saved.opt_state, max(bytes_of), state, placement
+            np.array(metrics), saved.params, saved.ema, saved.opt_state, max(bytes_of), state, placement, config
         )
     return RESULTS[devices, overrides]
 
@@ -160,6 +162,8 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
 
 
 def check_comes_back(result: Result) -> None:
+    """And all devices hold the same bits of what is replicated."""
+    Replicas(result.config, result.placement.here).check(1, result.state)
     saved = result.placement.saved(result.state)
     assert saved is not None
     back = result.placement.restored(saved)
