@@ -113,7 +113,7 @@ def make_evaluation(
             scores = stop.together(lambda: evaluate(eval_step, params, shown, parts.corpus.bytes_per_token, stop))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
-        if stop.now():  # its line has a sample, which takes time: both are made when the run goes on
+        if stop.now():  # the sample takes time, and belongs to the line: both are made when the run goes on
             raise Interrupted
         with parts.reporter.phase("sampling"):
             sample = stop.together(lambda: sample_text(parts, params, stop.now))
