@@ -138,12 +138,20 @@ def test_a_possible_combination(overrides: str) -> None:
 # Going on with another configuration
 
 FREE_MODEL = {f"model.{k}" for k in ("dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll")}
+PLACES = {"data.path", "data.val_path", "data.tokenizer_path"}  # of data that must be the same, by its fingerprint
 
 
 def may_change(key: str) -> bool:
     section = key.split(".")[0]
     return (
-        key in {"steps", "deterministic", "data.cache_dir", *FREE_MODEL}  # where tokens are stored, how sums are taken
+        key
+        in {
+            "steps",
+            "deterministic",
+            "data.cache_dir",
+            *FREE_MODEL,
+            *PLACES,
+        }  # where tokens are stored, how sums are taken
         or section in {"loss", "parallel", "eval", "checkpoint", "log"}
         or (section == "optim" and key != "optim.name")
     )
@@ -156,6 +164,7 @@ def test_changes_of_each_key(base: Config, key: str) -> None:
     holder = getattr(other, section[0]) if section else other
     old = getattr(holder, name)
     new = not old if isinstance(old, bool) else old + "x" if isinstance(old, str) else old + 1
+    new = "1 stdlib" if key == "data.mixture" else new
     setattr(holder, name, new)
     one = {key: (old, new)}
     assert configs.changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
@@ -163,6 +172,6 @@ def test_changes_of_each_key(base: Config, key: str) -> None:
 
 def test_what_a_run_may_not_change_is_known() -> None:
     refused = {k for k in configs.key_types() if not may_change(k)}
-    for key in ("seed", "batch_size", "seq_len", "optim.name", "model.d_model", "model.param_dtype", "data.path"):
+    for key in ("seed", "batch_size", "seq_len", "optim.name", "model.d_model", "model.param_dtype", "data.mixture"):
         assert key in refused
     assert "data.vocab_size" in refused and "optim.lr" not in refused
