@@ -17,7 +17,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten, key_types, sections
-from jaxlm.own_values import with_own_values
 from jaxlm.validate import validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
@@ -58,7 +57,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
             }
         )
 
-    return validate(with_own_values(build(Config, tree, "")))
+    return validate(build(Config, tree, ""))
 
 
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
@@ -172,7 +171,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
-    return validate(with_own_values(values.config))  # a copy with the overrides set
+    return validate(values.config)  # a copy with the overrides set
 
 
 class _OwnFloatParser(flags.FloatParser):
