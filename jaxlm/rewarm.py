@@ -26,10 +26,10 @@ def of_run(config: Config, workdir: Path, start: int) -> tuple[Rewarm | None, st
     rewarm = between(from_saved(saved["config"], str(path))[0], before, config, start)
     if rewarm is None or rewarm == before:
         return rewarm, None
-    rate = float(make_schedule(config.optim, config.steps)(start + rewarm.updates))
+    rate = float(make_schedule(config.optim, config.steps)(start))
     return rewarm, (
-        f"the learning rate rises from {rewarm.rates['lr']:.3g} to {rate:.3g}, that of the new configuration, over"
-        f" {rewarm.updates} updates"
+        f"the learning rate rises from {rewarm.rates['lr']:.3g} to that of the new configuration, now"
+        f" {rate:.3g}, over {rewarm.updates} updates"
     )
 
 
