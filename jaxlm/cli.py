@@ -20,7 +20,6 @@ from ml_collections import config_flags
 
 from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten, key_types, sections
 from jaxlm.hints import unknown_key, unknown_option
-from jaxlm.own_values import with_own_values
 from jaxlm.paths import holds_checkpoints
 from jaxlm.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
 from jaxlm.validate import validate
@@ -50,7 +49,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
             }
         )
 
-    return validate(with_own_values(build(Config, tree, "")))
+    return validate(build(Config, tree, ""))
 
 
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
@@ -130,7 +129,7 @@ def apply_overrides(config: Config, overrides: list[str]) -> Config:
     Raises:
       UserError: an argument is not an override, its key is unknown, or its value has the wrong type.
     """
-    return _checked(_set(config, overrides))
+    return validate(_set(config, overrides))
 
 
 def _set(config: Config, overrides: list[str]) -> Config:
@@ -179,10 +178,6 @@ class _OwnFloatParser(flags.FloatParser):
         return None if str(argument).lower() == "none" else super().parse(argument)
 
 
-def _checked(config: Config) -> Config:
-    return validate(with_own_values(config))
-
-
 def _key(argument: str) -> str:
     return argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")
 
@@ -200,13 +195,13 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     config = _set(file, overrides)
     weights = named_weights(config.checkpoint.resume)
     if weights is None:
-        return _checked(config)
+        return validate(config)
     if workdir is not None and holds_checkpoints(workdir) and (workdir / "config.json").exists():
-        return _checked(_set(updated(file, keys_of(_load_file(workdir / "config.json"))), overrides))
+        return validate(_set(updated(file, keys_of(_load_file(workdir / "config.json"))), overrides))
     run, brought = _weights_of(weights.workdir, config.checkpoint.resume)
     asked = {_key(argument) for argument in overrides if argument.startswith("--")}
     check_asked(config, brought, asked, run, weights.workdir)
-    before, config = flatten(config), _checked(_set(updated(file, brought), overrides))
+    before, config = flatten(config), validate(_set(updated(file, brought), overrides))
     said = {k: v for k, v in flatten(config).items() if v != before[k] and not k.startswith("data.")}
     if said:
         shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in said.items())

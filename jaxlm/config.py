@@ -67,8 +67,8 @@ class LossConfig:
 class OptimConfig:
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]  # muon = for hidden matrices, with AdamW for the rest
     lr: OwnFloat  # peak learning rate; with muon that of the hidden matrices
-    adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, norms and biases
-    embed_lr: float  # with muon: the same for tables that are not the output layer too; 0 = adam_lr
+    adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, positions, norms and biases
+    embed_lr: float  # with muon: the same for a token table that is not the output layer too; 0 = adam_lr
     schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]  # of the learning rate after warmup_steps
     warmup_steps: int  # linear from 0 to the peak; also where a run goes on at a higher rate than it had
     decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly

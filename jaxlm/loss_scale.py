@@ -1,7 +1,7 @@
 """Gradients in float16, which holds numbers from 6e-8 to 65504.
 
 In the gradient of a mean, each token's part shrinks with their number, and most parts of a large batch round to zero.
-So the sum over tokens is differentiated instead, times a scale, and the step divides by both in float32.
+So the sum over tokens is differentiated instead, times a scale; float32 gradients of parameters are divided by both.
 
 Where a gradient overflows, the step computes it again with a smaller scale. No batch is left out for it, and the result
 is a function of the batch alone: there is no state.
@@ -20,6 +20,23 @@ FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, which round nothing
 def first_scale(tokens: int) -> float:
     """The scale that is tried first, of a sum over so many tokens."""
     return 2.0 ** (max(1, ROOM // tokens).bit_length() - 1)
+
+
+def unscaled(params: Any, on_layer: Callable[[Any], Any] | None, factor: jax.Array) -> tuple[Any, Callable[[Any], Any]]:
+    """Parameters, and what is to be applied to those of a layer, whose gradients come multiplied by `factor`."""
+    outer = {key: _times(x, factor) for key, x in params.items() if key != "layers"}
+    return outer | {"layers": params["layers"]}, lambda x: _times(on_layer(x) if on_layer else x, factor)
+
+
+@jax.custom_vjp
+def _times(params: Any, factor: jax.Array) -> Any:
+    return params
+
+
+_times.defvjp(
+    lambda params, factor: (params, factor),
+    lambda factor, grads: (jax.tree.map(lambda g: g * factor, grads), jnp.zeros_like(factor)),
+)
 
 
 def until_finite(gradients: Callable[[jax.Array], Any], finite: Callable[[Any], jax.Array], scale: float) -> Any:

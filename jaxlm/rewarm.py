@@ -25,10 +25,10 @@ def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> 
     rewarm = between(from_saved(saved["config"], str(path))[0], before, config, start, cuts)
     if rewarm is None or rewarm == before:
         return rewarm, None
-    rate = float(make_schedule(config.optim, config.steps, "lr", LrHistory(None, cuts))(start + rewarm.updates))
+    rate = float(make_schedule(config.optim, config.steps, "lr", LrHistory(None, cuts))(start))
     return rewarm, (
-        f"the learning rate rises from {rewarm.rates['lr']:.3g} to {rate:.3g}, that of the new configuration, over"
-        f" {rewarm.updates} updates"
+        f"the learning rate rises from {rewarm.rates['lr']:.3g} to that of the new configuration, now"
+        f" {rate:.3g}, over {rewarm.updates} updates"
     )
 
 

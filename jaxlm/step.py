@@ -98,20 +98,16 @@ def make_train_step(
             def loss(
                 params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
             ) -> tuple[jax.Array, LossSums]:
+                if scale is not None:
+                    params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * targets))
                 x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
                 sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
                 return (sums.objective / targets if scale is None else sums.objective * scale), sums
 
-            def reduce(grads: Params, sync_state: Any) -> tuple[Params, Any]:
-                if scale is not None:
-                    grads = jax.tree.map(lambda g: g / scale / targets, grads)
-                return sync.reduce(grads, sync_state)
-
             if config.parallel.overlap:
-                scaled = sync._replace(reduce=reduce)
-                return accumulate_overlapped(loss, masters, micro, scaled, state.sync)
+                return accumulate_overlapped(loss, masters, micro, sync, state.sync)
             grads, sums = accumulate(loss, masters, micro)
-            grads, sync_state = reduce(grads, state.sync)
+            grads, sync_state = sync.reduce(grads, state.sync)
             return grads, sums, sync_state
 
         def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:

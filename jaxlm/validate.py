@@ -20,6 +20,7 @@ from jaxlm.config import (
     mixture,
     show,
 )  # fmt: skip
+from jaxlm.own_values import set_own_values
 
 POSITIVE = (
     "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
@@ -70,11 +71,15 @@ def _holds_secret(text: str) -> bool:
 
 
 def validate(c: Config) -> Config:
-    """Checks every value and how they go together; returns the same configuration.
+    """Sets what is OWN to the optimizer's own value, then checks every value and how they go together.
+
+    Returns:
+      The same configuration.
 
     Raises:
       UserError: names the key, the value found and what is allowed.
     """
+    set_own_values(c.optim)
     types = key_types()
     for key, value in flatten(c).items():
         _check_type(key, value, types[key])

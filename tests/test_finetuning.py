@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxlm import cli, main
-from jaxlm import run as runs
+from jaxlm import cli, finished, main
 from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
 from jaxlm.hooks import sample_text
 from jaxlm.prompts import encode_prompt
@@ -181,8 +180,8 @@ def test_the_hint_works_as_it_is_printed(name: str, prompt: str, generate: Gener
     config = cli.load_workdir(f"runs/{name.replace('letters', 'chat')}")
     config.eval.sample_prompt = prompt
     tokenizer = CharTokenizer(list("<|>\nuserasistant")) if name == "letters" else ByteTokenizer()
-    parts: Any = SimpleNamespace(config=config, corpus=SimpleNamespace(tokenizer=tokenizer))
-    hint = runs._next(parts, f"runs/{name.replace('letters', 'chat')}")
+    corpus: Any = SimpleNamespace(tokenizer=tokenizer)
+    hint = finished._next(config, corpus, f"runs/{name.replace('letters', 'chat')}")
     assert "\n" not in hint and ("--chat" in hint) == (name != "animals")
     argv = shlex.split(hint)
     assert argv[-2] == "--prompt" and argv[1].endswith("generate.py")
