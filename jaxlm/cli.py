@@ -22,7 +22,7 @@ from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten,
 from jaxlm.hints import unknown_key, unknown_option
 from jaxlm.paths import holds_checkpoints
 from jaxlm.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
-from jaxlm.validate import validate
+from jaxlm.validate import check_address, validate
 
 BASE = Path(__file__).parents[1] / "configs/base.py"
 
@@ -193,6 +193,7 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     """
     file, overrides = _load_file(Path(path)), overrides or []
     config = _set(file, overrides)
+    check_address("checkpoint.resume", config.checkpoint.resume)  # before a message shows it
     weights = named_weights(config.checkpoint.resume)
     if weights is None:
         return validate(config)

@@ -84,8 +84,8 @@ class OptimConfig:
     spike_factor: float  # a spike is a gradient norm above this many times the recent root mean square; 0 = no limit
     on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or leave its batch out
     max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
-    max_returns: int  # returns to earlier checkpoints, after which training ends: exit code 3
-    return_lr: float  # factor on all learning rates from a return on that follows one in vain; 1 = leave them
+    max_returns: int  # returns to earlier checkpoints within 1000 steps, after which training ends: exit code 3
+    return_lr: float  # factor on all learning rates from a return on that soon follows another; 1 = leave them
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -121,7 +121,7 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
     the steps that were bad. Later checkpoints are removed.
 
     Raises:
-      Diverged: it went back `optim.max_returns` times already, in vain.
+      Diverged: it went back `optim.max_returns` times already within the last recovery.SOON steps.
       CheckpointError: no checkpoint is whole.
     """
     c, workdir, returns = parts.config, parts.workdir, parts.returns
@@ -132,19 +132,19 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         to = recovery.target(whole, trouble.first, returns)
         first = max(trouble.first, to + 1)  # those before it are used up in that checkpoint
         bad = int(parts.order.number(first)), int(parts.order.number(trouble.last))
-        vain = [r for r in returns if r.to >= to]  # since the others, good steps have been saved
-        if len(vain) >= c.optim.max_returns:
-            batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in vain), bad])
+        recent = recovery.recent(returns, to)
+        if len(recent) >= c.optim.max_returns:
+            batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in recent), bad])
             raise recovery.Diverged(
-                f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(vain)} times"
+                f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(recent)} times"
                 f" (optim.max_returns), in the end with {recovery.lr_scale(returns):.3g} times the learning rates; bad"
                 f" were batches {batches}; the newest checkpoint is of step {max(whole)}; a lower optim.lr, more"
                 " optim.warmup_steps, a smaller optim.clip_norm or optim.spike_factor, or model.qk_norm=true may help"
             )
         state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
         later = [step for step in checkpoints.steps() if step > to]
-    # The first may have met a passing fault. When it was in vain, the rates are likely to be too high.
-    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr if vain else 1.0)]
+    # The first return may have met a passing fault. When another one follows soon, the rates are likely to be too high.
+    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr if recent else 1.0)]
 
     def keep() -> None:
         recovery.remove(workdir / "checkpoints", later)
@@ -152,8 +152,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
 
     _on_first(workdir, keep)
     parts.reporter.say(
-        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why} (return {len(vain) + 1} of"
-        f" {c.optim.max_returns}); warms up again to {recovery.lr_scale(returns):.3g} times the learning rates"
+        f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why}"
+        f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to {recovery.lr_scale(returns):.3g} times the learning rates"
     )
     state = _counted_anew(state)
     saver = Saver(workdir, c.checkpoint, parts.reporter.say)
@@ -218,7 +218,7 @@ def _on_first(workdir: Path, act: Callable[[], Any]) -> None:
             return str(error)
         return ""
 
-    if refusal := distributed.of_first(f"the preparation of {workdir}", attempt):
+    if refusal := distributed.of_first("the preparation of its workdir", attempt):
         raise UserError(refusal)
 
 

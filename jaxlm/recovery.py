@@ -1,8 +1,8 @@
 """Training that goes wrong: a run goes back to a good checkpoint, and steps over the batches that were bad.
 
-A second try differs in more than its batches: the learning rates warm up again, and after a return that was in vain to
-a lower peak. PaLM's authors restarted without the batches around a spike (Chowdhery et al., 2022, section 5.1), OPT's
-with a lower rate (Zhang et al., 2022, section 2.5).
+A second try differs in more than its batches: the learning rates warm up again, and when one return soon follows
+another, to a lower peak. PaLM's authors restarted without the batches around a spike (Chowdhery et al., 2022, section
+5.1), OPT's with a lower rate (Zhang et al., 2022, section 2.5).
 
 `returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …, "lr": factor}`. It is
 written before the run goes on, so that one that is killed afterwards takes the same way.
@@ -20,6 +20,7 @@ from jaxlm.schedules import Cut
 from jaxlm.workdir import beside, write_whole
 
 NAME = "returns.json"
+SOON = 1000  # steps: a run that goes back again within so many did not recover
 
 
 class Diverged(RuntimeError):
@@ -72,6 +73,11 @@ def lr_scale(returns: Sequence[Return]) -> float:
 def lr_cuts(returns: Sequence[Return]) -> tuple[Cut, ...]:
     """What the schedule needs to know of these returns."""
     return tuple(Cut(r.to, r.lr) for r in returns)
+
+
+def recent(returns: Sequence[Return], to: int) -> list[Return]:
+    """The returns of at most SOON steps before step `to`: those from which the run did not recover."""
+    return [r for r in returns if r.to > to - SOON]
 
 
 def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:

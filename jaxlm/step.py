@@ -79,6 +79,7 @@ def make_train_step(
     sync = make_sync(config.parallel, group, params_like)
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
     schedule = make_schedule(config.optim, config.steps, "lr", history)
+    gradients = make_gradients(config, model, sync, group)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch, stop = dict(batch), batch.get("stop")
@@ -91,34 +92,7 @@ def make_train_step(
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         masters = float32(state.params)  # whatever they are stored in
         micro = micro_batches((batch, keys), config.optim.accum_steps)
-
-        def gradients(scale: jax.Array | None = None) -> tuple[Params, LossSums, Any]:
-            """The mean gradient, the sums of the loss, and the reduction's state; float16 needs a scale."""
-
-            def loss(
-                params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
-            ) -> tuple[jax.Array, LossSums]:
-                if scale is not None:
-                    params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * targets))
-                x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
-                sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
-                return (sums.objective / targets if scale is None else sums.objective * scale), sums
-
-            if config.parallel.overlap:
-                return accumulate_overlapped(loss, masters, micro, sync, state.sync)
-            grads, sums = accumulate(loss, masters, micro)
-            grads, sync_state = sync.reduce(grads, state.sync)
-            return grads, sums, sync_state
-
-        def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
-            """Whether no gradient overflowed; where the loss itself did, no other scale helps."""
-            return jnp.isfinite(sync.global_norm(found[0])) | ~jnp.isfinite(group.mean(found[1].nll))
-
-        if config.model.dtype == "float16":
-            scale = loss_scale.first_scale(batch["inputs"].size // config.optim.accum_steps)
-            grads, sums, sync_state = loss_scale.until_finite(gradients, finite, scale)
-        else:
-            grads, sums, sync_state = gradients()
+        grads, sums, sync_state = gradients(masters, micro, targets, state.sync)
 
         numbers = guard.agree(state.guard, sums.nll, sync.global_norm(grads), group)
         good, scale, guarded = guard.judge(state.guard, numbers, targets, config.optim, model.vocab_size)
@@ -141,6 +115,47 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, sync_state, guarded, kept_mean), metrics
 
     return train_step
+
+
+def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Callable:
+    """Gradients of one device.
+
+    Returns:
+      (parameters, micro-batches [steps, ...], targets of a device on average, state of the reduction) -> the mean
+      loss's gradient averaged over the devices, the sums of this device's losses, and the reduction's new state.
+    """
+
+    def gradients(
+        params: Params, micro: Any, targets: jax.Array, sync_state: Any, scale: jax.Array | None = None
+    ) -> tuple[Params, LossSums, Any]:
+        """With a scale, that of the sum times it is computed, and divided by it and the targets in float32."""
+
+        def loss(
+            params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
+        ) -> tuple[jax.Array, LossSums]:
+            if scale is not None:
+                params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * targets))
+            x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
+            sums = output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
+            return (sums.objective / targets if scale is None else sums.objective * scale), sums
+
+        if config.parallel.overlap:
+            return accumulate_overlapped(loss, params, micro, sync, sync_state)
+        grads, sums = accumulate(loss, params, micro)
+        grads, sync_state = sync.reduce(grads, sync_state)
+        return grads, sums, sync_state
+
+    def in_float16(params: Params, micro: Any, targets: jax.Array, sync_state: Any) -> tuple[Params, LossSums, Any]:
+        def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
+            """Whether no gradient overflowed; where the loss itself did, no other scale helps."""
+            return jnp.isfinite(sync.global_norm(found[0])) | ~jnp.isfinite(group.mean(found[1].nll))
+
+        first = loss_scale.first_scale(micro[0]["inputs"][0].size)
+        return loss_scale.until_finite(
+            lambda scale: gradients(params, micro, targets, sync_state, scale), finite, first
+        )
+
+    return in_float16 if config.model.dtype == "float16" else gradients
 
 
 def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.Sharing:

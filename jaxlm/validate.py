@@ -45,7 +45,7 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
         raise UserError(f"{key} is {show(value)}; allowed: {describe(kind)}")
 
 
-def _check_address(key: str, text: str) -> None:
+def check_address(key: str, text: str) -> None:
     """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
     if _holds_secret(text):
         raise UserError(f"{key} has an address with credentials in it, which a run would write into its config.json; "
@@ -84,7 +84,7 @@ def validate(c: Config) -> Config:
     for key, value in flatten(c).items():
         _check_type(key, value, types[key])
         if types[key] is str:
-            _check_address(key, value)
+            check_address(key, value)
 
     def require(ok: bool, key: str, allowed: str) -> None:
         if not ok:

@@ -52,6 +52,7 @@ def test_metrics(whole: Path):
         "lr",
         "grad_norm",
         "skipped",
+        "spikes",
         "tokens",
         "tokens_per_second",
         "step_seconds",

@@ -55,7 +55,7 @@ def _check_kind(paths: list[Path]) -> None:
     for path in paths:
         if is_remote(path):
             raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of "
-                            "memory-mapped")  # fmt: skip
+                            "this machine")  # fmt: skip
         if path.suffix not in SUFFIXES["tokens"]:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "
                             + ", ".join(SUFFIXES["tokens"]))  # fmt: skip
