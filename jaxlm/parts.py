@@ -153,7 +153,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
     _on_first(workdir, keep)
     parts.reporter.say(
         f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why}"
-        f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to {recovery.lr_scale(returns):.3g} times the learning rates"
+        f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to"
+        f" {recovery.lr_scale(returns):.3g} times the learning rates"
     )
     state = _counted_anew(state)
     saver = Saver(workdir, c.checkpoint, parts.reporter.say)
