@@ -21,8 +21,7 @@ ENDINGS = r"(\.(txt|md|jsonl?|parquet|npy|bin|gz|bz2|xz|zst))+$"
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """A short name for each source of a mixture: "text books/*.txt" is "books".
 
-    The last word of a path that is no pattern; where that is not enough to tell two apart, more of the path, and
-    then numbers.
+    That is the last word of its path without a wildcard. If two are equal, all get more words, and at last numbers.
     """
 
     def words(name: str) -> list[str]:
@@ -40,7 +39,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(writer: Writer, names: Sequence[str]) -> Writer:
-    """The writer, which is given `epochs/books` instead of `epochs/text /home/me/books/*.txt`."""
+    """A writer that passes metrics on under short names: `epochs/books` for `epochs/text /home/me/books/*.txt`."""
     short = short_names(names)
 
     def rename(key: str) -> str:
@@ -86,10 +85,8 @@ def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
         values = []
         for key, value in metrics.items():
             tag = f"{group}/{key.removeprefix('eval_')}"
-            if isinstance(value, str):
-                values.append(
-                    text(tag, "\n".join("    " + line for line in value.split("\n")))
-                )  # as it is, in Markdown
+            if isinstance(value, str):  # indented, because Markdown shows that as it is
+                values.append(text(tag, "\n".join("    " + line for line in value.split("\n"))))
             elif isinstance(value, (int, float)) and key not in ("step", "time"):
                 values.append(Summary.Value(tag=tag, simple_value=value))
         add(metrics["time"], step=metrics["step"], summary=Summary(value=values))

@@ -46,7 +46,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 class Checkpoints:
-    """Those of a workdir, to be read."""
+    """Opens a workdir's checkpoints for reading."""
 
     def __init__(self, workdir: Path):
         self.folder = folder_of(workdir)
@@ -70,7 +70,7 @@ class Checkpoints:
             raise UserError(f"{self.folder / str(step)}: cannot be read now ({reason_of(error)})") from error
 
     def check_step(self, name: str, step: Step, losses: dict[int, float]) -> None:
-        """Raises UserError where no checkpoint is the one that an option, of this name, asks for.
+        """Raises UserError if there is no such checkpoint as the option `name` asks for.
 
         Args:
           losses: on the validation data, by step.
@@ -83,7 +83,7 @@ class Checkpoints:
                             f" {', '.join(map(str, there))}")  # fmt: skip
 
     def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:
-        """The newest or best step whose files are whole, or the one named, and what is wrong with those before it."""
+        """The newest or best step whose files are whole, or the one named, and the damage of those tried before."""
         damage: dict[int, str] = {}
         there = self.steps()[::-1]
         if step is not None:

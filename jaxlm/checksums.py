@@ -2,7 +2,7 @@
 
 Each item of a checkpoint (a folder, such as `params`) holds them in a file of its own, which also names the items that
 belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`. Orbax's own file about the
-checkpoint says that there are such files: one that has lost them all is damaged, and not of an older version.
+checkpoint promises these files: a checkpoint that has lost all of them is damaged, not an older version's.
 """
 
 import errno
@@ -18,7 +18,7 @@ PROMISE = {"checksums": True}
 
 
 def write(item: Path, items: Sequence[str]) -> None:
-    """Adds the hashes of all files of an item, and makes it durable: the checkpoint before it is deleted next."""
+    """Adds the hashes of an item's files and makes all durable, since the checkpoint before it is deleted next."""
     files = {str(p.relative_to(item)): p for p in sorted(item.rglob("*")) if p.is_file()}
     found = {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()}
     (item / NAME).write_text(json.dumps({"items": list(items), "files": found}))

@@ -55,8 +55,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
     """The configuration in a workdir, and the keys that jaxlm has gained since it was saved.
 
-    Those take the values with which a run does what it did before there was the key: those of configs/base.py, or of
-    `config.BEFORE`.
+    A new key takes the value with which the run goes on as before: that of `config.BEFORE`, else of configs/base.py.
 
     Raises:
       UserError: a key is unknown or of the wrong type, or a section is missing.
@@ -86,12 +85,17 @@ def read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
+def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """`from_saved` of a workdir's config.json."""
+    return from_saved(read_saved(path)["config"], str(path))
+
+
 def _load_file(path: Path) -> Config:
-    """What a configuration file's `get_config()` gives, or that of a run, from its config.json."""
+    """The configuration that a file's `get_config()` returns, or that a run's config.json holds."""
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     if path.suffix == ".json":
-        return from_saved(read_saved(path)["config"], str(path))[0]
+        return read_config(path)[0]
     spec = importlib.util.spec_from_file_location("jaxlm_user_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config {path}: allowed: a Python file (.py), or the config.json of a run")
@@ -172,7 +176,7 @@ def _set(config: Config, overrides: list[str]) -> Config:
 
 
 class _OwnFloatParser(flags.FloatParser):
-    """A number, or `none` for the optimizer's own."""
+    """Reads a number, or `none` for the optimizer's own."""
 
     def parse(self, argument: Any) -> Any:
         return None if str(argument).lower() == "none" else super().parse(argument)
@@ -185,8 +189,8 @@ def _key(argument: str) -> str:
 def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | None = None) -> Config:
     """The checked configuration of a file with command-line overrides.
 
-    With weights of another run (`checkpoint.resume`), the model's keys and the tokenizer are those of that run,
-    whatever the file says; a line on stderr says which. A run that goes on in `workdir` has them from there.
+    With weights of another run (`checkpoint.resume`), the model's keys and the tokenizer are that run's, whatever the
+    file says; a line on stderr says which. A run that goes on in `workdir` takes them from there.
 
     Raises:
       UserError: an override contradicts the weights, or what `apply_overrides` raises.
@@ -228,7 +232,7 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
-    config = with_own_tokenizer(from_saved(read_saved(path)["config"], str(path))[0], path.parent)
+    config = with_own_tokenizer(read_config(path)[0], path.parent)
     return apply_overrides(config, overrides or [])
 
 

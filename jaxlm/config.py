@@ -19,8 +19,8 @@ class UserError(ValueError):
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# A number of which each optimizer has its own default (own_values.py). A file says OWN, a command line `none`; what has
-# been checked, and config.json, hold the number itself.
+# A number for which each optimizer has its own default (own_values.py). Files say OWN, command lines `none`; `validate`
+# puts the number in its place, so config.json holds that.
 OwnFloat = Annotated[float, "or OWN"]
 OWN: Any = None
 
@@ -44,7 +44,7 @@ class ModelConfig:
     logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # RMS-normalize queries and keys of each head
     key_offset: bool  # half of each key's channels are those of the token before
-    vocab_multiple: int  # the tables of tokens have rows for a multiple of it; those that no token has are never used
+    vocab_multiple: int  # the token tables' rows are rounded up to a multiple of it; the additional ones are never used
     residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
     dtype: Dtype  # of the computation
     param_dtype: Literal["float32", "bfloat16"]  # of the master weights
@@ -174,8 +174,8 @@ CHANGEABLE = (
     r"|model\.(dtype|dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
 )
 
-# Keys that say where the data is: a run may go on with others where the data is the same, which its fingerprint says.
-# Of a mixture, its paths alone.
+# Keys that say where the data is. A run may go on with other values if the data's fingerprint is the same; of a mixture
+# only the paths may change.
 PLACES = r"data\.(path|val_path|tokenizer_path|mixture)"
 
 BEFORE = {"model.key_offset": False}  # what a run did before there was the key, where configs/base.py does otherwise

@@ -235,7 +235,7 @@ class Hosts:
     def _exchange(self, what: str, value: str, limit: int) -> list[str]:
         """The values of all processes; those that are late are waited for, `limit` seconds at most."""
         self._round += 1
-        read = self._told.copy()  # by all, once all have told this value
+        read = self._told.copy()  # all have read these once all have told this value
         self._tell(what, value)
         deadline = time.monotonic() + limit
         found = [self._get(what, i, deadline) for i in range(self.count)]
@@ -252,7 +252,7 @@ class Hosts:
         return f"jaxlm/{self._round}/{what}/{process}"
 
     def _get(self, what: str, process: int, deadline: float) -> str:
-        said = self.index != (process == 0)  # one of all says it: the first, and the second of the first
+        said = self.index != (process == 0)  # one host alone says it: the first, or the second about the first
         while True:
             began = time.monotonic()
             try:
@@ -324,12 +324,12 @@ class Hosts:
             os._exit(code)
 
     def _let_read(self, seconds: float = 3) -> None:
-        """The first process takes the table with it: before, the others shall see in it what happened."""
+        """Gives the others time to read what happened in the table, which ends with the first process."""
         if self.index == 0:
             time.sleep(seconds)
 
     def tell_stopped(self) -> None:
-        """Tells the others, before a signal ends this process at once: they would wait for it in a collective."""
+        """Tells the others that a signal ends this process, since they would wait for it in a collective."""
         self._ending = True
         self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([STOPPED, "a signal"]), True)
         self._let_read(signals.TIDY - 0.2)

@@ -22,8 +22,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of the parameters over the batches.
 
-    Where only some rows of a source are scored, its sums count as often as it has rows for each of these: the scores
-    then estimate those of the whole validation set, in which every target weighs the same.
+    If only some rows of a source are scored, its sums are multiplied by its rows and divided by these. The scores then
+    estimate those of the whole validation set, in which every target weighs the same.
 
     Args:
       eval_step: from `step.pmap_eval_step`.
@@ -65,6 +65,6 @@ def evaluate(
 
 
 def _loss(name: str, found: list[tuple[str, float, Any]]) -> float | None:
-    """That of one source."""
+    """The loss of one source."""
     nll, targets = (sum(float(sums[k]) for source, _, sums in found if source == name) for k in ("nll", "targets"))
     return nll / targets if targets else None

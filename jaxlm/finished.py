@@ -19,7 +19,7 @@ def answer(config: Config, workdir: Path, limited: bool = False) -> bool:
     """Prints the closing lines of a finished run from what it wrote; False where anything is left to do or to refuse.
 
     Args:
-      limited: by --max_minutes, so that the run may have been given fewer steps.
+      limited: whether --max_minutes is given, with which the run may have got fewer steps.
 
     Raises:
       UserError: workdir or data do not fit the configuration, or another run is at work there.
@@ -61,9 +61,9 @@ def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus, scores: dict[str, Any]) -> None:
-    """The score beside those of compressors, and what to type next."""
+    """Shows the score beside those of compressors, and what to type next."""
     bits = scores["eval_bits_per_byte"]
-    whole = not config.eval.batches  # else the compressors would be given other bytes than the model
+    whole = not config.eval.batches  # otherwise the compressors would get other bytes than the model
     if bits is not None and whole and config.eval.baselines and not reporter.console.quiet:
         baselines = data.compression_baselines(corpus)
         if baselines:
@@ -81,18 +81,18 @@ def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
         encode_prompt(corpus.tokenizer, config.data, prompt, chat)
     except UserError:  # of another alphabet
         prompt = ""
-    if prompt == "-" or not prompt.isprintable():  # which would be stdin, or look strange here
+    if prompt == "-" or not prompt.isprintable():  # "-" means stdin
         prompt = ""
     return f"{command('generate')} --workdir {workdir}{' --chat' * chat} --prompt {shlex.quote(prompt)}"
 
 
 def command(tool: str) -> str:
-    """A command line that starts a tool from the folder that we are in, with the Python that we run in."""
+    """The command line that starts a tool from the current folder with this Python."""
     path = Path(__file__).parents[1] / "tools" / f"{tool}.py"
     python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
     return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
 
 
 def _nearby(path: str) -> str:
-    """Relative where that is inside the folder that we are in."""
+    """The path, as a relative one if it is inside the current folder."""
     return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

@@ -112,19 +112,16 @@ def judge(
     weight = jnp.maximum(1 / jnp.maximum(known, 1), 1 - DECAY)  # a plain mean at first
     mean_square = x.mean_square + weight * (jnp.where(spike, limit, square) - x.mean_square)
     skipped = (~updated).astype(jnp.int32)
-    return (
-        updated,
-        scale,
-        Guard(
-            mean_square=jnp.where(counts, mean_square, x.mean_square),
-            known=known,
-            first_loss=jnp.where(counts & (guard.known == 0), x.nll / targets, x.first_loss),
-            skipped=guard.skipped + skipped,
-            spikes=guard.spikes + spike,
-            in_row=(guard.in_row + skipped) * skipped,
-            high=(guard.high + high) * high,
-        ),
+    after = Guard(
+        mean_square=jnp.where(counts, mean_square, x.mean_square),
+        known=known,
+        first_loss=jnp.where(counts & (guard.known == 0), x.nll / targets, x.first_loss),
+        skipped=guard.skipped + skipped,
+        spikes=guard.spikes + spike,
+        in_row=(guard.in_row + skipped) * skipped,
+        high=(guard.high + high) * high,
     )
+    return updated, scale, after
 
 
 def either(good: jax.Array, new: Any, old: Any) -> Any:

@@ -89,6 +89,7 @@ def meant_by(key: str, cutoff: float = 0.5) -> str:
 
 
 def unknown_key(key: str, where: str) -> UserError:
+    """The error for a key that does not exist."""
     names = [f.name for f in sections()]
     if key in names:
         inside = ", ".join(k for k in key_types() if k.startswith(key + "."))
@@ -101,7 +102,7 @@ def unknown_key(key: str, where: str) -> UserError:
 
 
 def unknown_option(option: str) -> UserError:
-    """Of an option that is no `--config.KEY`."""
+    """The error for an option that is no `--config.KEY`."""
     meant = meant_by(option.lstrip("-"), cutoff=0.8)
     if meant in key_types():
         return UserError(f"{option}: unknown option; did you mean --config.{meant}?")

@@ -24,7 +24,7 @@ from jaxlm.stop import NEVER, Interrupted, Stop
 from jaxlm.time_left import num_eval_batches
 from jaxlm.train import Done
 
-MAX_HIGH = 100  # such losses in a row; a run that recovers from a spike has fewer
+MAX_HIGH = 100  # losses in a row that are much too high; a run that recovers from a spike has fewer
 
 
 def make_log(parts: Parts, start: int) -> metrics.Log:
@@ -100,8 +100,8 @@ def _consumed(parts: Parts, step: int) -> dict[str, float]:
 def make_evaluation(
     parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None, stop: Stop = NEVER
 ) -> Callable[[int, steps.TrainState], dict[str, Any]]:
-    """(step, state) -> scores on the validation set, written and shown with a sample of text; raises Interrupted where
-    it was to stop before that.
+    """Returns (step, state) -> scores on the validation set, which writes and shows them with a sample of text. It
+    raises Interrupted if it is asked to stop before that.
     """
     eval_step = steps.pmap_eval_step(steps.make_eval_step(parts.config, parts.model), parts.devices)
 
@@ -113,7 +113,7 @@ def make_evaluation(
             scores = stop.together(lambda: evaluate(eval_step, params, shown, parts.corpus.bytes_per_token, stop))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
-        if stop.now():  # the sample takes time, and belongs to the line: both are made when the run goes on
+        if stop.now():  # the sample takes time and belongs to the same line: the run makes both when it goes on
             raise Interrupted
         with parts.reporter.phase("sampling"):
             sample = stop.together(lambda: sample_text(parts, params, stop.now))
@@ -132,7 +132,7 @@ def _telling(batches: Iterator[Any], tell: Callable[[], None]) -> Iterator[Any]:
 
 
 def bad_since(parts: Parts, step: int, why: str) -> Trouble:
-    """That a state is bad, of which it is only known that the newest checkpoint was not."""
+    """The trouble of a bad state: any step since the newest checkpoint, which was good, may be its cause."""
     return Trouble(min((parts.saver.wait() or 0) + 1, step), step, why)
 
 
@@ -142,8 +142,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | None:
-    """`eval.sample_prompt` and what follows it, or the answer to it; None where no text is wanted, or tokens are not
-    text. It ends sooner where it is to stop.
+    """`eval.sample_prompt` with its continuation, or with the answer to it; None if no text is wanted, or tokens are
+    not text. A request to stop ends it early.
     """
     c, tokenizer = parts.config, parts.corpus.tokenizer
     if not c.eval.sample_tokens or tokenizer is None or jax.process_index() != 0:

@@ -56,7 +56,7 @@ def listing(defaults: dict[str, Any], width: int) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As in a shell."""
+    """The value as a shell reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str) or not value:

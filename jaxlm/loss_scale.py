@@ -18,12 +18,12 @@ FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, which round nothing
 
 
 def first_scale(tokens: int) -> float:
-    """The scale that is tried first, of a sum over so many tokens."""
+    """The scale to try first, for a sum over so many tokens."""
     return 2.0 ** (max(1, ROOM // tokens).bit_length() - 1)
 
 
 def unscaled(params: Any, on_layer: Callable[[Any], Any] | None, factor: jax.Array) -> tuple[Any, Callable[[Any], Any]]:
-    """Parameters, and what is to be applied to those of a layer, whose gradients come multiplied by `factor`."""
+    """Parameters whose gradients come multiplied by `factor`, and the function that does the same for a layer's."""
     outer = {key: _times(x, factor) for key, x in params.items() if key != "layers"}
     return outer | {"layers": params["layers"]}, lambda x: _times(on_layer(x) if on_layer else x, factor)
 

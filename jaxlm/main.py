@@ -102,9 +102,8 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] |
         say(STOPPED_TOOL)
         return TOOL_STOPPED
     except Exception as error:
-        code = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2, "Corrupt": 5}.get(
-            type(error).__name__
-        )  # by name: their modules import jax
+        codes = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2, "Corrupt": 5}  # by name: their modules import jax
+        code = codes.get(type(error).__name__)
         full = _exhausted(error)
         if code is None and full is None:
             raise

@@ -34,8 +34,8 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Log:
-    """Sends metrics to writers. What one cannot write now, for a full disk or a network's, it is given again later, in
-    the same order; that is said, and training goes on.
+    """Sends metrics to writers. If one cannot write now (a full disk, a network that is away), a line says so, training
+    goes on, and the writer gets the same metrics again later, in order.
     """
 
     def __init__(self, writers: list[Writer], say: Callable[[str], None]):
@@ -65,8 +65,8 @@ class Log:
         self._pause.end()
 
     def sync(self) -> None:
-        """Returns when all lines of metrics.jsonl are on disk: before a checkpoint, since what lies before one is never
-        written again. Raises OSError where they cannot be.
+        """Returns when all lines of metrics.jsonl are on disk. Call it before a checkpoint: lines before one are never
+        written again. Raises OSError if they cannot be written.
         """
         with self._lock:
             for writer, queue in self._queues:

@@ -19,7 +19,7 @@ from jaxlm.console import Reporter
 from jaxlm.data.conversations import trains_on_answers
 from jaxlm.model import Model, make_model
 from jaxlm.placement import Placement
-from jaxlm.pretrained import named_weights, with_own_tokenizer
+from jaxlm.pretrained import Weights, named_weights, with_own_tokenizer
 from jaxlm.prompts import encode_prompt
 from jaxlm.saving import Saver
 from jaxlm.schedules import LrHistory, Rewarm
@@ -59,12 +59,7 @@ def build(
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
     weights = None if workdirs.holds_checkpoints(workdir) else named_weights(config.checkpoint.resume)
-    if weights:
-        start_from.check(config, weights)
-    corpus = data.prepare(with_own_tokenizer(config, workdir), progress=not quiet)
-    if weights:
-        start_from.check_vocabulary(config, corpus, weights)
-    _check_prompt(config, corpus)
+    corpus = _prepare(config, workdir, weights, quiet)
     devices = runtime.choose_devices(config)
     _on_first(workdir, lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: until now another run may have been at work there
@@ -106,19 +101,32 @@ def build(
     return parts, state, start
 
 
+def _prepare(config: Config, workdir: Path, weights: Weights | None, quiet: bool) -> data.Corpus:
+    """The data. Raises UserError if it does not fit the weights to start from, or the samples' prompt."""
+    if weights:
+        start_from.check(config, weights)
+    corpus = data.prepare(with_own_tokenizer(config, workdir), progress=not quiet)
+    if weights:
+        start_from.check_vocabulary(config, corpus, weights)
+    _check_prompt(config, corpus)
+    return corpus
+
+
 def lr_history(parts: Parts) -> LrHistory:
-    """What the learning rates of the steps from here on depend on, beside the configuration."""
+    """What the learning rates depend on beside the configuration."""
     return LrHistory(parts.rewarm, recovery.lr_cuts(parts.returns))
 
 
 def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return], version: int) -> data.TrainOrder:
-    """The order of the data, without the batches that the run has stepped over."""
+    """The order of the data, without the batches that the run steps over."""
     return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns], version)
 
 
 def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.TrainState, int]:
-    """The parts and the state to go on from after trouble: those of the last good checkpoint, without the batches of
-    the steps that were bad. Later checkpoints are removed.
+    """Goes back to the last good checkpoint, removes later ones, and leaves out the batches of the bad steps.
+
+    Returns:
+      The parts, the state to go on from, and the number of its updates.
 
     Raises:
       Diverged: it went back `optim.max_returns` times already within the last recovery.SOON steps.
@@ -198,7 +206,7 @@ def _load_state(
 
 
 def _counted_anew(state: steps.TrainState) -> steps.TrainState:
-    """After a return, bad steps in a row are counted from there."""
+    """The state without bad steps in a row: after a return they are counted from there."""
     return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0, high=state.guard.high * 0))
 
 

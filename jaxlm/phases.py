@@ -33,9 +33,9 @@ class Phases:
 
     @contextmanager
     def phase(self, what: str, total: int | None = None, ended: str = "") -> Iterator[Callable[[], None]]:
-        """Shows a phase while it lasts; gives what to call after each of its `total` parts.
+        """Shows a phase while it lasts; yields a function to call after each of its `total` parts.
 
-        Without a terminal a phase that takes long has lines; one with a word for how it `ended` always has two.
+        Without a terminal, a phase has lines only if it takes long, or if `ended`, a word for its end, is given.
         """
         began, done, over = time.monotonic(), 0, threading.Event()
 

@@ -35,7 +35,7 @@ def named_weights(resume: str) -> Weights | None:
 
 
 def read_step(name: str, text: str | None) -> Step:
-    """Raises UserError where the text of an option is no step."""
+    """The step that the option `name` gives. Raises UserError if its text is none."""
     if text is None or text == "best":
         return text
     if not re.fullmatch(r"\d{1,18}", text):
@@ -87,14 +87,14 @@ def updated(config: Config, keys: dict[str, Any]) -> Config:
 
 
 def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: Config, workdir: Path) -> None:
-    """Raises UserError where a key that was asked for is another than the weights bring, or the data is text and they
-    know bare token ids.
+    """Raises UserError if a key that was asked for contradicts the weights, or if the data is text and the weights know
+    only bare token ids.
 
     Args:
       run: the configuration of the run in `workdir`, whose weights they are.
     """
     found = flatten(config)
-    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # of which the files count: parts.py
+    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the files
         if found[key] not in (brought[key], flatten(run)[key]):
             raise UserError(f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
                             "checkpoint.resume takes")  # fmt: skip

@@ -16,7 +16,7 @@ class Ending(NamedTuple):
 
     ids: frozenset[int]
     texts: tuple[str, ...]
-    tail: str  # what the template writes after an answer: not shown either where an id follows it
+    tail: str  # what the template writes after an answer; not shown where the text ends with it
 
 
 def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool) -> np.ndarray:
@@ -36,8 +36,10 @@ def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool)
 
 
 def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = ()) -> Ending:
-    """Where a run's texts end: with their document; if it learns answers, also with an answer, which a special token of
-    the template ends, or, where there is none, what opens the user's next message.
+    """Where a run's texts end: with their document, and after an answer if the run learns answers.
+
+    An answer ends at the first special token that the template writes after it or, without one, at what opens the
+    user's next message.
     """
     after, opening = after_answer(data) if trains_on_answers(data) else ("", "")
     special = first_special(tokenizer, after)
@@ -55,7 +57,7 @@ class Continuation:
         self._decode(prompt.tolist(), True)
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that new ids add, without what may be the beginning of an end."""
+        """The text that new ids add; holds back what may be the beginning of an ending."""
         if self.ended:
             return ""
         kept = []
@@ -66,7 +68,7 @@ class Continuation:
         return self._advance(kept)
 
     def finish(self) -> str:
-        """The rest of the text, where no more ids come."""
+        """The rest of the text, when no more ids come."""
         if self.ended:
             return ""
         text, self.ended = self._held + self._decode([], True), True

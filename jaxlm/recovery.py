@@ -1,11 +1,11 @@
 """Training that goes wrong: a run goes back to a good checkpoint, and steps over the batches that were bad.
 
-A second try differs in more than its batches: the learning rates warm up again, and when one return soon follows
-another, to a lower peak. PaLM's authors restarted without the batches around a spike (Chowdhery et al., 2022, section
-5.1), OPT's with a lower rate (Zhang et al., 2022, section 2.5).
+A second try differs in more than its batches: the learning rates warm up again, to a lower peak if one return soon
+follows another. PaLM's authors restarted without the batches around a spike (Chowdhery et al., 2022, section 5.1),
+OPT's with a lower rate (Zhang et al., 2022, section 2.5).
 
 `returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …, "lr": factor}`. It is
-written before the run goes on, so that one that is killed afterwards takes the same way.
+written before the run goes on, so that a run that is killed later repeats the same returns.
 """
 
 import json

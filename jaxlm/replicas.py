@@ -21,16 +21,17 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxlm import distributed
+from jaxlm.checkpoint import shapes
 from jaxlm.config import Config
 from jaxlm.step import AXIS, TrainState, state_axes
 
 
 class Corrupt(RuntimeError):
-    """Devices that should hold the same state do not: exit code 5, for the last checkpoint is good."""
+    """Devices that should hold the same state do not: exit code 5, because the last checkpoint is good."""
 
 
 class Replicas:
-    """Compares what the devices of `mesh`, those of this process, hold."""
+    """Compares the state on all devices. `mesh` has those of this process."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self._axes, self._mesh = state_axes(config), mesh
@@ -39,8 +40,7 @@ class Replicas:
     def check(self, step: int, state: TrainState) -> None:
         """Raises Corrupt, on all hosts alike, if the replicated part of the state differs between devices."""
         parts = {k: x for k, x in state._asdict().items() if getattr(self._axes, k) is None}
-        names = [jax.tree_util.keystr(path, simple=True, separator="/")
-                 for path, _ in jax.tree_util.tree_flatten_with_path(parts)[0]]  # fmt: skip
+        names = list(shapes(parts))
         if self._sums is None:
             self._sums = checksums_of(self._mesh)
         sums_DL = np.asarray(self._sums(parts)).tolist()
@@ -100,7 +100,7 @@ def _few(arrays: list[str]) -> str:
 
 
 def _hardware(device_kind: str) -> str:
-    """What decides how a host rounds: its accelerators, or its processor and how many of its cores there are."""
+    """A hash of what decides how a host rounds: its accelerators, or its processor and the number of its cores."""
     facts = [device_kind, platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")
     if jax.default_backend() == "cpu" and cpuinfo.exists():

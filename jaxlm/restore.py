@@ -13,7 +13,7 @@ from jaxlm import data, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.checkpoint import CheckpointError, Checkpoints, shapes
-from jaxlm.cli import from_saved, load_workdir, read_saved
+from jaxlm.cli import load_workdir, read_config
 from jaxlm.config import Config, UserError
 from jaxlm.evaluate import evaluate
 from jaxlm.metrics import validation_losses
@@ -43,7 +43,7 @@ def open_run(workdir: Path, step: Step) -> Run:
     """
     config = load_workdir(workdir)
     path = workdir / "config.json"
-    if gained := from_saved(read_saved(path)["config"], str(path))[1]:
+    if gained := read_config(path)[1]:
         said = ", ".join(f"{key}={value!r}" for key, value in gained.items())
         print(f"{path}: of an older jaxlm, without {said}", file=sys.stderr)
     vocab_size = workdirs.read_facts(workdir)["vocab_size"]

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxlm import distributed, metrics, recovery, runtime
 from jaxlm import step as steps
 from jaxlm import workdir as workdirs
 from jaxlm.config import Config
-from jaxlm.console import Reporter, human
+from jaxlm.console import human
 from jaxlm.finished import close
 from jaxlm.fit import fit
 from jaxlm.hooks import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
@@ -33,8 +33,9 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
     """Trains; returns the exit code.
 
     Args:
-      deadline: of `time.monotonic()`, for a new run: it makes fewer steps where not all of `steps` fit before that.
-      stop: what ends the process at once while there is nothing to save, and else has it save and return.
+      deadline: a time of `time.monotonic()`. A new run makes fewer steps if not all of `steps` fit before it.
+      stop: SIGINT and SIGTERM. While there is nothing to save they end the process at once, otherwise the run saves and
+        returns.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
@@ -70,7 +71,7 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
                 trouble = Trouble(error.first, error.last, error.why)  # without frames that hold on to the state
             del state
             parts, state, start = go_back(parts, trouble)
-            owed = False  # it was whole before that
+            owed = False  # training went on from that checkpoint, so its evaluation was made
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
@@ -81,7 +82,7 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
 
 
 def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
-    """With the number of steps that fits before the deadline; a run that has begun keeps the number it was given."""
+    """The configuration with the steps that fit before the deadline; a run that has begun keeps its number of steps."""
     workdirs.check(workdir, config)
     if workdirs.holds_checkpoints(workdir):
         return workdirs.with_given_steps(workdir, config)
@@ -91,7 +92,7 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
 def _train(
     parts: Parts, state: steps.TrainState, start: int, stop: StopSignal, owed: bool
 ) -> tuple[int, dict[str, Any]]:
-    """The loop with its hooks; returns the updates done and, where it has just been evaluated, the state's scores.
+    """Runs the loop with its hooks; returns the number of updates done, and the last state's scores if it has any.
 
     Args:
       owed: whether the evaluation after step `start` is still to be made.
@@ -106,32 +107,17 @@ def _train(
 
     def evaluate(step: int, state: steps.TrainState) -> None:
         nonlocal evaluated, scores
-        with suppress(Interrupted):  # the same command makes it when it goes on
+        with suppress(Interrupted):  # the same command makes this evaluation when it goes on
             evaluated, scores = step, evaluation(step, state)
             saver.scored(step, scores["eval_loss"])
 
-    replicas = Replicas(config, parts.placement.here)
-
-    def save(step: int, state: steps.TrainState, act: Callable = saver.save) -> None:
-        if not all_finite(state.params):
-            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
-        if config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
-            replicas.check(step, state)
-        act(step, parts.placement.saved(state), log.sync)
-
+    save = _make_save(parts, log, start)
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     timed = parts.reporter.left.timed
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step),
               timed("save", save))]  # fmt: skip
-    step_of_one = steps.make_train_step(config, parts.model, parts.devices, lr_history(parts))
-    compiled = _compiling(steps.pmap_train_step(config, step_of_one, parts.devices), parts.reporter)
-
-    def train_step(state: steps.TrainState, batch: Any) -> Any:
-        made = compiled(state, batch)
-        stop.defer()  # from here on there is something to save
-        return made
-
+    train_step = _make_step(parts, stop)
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -161,19 +147,34 @@ def _train(
     return step, scores if step == evaluated else {}
 
 
-def _compiling(train_step: Callable, reporter: Reporter) -> Callable:
-    """The step, whose first call compiles it and says so."""
-    calls = 0
+def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
+    """The hook that saves a state, if its parameters are finite and all devices hold the same."""
+    replicas = Replicas(parts.config, parts.placement.here)
 
-    def step(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            return train_step(*args)
-        with reporter.phase("compiling the step", ended="compiled"):
-            return train_step(*args)
+    def save(step: int, state: steps.TrainState, act: Callable = parts.saver.save) -> None:
+        if not all_finite(state.params):
+            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
+            replicas.check(step, state)
+        act(step, parts.placement.saved(state), log.sync)
 
-    return step
+    return save
+
+
+def _make_step(parts: Parts, stop: StopSignal) -> Callable:
+    """The training step on all devices. Its first call compiles it and says so."""
+    step_of_one = steps.make_train_step(parts.config, parts.model, parts.devices, lr_history(parts))
+    program, compiled = steps.pmap_train_step(parts.config, step_of_one, parts.devices), False
+
+    def train_step(state: steps.TrainState, batch: Any) -> Any:
+        nonlocal compiled
+        with nullcontext() if compiled else parts.reporter.phase("compiling the step", ended="compiled"):
+            made = program(state, batch)
+        compiled = True
+        stop.defer()  # from here on there is something to save
+        return made
+
+    return train_step
 
 
 def _due(config: Config, period: int) -> Callable[[int], bool]:

@@ -81,8 +81,8 @@ def kept(program: Any) -> Any:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program, without the interpreter's own end. That one would be deaf to signals, cut threads off inside
-    XLA or TensorFlow's import, which may crash them, and take a second.
+    """Ends the program without the interpreter's shutdown. That one hears no signals, takes a second, and may crash
+    threads by cutting them off inside XLA or TensorFlow's import.
     """
     if _kept is not None:
         time.sleep(SETTLE)

@@ -1,8 +1,8 @@
 """Writing checkpoints with Orbax: in the background, visible only when whole; the newest and the best are kept.
 
-A save that fails is said, and tried again later with the state that there is then: training goes on. Where there are
-several processes the first one writes alone, and tells the others how it went. All begin a save at the same step,
-because they gather the state for it together.
+A save that fails is reported, and tried again later with the state of that time: training goes on. Of several
+processes only the first one writes, and it tells the others how the save went. All of them begin a save at the same
+step, because they gather the state for it together.
 """
 
 import json
@@ -28,7 +28,7 @@ ASKED_EVERY = 64  # steps between two questions of the other processes, at most
 
 
 class Unsaved(OSError):
-    """What a run ended with could not be written, as often as it was tried: exit code 2."""
+    """The last state or metrics of a run could not be written, after all retries: exit code 2."""
 
 
 class Saver:
@@ -62,12 +62,12 @@ class Saver:
         self._losses[step] = loss
 
     def save(self, step: int, state: TrainState | None, before: Callable[[], None] = lambda: None) -> None:
-        """Starts to write the state; it may be donated as soon as this returns. A step that is there is left alone, and
-        none is begun in the pause after one that failed.
+        """Starts to write the state, which may be donated as soon as this returns. Does nothing if the step is saved
+        already, or in the pause after a save that failed.
 
         Args:
           state: as `Placement.saved` gives it.
-          before: what must have been done before there is a checkpoint.
+          before: is called before the checkpoint is written.
         """
         self._settle()
         if step == self.saved or (self._pause.failing and not self._may_try()):
@@ -107,9 +107,7 @@ class Saver:
         return self._worker.submit(lambda: end(begin()))
 
     def due(self, step: int) -> bool:
-        """Whether a save has failed, and it is time to try again. The other processes ask the first one after 1, 2, 4
-        … steps.
-        """
+        """Whether a save has failed and it is time to try again. Processes ask the first one after 1, 2, 4 … steps."""
         since = step - self._begun
         if self._under_way is None and not self._pause.failing:
             return False
@@ -125,12 +123,12 @@ class Saver:
         return _of_first("whether to save again", lambda: self._pause.over)
 
     def wait(self) -> int | None:
-        """The newest step that is written, when a save under way has ended."""
+        """Waits for a save under way; returns the newest step that is written."""
         self._settle()
         return self.saved
 
     def finish(self, step: int, state: TrainState | None, *args: Any) -> None:
-        """Saves and waits; where that fails, tries again for a while.
+        """Saves and waits; if that fails, tries again for a while.
 
         Raises:
           Unsaved: it cannot be written.
@@ -152,7 +150,7 @@ class Saver:
             ) from error
 
     def _settle(self) -> Exception | None:
-        """Waits for a save under way, and gives its error, to all processes."""
+        """Waits for a save under way; returns its error, the same on all processes."""
         if self._under_way is None:
             return None
         (step, saving), self._under_way = self._under_way, None
@@ -166,7 +164,7 @@ class Saver:
         return error
 
     def _end(self, step: int, error: BaseException | None) -> None:
-        """Takes note of a save that has ended; a failed one is said, and what it left is removed."""
+        """Records the end of a save; reports a failed one, and has what it left removed."""
         if error is None:
             self.saved = step
             self._pause.end()
@@ -179,9 +177,9 @@ class Saver:
         self._manager = None  # the next one removes what this save left
 
     def close(self) -> None:
-        """Ends the writing; the other processes may be elsewhere, and are not asked."""
+        """Ends the writing, without the other processes, which may be anywhere in their loops."""
         if self._under_way is not None and (saving := self._under_way[1]) is not None:
-            self._end(self._under_way[0], saving.exception())  # a failure is said, and hides no other error
+            self._end(self._under_way[0], saving.exception())  # reports a failure, and hides no other error
         self._under_way = None
         self._worker.shutdown()
         if self._manager is not None:
@@ -194,7 +192,11 @@ def _of_first(what: str, value: Callable[[], Any]) -> Any:
 
 
 def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
-    """Orbax's, which adds the hashes of an item's files before the checkpoint, of these items, becomes visible."""
+    """Orbax's handler, which also writes the hashes of an item's files before the checkpoint becomes visible.
+
+    Args:
+      items: of the checkpoint that is being written.
+    """
     handler = ocp.StandardCheckpointHandler()
     finish = handler.finalize
 

@@ -29,7 +29,7 @@ class Cut(NamedTuple):
 
 
 class LrHistory(NamedTuple):
-    """What befell a run that its learning rates depend on."""
+    """Events of a run that change its learning rates."""
 
     rewarm: Rewarm | None = None
     cuts: tuple[Cut, ...] = ()

@@ -26,8 +26,8 @@ BEFORE = "stopped before the first step; run the same command again"
 
 
 class StopSignal:
-    """A signal ends the program at once, with exit code `code` and one line on stderr. While `defer`red, the first one
-    is only noted, and a second one ends the program.
+    """A signal ends the program at once, with exit code `code` and one line on stderr. After `defer` the first one is
+    only noted, and a second one ends the program.
     """
 
     def __init__(self, code: int = 75, line: str = f"jaxlm: {BEFORE}"):
@@ -52,24 +52,25 @@ class StopSignal:
                 self.end("jaxlm: stopped by a second signal; the same command goes on from the newest checkpoint")
 
     def defer(self) -> None:
-        """From now on a signal is only noted: whoever asks `received` stops, and saves."""
+        """From now on a signal is only noted: the loop reads `received`, saves and stops."""
         if not self._deferred:
             with self._lock:
                 self._deferred = True
 
     def release(self, why: str = BEFORE) -> None:
-        """From now on a signal ends the program at once: also the one that was noted, if any."""
+        """From now on a signal ends the program at once, and so does one that was noted before."""
         with self._lock:
             self._deferred, self._line = False, f"jaxlm: {why}"
             if self.received:
                 self.end(self._line)
 
     def settle(self) -> None:
-        """Waits for ever if the program is being ended: what fails because of that is not worth a word."""
+        """Waits for ever if a signal is ending the program, so that errors which that causes are not reported."""
         with self._lock:
             pass
 
     def end(self, line: str) -> None:
+        """Prints the line, tidies up and ends the process."""
         try:
             show_cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides it
             os.write(2, f"{show_cursor}{line}\n".encode())
@@ -93,15 +94,15 @@ _acts: list[Callable[[], object]] = []
 
 
 def block() -> None:
-    """Has both signals wait for `listen`, also that of a program that this one is replaced by (`os.execv`)."""
+    """Holds both signals back until `listen`, even if another program replaces this one (`os.execv`) before that."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
 
 
 def listen(code: int, line: str) -> None:
-    """Has a signal end the program from now on, with this exit code and line, after `block`."""
+    """Call after `block`: from now on a signal ends the program, with this exit code and line."""
     global _stop
     stop = _stop = StopSignal(code, line)
-    for number in NUMBERS:  # for a thread in which a library unblocked them
+    for number in NUMBERS:  # in case a library unblocks them in one of its threads
         signal.signal(number, lambda number, frame: stop.receive())
     threading.Thread(target=_wait, args=(stop,), name="signals", daemon=True).start()
 
@@ -113,12 +114,12 @@ def _wait(stop: StopSignal) -> None:
 
 
 def of_program() -> StopSignal:
-    """The program's, or where it does not listen one that never comes."""
+    """The program's stop signal; if the program does not listen, one that never comes."""
     return _stop or StopSignal()
 
 
 def at_stop(act: Callable[[], object]) -> None:
-    """Has `act` called, in another thread, when a signal ends the program; until `forget`."""
+    """A signal that ends the program calls `act` first, in another thread, unless `forget` was called."""
     _acts.append(act)
 
 
@@ -138,7 +139,7 @@ def _tidy() -> None:
 
 
 def _within(seconds: float, act: Callable[[], object]) -> None:
-    """Waits for `act` no longer than that."""
+    """Runs `act` in a thread, and waits for it no longer than that."""
 
     def work() -> None:
         with contextlib.suppress(OSError, ValueError):  # stdout is closed

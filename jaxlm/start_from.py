@@ -21,7 +21,7 @@ from jaxlm.pretrained import Step, Weights, brought_by, check_asked
 
 
 def check(config: Config, weights: Weights) -> None:
-    """Raises UserError, before any data is tokenized, where the configuration is not one for these weights."""
+    """Raises UserError, before any data is tokenized, if the configuration does not fit these weights."""
     run, folder = load_workdir(weights.workdir), weights.workdir / "tokenizer"
     brought = brought_by(weights.workdir, run, workdirs.read_facts(weights.workdir)["vocab_size"])
     check_asked(config, brought, set(brought), run, weights.workdir)
@@ -34,7 +34,7 @@ def check(config: Config, weights: Weights) -> None:
 
 
 def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> None:
-    """Raises UserError where the ids of the corpus are not those that the weights know."""
+    """Raises UserError if the ids of the corpus are not those that the weights know."""
     vocab_size = workdirs.read_facts(weights.workdir)["vocab_size"]
     either_bare = corpus.tokenizer is None or not (weights.workdir / "tokenizer").is_dir()
     if corpus.vocab_size != vocab_size or not (
@@ -72,12 +72,10 @@ def state(config: Config, weights: Weights, fresh: steps.TrainState) -> tuple[st
 def find_whole(
     checkpoints: Checkpoints, step: Step = None, losses: dict[int, float] | None = None
 ) -> tuple[int, dict[int, str]]:
-    """The newest or best step whose files are whole, or the one named, and what is wrong with those before it.
-
-    The first process looks, for all.
+    """What `Checkpoints.find_whole` finds on the first process, the same on all.
 
     Raises:
-      CheckpointError: none is.
+      CheckpointError: none is whole.
     """
     found = distributed.of_first("a whole checkpoint", lambda: json.dumps(checkpoints.find_whole(step, losses or {})))
     whole, damage = json.loads(found)

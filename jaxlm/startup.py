@@ -8,19 +8,17 @@ from jaxlm import signals
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 STOPPED, TOOL_STOPPED = 75, 130  # exit codes after a signal: of the trainer, of all other commands
+STOPPED_TOOL = "stopped; run the same command again, what is finished is kept"
 
 
 def trainer() -> None:
-    """Call it first of all. A signal is heard from here on."""
+    """Prepares the trainer to hear signals. Call it before all other imports."""
     _begin(STOPPED, f"jaxlm: {signals.BEFORE}", huge_pages=True)
 
 
 def tool(name: str = "jaxlm", huge_pages: bool = False) -> None:
-    """The same for any other command, of which messages speak as `name`."""
+    """The same for any other command, which messages call `name`."""
     _begin(TOOL_STOPPED, f"{name}: {STOPPED_TOOL}", huge_pages)
-
-
-STOPPED_TOOL = "stopped; run the same command again, what is finished is kept"
 
 
 def _begin(code: int, line: str, huge_pages: bool) -> None:

@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 
 
 def state_axes(config: Config) -> TrainState:
-    """Which of the state a device has its own part of: None = the same everywhere, 0 = split along the first axis."""
+    """Per-field pmap axes: None = replicated, 0 = one slice for each device."""
     opt_state = 0 if config.parallel.zero else None
     axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0, "guard": None,
                             "loss_mean": None}  # fmt: skip

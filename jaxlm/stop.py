@@ -16,16 +16,14 @@ class Interrupted(Exception):
 
 
 class Stop(Protocol):
-    """Whether to stop, which processes tell each other by way of what they compute together: all learn it at the same
-    place.
-    """
+    """Whether to stop. Processes share stop requests through the step's metrics, so all stop after the same step."""
 
     def tell(self, batch: Any) -> Any:
-        """The batch with what this process has been asked."""
+        """The batch, with this process's stop request."""
         ...
 
     def hear(self, metrics: dict[str, Any]) -> None:
-        """Learns from the numbers of a batch what any has been asked."""
+        """Reads from the metrics of a batch whether any process was asked to stop."""
         ...
 
     def now(self) -> bool: ...
@@ -39,7 +37,7 @@ class Stop(Protocol):
         ...
 
     def together(self, act: Callable[[], T]) -> T:
-        """The same where all processes call `act`, which has collectives: with several processes it is never left."""
+        """The same for an `act` with collectives, which all processes call: several processes always finish it."""
         ...
 
 
@@ -66,8 +64,8 @@ class Alone:
 
 
 class Together:
-    """Stops several processes after the same step: what one was asked goes into its next step, or evaluation's batch,
-    whose metrics, over all devices, tell it to all of them at the same place of their loops.
+    """Stops several processes after the same step. A request goes into the process's next batch, of training or of an
+    evaluation; the metrics of that batch, which are means over all devices, tell it to all processes.
     """
 
     def __init__(self, signal: StopSignal, sharding: Any):
@@ -105,8 +103,9 @@ def make_stop(signal: StopSignal, sharding: Any) -> Stop:
 
 
 def unless_asked(signal: StopSignal, act: Callable[[], T]) -> T:
-    """Returns what `act` returns; raises Interrupted as soon as a signal is there, also where XLA compiles for minutes:
-    so `act` runs in a thread, which is then left to itself. `runtime.leave` ends a process with such a thread.
+    """Returns what `act` returns, or raises Interrupted as soon as a signal comes, even while XLA compiles for minutes.
+
+    `act` therefore runs in a thread, which is left to itself then. `runtime.leave` ends a process with such a thread.
     """
     if signal.received:
         raise Interrupted

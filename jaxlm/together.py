@@ -18,7 +18,7 @@ from jaxlm import distributed
 
 
 def meet(what: str) -> None:
-    """Returns when all hosts have called this; says for which host, and for what of it, one waits."""
+    """Waits until all hosts have called this. A message says which host is late, and with what."""
     distributed.of_all(what, "")
 
 
@@ -34,7 +34,7 @@ def connect(devices: list[Any]) -> None:
 
 
 def compiled(program: Callable, what: str) -> Callable:
-    """The program, which no host runs before all have compiled it. `what` names it where one waits for another."""
+    """The program, which no host runs before all have compiled it. `what` names it in messages about a late host."""
     if jax.process_count() == 1:
         return program
     met = False

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import checksums
-from jaxlm.cli import from_saved, read_saved
+from jaxlm.cli import read_config, read_saved
 from jaxlm.config import Config, UserError, changes
 from jaxlm.data.order import VERSION, VERSIONS
 from jaxlm.paths import holds_checkpoints
@@ -91,7 +91,7 @@ def check(workdir: Path, config: Config) -> str | None:
     if not path.exists():
         _check_foreign(workdir)
         return None
-    old, gained = from_saved(read_saved(path)["config"], str(path))
+    old, gained = read_config(path)
     _check_obstacles(workdir)
     read_facts(workdir)
     free, refused = changes(old, config)
@@ -112,9 +112,8 @@ def check(workdir: Path, config: Config) -> str | None:
 
 def with_given_steps(workdir: Path, config: Config) -> Config:
     """The configuration with no more steps than the run in a workdir was given."""
-    path = workdir / "config.json"
-    saved, _ = from_saved(read_saved(path)["config"], str(path))
-    return dataclasses.replace(config, steps=min(config.steps, saved.steps))
+    given = read_config(workdir / "config.json")[0].steps
+    return dataclasses.replace(config, steps=min(config.steps, given))
 
 
 def _check_foreign(workdir: Path) -> None:
@@ -269,10 +268,10 @@ def read_facts(workdir: Path) -> dict[str, Any]:
 
 
 def order_version(workdir: Path) -> int:
-    """The order of the data that a run in this folder goes on with: its own, and of a new run the newest.
+    """The version of the data's order: that of the run in this folder, the newest for a new run.
 
     Raises:
-      UserError: it is none that this jaxlm knows.
+      UserError: this jaxlm does not know it.
     """
     if not holds_checkpoints(workdir):
         return VERSION

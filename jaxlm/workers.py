@@ -32,7 +32,7 @@ def workers(count: int, begin: Callable[..., object] | None = None, *args: Any) 
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     if QUIET not in sys.warnoptions:
         sys.warnoptions.append(QUIET)
-    where = (begin.__module__, begin.__qualname__) if begin else None  # imported there when it already has `_begin`
+    where = (begin.__module__, begin.__qualname__) if begin else None  # by name: `_begin` imports it later
     with deaf():  # this may start the resource tracker, which unblocks the signals that `signals.block` blocked
         pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(where, *args))
     try:
@@ -81,7 +81,7 @@ def deaf() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Has this process end when the one that started it does, also where that is killed."""
+    """Ends this process when the one that started it ends, even if that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

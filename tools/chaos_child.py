@@ -7,8 +7,8 @@
 - with "most": 20, at the latest after so many steps
 - {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
 - {"nan": [first, last]}: the loss of these batches is not a number
-- {"flip": 20}: before the 20th step that this process makes, one bit of a weight changes on its last device; of many
-  processes in the last one
+- {"flip": 20}: before the 20th step that this process makes, one bit of a weight changes on its last device; with
+  several processes, in the last one
 - {"hang": 20}: the data of the 20th batch never comes
 - {"count": true}: nothing; counts file operations
 

@@ -57,9 +57,8 @@ class Sent:
 class Bench:
     def __init__(self, folder: Path, within: float, draw: random.Random):
         self.folder, self.draw, self.count = folder, draw, 0
-        self.longest: dict[str, float] = dict.fromkeys(
-            COMMANDS, within
-        )  # seconds that a command takes, as far as known
+        # Seconds that a command takes, as far as known.
+        self.longest: dict[str, float] = dict.fromkeys(COMMANDS, within)
         self.env = os.environ | {"TMPDIR": str(folder / "tmp"), "JAX_COMPILATION_CACHE_DIR": ""}
         self.process: subprocess.Popen[bytes] | None = None  # that gets the next signal
         signals.at_stop(self.kill)

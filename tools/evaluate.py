@@ -19,18 +19,20 @@ from jaxlm.pretrained import read_step
 
 
 def load(workdir: Path, overrides: list[str]) -> Config:
-    """The run's configuration with other keys. Other data is instead of the run's: `data.val_path` is scored as a
-    whole, and nothing else is read; of `data.path` alone, what is held out.
+    """The run's configuration with other keys.
+
+    Other data takes the place of the run's. Of `data.val_path` all is scored, and nothing else is read; of `data.path`
+    alone, what is held out.
     """
     config = cli.load_workdir(workdir)
-    path, val_path = (any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides) for k in ("path", "val_path"))
-    if path or val_path:
+    asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
+    if asked:
         config.data.mixture = config.data.val_path = ""
-        config.data.path = "-"  # with data.val_path alone: any that is allowed
+        config.data.path = "-"  # passes the checks; data.val_path alone needs no other
     config = cli.apply_overrides(config, overrides)
-    if config.data.val_path and val_path:
+    if config.data.val_path and "val_path" in asked:
         config.data.path = ""
-    elif path:
+    elif "path" in asked:
         print(
             f"scores what is held out of data.path={config.data.path}; --config.data.val_path scores all of it",
             file=sys.stderr,

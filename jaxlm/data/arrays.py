@@ -51,7 +51,7 @@ def raw_tokens(config: Config, progress: bool = False) -> Corpus:
     """Tokens of .bin (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy (1-D integers)
     files, read when they are asked for; a folder's or a glob's one after the other.
 
-    Without `data.val_path` the last `data.val_fraction` of the tokens are held out, and of nanoGPT's folder val.bin.
+    Without `data.val_path` the last `data.val_fraction` of the tokens are held out; in a folder of nanoGPT's, val.bin.
     `progress` shows on stderr which files are left out.
 
     Raises:

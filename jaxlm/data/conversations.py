@@ -6,13 +6,13 @@ from jaxlm.config import DataConfig, UserError
 
 LEARNED = "assistant"  # the role whose words are learned
 ASKS = "user"
-TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # as good as written in the template; any other role is data
+TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # count as the template's own words; any other role is data
 
 Spans = tuple[tuple[int, int], ...]
 
 
 class Piece(NamedTuple):
-    """A text that is tokenized as one."""
+    """A text that is tokenized as a whole."""
 
     text: str
     learned: bool
@@ -61,7 +61,7 @@ def trains_on_answers(data: DataConfig) -> bool:
 
 def question(prompt: str, data: DataConfig) -> list[Piece]:
     """The pieces of a user's message, up to where the answer begins."""
-    if not data.messages_key and not data.chat_template:  # prompts and responses as they are
+    if not _has_template(data):
         return [Piece(prompt, False)]
     opening = _message(LEARNED, "", data.chat_template)[0]
     return [piece for piece in (*_message(ASKS, prompt, data.chat_template), opening) if piece.text]
@@ -69,9 +69,14 @@ def question(prompt: str, data: DataConfig) -> list[Piece]:
 
 def after_answer(data: DataConfig) -> tuple[str, str]:
     """What the template writes after an answer, and what would open the user's next message."""
-    if not data.messages_key and not data.chat_template:
+    if not _has_template(data):
         return "", ""
     return _message(LEARNED, "", data.chat_template)[1].text, _message(ASKS, "", data.chat_template)[0].text
+
+
+def _has_template(data: DataConfig) -> bool:
+    """Whether messages are written with a template; otherwise prompts and responses stay as they are."""
+    return bool(data.messages_key or data.chat_template)
 
 
 def _message(role: str, content: str, template: str) -> tuple[Piece, Piece]:

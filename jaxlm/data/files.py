@@ -37,7 +37,7 @@ def key_of(data: DataConfig) -> str:
 
 
 def is_alone(data: DataConfig) -> bool:
-    """Whether there is nothing but `data.val_path`, to be scored: a configuration to train with has `data.path` too."""
+    """Whether the data is `data.val_path` alone, to be scored: training needs `data.path` too."""
     return bool(data.val_path and not data.path)
 
 
@@ -53,7 +53,7 @@ def named(data: DataConfig) -> str:
 
 def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
     """{name: path} of a file, of a folder's files or of a glob's, sorted by name, without empty files; and the names of
-    those of a folder that are left out: hidden ones, and those without one of the suffixes, if others have one.
+    the files in a folder that are left out: hidden ones and, if some have one of the suffixes, those without.
 
     A name is the path relative to the folder, or to the glob's part before its first wildcard.
 

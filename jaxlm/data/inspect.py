@@ -131,12 +131,14 @@ class View:
         return Batch(rows, filled, sources, tokenizer and tokenizer.bos_id)
 
     def _targets(self, k: int) -> int:
-        """Of a source's validation set, where documents run on."""
+        """The number of targets in a source's validation set, where documents run on."""
         return len(self.corpus.parts[k].val) - 1
 
     def _filled(self, rows: Rows, left: np.ndarray) -> np.ndarray:
-        """int64 [R]: the places of each row that are not padding; `left` is the number of targets from it on, where
-        documents run on.
+        """int64 [R]: the places of each row that are not padding.
+
+        Args:
+          left: int64 [R], the targets from each row on to the end; read where documents run on.
         """
         T = rows["inputs"].shape[1]
         if "positions" not in rows:

@@ -15,7 +15,7 @@ def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[S
 
     A text without such names is tokenized as a whole, as `Tokenizer.encode` does.
     """
-    names = special_names(tokenizer)
+    names = _special_names(tokenizer)
     cut = [[text] if names is None else _cut(text, spans, names) for text, spans in zip(texts, markup, strict=True)]
     ids = iter(tokenizer.encode([part for parts in cut for part in parts[::2]]))
     encoded = []
@@ -26,13 +26,13 @@ def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[S
 
 
 def first_special(tokenizer: Tokenizer, markup: str) -> int | None:
-    """The first special token in what a template writes."""
-    names = special_names(tokenizer)
+    """The id of the first special token in what a template writes; None if it writes none."""
+    names = _special_names(tokenizer)
     found = names and names.search(markup)
     return tokenizer.specials[found[0]] if found else None
 
 
-def special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+def _special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     names = sorted(tokenizer.specials, key=len, reverse=True)  # the longest first, where one begins like another
     return re.compile("|".join(map(re.escape, names))) if names else None
 

@@ -1,7 +1,7 @@
 """nanoGPT's meta.pkl, which says what characters ids stand for.
 
 It is a pickle, and unpickling one runs whatever code it names. Here nothing is unpickled: its instructions are read one
-after the other, and followed where they make texts, numbers and dicts of them; any other is the end of it.
+by one, and only those that make texts, numbers and dicts of them are followed. Any other one makes it unreadable.
 """
 
 import pickletools

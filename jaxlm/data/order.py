@@ -2,9 +2,9 @@
 
 The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets. Sample i of
 the run is window p(i mod W) of epoch i // W, where p is a keyed permutation that is computed, not stored; a run can
-therefore go on at any batch at once. An epoch holds every target once, but for fewer than 2 T that are left over: from
-T - 1 on, so that each epoch can begin to cut at another token, and cuts other windows. Where documents are packed, the
-windows are the rows of the packing. In a mixture, each source has an order of its own.
+therefore go on at any batch at once. An epoch holds every target once, except for T - 1 to 2 T - 2 that are left over:
+with these to spare, each epoch begins to cut at another token, and so cuts other windows. Where documents are packed,
+the windows are the rows of the packing. In a mixture, each source has an order of its own.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from jaxlm.data.tokens import Tokens
 ROUNDS = 8
 CHUNK = 2048  # samples whose places are made at once
 WEIGHT_BITS = 32  # of a mixture's weights
-# A run keeps the order that it began with. 1: fewer than T targets are left over, where there are none, the windows are
-# the same in every epoch; 2: T - 1 or more are.
+# A run keeps the order that it began with. 1: fewer than T targets are left over; if none is, all epochs have the same
+# windows. 2: T - 1 or more are left over.
 VERSION, VERSIONS = 2, (1, 2)
 
 # inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T].

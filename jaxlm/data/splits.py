@@ -1,4 +1,4 @@
-"""Which files of a path are data: to train on, to validate on, or neither, as a README beside Parquet files is."""
+"""Which files of a path are for training, for validation, or no data, such as a README beside Parquet files."""
 
 import re
 from pathlib import Path
@@ -17,17 +17,16 @@ SHOWN = 3  # names in a note
 
 class Files(NamedTuple):
     train: dict[str, Path]  # by their names
-    val: dict[str, Path]  # empty: a part of the others is held out
+    val: dict[str, Path]  # empty: a part of `train` is held out
     notes: tuple[str, ...]  # lines for people
-    meta: Path | None = None  # nanoGPT's, of a folder of its
+    meta: Path | None = None  # meta.pkl, in a folder of nanoGPT's
 
 
 def find_files(data: DataConfig) -> Files:
-    """The files of `data.path`, less those of `data.val_path`, and the latter.
+    """The files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
 
     Raises:
-      UserError: there are none, one is of another kind than the source, or some are there to validate on and would be
-        trained on.
+      UserError: there are none, one is of another kind than the source, or validation files would be trained on.
     """
     suffixes = SUFFIXES.get(data.source, ())
     train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, suffixes)
@@ -54,8 +53,7 @@ def find_files(data: DataConfig) -> Files:
 def _check_kind(paths: list[Path]) -> None:
     for path in paths:
         if is_remote(path):
-            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of "
-                            "this machine")  # fmt: skip
+            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of this machine")
         if path.suffix not in SUFFIXES["tokens"]:
             raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "
                             + ", ".join(SUFFIXES["tokens"]))  # fmt: skip

@@ -175,7 +175,7 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
                 os.rename(temporary, folder)
                 _sync_folder(cache)
             except BaseException as error:
-                # Data that is no good stays so; else what is done is kept, as where a signal ends it.
+                # Bad data stays bad, so nothing of it is kept. After other errors, as after a signal, the rest is.
                 if isinstance(error, UserError) and not isinstance(error, Unfinished):
                     shutil.rmtree(temporary, ignore_errors=True)
                 tidy()
@@ -188,7 +188,7 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
 
 
 def _remove_empty(temporary: Path) -> None:
-    """Removes a folder in which nothing is done."""
+    """Removes a folder without a finished shard."""
     if not any(temporary.glob("?????.json")):
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -61,8 +61,8 @@ class Tokenizer(abc.ABC):
             return data.decode("utf-8", "replace")
 
     def decoder(self) -> Callable[[Iterable[int], bool], str]:
-        """Decodes ids as they come: (ids, final) -> the text so far as its characters are whole. At the end the rest
-        becomes U+FFFD.
+        """Returns (ids, final) -> text, which decodes ids as they come. It holds back the bytes of a character that is
+        not complete; with `final` they become U+FFFD.
         """
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         return lambda ids, final: decode(b"".join([self.pieces[i] for i in ids]), final)
