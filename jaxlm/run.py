@@ -113,10 +113,11 @@ def _train(
     replicas = Replicas(config, parts.placement.here)
 
     def save(step: int, state: steps.TrainState, act: Callable = saver.save) -> None:
-        if not all_finite(state.params):
-            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        # First, since hosts see the numbers of their own devices: after it all find the same.
         if config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
+        if not all_finite(state.params):
+            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         act(step, parts.placement.saved(state), log.sync)
 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
