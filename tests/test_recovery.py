@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import data, recovery
+from jaxlm import data, hooks, recovery
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
@@ -129,6 +129,25 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     # The same command tries no further, until more returns are allowed.
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
     assert recovery.read(tmp_path / "run") == returns
+
+
+def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped before its validation loss was known to be none, a run goes on from it, and again when it is stopped."""
+    shutil.rmtree(copy / "checkpoints/0")
+    found = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if "eval_loss" not in line]
+    (copy / "metrics.jsonl").write_text("".join(found))
+    evaluate, calls = hooks.evaluate, 0
+
+    def first_is_none(*args: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        return evaluate(*args) | ({"eval_loss": float("nan")} if calls == 1 else {})
+
+    monkeypatch.setattr(hooks, "evaluate", first_is_none)
+    assert run(copy, **{"steps": CHECKPOINT + 2, "eval.every_steps": 50}) == 0
+    returns = [(r.to, r.first, r.last) for r in recovery.read(copy)]
+    assert returns == [(CHECKPOINT, CHECKPOINT + 1, CHECKPOINT + 1)]
+    assert run(copy, **{"steps": CHECKPOINT + 3, "eval.every_steps": 50}) == 0
 
 
 def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path: Path):
