@@ -24,7 +24,7 @@ from jaxlm import checksums, guard
 from jaxlm.config import UserError
 from jaxlm.placement import Placement
 from jaxlm.pretrained import Step
-from jaxlm.step import TrainState
+from jaxlm.step import TrainState, float32
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
 logging.set_verbosity(logging.FATAL)
@@ -122,7 +122,7 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(**args))
         ema = found["ema"] if "ema" in wanted else None
         if like.ema is not None and ema is None:  # the average starts now
-            ema = jax.tree.map(jnp.copy, found["params"])
+            ema = jax.tree.map(jnp.copy, float32(found["params"]))
         sync = found["sync"] if same else placement.everywhere(fresh).sync
         if not same and "sync" in there and jax.tree.leaves(sync):
             sync = _adapted(self._on_host(step, "sync"), sync)

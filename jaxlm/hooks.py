@@ -117,6 +117,8 @@ def make_evaluation(
             raise Interrupted
         with parts.reporter.phase("sampling"):
             sample = stop.together(lambda: sample_text(parts, params, stop.now))
+        if stop.now():  # it may have been cut
+            raise Interrupted
         m = {"step": step, **scores} | ({} if sample is None else {"sample": sample})
         write(m)
         parts.reporter.evaluation(m)

@@ -31,6 +31,8 @@ def is_logged(step: Any, config: Config) -> Any:
 def push(mean: LossMean, loss: jax.Array, step: jax.Array, config: Config) -> tuple[jax.Array, LossMean]:
     """The mean with the loss of one more step (NaN where no loss was finite), and the mean to go on with.
 
+    A loss that is NaN, as of a batch without targets, is left out.
+
     Args:
       step: updates done, this one included.
     """

@@ -139,7 +139,8 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
             raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
         to = recovery.target(whole, trouble.first, returns)
         first = max(trouble.first, to + 1)  # those before it are used up in that checkpoint
-        bad = int(parts.order.number(first)), int(parts.order.number(trouble.last))
+        last = max(trouble.last, first)  # where the only checkpoint is that of the bad step, the next batch is left out
+        bad = int(parts.order.number(first)), int(parts.order.number(last))
         recent = recovery.recent(returns, to)
         if len(recent) >= c.optim.max_returns:
             batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in recent), bad])

@@ -71,8 +71,10 @@ def lr_scale(returns: Sequence[Return]) -> float:
 
 
 def lr_cuts(returns: Sequence[Return]) -> tuple[Cut, ...]:
-    """What the schedule needs to know of these returns."""
-    return tuple(Cut(r.to, r.lr) for r in returns)
+    """What the schedule needs to know of these returns. One that a return to an earlier checkpoint follows counts from
+    there on: the rates are those after all returns at once, and nothing warms up again where it was.
+    """
+    return tuple(Cut(min(later.to for later in returns[i:]), r.lr) for i, r in enumerate(returns))
 
 
 def recent(returns: Sequence[Return], to: int) -> list[Return]:

@@ -100,10 +100,13 @@ def _few(arrays: list[str]) -> str:
 
 
 def _hardware(device_kind: str) -> str:
-    """A hash of what decides how a host rounds: its accelerators, or its processor and the number of its cores."""
+    """A hash of what decides how a host rounds: its accelerators, or its processor and over how many threads XLA cuts a
+    product (as many as there are cores for this process, or devices).
+    """
     facts = [device_kind, platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")
     if jax.default_backend() == "cpu" and cpuinfo.exists():
         known = (line for line in cpuinfo.read_text().splitlines() if line.startswith(("model", "flags", "Features")))
-        facts += [str(os.cpu_count()), *sorted(set(known))]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        facts += [str(cores), str(jax.local_device_count()), *sorted(set(known))]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

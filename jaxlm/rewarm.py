@@ -18,7 +18,7 @@ RAISED = 1.01  # a smaller rise is no jump: a longer cosine is a little higher e
 def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> tuple[Rewarm | None, str | None]:
     """How the learning rate rises again after `start` updates, and what there is to say about it."""
     path = workdir / "config.json"
-    if not start or not path.exists():
+    if not path.exists() or not workdirs.holds_checkpoints(workdir):
         return None, None
     saved = workdirs.read_facts(workdir)
     before = _read(saved, config.optim, str(path))
@@ -45,8 +45,8 @@ def between(old: Config, before: Rewarm | None, new: Config, step: int, cuts: tu
     Args:
       before: that of the run so far.
     """
-    if not step:
-        return None
+    if not step:  # it has had no rate yet; one that went back to the beginning keeps what it went on with
+        return before
     last, raised = {}, False
     for key in _peaks(new.optim):
         was, is_now = (make_schedule(c.optim, c.steps, key, LrHistory(before, cuts)) for c in (old, new))

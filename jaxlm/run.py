@@ -152,10 +152,11 @@ def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
     replicas = Replicas(parts.config, parts.placement.here)
 
     def save(step: int, state: steps.TrainState, act: Callable = parts.saver.save) -> None:
-        if not all_finite(state.params):
-            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        # First, since hosts see the numbers of their own devices: after it all find the same.
         if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
+        if not all_finite(state.params):
+            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         act(step, parts.placement.saved(state), log.sync)
 
     return save

@@ -20,6 +20,7 @@ from jaxlm.schedules import UNTOUCHED, LrHistory, make_schedule
 from jaxlm.sync import GradSync, Group, make_sync, overlap, sharing, zero
 
 AXIS = "devices"
+NO_TARGETS = 1e-9  # in place of the mean number of targets where there are none: sums over them are 0
 
 Device = Any  # jax.Device, which type checkers take for a variable
 # inputs, targets, and with packed documents positions: int32 [B, T]; a target of -1 where nothing is predicted. With
@@ -87,7 +88,7 @@ def make_train_step(
         # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
         # devices, every target of the global batch weighs the same. A batch without targets has a gradient of zero.
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
-        targets = jnp.maximum(group.mean(targets), 1e-9)
+        targets = jnp.maximum(group.mean(targets), NO_TARGETS)
 
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
         masters = float32(state.params)  # whatever they are stored in
@@ -104,7 +105,8 @@ def make_train_step(
         masters = sync.whole(optax.apply_updates(own, updates))
 
         metrics = {"loss": numbers.nll / targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
-        metrics["loss_mean"], kept_mean = loss_mean.push(state.loss_mean, metrics["loss"], state.step + 1, config)
+        known = jnp.where(targets > NO_TARGETS, metrics["loss"], jnp.nan)
+        metrics["loss_mean"], kept_mean = loss_mean.push(state.loss_mean, known, state.step + 1, config)
         metrics |= {key: getattr(guarded, key) for key in ("skipped", "spikes", "in_row", "high")}
         if stop is not None:  # whether any process was asked to: all learn it of the same step
             metrics["stop"] = group.mean(stop)
@@ -147,8 +149,9 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
     def in_float16(params: Params, micro: Any, targets: jax.Array, sync_state: Any) -> tuple[Params, LossSums, Any]:
         def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
-            """Whether no gradient overflowed; where the loss itself did, no other scale helps."""
-            return jnp.isfinite(sync.global_norm(found[0])) | ~jnp.isfinite(group.mean(found[1].nll))
+            """Whether no gradient overflowed; where the loss itself did, no other scale helps. The same everywhere."""
+            norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].nll]))
+            return jnp.isfinite(norm) | ~jnp.isfinite(nll)
 
         first = loss_scale.first_scale(micro[0]["inputs"][0].size)
         return loss_scale.until_finite(

@@ -1,5 +1,6 @@
 """After bad batches a run goes back and on without them, as one that never had them; else it ends."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import data, recovery
+from jaxlm import data, hooks, recovery
 from jaxlm import step as steps
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
@@ -116,17 +117,37 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     keys = {"optim.lr": 1e6, "steps": 60, "checkpoint.every_steps": 2, "eval.every_steps": 0, "optim.max_returns": 2}
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "diverged" in error and "went back 2 times" in error
-    returns = recovery.read(tmp_path / "run")
-    assert [r.lr for r in returns] == [1.0, 0.5]
-    assert all(f"{r.first} to {r.last}" in error for r in returns)
+    went_back = re.search(r"went back (\d) times", error)
+    assert error.count("\n") == 1 and "diverged" in error and went_back and int(went_back[1]) >= 2
+    returns = recovery.read(tmp_path / "run")  # after one to a later checkpoint, since good steps, all is tried anew
+    assert [r.lr for r in returns[:2]] == [1.0, 0.5]
+    assert sum(f"{r.first} to {r.last}" in error for r in returns) == int(went_back[1])
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params(step, ema=False)))
     checkpoints.close()
     # The same command tries no further, until more returns are allowed.
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
-    assert len(recovery.read(tmp_path / "run")) == 2
+    assert recovery.read(tmp_path / "run") == returns
+
+
+def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped before its validation loss was known to be none, a run goes on from it, and again when it is stopped."""
+    shutil.rmtree(copy / "checkpoints/0")
+    found = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if "eval_loss" not in line]
+    (copy / "metrics.jsonl").write_text("".join(found))
+    evaluate, calls = hooks.evaluate, 0
+
+    def first_is_none(*args: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        return evaluate(*args) | ({"eval_loss": float("nan")} if calls == 1 else {})
+
+    monkeypatch.setattr(hooks, "evaluate", first_is_none)
+    assert run(copy, **{"steps": CHECKPOINT + 2, "eval.every_steps": 50}) == 0
+    returns = [(r.to, r.first, r.last) for r in recovery.read(copy)]
+    assert returns == [(CHECKPOINT, CHECKPOINT + 1, CHECKPOINT + 1)]
+    assert run(copy, **{"steps": CHECKPOINT + 3, "eval.every_steps": 50}) == 0
 
 
 def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path: Path):
@@ -145,6 +166,16 @@ def test_rates_after_returns():
     )
     got = [float(schedule(n)) for n in (99, 100, 109, 119, 500)]
     np.testing.assert_allclose(got, [0.5, 0.25 / 20, 0.25 * 10 / 20, 0.25, 0.25], rtol=1e-6)
+
+
+def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
+    """The rate is that of all returns from there on, and nothing warms up again where an earlier one went back to."""
+    c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
+    returns = [recovery.Return(to, to + 1, to + 5, "", lr) for to, lr in ((100, 1), (100, 0.5), (50, 0.5), (300, 1))]
+    schedule = make_schedule(c, 1000, "lr", LrHistory(None, recovery.lr_cuts(returns)))
+    left = 0.5 * recovery.lr_scale(returns)
+    got = [float(schedule(n)) for n in (49, 50, 69, 99, 100, 299, 300, 319)]
+    np.testing.assert_allclose(got, [0.5, left / 20, left, left, left, left, left / 20, left], rtol=1e-6)
 
 
 NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,

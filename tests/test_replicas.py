@@ -1,5 +1,6 @@
 """A device whose copy of the state differs in one bit is found and named, and nothing of it is saved."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import step as steps
 from jaxlm.main import exit_code
-from jaxlm.replicas import checksum, checksums_of, difference
+from jaxlm.replicas import _hardware, checksum, checksums_of, difference
 from tests.runs import CHECKPOINT, assert_identical, numbers, run, state_of
 from tools import chaos_child
 
@@ -58,6 +59,21 @@ def test_any_bit_of_one_device(bit: int, place: int):
 )
 def test_who_is_at_fault(sums: list[list[int]], words: str | None):
     assert difference(["a", "b"], {f"d{i}": s for i, s in enumerate(sums)}) == words
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process has all cores")
+def test_hosts_with_other_numbers_of_cores_are_not_compared():
+    """XLA on CPU cuts a product by them, and so rounds otherwise."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    before = _hardware("cpu")
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert _hardware("cpu") != before
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert _hardware("cpu") == before
 
 
 def test_a_run_ends_and_goes_on_from_the_checkpoint_before(

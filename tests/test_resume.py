@@ -19,6 +19,8 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.main import exit_code
+from jaxlm.model import make_model
+from jaxlm.placement import Placement
 from jaxlm.signals import StopSignal
 from jaxlm.stop import LEFT
 from tests.runs import (
@@ -67,6 +69,22 @@ def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: 
     assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
 
 
+def test_an_average_that_begins_later_is_in_float32(tmp_path: Path):
+    """As one that was there from the start, also where parameters are not."""
+    keys = {"steps": 1, "model.param_dtype": "bfloat16", "eval.every_steps": 0}
+    assert run(tmp_path / "run", **keys | {"optim.ema_decay": 0}) == 0
+    config = load(CONFIG, flags(**keys))
+    placement = Placement(config, jax.devices()[:2])
+    checkpoints = Checkpoints(tmp_path / "run")
+    state = checkpoints.restore(1, placement, placement.initial(make_model(config.model, 64, config.seq_len)))
+    checkpoints.close()
+    assert [{str(x.dtype) for x in jax.tree.leaves(tree)} for tree in (state.params, state.ema)] == [
+        {"bfloat16"},
+        {"float32"},
+    ]
+    jax.tree.map(np.testing.assert_array_equal, state.ema, steps.float32(state.params))
+
+
 class Ended(BaseException):
     """The process would be gone."""
 
@@ -78,7 +96,14 @@ class InProcess(StopSignal):
 
 @pytest.mark.parametrize(
     "when, step",
-    [("compile", 0), ("evaluation", 150), ("sample", 150), ("last evaluation", STEPS), ("at the end", STEPS)],
+    [
+        ("compile", 0),
+        ("evaluation", 150),
+        ("sample", 150),
+        ("cut sample", 150),
+        ("last evaluation", STEPS),
+        ("at the end", STEPS),
+    ],
 )
 def test_signal_while_it_compiles_or_evaluates(
     when: str,
@@ -91,7 +116,8 @@ def test_signal_while_it_compiles_or_evaluates(
     """It is not waited for what takes long. An evaluation that is cut short is made first when the run goes on."""
     stop, end = InProcess(), threading.Event()
     places: dict[str, tuple[Any, str]] = {
-        "compile": (steps, "make_train_step"), "sample": (hooks, "sample_text"), "at the end": (runs, "close"),
+        "compile": (steps, "make_train_step"), "sample": (hooks, "sample_text"),
+        "cut sample": (hooks, "sample_text"), "at the end": (runs, "close"),
     }  # fmt: skip
     module, name = places.get(when, (steps, "make_eval_step"))
     make: Callable[..., Any] = getattr(module, name)
@@ -105,15 +131,17 @@ def test_signal_while_it_compiles_or_evaluates(
 
         return traced
 
-    def asked(*args: Any) -> None:
+    def asked(*args: Any) -> str | None:
         stop.receive()
+        if when == "cut sample":
+            return "it ends at once"
         end.wait(60)  # XLA is busy
 
     if when == "last evaluation":
         shutil.copytree(whole, tmp_path / "run")
         shutil.rmtree(tmp_path / "run/checkpoints" / str(STEPS))
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, asked if when in ("sample", "at the end") else make_signalling)
+        patch.setattr(module, name, asked if when in ("sample", "cut sample", "at the end") else make_signalling)
         keys = {"eval__every_steps": 0} if when == "last evaluation" else {}
         config = load(CONFIG, flags(**keys))
         if when in ("compile", "at the end"):

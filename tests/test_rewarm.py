@@ -1,5 +1,6 @@
 """A run that goes on at a higher learning rate than it had warms up again, and keeps to that when it is stopped."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.config import Config, UserError
-from jaxlm.rewarm import between
+from jaxlm.rewarm import between, of_run
 from jaxlm.schedules import LEAST_WARMUP, LrHistory, Peak, make_schedule
 from tests.configurations import BASE
 from tests.runs import assert_identical, lines, numbers, run, state_of
@@ -57,6 +58,19 @@ def test_where_the_rate_does_not_rise_nothing_changes() -> None:
         (wsd, config(200, lr=1), 0),
     ]:
         assert between(old, None, new, step) is None
+
+
+def test_a_run_that_went_back_to_the_beginning_keeps_what_it_went_on_with(tmp_path: Path) -> None:
+    """Stopped there, it goes on at the rates that it has without being stopped."""
+    new = config(200)
+    rewarm = between(config(100), None, new, 100)
+    assert rewarm is not None and between(new, rewarm, new, 0) == rewarm
+    content = {"config": dataclasses.asdict(new), "vocab_size": 9, "data_fingerprint": "", "history": [],
+               "rewarm": rewarm._asdict()}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert of_run(new, tmp_path, 0, ()) == (None, None)  # a run without a checkpoint begins anew
+    (tmp_path / "checkpoints/0").mkdir(parents=True)
+    assert of_run(new, tmp_path, 0, ()) == (rewarm, None)
 
 
 def test_a_higher_rate_is_one_to_warm_up_to() -> None:

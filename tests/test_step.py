@@ -328,6 +328,12 @@ def test_batch_without_targets_has_a_gradient_of_zero(name: str):
     before = jax.device_get(start(config, 2).params)
     jax.tree.map(np.testing.assert_array_equal, result.params, before)
     assert result.losses == [0.0, 0.0] and result.grad_norms == [0.0, 0.0]
+    step, state = built(config, 4)
+    state, _ = step(state, split(BATCHES[16][0], 4))
+    state, _ = step(state, split(BATCHES[16][0], 4))
+    kept = jax.device_get(state.loss_mean)
+    state, metrics = step(state, split(empty, 4))  # it has no loss to take a mean of
+    assert int(kept.count) == 1 and metrics["loss_mean"] == kept.value and state.loss_mean.count == 1
 
 
 def test_chunked_output_layer_is_the_same_step():
