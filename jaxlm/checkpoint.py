@@ -8,6 +8,7 @@ Each item has the hashes of its files, which are compared before anything is res
 
 import logging as std_logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,10 @@ from jaxlm.placement import Placement
 from jaxlm.pretrained import Step
 from jaxlm.step import TrainState, float32
 
-# Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too.
+# Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
+# of its reads or writes fails, it leaves the other coroutines of that checkpoint unawaited, and Python warns of each.
 logging.set_verbosity(logging.FATAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 ITEMS = ("params", "ema", "train", "sync")
 
