@@ -28,7 +28,7 @@ from jaxlm.pretrained import Step
 from jaxlm.step import TrainState, float32
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
-# of its reads or writes fails, it leaves the other coroutines of that checkpoint unawaited, and Python warns of each.
+# of its reads or writes fails, it drops the coroutines of the others, and Python warns that they were never awaited.
 logging.set_verbosity(logging.FATAL)
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 

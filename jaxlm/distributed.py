@@ -1,4 +1,4 @@
-"""Many hosts: how they find each other, what they must agree on, and how one learns that another is gone.
+"""Many hosts: how they meet, what they must agree on, and how one learns that another is gone.
 
 JAX's coordination service, in the first process, has a table of strings that all processes read and write. Each keeps
 its host's name there, a count that goes up every second, and, when it ends, how. Whoever sees that another one has
@@ -20,64 +20,15 @@ from typing import Any
 
 from jaxlm import signals
 from jaxlm.config import UserError
+from jaxlm.launcher import ADDRESS, number_in
 from jaxlm.startup import STOPPED
 
-ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
 LOST = 5  # exit code: another host is gone; the same command goes on
 LOST_AFTER = 30  # seconds without a sign of life; JAX itself gives up after 100
 FAILED_AFTER = 10  # the same where a collective has failed already
 JOIN_LIMIT = 300  # seconds until all must be there, where JAXLM_JOIN_SECONDS does not say another number
 PREPARE_LIMIT = 12 * 3600  # until all must have prepared their data; one that dies meanwhile is found in LOST_AFTER
 PATIENCE = 10  # seconds of waiting, after which it is said for whom
-
-
-def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
-    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
-    Kubernetes' indexed jobs), else 1.
-
-    Raises:
-      UserError: the three values do not go together.
-    """
-    if coordinator is not None and num_processes is not None and process_id is not None:
-        if num_processes < 1:
-            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
-        if not 0 <= process_id < num_processes:
-            raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
-        _check_address("--coordinator", coordinator)
-        return num_processes
-    if not coordinator is num_processes is process_id is None:
-        raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
-    # Open MPI first: its mpirun may run in a step of Slurm's.
-    for count, index, more in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
-        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
-        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS),
-    ):
-        # What is set by half means several processes, each of which would take itself for the only one.
-        if count in os.environ or (index == "JOB_COMPLETION_INDEX" and {index, ADDRESS} <= os.environ.keys()):
-            number = _number_in(count, 1, None)
-            if number > 1:
-                _number_in(index, 0, number - 1)
-                if more is not None and not os.environ.get(more):
-                    raise UserError(f"{more} is not set; allowed: set, beside {count}={number}")
-                if more == ADDRESS:
-                    _check_address(ADDRESS, os.environ[ADDRESS])
-            return number
-    return 1
-
-
-def _number_in(variable: str, low: int, high: int | None) -> int:
-    text = os.environ.get(variable)
-    if text is None or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= (high or int(text)):
-        allowed = f"{low} or more" if high is None else f"{low} to {high}"
-        raise UserError(f"{variable} is {'not set' if text is None else repr(text)}; allowed: {allowed}")
-    return int(text)
-
-
-def _check_address(key: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
-        raise UserError(f"{key} is '{address}'; allowed: HOST:PORT")
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts":
@@ -88,7 +39,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """
     import jax
 
-    limit = _number_in("JAXLM_JOIN_SECONDS", 1, 10**6) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
+    limit = number_in("JAXLM_JOIN_SECONDS", 1, 10**6) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
     where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
     if coordinator is None and {"JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS} <= os.environ.keys():
         # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import cli, distributed, runtime, signals
+from jaxlm import cli, distributed, launcher, runtime, signals
 from jaxlm.config import UserError, flatten
 from jaxlm.paths import user_path
 from jaxlm.startup import STOPPED_TOOL, TOOL_STOPPED
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     config = cli.load(file, overrides, workdir)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
-    processes = distributed.count_processes(args.coordinator, args.num_processes, args.process_id)
+    processes = launcher.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
     if processes == 1:
         from jaxlm import finished

@@ -71,8 +71,8 @@ def lr_scale(returns: Sequence[Return]) -> float:
 
 
 def lr_cuts(returns: Sequence[Return]) -> tuple[Cut, ...]:
-    """What the schedule needs to know of these returns. One that a return to an earlier checkpoint follows counts from
-    there on: the rates are those after all returns at once, and nothing warms up again where it was.
+    """The cuts that these returns make in the schedule. If a later return goes back further, an earlier one takes
+    effect at that later return's checkpoint: the factors of both apply there at once, and the rates warm up only once.
     """
     return tuple(Cut(min(later.to for later in returns[i:]), r.lr) for i, r in enumerate(returns))
 

@@ -1,9 +1,9 @@
-"""Whether all devices hold the same state, bit for bit: memory or a chip that fails in silence gives one other bits.
+"""Whether all devices hold the same state, bit for bit. Failing memory or a failing chip can change one copy silently.
 
-Parameters, and all of the state that is not split over the devices, are the same on each. Before a checkpoint every
-device sums up the bits of its own copy, an array at a time, and the hosts compare the sums. One changed word always
-changes its sum: each word counts times an odd number that depends on its place. Only hosts of the same hardware are
-compared, since processors of different kinds round differently.
+Every device has a copy of the parameters, and of all other state that is not split over the devices. Before a
+checkpoint each device sums the bits of each array of its copy, and the hosts compare the sums. A single changed word
+always changes its sum, because each word is multiplied by an odd number that depends on its place. Only hosts of the
+same hardware are compared, since processors of different kinds round differently.
 """
 
 import hashlib

@@ -71,7 +71,7 @@ def no_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started hear no Ctrl-C, from their first moment on: they end with this one."""
+    """Processes that are started meanwhile ignore Ctrl-C from their first moment on; they end with this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with signals.starting:

@@ -71,8 +71,8 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The package is optional; this stands for it."""
     begun, logged = [], []
     run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
-    package = types.SimpleNamespace(init=lambda **keys: begun.append(keys) or run, Html=lambda text: text)
-    monkeypatch.setitem(sys.modules, "wandb", package)  # type: ignore[arg-type]
+    package: Any = types.SimpleNamespace(init=lambda **keys: begun.append(keys) or run, Html=lambda text: text)
+    monkeypatch.setitem(sys.modules, "wandb", package)
     write = charts.shortened(charts.wandb_writer(load(CONFIG), tmp_path), ["text /home/me/books/*.txt"])
     for metrics in (LINE, SCORES):
         write(metrics | {"time": 1.0})

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -123,8 +123,9 @@ def test_a_store_of_before_is_not_taken(config: Config, tmp_path: Path, monkeypa
         "".join(json.dumps({"m": turns(("assistant", str(i)))}) + "\n" for i in range(40))
     )
     folders = {}
-    for kind in ("hf", "bytes"):
-        config.data.tokenizer = kind  # type: ignore[assignment]
+    kinds: tuple[Literal["hf", "bytes"], ...] = ("hf", "bytes")
+    for kind in kinds:
+        config.data.tokenizer = kind
         config.data.tokenizer_path = str(tmp_path / "tokenizer.json") if kind == "hf" else ""
         for version in (1, 2):
             monkeypatch.setattr(store, "MARKUP", version)

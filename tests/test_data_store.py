@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Config, UserError
-from jaxlm.data import compression_baselines, open_store, prepare
+from jaxlm.data import compression_baselines, open_store, prepare, store_reader
 from jaxlm.data import store as store_lib
 from jaxlm.data.progress import track
 from jaxlm.data.sources import open_source
@@ -117,7 +117,7 @@ def test_damaged_stores_are_named(config: Config, tmp_path: Path, monkeypatch):
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
         prepare(config)
-    monkeypatch.setattr(store_lib, "CHECKED_BYTES", 0)  # as for a large one
+    monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)  # as for a large one
     prepare(config)
     with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
         open_store(folder, verify=True)
@@ -207,7 +207,7 @@ def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
     assert said == [f"no store: data.path={tmp_path / 'ids.npy'} is token ids already"] and facts["folder"] is None
     damaged = Path(mixed["folders"][1], "train/00000.bin")
     damaged.write_bytes(bytes(damaged.stat().st_size))
-    monkeypatch.setattr(store_lib, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)
     with pytest.raises(UserError, match="not the content that its manifest says"):
         call(mixture, "--config.seq_len=16")
 

@@ -14,8 +14,7 @@ from jaxlm import metrics
 from jaxlm.cli import load
 from jaxlm.config import UserError
 from jaxlm.data import files as files_lib
-from jaxlm.data import prepare
-from jaxlm.data import store as store_lib
+from jaxlm.data import open_store, prepare
 from jaxlm.data.tokens import Tokens, chain
 from jaxlm.main import exit_code
 from tests.corpora import make_config, open_corpus, write
@@ -70,7 +69,7 @@ def test_many_shards_open_with_few_open_files(tmp_path: Path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert corpus.folder and len(corpus.train.shards) > 100 and len(corpus.train) > 10_000
-    assert store_lib.open_store(corpus.folder, verify=True).fingerprint == corpus.fingerprint
+    assert open_store(corpus.folder, verify=True).fingerprint == corpus.fingerprint
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])

@@ -32,7 +32,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iter
     """A folder in which the data was made and both runs were trained, as the document says."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("recipe")
     os.chdir(folder)
-    exec(re.search(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)[1], {})  # type: ignore[index]
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    exec(program, {})
     for command in commands("python -m jaxlm.main"):
         command[command.index("--config") + 1] = str(ROOT / "configs/debug.py")
         assert main.run([*command, *QUICK]) == 0

@@ -11,7 +11,7 @@ import pytest
 from jaxlm.data import inspect
 from tests.corpora import write
 from tests.inspecting import CHAT, TWO
-from tools import inspect_data
+from tools import inspect_charts
 
 
 def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,9 +40,9 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_one_document_and_little_that_is_not_nothing():
     found = inspect.Documents(np.array([3]), 1)
-    assert inspect_data.document_chart(found, 16).title == "1 document"
+    assert inspect_charts.document_chart(found, 16).title == "1 document"
     lengths = np.array([2] * 40_000 + [8])
-    chart = inspect_data.document_chart(inspect.Documents(lengths, len(lengths)), 16)
+    chart = inspect_charts.document_chart(inspect.Documents(lengths, len(lengths)), 16)
     assert [bar.text for bar in chart.bars] == ["100.00%", "0", "<0.01%"]
 
 

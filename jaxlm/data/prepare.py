@@ -11,7 +11,8 @@ from jaxlm.data.documents import Source
 from jaxlm.data.files import is_alone, key_of, named
 from jaxlm.data.progress import say_once
 from jaxlm.data.sources import open_source
-from jaxlm.data.store import open_store, stored, stored_tokenizer
+from jaxlm.data.store import stored, stored_tokenizer
+from jaxlm.data.store_reader import open_store
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import chain
 from jaxlm.paths import user_path

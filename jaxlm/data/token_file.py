@@ -15,7 +15,7 @@ from jaxlm.config import UserError
 
 
 class TokenFile:
-    """`length` numbers of a file from byte `offset` on: as much of a one-dimensional array as `Tokens` needs of one."""
+    """`length` numbers of a file from byte `offset` on, with the part of NumPy's array interface that `Tokens` uses."""
 
     def __init__(self, path: Path, dtype: np.dtype, offset: int, length: int, handle: int | None = None):
         """Raises OSError if it cannot be opened.

@@ -1,0 +1,56 @@
+"""What a launcher's environment says: how many processes a run has, and which of them this one is."""
+
+import os
+
+from jaxlm.config import UserError
+
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
+
+
+def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
+    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
+    Kubernetes' indexed jobs), else 1.
+
+    Raises:
+      UserError: the three values do not go together.
+    """
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if num_processes < 1:
+            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
+        _check_address("--coordinator", coordinator)
+        return num_processes
+    if not coordinator is num_processes is process_id is None:
+        raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
+    # Open MPI first: its mpirun may run in a step of Slurm's.
+    for count, index, more in (
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+        ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS),
+    ):
+        # What is set by half means several processes, each of which would take itself for the only one.
+        if count in os.environ or (index == "JOB_COMPLETION_INDEX" and {index, ADDRESS} <= os.environ.keys()):
+            number = number_in(count, 1, None)
+            if number > 1:
+                number_in(index, 0, number - 1)
+                if more is not None and not os.environ.get(more):
+                    raise UserError(f"{more} is not set; allowed: set, beside {count}={number}")
+                if more == ADDRESS:
+                    _check_address(ADDRESS, os.environ[ADDRESS])
+            return number
+    return 1
+
+
+def number_in(variable: str, low: int, high: int | None) -> int:
+    text = os.environ.get(variable)
+    if text is None or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= (high or int(text)):
+        allowed = f"{low} or more" if high is None else f"{low} to {high}"
+        raise UserError(f"{variable} is {'not set' if text is None else repr(text)}; allowed: {allowed}")
+    return int(text)
+
+
+def _check_address(key: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
+        raise UserError(f"{key} is '{address}'; allowed: HOST:PORT")
