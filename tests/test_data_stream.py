@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +258,22 @@ def test_batches_are_made_ahead(backend):
         time.sleep(0.01)
     assert 3 <= max(made) < 4 * stream_lib.BLOCK
     stream.close()
+
+
+def test_tensorflow_does_not_convert_the_code_of_batches(monkeypatch: pytest.MonkeyPatch):
+    """AutoGraph would write what it converts to a temporary file, and a signal would leave that behind."""
+    tf, found = pytest.importorskip("tensorflow"), []
+    function = tf.numpy_function
+
+    def traced(*args: Any) -> Any:
+        found.append(tf.__internal__.autograph.control_status_ctx().status.name)
+        return function(*args)
+
+    monkeypatch.setattr(tf, "numpy_function", traced)
+    stream = TrainStream(lambda first, count: {"inputs": np.zeros((count, 1, 1, 2), np.int32)}, 0, 100, "tf")
+    next(stream)
+    stream.close()
+    assert found == ["DISABLED"]
 
 
 def test_batches_that_do_not_divide():

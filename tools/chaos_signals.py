@@ -143,7 +143,8 @@ class Bench:
         if not left and (files := os.listdir(self.folder / "tmp")):
             wrong.append(f"left {files[0]}")
         for name in os.listdir(self.folder / "tmp"):
-            shutil.rmtree(self.folder / "tmp" / name, ignore_errors=True)
+            path = self.folder / "tmp" / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if wrong:
             shutil.copy(self.folder / "stderr", self.folder / f"stderr-{self.count}")
         return wrong

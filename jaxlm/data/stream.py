@@ -142,6 +142,7 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, No
         batches = make(int(first), min(size, stop - int(first)))
         return [batches[name] for name in probe]
 
+    @tf.autograph.experimental.do_not_convert  # a signal would leave AutoGraph's temporary file behind
     def to_block(first: Any) -> dict[str, Any]:
         arrays = tf.numpy_function(load, [first], [x.dtype for x in probe.values()])
         return {name: tf.ensure_shape(a, (None, *probe[name].shape)) for name, a in zip(probe, arrays, strict=True)}
