@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from jaxlm.cli import read_config, read_saved
 from jaxlm.config import Config, UserError, changes
 from jaxlm.data.order import VERSION, VERSIONS
 from jaxlm.paths import holds_checkpoints
+from jaxlm.temporary import temporary_folder
 
 # All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
 FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
@@ -216,12 +216,12 @@ def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
     folder = workdir / "tokenizer"
     if tokenizer is None:
         return not folder.exists()
-    with tempfile.TemporaryDirectory() as saved:
-        tokenizer.save(Path(saved))
+    with temporary_folder() as saved:
+        tokenizer.save(saved)
         names = os.listdir(saved)
         renamed = folder / "jaxlm_tokenizer.json"
         if renamed.name in names and not renamed.exists() and "tokenizer.json" not in names:
-            (Path(saved) / renamed.name).rename(Path(saved) / "tokenizer.json")  # as older versions called it
+            (saved / renamed.name).rename(saved / "tokenizer.json")  # as older versions called it
             names = os.listdir(saved)
         return filecmp.cmpfiles(saved, folder, names, shallow=False)[0] == names
 

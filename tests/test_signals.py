@@ -57,6 +57,30 @@ def test_ends_at_once_whatever_the_main_thread_does(number: signal.Signals, busy
     assert process.returncode == 75
 
 
+# Makes file after file, as a loop that nobody has told of its end does.
+WRITES = """
+import itertools
+for i in itertools.count():
+    try:
+        open(f"{folder}/{i}", "w").close()
+    except OSError:
+        pass
+"""
+
+
+def test_a_temporary_folder_is_removed_even_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    opened = "from jaxlm.temporary import temporary_folder\ncontext = temporary_folder()\nfolder = context.__enter__()"
+    for _ in range(3):
+        process = started(opened, WRITES)
+        time.sleep(0.2)
+        assert list(tmp_path.iterdir())
+        process.terminate()
+        process.communicate(timeout=20)
+        assert process.returncode == 75
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_second_one_ends_at_once():
     process = started("stop.defer()")
     for _ in range(2):

@@ -13,11 +13,9 @@ if __name__ == "__main__":  # before the other imports, so that a signal is hear
 
 import json
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
+from jaxlm.temporary import temporary_folder
 
 
 def main() -> int:
@@ -56,9 +55,8 @@ def main() -> int:
     config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        signals.at_stop(lambda: shutil.rmtree(folder, ignore_errors=True))
-        ours = Trainer(config, Path(folder))
+    with temporary_folder() as folder:
+        ours = Trainer(config, folder)
         peer = NanoGPT(args.nanogpt, args.nanogpt_python, config, ours.vocab_size) if args.nanogpt else None
         rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
         timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | ({"nanogpt": peer.step} if peer else {})

@@ -12,20 +12,18 @@ What is compared runs in turns, and medians over the rounds are reported. The la
 import contextlib
 import dataclasses
 import json
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, cast
 
-from jaxlm import cli, runtime, signals
+from jaxlm import cli, runtime
 from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.paths import user_path
+from jaxlm.temporary import temporary_folder
 from jaxlm.workers import apart
 from tools.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 
@@ -55,14 +53,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--compute_ms is {args.compute_ms}; allowed: more than 0, at most {MAX_MS}")
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     config.steps = END
-    with tempfile.TemporaryDirectory() as folder:
-        signals.at_stop(lambda: shutil.rmtree(folder, ignore_errors=True))
+    with temporary_folder() as folder:
         config.data.cache_dir = f"{folder}/cache"
         preparation = None
         # Before jax and tensorflow are imported: a process that is started is at first as large as this one.
         if text_parts(config.data):
-            apart(save_tokenizer, config.data, Path(folder))
-            config.data.tokenizer_path = folder
+            apart(save_tokenizer, config.data, folder)
+            config.data.tokenizer_path = str(folder)
             preparation = measure_preparation(config, args.rounds)
         corpus = prepare(config, progress=False)
         feeding = measure_feeding(corpus, config, args.rounds, args.steps)

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from jaxlm.data.sources import open_source
 from jaxlm.data.store_reader import COUNTS, FORMAT, open_store
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.paths import user_path
+from jaxlm.temporary import temporary_folder
 
 MARKUP = 1  # how special tokens of a chat template are encoded
 LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store
@@ -124,9 +124,9 @@ def _tokenizer_key(data: DataConfig, sources: list[Source]) -> dict[str, Any]:
 
 def _saved_hash(tokenizer: Tokenizer) -> str:
     """What names a tokenizer: all that it saves, and the library that reads it."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+    with temporary_folder() as folder:
+        tokenizer.save(folder)
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
     library = {SentencePieceTokenizer: "sentencepiece", HfTokenizer: "tokenizers"}.get(type(tokenizer))
     return _short({"files": files, "version": importlib.metadata.version(library) if library else None})
 
