@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxlm import checksums, guard
 from jaxlm.config import UserError
+from jaxlm.paths import steps_in
 from jaxlm.placement import Placement
 from jaxlm.pretrained import Step
 from jaxlm.step import TrainState, float32
@@ -41,11 +42,6 @@ class CheckpointError(RuntimeError):
 
 def folder_of(workdir: Path) -> Path:
     return (workdir / "checkpoints").resolve()
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The steps that are written: Orbax gives a checkpoint its name when it is whole."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 class Checkpoints:
@@ -72,17 +68,19 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.folder / str(step)}: cannot be read now ({reason_of(error)})") from error
 
-    def check_step(self, name: str, step: Step, losses: dict[int, float]) -> None:
-        """Raises UserError if there is no such checkpoint as the option `name` asks for.
+    def check_step(self, asked: str, step: Step, losses: dict[int, float]) -> None:
+        """Raises UserError if there is no such checkpoint.
 
         Args:
+          asked: the option with its value, for the message.
           losses: on the validation data, by step.
         """
         there = self.steps()
         if isinstance(step, int) and step not in there:
-            raise UserError(f"{name} is {step}; allowed: best, or one of {', '.join(map(str, there))}")
+            raise UserError(f"{asked}: no checkpoint of step {step} in {self.folder}; allowed: best, or one of"
+                            f" {', '.join(map(str, there))}")  # fmt: skip
         if step == "best" and not set(there) & losses.keys():
-            raise UserError(f"{name} is best, and no checkpoint in {self.folder} has a validation loss; allowed: one of"
+            raise UserError(f"{asked}: no checkpoint in {self.folder} has a validation loss; allowed: one of"
                             f" {', '.join(map(str, there))}")  # fmt: skip
 
     def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:

@@ -18,7 +18,18 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import BEFORE, Config, OwnFloat, UserError, describe, flatten, key_types, sections
+from jaxlm.config import (
+    BEFORE,
+    MAX_INT,
+    Config,
+    OwnFloat,
+    UserError,
+    describe,
+    flatten,
+    key_types,
+    sections,
+    show,
+)
 from jaxlm.hints import unknown_key, unknown_option
 from jaxlm.paths import holds_checkpoints
 from jaxlm.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
@@ -66,7 +77,10 @@ def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]
         holder = tree.get(section[0]) if section else tree
         if isinstance(holder, dict) and name not in holder:
             gained[key] = holder[name] = BEFORE.get(key, flatten(_load_file(BASE))[key])
-    config = from_dict(tree, where)
+    try:
+        config = from_dict(tree, where)
+    except UserError as error:
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from error
     return config, {key: flatten(config)[key] for key in gained}
 
 
@@ -165,7 +179,7 @@ def _set(config: Config, overrides: list[str]) -> Config:
         found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if not found:
             raise UserError(f"command line: {error}") from error
-        raise UserError(f"{found[1]} is '{found[2]}'; allowed: {describe(types[found[1]])}") from error
+        raise UserError(f"{found[1]} is {show(found[2])}; allowed: {describe(types[found[1]])}") from error
     except flags.Error as error:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
     except RecursionError as error:  # absl looks for a name like it
@@ -207,7 +221,7 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     asked = {_key(argument) for argument in overrides if argument.startswith("--")}
     check_asked(config, brought, asked, run, weights.workdir)
     before, config = flatten(config), validate(_set(updated(file, brought), overrides))
-    said = {k: v for k, v in flatten(config).items() if v != before[k] and not k.startswith("data.")}
+    said = {k: v for k, v in flatten(config).items() if k in brought and v != before[k] and not k.startswith("data.")}
     if said:
         shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in said.items())
         print(f"checkpoint.resume: {shown}, as in {weights.workdir}", file=sys.stderr)
@@ -221,10 +235,16 @@ def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"checkpoint.resume is '{resume}'; allowed: auto, never, or the workdir of a run, after which "
                         "@STEP or @best may name a checkpoint")  # fmt: skip
     saved = read_saved(path)
-    if type(saved.get("vocab_size")) is not int:
-        raise UserError(f"{path}: vocab_size is {saved.get('vocab_size')!r}; allowed: what a run wrote there")
+    check_vocab_size(saved, path)
     run = from_saved(saved["config"], str(path))[0]
     return run, brought_by(workdir, run, saved["vocab_size"])
+
+
+def check_vocab_size(saved: dict[str, Any], path: Path) -> None:
+    """Raises UserError if the content of a config.json has no possible vocab_size."""
+    found = saved.get("vocab_size")
+    if type(found) is not int or not 1 <= found <= MAX_INT:
+        raise UserError(f"{path}: vocab_size is {show(found)}; allowed: what a run wrote there")
 
 
 def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:

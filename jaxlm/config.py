@@ -182,6 +182,7 @@ BEFORE = {"model.key_offset": False}  # what a run did before there was the key,
 
 FILE_SOURCES = ("text", "jsonl", "parquet")
 MIXED_SOURCES = ("stdlib", *FILE_SOURCES, "tfds", "tokens")
+MAX_INT = 2**31 - 1  # of JAX's integers
 MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
 
 

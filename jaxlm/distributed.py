@@ -47,6 +47,11 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         num_processes, where = int(os.environ["JOB_COMPLETIONS"]), f"{ADDRESS}={coordinator}"
     failed = f"{where}: host {socket.gethostname()} cannot join the other processes"
     late = f"{failed} within {limit} s: not all of them came, or two have the same --process_id"
+    if coordinator is not None:
+        try:
+            socket.getaddrinfo(coordinator.rpartition(":")[0].strip("[]"), None)
+        except OSError as error:
+            raise UserError(f"{failed}: its address cannot be found ({error.strerror or error})") from error
     if coordinator is not None and process_id != 0:
         _wait_for(coordinator, f"{failed} within {limit} s", limit)
     # A process that is alone on its host has all of its devices: JAX would give it one, as to each of Slurm's tasks.
@@ -59,7 +64,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             initialization_timeout=limit,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{failed}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"{failed}: {' '.join(str(error).split())[:200]}; allowed: processes that srun, mpirun or an indexed job"
+            " started, or --coordinator, --num_processes and --process_id"
+        ) from error
     global _hosts
     _hosts = Hosts()
     signals.at_stop(_hosts.tell_stopped)

@@ -12,6 +12,7 @@ from jaxlm import workdir as workdirs
 from jaxlm.config import Config, UserError
 from jaxlm.console import Reporter
 from jaxlm.data.conversations import trains_on_answers
+from jaxlm.paths import steps_in
 from jaxlm.prompts import encode_prompt
 
 
@@ -50,7 +51,7 @@ def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
     if workdirs.check(workdir, config) is not None:
         return None
     workdirs.check_metrics(workdir)
-    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    newest = max(steps_in(workdir / "checkpoints"))
     if newest != config.steps:
         return None
     try:

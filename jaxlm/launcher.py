@@ -1,10 +1,12 @@
 """What a launcher's environment says: how many processes a run has, and which of them this one is."""
 
 import os
+import re
 
-from jaxlm.config import UserError
+from jaxlm.config import UserError, show
 
 ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
+MOST = 100_000  # processes; more are a slip
 
 
 def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
@@ -15,8 +17,8 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
       UserError: the three values do not go together.
     """
     if coordinator is not None and num_processes is not None and process_id is not None:
-        if num_processes < 1:
-            raise UserError(f"--num_processes is {num_processes}; allowed: 1 or more")
+        if not 1 <= num_processes <= MOST:
+            raise UserError(f"--num_processes is {num_processes}; allowed: 1 to {MOST}")
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id is {process_id}; allowed: 0 to {num_processes - 1}")
         _check_address("--coordinator", coordinator)
@@ -31,7 +33,7 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
     ):
         # What is set by half means several processes, each of which would take itself for the only one.
         if count in os.environ or (index == "JOB_COMPLETION_INDEX" and {index, ADDRESS} <= os.environ.keys()):
-            number = number_in(count, 1, None)
+            number = number_in(count, 1, MOST)
             if number > 1:
                 number_in(index, 0, number - 1)
                 if more is not None and not os.environ.get(more):
@@ -42,11 +44,11 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
     return 1
 
 
-def number_in(variable: str, low: int, high: int | None) -> int:
+def number_in(variable: str, low: int, high: int) -> int:
+    """The number in a variable of the environment. Raises UserError if it is not set, or is none in that range."""
     text = os.environ.get(variable)
-    if text is None or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= (high or int(text)):
-        allowed = f"{low} or more" if high is None else f"{low} to {high}"
-        raise UserError(f"{variable} is {'not set' if text is None else repr(text)}; allowed: {allowed}")
+    if text is None or not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(f"{variable} is {'not set' if text is None else show(text)}; allowed: {low} to {high}")
     return int(text)
 
 

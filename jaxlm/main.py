@@ -104,7 +104,7 @@ def exit_code(program: Callable[[], int], name: str = "jaxlm", said: list[str] |
     except Exception as error:
         codes = {"Diverged": 3, "CheckpointError": 4, "Unsaved": 2, "Corrupt": 5}  # by name: their modules import jax
         code = codes.get(type(error).__name__)
-        full = _exhausted(error)
+        full = None if type(error).__name__ == "Unsaved" else _exhausted(error)  # that one says it itself
         if code is None and full is None:
             raise
         say(full or " ".join(str(error).split()))

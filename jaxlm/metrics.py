@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -129,16 +129,33 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line that a killed run did not finish
 
 
+def _objects(workdir: Path) -> Iterator[Metrics]:
+    """The lines of metrics.jsonl that are JSON objects."""
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):  # half a line
+            if isinstance(found := json.loads(line), dict):
+                yield found
+
+
 def evaluations(workdir: Path) -> dict[int, Metrics]:
-    """{step: its line in metrics.jsonl} of the evaluations so far."""
-    found, path = {}, workdir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # half a line, or one of training
-            m = json.loads(line)
-            found[int(m["step"])] = m | {"eval_loss": float(m["eval_loss"])}
+    """{step: its line in metrics.jsonl} of the evaluations so far, without those that lack a score."""
+    found = {}
+    for m in _objects(workdir):
+        with suppress(ValueError, KeyError, TypeError, OverflowError):  # of training, or changed by somebody
+            bits, sample = m["eval_bits_per_byte"], m.get("sample")
+            if isinstance(sample, str | None) and isinstance(bits, int | float | None):
+                # JSON has no infinity, for which `JsonLines` writes null.
+                perplexity = math.inf if m["eval_perplexity"] is None else float(m["eval_perplexity"])
+                numbers = {k: float(m[k]) for k in ("eval_loss", "eval_accuracy")}
+                found[int(m["step"])] = m | numbers | {"eval_perplexity": perplexity}
     return found
 
 
 def validation_losses(workdir: Path) -> dict[int, float]:
     """{step: loss} of the evaluations so far."""
-    return {step: m["eval_loss"] for step, m in evaluations(workdir).items()}
+    found = {}
+    for m in _objects(workdir):
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            found[int(m["step"])] = float(m["eval_loss"])
+    return found

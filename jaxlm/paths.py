@@ -1,5 +1,6 @@
 """Paths that users give, and what is there."""
 
+import re
 from pathlib import Path
 
 from jaxlm.config import UserError, show
@@ -24,5 +25,10 @@ def user_path(name: str, text: str) -> Path:
 
 def holds_checkpoints(workdir: Path) -> bool:
     """Whether a step was saved; a run that was killed before its first save leaves an empty folder."""
-    folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return bool(steps_in(workdir / "checkpoints"))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that were saved in a folder of checkpoints: Orbax gives one its name when it is whole."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))

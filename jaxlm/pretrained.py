@@ -7,9 +7,9 @@ import copy
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from jaxlm.config import Config, UserError, flatten
+from jaxlm.config import Config, UserError, flatten, key_types, show
 from jaxlm.paths import user_path
 
 Step = int | Literal["best"] | None  # of a checkpoint; best by validation loss; None = the newest
@@ -68,9 +68,12 @@ def brought_by(workdir: Path, config: Config, vocab_size: int) -> dict[str, Any]
 def _kind(folder: Path) -> str:
     for name in ("jaxlm_tokenizer.json", "tokenizer.json"):  # older runs have the second alone
         try:
-            return json.loads((folder / name).read_text("utf-8"))["kind"]
+            kind = json.loads((folder / name).read_text("utf-8"))["kind"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
+        if kind not in (kinds := get_args(key_types()["data.tokenizer"])):
+            raise UserError(f"{folder / name}: kind is {show(kind)}; allowed: {', '.join(kinds)}")
+        return kind
     raise UserError(f"{folder}: no tokenizer of a run; allowed: as a run wrote it")
 
 

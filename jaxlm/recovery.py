@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.config import UserError
+from jaxlm.config import MAX_INT, UserError
 from jaxlm.schedules import Cut
 from jaxlm.workdir import beside, write_whole
 
@@ -53,7 +53,8 @@ def read(workdir: Path) -> list[Return]:
             Return(r["to"], r["batches"][0], r["batches"][1], r["why"], r.get("lr", 1.0))
             for r in json.loads(path.read_text("utf-8"))
         ]
-        if not all(0 <= r.to < r.first <= r.last and 0 < r.lr <= 1 for r in found):
+        whole = all(type(x) is int for r in found for x in (r.to, r.first, r.last))
+        if not whole or not all(0 <= r.to < r.first <= r.last <= MAX_INT and 0 < r.lr <= 1 for r in found):
             raise ValueError("impossible numbers")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); allowed: as a run wrote it") from error

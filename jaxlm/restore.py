@@ -41,6 +41,7 @@ def open_run(workdir: Path, step: Step) -> Run:
       UserError: it is not a run, or has no such checkpoint.
       CheckpointError: the checkpoint cannot be read.
     """
+    runtime.find_devices()
     config = load_workdir(workdir)
     path = workdir / "config.json"
     if gained := read_config(path)[1]:
@@ -53,14 +54,14 @@ def open_run(workdir: Path, step: Step) -> Run:
     if not checkpoints.steps():
         raise UserError(f"--workdir {workdir}: no whole checkpoint in it yet")
     losses = validation_losses(workdir)
-    checkpoints.check_step("--step", step, losses)
+    checkpoints.check_step(f"--step {step}", step, losses)
     found, damage = checkpoints.find_whole(step, losses)
     if isinstance(step, int) and found is None:
         raise CheckpointError(damage[step])
+    if found is None:
+        raise CheckpointError(f"{next(iter(damage.values()))}; none of the {len(damage)} checkpoints is whole")
     for reason in damage.values():
         print(f"{reason}: {'an older' if step is None else 'another'} checkpoint is taken", file=sys.stderr)
-    if found is None:
-        raise CheckpointError(f"{workdir}: none of its checkpoints is whole")
     with Phases(stderr=True).phase("restoring"):
         params = checkpoints.restore_params(found)
     checkpoints.close()

@@ -5,6 +5,7 @@ Nothing here imports jax at module level: its flags are read when it is imported
 
 import atexit
 import os
+import re
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxlm import distributed, signals
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, UserError, show
 from jaxlm.startup import on_cpu
 from jaxlm.stop import LEFT
 
@@ -30,6 +31,7 @@ def configure_jax(config: Config, processes: int) -> None:
     the batch divides over: for small models that is the largest gain of all.
     """
     global _kept
+    check_environment()
     chosen = cpu_flags(config) if on_cpu() else gpu_flags(config, processes)
     _kept = [] if rounds_products(config) else None
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *chosen]).strip()
@@ -144,6 +146,31 @@ def check_batch(config: Config, devices: int, processes: int) -> None:
         )
 
 
+def check_environment() -> None:
+    """Raises UserError where a variable asks for a number of CPU devices that cannot be: JAX would not say which."""
+    found = re.search(r"xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
+    for name, text in (
+        ("JAX_NUM_CPU_DEVICES", os.environ.get("JAX_NUM_CPU_DEVICES")),
+        ("XLA_FLAGS: xla_force_host_platform_device_count", found and found[1]),
+    ):
+        if text is not None and not re.fullmatch("[1-9][0-9]{0,3}", text):
+            raise UserError(f"{name} is {show(text)}; allowed: 1 to 9999")
+
+
+def find_devices() -> list:
+    """JAX's devices. Raises UserError if it has none, as where JAX_PLATFORMS names what this machine lacks."""
+    import jax
+
+    try:
+        return jax.devices()
+    except Exception as error:  # its backends raise anything, an AssertionError without a text too
+        reason = " ".join(str(error).split())[:200] or "this machine has none of that kind"
+        asked = f"JAX_PLATFORMS is {show(os.environ.get('JAX_PLATFORMS', ''))}"
+        raise UserError(
+            f"{asked}: JAX finds no device ({reason}); allowed: cpu, cuda with a GPU, or not set"
+        ) from error
+
+
 def choose_devices(config: Config) -> list:
     """The devices of the run over all processes, the same number of each; the first call that touches a device.
 
@@ -155,7 +182,7 @@ def choose_devices(config: Config) -> list:
 
     together.meet("the prepared data")  # JAX itself waits minutes for the devices of the others, no longer
     by_process: dict[int, list] = {}
-    for device in jax.devices():
+    for device in find_devices():
         by_process.setdefault(device.process_index, []).append(device)
     count = config.parallel.devices or len(by_process[0])
     for process, found in by_process.items():

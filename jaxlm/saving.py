@@ -18,9 +18,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxlm import checksums, distributed
-from jaxlm.checkpoint import ITEMS, folder_of, hide_cut_off, reason_of, steps_in
+from jaxlm.checkpoint import ITEMS, folder_of, hide_cut_off, reason_of
 from jaxlm.config import CheckpointConfig
 from jaxlm.metrics import validation_losses
+from jaxlm.paths import steps_in
 from jaxlm.retry import Pause, insist
 from jaxlm.step import TrainState
 
@@ -145,8 +146,8 @@ class Saver:
             insist(act, lambda late: _of_first("whether to give up saving", lambda: late))
         except Exception as error:
             raise Unsaved(
-                f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; the newest checkpoint"
-                f" is of step {self.saved}; mend that, and run the same command again"
+                f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; {self._newest()};"
+                " mend that, and run the same command again"
             ) from error
 
     def _settle(self) -> Exception | None:
@@ -170,11 +171,14 @@ class Saver:
             self._pause.end()
             return
         self._say(f"the state of step {step} is NOT saved: {reason_of(error)}; the next try is in"
-                  f" {self._pause.begin():.0f} s, the newest checkpoint is of step {self.saved}")  # fmt: skip
+                  f" {self._pause.begin():.0f} s, {self._newest()}")  # fmt: skip
         if self._manager is not None:
             with suppress(Exception):  # the error that is known already
                 self._manager.close()
         self._manager = None  # the next one removes what this save left
+
+    def _newest(self) -> str:
+        return "there is no checkpoint yet" if self.saved is None else f"the newest checkpoint is of step {self.saved}"
 
     def close(self) -> None:
         """Ends the writing, without the other processes, which may be anywhere in their loops."""

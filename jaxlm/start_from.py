@@ -27,7 +27,8 @@ def check(config: Config, weights: Weights) -> None:
     check_asked(config, brought, set(brought), run, weights.workdir)
     d = config.data
     if folder.is_dir():
-        other = d.tokenizer_path and data.load_tokenizer(d.tokenizer_path)
+        own = not d.tokenizer_path or Path(d.tokenizer_path).expanduser().resolve() == folder.resolve()
+        other = None if own else data.load_tokenizer(d.tokenizer_path)
         if other and not workdirs.holds_tokenizer(weights.workdir, other):
             raise UserError(f"data.tokenizer_path is {d.tokenizer_path!r}; allowed: '{folder}' or a copy of it, the"
                             " tokenizer of the weights that checkpoint.resume takes")  # fmt: skip
@@ -56,7 +57,7 @@ def state(config: Config, weights: Weights, fresh: steps.TrainState) -> tuple[st
                 f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
             )
         losses = validation_losses(weights.workdir)
-        checkpoints.check_step("checkpoint.resume", weights.step, losses)
+        checkpoints.check_step(f"checkpoint.resume is '{resume}'", weights.step, losses)
         step, damage = find_whole(checkpoints, weights.step, losses)
         params = checkpoints.restore_params(step)
     here, there = shapes(fresh.params), shapes(params)

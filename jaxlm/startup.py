@@ -1,5 +1,6 @@
 """The first moments of a program, before it imports anything that takes time."""
 
+import io
 import os
 import platform
 import sys
@@ -23,9 +24,25 @@ def tool(name: str = "jaxlm", huge_pages: bool = False) -> None:
 
 def _begin(code: int, line: str, huge_pages: bool) -> None:
     signals.block()
+    open_standard_streams()
     if huge_pages:
         relaunch_with_huge_pages()
     signals.listen(code, line)
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null in place of stdin, stdout and stderr where they are closed, else the next file would take their
+    place; a character that stdout's encoding lacks is shown as a question mark.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def on_cpu() -> bool:

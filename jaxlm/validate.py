@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from jaxlm.config import (
     FILE_SOURCES,
     MAX_FLOAT,
+    MAX_INT,
     MIN_FLOAT,
     Config,
     DataConfig,
@@ -28,8 +29,8 @@ POSITIVE = (
     "checkpoint.keep",
 )  # fmt: skip
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
-MAX_INT = 2**31 - 1  # of JAX's integers
-MAX_LAYERS = 10_000  # more are a slip, and would end in a full memory
+# More is a slip, and would end in a full memory or in numbers that XLA cannot hold.
+LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
 
@@ -100,13 +101,14 @@ def validate(c: Config) -> Config:
             require(value <= limit, key, f"at most {limit}")
         if types[key] is float:
             require(value == 0 or MIN_FLOAT <= value <= MAX_FLOAT, key, f"0, or {MIN_FLOAT} to {MAX_FLOAT}")
+    for key, largest in LARGEST.items():
+        require(flatten(c)[key] <= largest, key, f"at most {largest}")
     for key in BELOW_ONE:
         require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
     for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
         require(flatten(c)[key] <= 1, key, "0 to 1")
 
     m, o, d = c.model, c.optim, c.data
-    require(m.num_layers <= MAX_LAYERS, "model.num_layers", f"at most {MAX_LAYERS}")
     require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
     kv_heads = m.num_kv_heads or m.num_heads
     require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import checksums
-from jaxlm.cli import read_config, read_saved
-from jaxlm.config import Config, UserError, changes
+from jaxlm.cli import check_vocab_size, read_config, read_saved
+from jaxlm.config import Config, UserError, changes, show
 from jaxlm.data.order import VERSION, VERSIONS
-from jaxlm.paths import holds_checkpoints
+from jaxlm.paths import holds_checkpoints, steps_in
 from jaxlm.temporary import temporary_folder
 
 # All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
@@ -130,7 +130,7 @@ def _check_foreign(workdir: Path) -> None:
 def _check_obstacles(workdir: Path) -> None:
     """Raises UserError if something in a workdir is not what a run wrote there."""
     checkpoints = workdir / "checkpoints"
-    steps = [p for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
+    steps = [checkpoints / str(step) for step in steps_in(checkpoints)]
     for path in (*(workdir / name for name in FOLDERS), *steps):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(f"{path}: is a file; allowed: a folder, as a run makes it, or nothing")
@@ -261,9 +261,10 @@ def read_facts(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "config.json"
     content = read_saved(path)
-    for key, kind in (("vocab_size", int), ("data_fingerprint", str), ("history", list)):
+    check_vocab_size(content, path)
+    for key, kind in (("data_fingerprint", str), ("history", list)):
         if type(content.get(key)) is not kind:
-            raise UserError(f"{path}: {key} is {content.get(key)!r}; allowed: what a run wrote there")
+            raise UserError(f"{path}: {key} is {show(content.get(key))}; allowed: what a run wrote there")
     return content
 
 

@@ -40,7 +40,7 @@ from typing import Any
 from jaxlm import cli, runtime, signals
 from jaxlm.config import Config, UserError
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
+from jaxlm.paths import steps_in, user_path
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
@@ -104,7 +104,7 @@ class Bench:
 
     def checkpoints(self, name: str) -> list[int]:
         folder = self.folder / name / "checkpoints"
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+        return steps_in(folder)
 
     def wait_for(self, process: subprocess.Popen[str], true: Callable[[], bool]) -> bool:
         """Whether it became true before the process ended."""
@@ -318,8 +318,8 @@ def main() -> int:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 to 10000")
     if not 0 < args.outage <= 3600:
         raise UserError(f"--outage is {args.outage}; allowed: more than 0, at most 3600")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--workdir {folder}: there is something in it; allowed: a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--workdir {folder}: there is something there; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, ["--config", str(file), *overrides], folder.resolve(), random.Random(args.seed))
 

@@ -188,8 +188,8 @@ def main() -> int:
         raise UserError(f"--commands has {wrong[0]!r}; allowed: {', '.join(COMMANDS)}, commas between")
     if args.signals < 1 or not args.within > FIRST:
         raise UserError(f"--signals and --within are {args.signals} and {args.within}; allowed: 1, {FIRST} or more")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--workdir {folder}: there is something in it; allowed: a new folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--workdir {folder}: there is something there; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder.resolve(), args.within, random.Random(args.seed))
     found: list[Sent] = []

@@ -29,7 +29,11 @@ def load(workdir: Path, overrides: list[str]) -> Config:
     if asked:
         config.data.mixture = config.data.val_path = ""
         config.data.path = "-"  # passes the checks; data.val_path alone needs no other
+        if (workdir / "tokenizer").is_dir():
+            config.data.tokenizer_path = str(workdir / "tokenizer")
     config = cli.apply_overrides(config, overrides)
+    if asked == {"val_path"} and not config.data.val_path:
+        raise UserError("data.val_path is ''; allowed: a file or a folder")
     if config.data.val_path and "val_path" in asked:
         config.data.path = ""
     elif "path" in asked:

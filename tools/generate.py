@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import cli, runtime
-from jaxlm.config import MAX_FLOAT, UserError, show
+from jaxlm.config import MAX_FLOAT, MAX_INT, UserError, show
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
 from jaxlm.pretrained import read_step
-from jaxlm.validate import MAX_INT, MAX_SEED
+from jaxlm.validate import MAX_SEED
 
 MEMORY = 8  # GB of keys, values and logits
 TEXTS = ("--prompt", "--stop")  # options whose value may begin with a dash
@@ -27,6 +27,7 @@ TEXTS = ("--prompt", "--stop")  # options whose value may begin with a dash
 def main() -> int:
     args = _parse(sys.argv[1:])
     prompt = _read_prompt(args)
+    runtime.check_environment()
 
     from jaxlm.data.conversations import trains_on_answers
     from jaxlm.prompts import Continuation, encode_prompt, make_ending
@@ -151,6 +152,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
     """Of the command line, a file, or stdin; of the last two without the newline at the end."""
     piped = args.prompt is None and args.prompt_file is None and _is_piped()
     if args.prompt != "-" and args.prompt_file is None and not piped:
+        if (args.prompt or "").encode(errors="ignore").decode() != (args.prompt or ""):
+            raise UserError(f"--prompt is {show(args.prompt)}: not UTF-8; allowed: a text")
         return args.prompt or ""
     name = "--prompt -" if args.prompt_file is None else f"--prompt_file {args.prompt_file}"
     if piped:

@@ -132,7 +132,7 @@ def _check_ids(file: TokenFile, name: Path, vocab_size: int) -> None:
         bad = np.flatnonzero((block < 0) | (block >= vocab_size))
         if bad.size:
             raise UserError(f"{name}: id {block[bad[0]]} at position {start + bad[0]}; "
-                            f"allowed: 0 to data.vocab_size - 1 = {vocab_size - 1}")  # fmt: skip
+                            f"allowed: 0 to {vocab_size - 1}, the ids of the tokenizer or data.vocab_size")  # fmt: skip
 
 
 def _corpus(

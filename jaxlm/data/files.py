@@ -82,7 +82,7 @@ def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[
     kept = _of_kind(files, suffixes) if path.is_dir() else files
     if not kept:
         raise UserError(f"{key} is '{pattern}': nothing but hidden files; allowed: other files, or a glob")
-    full = {name: path for name, path in _distinct(kept).items() if path.stat().st_size}
+    full = {name: path for name, path in _distinct(kept).items() if stat_of(path).st_size}
     if not full:
         raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
     return full, sorted(files.keys() - kept.keys())
@@ -92,6 +92,14 @@ def _of_kind(files: dict[str, Path], suffixes: tuple[str, ...]) -> dict[str, Pat
     """Those that are not hidden, nor in a hidden folder, and, if some have one of the suffixes, those that do."""
     seen = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
     return {name: path for name, path in seen.items() if suffix_of(name) in suffixes} or seen
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """Raises UserError if the file is gone."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror or error}); allowed: files that stay") from error
 
 
 def suffix_of(name: str) -> str:
@@ -219,7 +227,7 @@ def content_hash(path: Path) -> str:
 
 def identify(files: dict[str, Path]) -> list[list[Any]]:
     """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
-    stats = {name: path.stat() for name, path in files.items()}
+    stats = {name: stat_of(path) for name, path in files.items()}
     by_content = sum(s.st_size for s in stats.values()) <= HASH_LIMIT
     found = []
     for name, s in stats.items():

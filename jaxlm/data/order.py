@@ -248,6 +248,16 @@ class Consumed(NamedTuple):
     epochs: float
 
 
+def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The numbers of these ranges (first, last), in ranges that rise and do not overlap."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if found and first <= found[-1][1]:
+            first, last = found[-1][0], max(found.pop()[1], last)
+        found.append((first, last))
+    return found
+
+
 class TrainOrder:
     """The rows that a run trains on.
 
@@ -267,13 +277,15 @@ class TrainOrder:
             config.seed,
         )
         self._T, self._batch_size = config.seq_len, config.batch_size
-        self._left_out = np.unique(np.concatenate([[0], *(np.arange(a, b + 1) for a, b in left_out)]))[1:].astype(int)
+        ranges = _merged(left_out)
+        counts = np.cumsum([0, *(last - first + 1 for first, last in ranges)])
+        # For each range, how many batches before it are trained on; and how many are left out before the next range.
+        self._trained_before = np.array([first - 1 for first, _ in ranges], np.int64) - counts[:-1]
+        self._left_out = counts.astype(np.int64)
 
     def number(self, step: np.ndarray | int) -> Any:
         """The number of the batch of a step, both counted from 1: the step's own, where none is left out."""
-        # Of those left out, the k-th (from 0) has left_out[k] - 1 - k batches before it that are trained on.
-        before = self._left_out - 1 - np.arange(len(self._left_out))
-        return step + np.searchsorted(before, np.asarray(step) - 1, side="right")
+        return step + self._left_out[np.searchsorted(self._trained_before, np.asarray(step) - 1, side="right")]
 
     def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
         """Rows of the global batches of updates first + 1 ... first + count (counted from 0), [count, R, T]."""

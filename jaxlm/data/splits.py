@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import is_alone, is_remote, key_of, list_files, named, suffix_of
+from jaxlm.data.files import is_alone, is_remote, key_of, list_files, located, named, stat_of, suffix_of
 
 # What files of a source are called. Of a folder that has such files, others are left out.
 SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "tokens": (".bin", ".npy")}
@@ -29,6 +29,8 @@ def find_files(data: DataConfig) -> Files:
       UserError: there are none, one is of another kind than the source, or validation files would be trained on.
     """
     suffixes = SUFFIXES.get(data.source, ())
+    if data.source == "tokens" and not is_alone(data):
+        _check_not_empty(data)
     train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, suffixes)
     val, others = list_files("data.val_path", data.val_path, suffixes) if data.val_path else ({}, [])
     inside = {path.resolve() for path in val.values()}
@@ -48,6 +50,15 @@ def find_files(data: DataConfig) -> Files:
     notes = [_left_out(named(data), left_out), _left_out(f"data.val_path={data.val_path}", others),
              _meant(data, [*train, *val]) if data.source == "text" else ""]  # fmt: skip
     return Files(train, val, tuple(note for note in notes if note), meta)
+
+
+def _check_not_empty(data: DataConfig) -> None:
+    """Raises UserError where nanoGPT's files are there and one is empty: the other would be split instead."""
+    files = [located(key_of(data), data.path) / name for name in (TRAIN, VAL)]
+    if all(path.is_file() for path in files):
+        for path in files:
+            if not stat_of(path).st_size:
+                raise UserError(f"{path}: empty; allowed: token ids")
 
 
 def _check_kind(paths: list[Path]) -> None:
