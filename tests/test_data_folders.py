@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
+from jaxlm.data.files import identify
 from jaxlm.data.nanogpt import read_meta
 from tests.corpora import LINES, make_config, text, write
 
@@ -106,6 +107,19 @@ def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_p
     assert len(said) == 1 and "meta.pkl: left alone, not a table of characters" in said[0]
     (tmp_path / "d/meta.pkl").unlink()
     assert opened(config, tmp_path / "d", capsys)[1] == []
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_folder_of_nanogpt_with_an_empty_file(name: str, config: Config, tmp_path: Path, capsys: Any):
+    nanogpt(tmp_path / "d", meta_of(CHARS))
+    (tmp_path / "d" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: empty; allowed: token ids"):
+        opened(config, tmp_path / "d", capsys, source="tokens")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"gone\.txt: unreadable"):
+        identify({"gone.txt": tmp_path / "gone.txt"})
 
 
 class Code:

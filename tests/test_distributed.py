@@ -46,7 +46,8 @@ def test_the_launchers_environment(env: dict[str, str], count: int, monkeypatch:
         (SLURM | {"SLURM_STEP_NUM_TASKS": "abc"}, ["SLURM_STEP_NUM_TASKS is 'abc'"]),
         (SLURM | {"SLURM_STEP_NODELIST": ""}, ["SLURM_STEP_NODELIST is not set"]),
         (POD | {"JOB_COMPLETION_INDEX": "7"}, ["JOB_COMPLETION_INDEX is '7'", "0 to 1"]),
-        (POD | {"JOB_COMPLETIONS": "0"}, ["JOB_COMPLETIONS is '0'", "1 or more"]),
+        (POD | {"JOB_COMPLETIONS": "0"}, ["JOB_COMPLETIONS is '0'", "1 to 100000"]),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "9" * 5000}, ["SLURM_STEP_NUM_TASKS is '9999", "1 to 100000"]),
         (POD | {"JOB_COMPLETIONS": "²"}, ["JOB_COMPLETIONS is '²'"]),
         (POD | {ADDRESS: "first"}, [f"{ADDRESS} is 'first'", "HOST:PORT"]),
         ({k: v for k, v in POD.items() if k != ADDRESS}, [f"{ADDRESS} is not set"]),
@@ -69,6 +70,7 @@ def test_an_environment_set_by_half_is_not_a_single_process(
     [
         (("a:1", 2, None), ["--coordinator, --num_processes and --process_id go together"]),
         (("a:1", 0, 0), ["--num_processes is 0"]),
+        (("a:1", 10**9, 0), ["--num_processes is 1000000000", "1 to 100000"]),
         (("a:1", 2, 2), ["--process_id is 2", "0 to 1"]),
         (("a", 2, 0), ["--coordinator is 'a'", "HOST:PORT"]),
         (("a:²", 2, 0), ["--coordinator is 'a:²'"]),

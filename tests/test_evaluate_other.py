@@ -14,6 +14,7 @@ from jaxlm.restore import open_run
 from tests.corpora import LINES, write
 from tests.exit_codes import tool
 from tests.runs import run
+from tests.test_data_folders import CHARS, meta_of, nanogpt
 
 OTHER = "Something else, which nobody has seen: äöü.\n" * 60
 
@@ -71,9 +72,19 @@ def test_records_and_ids(texts: Path, finished: Path, capsys: pytest.CaptureFixt
     assert found["eval_tokens"] == 63
 
 
+def test_text_is_scored_by_a_run_on_a_folder_of_nanogpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nanogpt(tmp_path / "d", meta_of(CHARS))
+    write(tmp_path, {"text.txt": CHARS * 9})
+    keys = {"steps": 1, "data.source": "tokens", "data.path": tmp_path / "d", "eval.sample_tokens": 0}
+    assert run(tmp_path / "run", **keys) == 0
+    found, _ = scores(capsys, tmp_path, val_path=tmp_path / "text.txt", source="text")
+    assert found["eval_tokens"] == 9 * len(CHARS) and found["eval_bits_per_byte"] > 0
+
+
 def test_what_cannot_be_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
     cases = {
         "data.val_path=nowhere.txt": "data.val_path is 'nowhere.txt': no such file",
+        "data.val_path=": "data.val_path is ''; allowed: a file or a folder",
         "data.source=stdlib --config.data.val_path=x": "data.val_path is 'x'; allowed: none with data.source=stdlib",
     }
     for arguments, said in cases.items():

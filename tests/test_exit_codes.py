@@ -65,6 +65,8 @@ WRONG = {  # name: (overrides, words of the message)
     "profile of more steps than there are": (["log.profile_steps=3"], ["log.profile_steps", "3", "2"]),
     "larger than JAX's integers": (["steps=3000000000"], ["steps", "3000000000", "2147483647"]),
     "many digits": (["eval.sample_tokens=" + "9" * 5000], ["eval.sample_tokens"]),
+    "wider than a slip allows": (["model.d_model=2000000"], ["model.d_model", "2000000", "1048576"]),
+    "a value that is long": (["optim.lr=" + "x" * 5000], ["optim.lr is 'xxx", "...xxx", "allowed: a number"]),
     "a seed of 33 bits": (["seed=4294967295"], ["seed", "4294967295", "4294967294"]),
     "infinite in float32": (["optim.eps=1e300"], ["optim.eps", "1e+300", "3.4e+38"]),
     "zero in float32": (["optim.eps=1e-300"], ["optim.eps", "1e-300", "1.2e-38"]),
@@ -115,7 +117,7 @@ def test_a_tracker_that_is_not_installed(
         (["--config", "CONFIG", "--num_processes", "two"], ["--num_processes", "two"]),
         (
             ["--config", "CONFIG", "--coordinator", "a:1", "--num_processes", "0", "--process_id", "0"],
-            ["--num_processes", "0", "1 or more"],
+            ["--num_processes", "0", "1 to 100000"],
         ),
         (["--config", "CONFIG", "--workdir", ""], ["--workdir", "''"]),
         (["--config", "CONFIG", "--workdir", "x" * 300], ["--workdir", "too long"]),
@@ -201,7 +203,8 @@ def test_damaged_checkpoints_are_4(damage: str, finished: Path, tmp_path: Path, 
     assert error.count("\n") == 1 and str(newest) in error, error
     assert contents(workdir) == before
     assert tool("evaluate", "--workdir", workdir) == 4
-    assert str(newest) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(newest) in error and "none of the 2 checkpoints is whole" in error, error
 
 
 # The same as the shell sees it

@@ -14,7 +14,7 @@ from jaxlm import run as runs
 from jaxlm.cli import load, load_workdir
 from jaxlm.config import Config, UserError
 from jaxlm.data import TrainOrder, prepare
-from jaxlm.pretrained import Weights, named_weights
+from jaxlm.pretrained import Weights, brought_by, named_weights
 from jaxlm.restore import open_run, score
 from tests.exit_codes import contents, in_process
 from tests.runs import CONFIG, lines
@@ -153,10 +153,14 @@ def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.
         want, got = open_run(folder / "pre", step).params, open_run(tmp_path / f"from {step}", 0).params
         jax.tree.map(np.testing.assert_array_equal, got, want)
     assert open_run(tmp_path / "a@b", "best").step == 2
-    with pytest.raises(UserError, match=r"checkpoint\.resume is 9; allowed: best, or one of 0, 1, 2, 3, 4"):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.resume is '.*a@b@9': no .*; allowed: best, or one of 0, 1, 2, 3, 4"
+    ):
         runs.run(config_of(folder, checkpoint__resume=tmp_path / "a@b@9"), tmp_path / "no")
     (tmp_path / "a@b/metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"--step is best, and no checkpoint in .* has a validation loss"):
+    with pytest.raises(
+        UserError, match=r"--step best: no checkpoint in .* has a validation loss; allowed: one of 0, 1, 2, 3, 4"
+    ):
         open_run(tmp_path / "a@b", "best")
     assert not (tmp_path / "no").exists()
 
@@ -167,6 +171,23 @@ def test_names_of_weights(tmp_path: Path):
     assert named_weights(f"{tmp_path}/a@7") == Weights(tmp_path / "a@7", None)  # a folder of that name
     assert named_weights("runs/b@7") == Weights(Path("runs/b"), 7)
     assert named_weights("me@host") == Weights(Path("me@host"), None)
+
+
+def test_what_is_said_of_weights_is_what_they_bring(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Not what the command line sets besides."""
+    config_of(folder, optim__lr=0.5, seed=3)
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith("checkpoint.resume: ") and "model.d_model=16" in said
+    assert not any(key in said for key in ("optim.lr", "seed=", "checkpoint.resume=", "steps="))
+
+
+@pytest.mark.parametrize("kind", ["words", 3, None])
+def test_a_tokenizer_of_no_known_kind(kind: Any, tmp_path: Path):
+    path = tmp_path / "tokenizer/jaxlm_tokenizer.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"kind": kind}))
+    with pytest.raises(UserError, match=rf"{path}: kind is {kind!r}; allowed: sentencepiece"):
+        brought_by(tmp_path, load(CONFIG), 9)
 
 
 @pytest.mark.parametrize("source", ["text", "synthetic"])

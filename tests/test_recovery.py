@@ -44,6 +44,7 @@ def test_batches_that_are_left_out(seed: int):
     got = order.batches(0, 60)["inputs"]
     np.testing.assert_array_equal(got, every.batches(0, 200)["inputs"][np.array(want) - 1])
     np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from anywhere
+    assert int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).number(9999)) > 2**31  # not one by one
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 
@@ -179,7 +180,8 @@ def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
 
 
 NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,
-              '[{"to": "a", "batches": [1, 2], "why": ""}]', '{"to": 1}']  # fmt: skip
+              '[{"to": "a", "batches": [1, 2], "why": ""}]', '{"to": 1}', '[{"to": 1, "batches": [2, 9.5], "why": ""}]',
+              '[{"to": 1, "batches": [2, 99999999999], "why": ""}]']  # fmt: skip
 
 
 @pytest.mark.parametrize("content", NO_RETURNS)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm import runtime
 from jaxlm.cli import load
+from jaxlm.config import UserError
 from jaxlm.stop import LEFT
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
@@ -121,3 +122,46 @@ def test_the_end_says_what_is_lost():
             env=os.environ | {"PYTHONUNBUFFERED": ""},
         )  # fmt: skip
     assert result.returncode == 2 and result.stderr.startswith("jaxlm: what was printed is lost: ")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("JAX_NUM_CPU_DEVICES", "two"), ("JAX_NUM_CPU_DEVICES", "0"),
+     ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1")],
+)  # fmt: skip
+def test_a_number_of_devices_that_cannot_be(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{name}.* is '{value.rpartition('=')[2]}'; allowed: 1 to 9999"):
+        runtime.check_environment()
+
+
+def test_a_machine_without_the_device_that_is_asked_for(tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=120, cwd=CONFIG.parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "typo"},
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "JAX_PLATFORMS is 'typo': JAX finds no device" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+CLOSED = """
+from jaxlm import startup
+startup.open_standard_streams()
+file = open("file", "w")
+print("hello │")
+assert file.fileno() > 2
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_place_for_a_file(closed: str, tmp_path: Path):
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, CLOSED],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(CONFIG.parents[1])},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == ("" if ">&- 2" in closed or closed == ">&-" else "hello ?\n")
+    assert (tmp_path / "file").read_text() == ""

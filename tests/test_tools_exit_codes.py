@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.exit_codes import contents, tool
+from tests.runs import CONFIG
 
 
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
@@ -48,6 +49,7 @@ def test_tools(
         (["--max_new_tokens=99999999999999"], ["--max_new_tokens", "2147483647"]),
         (["--temperature=inf"], ["--temperature", "inf"]),
         (["--seed=99999999999999"], ["--seed", "4294967294"]),
+        (["--prompt=a\udcff"], ["--prompt", "UTF-8"]),
         (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
     ],
 )
@@ -71,3 +73,13 @@ def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and override.split("=")[0] in error and "as in the run" in error
     assert tool("evaluate", "--workdir", finished, "--config.batch_size=16") == 0
+
+
+@pytest.mark.parametrize("name", ["chaos", "chaos_signals"])
+def test_a_file_in_place_of_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("mine")
+    config = ["--config", CONFIG] if name == "chaos" else []
+    assert tool(name, *config, "--workdir", tmp_path / "file") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "file") in error and "allowed: a new folder" in error
+    assert contents(tmp_path) == {tmp_path / "file": b"mine"}

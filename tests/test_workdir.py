@@ -146,7 +146,15 @@ def edit(workdir: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "key, value", [("history", None), ("vocab_size", "64"), ("vocab_size", 5), ("data_fingerprint", 1), ("config", [])]
+    "key, value",
+    [
+        ("history", None),
+        ("vocab_size", "64"),
+        ("vocab_size", 5),
+        ("vocab_size", 10**12),
+        ("data_fingerprint", 1),
+        ("config", []),
+    ],
 )
 def test_config_json_that_was_damaged(key: str, value: Any, copy: Path):
     edit(copy, lambda content: content.update({key: value}))
@@ -173,6 +181,8 @@ def test_a_key_that_is_newer_than_the_run_takes_the_value_of_base(copy: Path, ca
     assert "model.key_offset was False" in refusal(copy)  # what runs did before, not what base.py does
     edit(copy, lambda content: content["config"]["optim"].update(unheard_of=1))
     assert "optim.unheard_of" in refusal(copy)
+    edit(copy, lambda content: content["config"].update(steps=-5) or content["config"]["optim"].pop("unheard_of"))
+    assert "config.json: steps is -5" in refusal(copy)
 
 
 def test_an_empty_checkpoint_is_named_and_put_aside(copy: Path, capsys: pytest.CaptureFixture[str]):
@@ -185,6 +195,13 @@ def test_an_empty_checkpoint_is_named_and_put_aside(copy: Path, capsys: pytest.C
     assert exit_code(lambda: run(copy, steps=CHECKPOINT)) == 4
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "checkpoints/7: no params in it; none of its 1 checkpoints" in error
+
+
+@pytest.mark.parametrize("name", ["²", "007", "9" * 30])
+def test_a_folder_that_is_no_step_is_left_alone(name: str, copy: Path):
+    (copy / "checkpoints" / name).mkdir()
+    assert run(copy, steps=CHECKPOINT) == 0 and open_run(copy, None).step == CHECKPOINT
+    assert (copy / "checkpoints" / name).is_dir()
 
 
 def test_a_file_in_place_of_a_checkpoint_is_said(copy: Path):
