@@ -160,10 +160,12 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         recovery.write(workdir, returns)
 
     _on_first(workdir, keep)
+    scale = recovery.lr_scale(returns)
+    rates = "the same learning rates" if scale == 1 else f"{scale:.3g} times the learning rates"
     parts.reporter.say(
         f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why}"
         f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to"
-        f" {recovery.lr_scale(returns):.3g} times the learning rates"
+        f" {rates}"
     )
     state = _counted_anew(state)
     saver = Saver(workdir, c.checkpoint, parts.reporter.say)

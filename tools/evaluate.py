@@ -10,9 +10,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from jaxlm import cli, runtime
-from jaxlm.config import Config, UserError, flatten
+from jaxlm.config import FILE_SOURCES, Config, DataConfig, UserError, flatten, mixture
 from jaxlm.main import exit_code
 from jaxlm.paths import user_path
 from jaxlm.pretrained import read_step
@@ -27,6 +28,8 @@ def load(workdir: Path, overrides: list[str]) -> Config:
     config = cli.load_workdir(workdir)
     asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
     if asked:
+        if config.data.mixture and not any(a.startswith("--config.data.source") for a in overrides):
+            config.data.source = _source_of(config.data)
         config.data.mixture = config.data.val_path = ""
         config.data.path = "-"  # passes the checks; data.val_path alone needs no other
         if (workdir / "tokenizer").is_dir():
@@ -42,6 +45,15 @@ def load(workdir: Path, overrides: list[str]) -> Config:
             file=sys.stderr,
         )
     return config
+
+
+def _source_of(data: DataConfig) -> Any:
+    """The kind of the files in a mixture, if they are all of one."""
+    kinds = sorted({part.source for _, part in mixture(data)} & {*FILE_SOURCES, "tokens"})
+    if len(kinds) != 1:
+        raise UserError(f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
+                        f"{', '.join((*FILE_SOURCES, 'tokens'))}")  # fmt: skip
+    return kinds[0]
 
 
 def main() -> int:
