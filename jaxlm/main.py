@@ -6,7 +6,7 @@ signal.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.trainer()
 
@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxlm import cli, distributed, launcher, runtime, signals
-from jaxlm.config import UserError, flatten
-from jaxlm.paths import user_path
-from jaxlm.startup import STOPPED_TOOL, TOOL_STOPPED
+from jaxlm.config import UserError, cli, flatten
+from jaxlm.config.paths import user_path
+from jaxlm.host import distributed, launcher, runtime, signals
+from jaxlm.host.startup import STOPPED_TOOL, TOOL_STOPPED
 
 
 def parser() -> cli.Parser:
@@ -45,7 +45,7 @@ def parser() -> cli.Parser:
 
 
 def _keys(width: int) -> str:
-    from jaxlm import keys
+    from jaxlm.config import keys
 
     return keys.listing(flatten(cli.load(cli.BASE)) if cli.BASE.is_file() else {}, width)
 
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
     processes = launcher.count_processes(args.coordinator, args.num_processes, args.process_id)
     runtime.check_batch(config, config.parallel.devices or 1, processes)
     if processes == 1:
-        from jaxlm import finished
+        from jaxlm.run import finished
 
         if finished.answer(config, workdir, limited=args.max_minutes is not None):
             return 0
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     def train() -> int:
         shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}
         distributed.check_same("the configuration", shared | {"--max_minutes": args.max_minutes})
-        from jaxlm import run as runs
+        from jaxlm.run import training as runs
 
         return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, signals.of_program())
 

@@ -4,9 +4,9 @@ import sys
 import time
 from typing import Any
 
-from jaxlm import runtime, startup
-from jaxlm import step as steps
+from jaxlm.host import runtime, startup
 from jaxlm.main import exit_code, run
+from jaxlm.train import step as steps
 
 make = steps.make_train_step
 

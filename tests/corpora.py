@@ -10,7 +10,7 @@ from jaxlm.config import Config
 from jaxlm.data import Corpus, prepare
 from jaxlm.data.baselines import text_of
 from jaxlm.data.corpus import Share
-from jaxlm.data.documents import Document, Source
+from jaxlm.data.sources.documents import Document, Source
 from jaxlm.data.tokens import Tokens, chain
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import cli
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, cli
 from jaxlm.model import Model, Params
 from tests.runs import ROOT
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import run as runs
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.config.cli import load
 from jaxlm.model import make_model
-from jaxlm.placement import Placement
+from jaxlm.run import training as runs
+from jaxlm.train import step as steps
+from jaxlm.train.placement import Placement
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli
-from jaxlm.attention import causal_attention, choose_kernel, rope_tables, rotate
+from jaxlm.config import cli
 from jaxlm.model import make_model
+from jaxlm.model.attention import causal_attention, choose_kernel, rope_tables, rotate
 from tests import reference
 
 BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import guard
 from jaxlm.config import UserError
+from jaxlm.train import guard
 from tests.runs import CONFIG, flags
 from tools import bench
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.cli import load
+from jaxlm.config.cli import load
 from tools import bench_comm
 from tools.collectives import _group_size, collectives
 

@@ -14,9 +14,9 @@ import pytest
 
 from configs.base import get_config
 from jaxlm.config import Config
-from jaxlm.data import files as files_lib
 from jaxlm.data import prepare
 from jaxlm.data import stream as stream_lib
+from jaxlm.data.sources import files as files_lib
 from jaxlm.main import exit_code
 from tests.corpora import make_config
 from tools import bench_data, bench_tokenizing

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.cli import load
 from jaxlm.config import UserError
+from jaxlm.config.cli import load
 from tests.runs import ROOT
 from tools import chaos
 

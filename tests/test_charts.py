@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from jaxlm import charts
-from jaxlm.cli import load
 from jaxlm.config import flatten
-from jaxlm.metrics import Log
+from jaxlm.config.cli import load
+from jaxlm.run import charts
+from jaxlm.run.metrics import Log
 from tests.runs import CONFIG
 
 LINE = {"step": 2, "loss": 3.5, "lr": 0.1, "mfu": None, "epochs/text /home/me/books/*.txt": 0.25}

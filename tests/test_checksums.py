@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import checksums
-from jaxlm.checkpoint import CheckpointError
+from jaxlm.checkpoint import checksums
+from jaxlm.checkpoint.reading import CheckpointError
 from jaxlm.main import exit_code
-from jaxlm.restore import open_run
+from jaxlm.run.open_run import open_run
 from tests.runs import CHECKPOINT, STEPS, assert_identical, lines, numbers, run, state_of
 
 

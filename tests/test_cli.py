@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm import cli
-from jaxlm import config as configs
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config import schema as configs
 from tests.configurations import BASE, ROOT, refusal
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from jaxlm import cli
-from jaxlm import config as configs
-from jaxlm.config import Config, UserError
-from jaxlm.validate import validate
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config import schema as configs
+from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 
 

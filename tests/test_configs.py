@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import run as runs
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import flatten
+from jaxlm.config.cli import load
+from jaxlm.run import training as runs
 
 FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later

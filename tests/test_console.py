@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from jaxlm import phases
-from jaxlm.cli import load
-from jaxlm.console import Reporter
-from jaxlm.time_left import TimeLeft, coming
+from jaxlm.config.cli import load
+from jaxlm.run import phases
+from jaxlm.run.console import Reporter
+from jaxlm.run.time_left import TimeLeft, coming
 from tests.runs import CONFIG
 
 LINE = {"step": 20, "loss": 9.0, "loss_mean": 1.5, "lr": 0.1, "grad_norm": 0.5, "mfu": None, "step_seconds": 2.0,

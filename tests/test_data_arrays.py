@@ -9,7 +9,7 @@ import pytest
 from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
-from jaxlm.data.tokenizer_base import ByteTokenizer
+from jaxlm.data.tokenizers.base import ByteTokenizer
 from tests.corpora import open_corpus
 
 

@@ -17,8 +17,8 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import build as build_lib
-from jaxlm.data import files as files_lib
 from jaxlm.data import store as store_lib
+from jaxlm.data.sources import files as files_lib
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxlm.config import Config, UserError
+from jaxlm.config.validate import validate
 from jaxlm.data import Corpus, TrainOrder, eval_batches
-from jaxlm.data.conversations import conversation
-from jaxlm.validate import validate
+from jaxlm.data.sources.conversations import conversation
 from tests.corpora import make_config, open_corpus
 from tests.runs import lines, run
 

@@ -11,8 +11,8 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
-from jaxlm.data.files import identify
-from jaxlm.data.nanogpt import read_meta
+from jaxlm.data.sources.files import identify
+from jaxlm.data.sources.nanogpt import read_meta
 from tests.corpora import LINES, make_config, text, write
 
 RECORDS = "".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60))

@@ -10,10 +10,10 @@ from hypothesis import example, given, settings
 
 from configs.base import get_config
 from jaxlm.config import UserError
-from jaxlm.data.hf_tokenizer import HfTokenizer
-from jaxlm.data.tokenizer_base import ByteTokenizer
+from jaxlm.config.validate import validate
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from jaxlm.validate import validate
+from jaxlm.data.tokenizers.base import ByteTokenizer
+from jaxlm.data.tokenizers.hf import HfTokenizer
 from tests.tokenizing import ANYTHING, CODE, HARD, HF_KINDS, check
 
 

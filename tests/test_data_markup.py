@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from jaxlm.config import Config
 from jaxlm.data import store
-from jaxlm.data.conversations import conversation
-from jaxlm.data.hf_tokenizer import HfTokenizer
-from jaxlm.data.markup import encode_marked
-from jaxlm.prompts import encode_prompt, make_ending
+from jaxlm.data.prompts import encode_prompt, make_ending
+from jaxlm.data.sources.conversations import conversation
+from jaxlm.data.tokenizers.hf import HfTokenizer
+from jaxlm.data.tokenizers.markup import encode_marked
 from tests.corpora import make_config, open_corpus
 from tests.tokenizing import hf_spec
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import UserError, mixture
+from jaxlm.config.validate import validate
 from jaxlm.data import TrainOrder, prepare
 from jaxlm.data.order import Mixed, Rows
-from jaxlm.data.tokenizer_base import ByteTokenizer
-from jaxlm.validate import validate
+from jaxlm.data.tokenizers.base import ByteTokenizer
 from tests.corpora import LINES, make_config, open_corpus, text, write
 from tests.runs import lines, run
 

@@ -16,13 +16,13 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import build as build_lib
-from jaxlm.data import documents as documents_lib
-from jaxlm.data import files as files_lib
 from jaxlm.data import prepare
-from jaxlm.data import sources as sources_lib
 from jaxlm.data import store as store_lib
-from jaxlm.data.documents import Document
+from jaxlm.data.sources import documents as documents_lib
+from jaxlm.data.sources import files as files_lib
 from jaxlm.data.sources import open_source
+from jaxlm.data.sources import opening as sources_lib
+from jaxlm.data.sources.documents import Document
 from tests import corpora
 from tests.corpora import LINES, make_config, open_corpus, text, write
 

@@ -8,9 +8,9 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
-from jaxlm.data import sources as sources_lib
-from jaxlm.data.documents import Split, held_out
 from jaxlm.data.sources import open_source, read_parts
+from jaxlm.data.sources import opening as sources_lib
+from jaxlm.data.sources.documents import Split, held_out
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 
 

@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import UserError
-from jaxlm.data import tokenizers as tokenizers_lib
-from jaxlm.data.hf_tokenizer import HfTokenizer
-from jaxlm.data.sentencepiece_tokenizer import (
+from jaxlm.data.sources import open_source
+from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
+from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from jaxlm.data.tokenizers import loading as tokenizers_lib
+from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
+from jaxlm.data.tokenizers.hf import HfTokenizer
+from jaxlm.data.tokenizers.sentencepiece import (
     CHUNK,
     SentencePieceTokenizer,
     sample_characters,
     spread_sample,
     train_sentencepiece,
 )
-from jaxlm.data.sources import open_source
-from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
-from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
-from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from tests.tokenizing import ANYTHING, CODE, HARD, check
 
 

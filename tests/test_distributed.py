@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jaxlm.config import UserError
-from jaxlm.launcher import ADDRESS, count_processes
+from jaxlm.host.launcher import ADDRESS, count_processes
 
 LAUNCHERS = ("OMPI_", "SLURM_", "JOB_", "JAX_COORDINATOR")
 MPI = {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "2"}

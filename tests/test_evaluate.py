@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import step as steps
-from jaxlm.cli import load
 from jaxlm.config import Config
+from jaxlm.config.cli import load
 from jaxlm.data import eval_batches
-from jaxlm.evaluate import evaluate
 from jaxlm.model import make_model
+from jaxlm.train import step as steps
+from jaxlm.train.evaluate import evaluate
 from tests.corpora import corpus_of
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"

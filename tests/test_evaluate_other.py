@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.restore import open_run
+from jaxlm.run.open_run import open_run
 from tests.corpora import LINES, write
 from tests.exit_codes import tool
 from tests.runs import run

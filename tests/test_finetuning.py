@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import pytest
 
-from jaxlm import cli, finished, main
-from jaxlm.data.tokenizer_base import ByteTokenizer, CharTokenizer
-from jaxlm.hooks import sample_text
-from jaxlm.prompts import encode_prompt
-from jaxlm.restore import open_run
+from jaxlm import main
+from jaxlm.config import cli
+from jaxlm.data.prompts import encode_prompt
+from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
+from jaxlm.run import finished
+from jaxlm.run.beside_steps import sample_text
+from jaxlm.run.open_run import open_run
 from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")

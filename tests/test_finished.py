@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import finished, main
-from jaxlm.cli import load
+from jaxlm import main
+from jaxlm.config.cli import load
+from jaxlm.run import finished
 from tests.runs import CONFIG, ROOT, flags, lines
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

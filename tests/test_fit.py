@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import run as runs
-from jaxlm.cli import load
 from jaxlm.config import UserError
-from jaxlm.fit import SHARE, fit, fitting
+from jaxlm.config.cli import load
 from jaxlm.main import run as main
+from jaxlm.run import training as runs
+from jaxlm.run.time_budget import SHARE, fit, fitting
 from tests.runs import CONFIG, flags, lines
 
 

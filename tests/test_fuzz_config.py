@@ -8,9 +8,8 @@ import pytest
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from jaxlm import cli
-from jaxlm.config import Config, UserError, flatten, key_types
-from jaxlm.validate import validate
+from jaxlm.config import Config, UserError, cli, flatten, key_types
+from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 from tests.corpora import write
 from tests.fuzzing import changed, damaged, fuzz, fuzz_config

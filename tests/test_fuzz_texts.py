@@ -15,9 +15,10 @@ from fsspec.implementations import memory
 from hypothesis import strategies as st
 
 from jaxlm.config import Config, UserError
-from jaxlm.data import prepare, records, tfds_source
-from jaxlm.data.documents import Document, Skipped
-from jaxlm.data.sources import open_source
+from jaxlm.data import prepare
+from jaxlm.data.sources import open_source, records
+from jaxlm.data.sources import tfds as tfds_source
+from jaxlm.data.sources.documents import Document, Skipped
 from tests.corpora import LINES, open_corpus, write
 from tests.fuzzing import RECORDS, changed, damaged, fuzz, fuzz_config
 from tests.test_data_records import PACK, jsonl

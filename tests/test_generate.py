@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli
-from jaxlm.generate import BLOCK, _read, filter_logits, generate, stream
+from jaxlm.config import cli
 from jaxlm.model import Model, Params, make_model
+from jaxlm.model.generate import BLOCK, _read, filter_logits, generate, stream
 
 VOCAB, MAX_LEN, NEW = 17, 24, 18
 BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")

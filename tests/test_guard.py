@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import guard
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.checkpoint.writing import Saver
+from jaxlm.config.cli import load
 from jaxlm.model import make_model
-from jaxlm.placement import Placement
-from jaxlm.saving import Saver
 from jaxlm.sync import Group
+from jaxlm.train import guard
+from jaxlm.train import step as steps
+from jaxlm.train.placement import Placement
 from tests.runs import CONFIG, assert_identical, flags
 
 TARGETS, VOCAB = 4.0, 64

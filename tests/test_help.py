@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli, hints, keys, main
-from jaxlm.config import UserError, flatten, key_types
+from jaxlm import main
+from jaxlm.config import UserError, cli, flatten, hints, key_types, keys
 from tests.configurations import BASE, ROOT, refusal
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import run as runs
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.config.cli import load
+from jaxlm.run import training as runs
 from tests.processes import finish, flags, numbers, start
 from tests.runs import CONFIG, ROOT
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxlm.cli import load
+from jaxlm.config.cli import load
 from jaxlm.data import inspect, prepare
 from tests.corpora import write
 from tests.inspecting import CHAT, CONFIG, ROOT, TWO, call, flags

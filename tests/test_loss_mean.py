@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import loss_mean
-from jaxlm import run as runs
-from jaxlm.cli import load
-from jaxlm.train import Done
+from jaxlm.config.cli import load
+from jaxlm.run import training as runs
+from jaxlm.train import loss_mean
+from jaxlm.train.loop import Done
 from tests.runs import CONFIG, flags, lines, numbers, run
 
 STEPS = 12

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import loss_scale
-from jaxlm import step as steps
+from jaxlm.train import loss_scale
+from jaxlm.train import step as steps
 from tests.test_step import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import LossConfig
-from jaxlm.losses import LossSums, cross_entropy, output_loss
+from jaxlm.model.losses import LossSums, cross_entropy, output_loss
 
 N, D, V = 22, 6, 11
 

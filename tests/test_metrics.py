@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.metrics import evaluations, peak_flops, validation_losses
+from jaxlm.checkpoint.metrics_file import evaluations, validation_losses
+from jaxlm.run.metrics import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import model as models
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
+from jaxlm.model import model as models
 from tests import reference
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
 

@@ -13,13 +13,12 @@ import optax
 import optax.contrib
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import OptimConfig
+from jaxlm.config import OptimConfig, cli
 from jaxlm.model import make_model
-from jaxlm.optimizer import NEWTON_SCHULZ, is_matrix, make_optimizer, orthogonalize
-from jaxlm.schedules import make_schedule
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_host
+from jaxlm.train.optimizer import NEWTON_SCHULZ, is_matrix, make_optimizer, orthogonalize
+from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
 DEFAULT = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")

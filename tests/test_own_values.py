@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import OptimConfig, OwnFloat, flatten
-from jaxlm.own_values import OWN_VALUES
+from jaxlm.config import OptimConfig, OwnFloat, cli, flatten
+from jaxlm.config.own_values import OWN_VALUES
 from tests.configurations import BASE, ROOT
 
 KEYS = [f.name for f in dataclasses.fields(OptimConfig) if f.type is OwnFloat]

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.checkpoint.replicas import Replicas
+from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import Config
+from jaxlm.config.cli import load
 from jaxlm.model import make_model
-from jaxlm.optimizer import make_optimizer
-from jaxlm.placement import Placement
-from jaxlm.replicas import Replicas
-from jaxlm.saving import Saver
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
 from jaxlm.sync.zero import Zero, joined, spread
+from jaxlm.train import step as steps
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.placement import Placement
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 ROWS, T, VOCAB, STEPS = 24, 8, 29, 3

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli, guard
-from jaxlm import step as steps
-from jaxlm.config import Config
+from jaxlm.config import Config, cli
 from jaxlm.model import make_model
+from jaxlm.train import guard
+from jaxlm.train import step as steps
 
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional

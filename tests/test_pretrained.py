@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import run as runs
-from jaxlm.cli import load, load_workdir
 from jaxlm.config import Config, UserError
+from jaxlm.config.cli import load, load_workdir
+from jaxlm.config.pretrained import Weights, brought_by, named_weights
 from jaxlm.data import TrainOrder, prepare
-from jaxlm.pretrained import Weights, brought_by, named_weights
-from jaxlm.restore import open_run, score
+from jaxlm.run import training as runs
+from jaxlm.run.open_run import open_run, score
 from tests.exit_codes import contents, in_process
 from tests.runs import CONFIG, lines
 

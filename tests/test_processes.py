@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint import Checkpoints
+from jaxlm.checkpoint.reading import Checkpoints
 from tests.processes import LIMIT, finish, flags, free_port, numbers, start
 from tests.runs import CONFIG, ROOT, lines, xla_flags
 

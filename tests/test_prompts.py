@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from jaxlm.data.tokenizer_base import ByteTokenizer, to_bytes
-from jaxlm.prompts import Continuation, Ending, encode_prompt, make_ending
+from jaxlm.data.prompts import Continuation, Ending, encode_prompt, make_ending
+from jaxlm.data.tokenizers.base import ByteTokenizer, to_bytes
 
 BYTES = ByteTokenizer()
 BOS = BYTES.bos_id

@@ -9,14 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import data, hooks, recovery
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm import data
+from jaxlm.checkpoint import rollback as recovery
+from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import UserError
+from jaxlm.config.cli import load
 from jaxlm.data.order import TrainOrder
 from jaxlm.main import exit_code
-from jaxlm.schedules import LrHistory, make_schedule
+from jaxlm.run import beside_steps as hooks
+from jaxlm.train import step as steps
+from jaxlm.train.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child
 

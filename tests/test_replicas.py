@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm import step as steps
+from jaxlm.checkpoint.replicas import _hardware, checksum, checksums_of, difference
 from jaxlm.main import exit_code
-from jaxlm.replicas import _hardware, checksum, checksums_of, difference
+from jaxlm.train import step as steps
 from tests.runs import CHECKPOINT, assert_identical, numbers, run, state_of
 from tools import chaos_child
 

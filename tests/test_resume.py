@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import hooks
-from jaxlm import run as runs
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.config.cli import load
+from jaxlm.host.signals import StopSignal
+from jaxlm.host.stop import LEFT
 from jaxlm.main import exit_code
 from jaxlm.model import make_model
-from jaxlm.placement import Placement
-from jaxlm.signals import StopSignal
-from jaxlm.stop import LEFT
+from jaxlm.run import beside_steps as hooks
+from jaxlm.run import training as runs
+from jaxlm.train import step as steps
+from jaxlm.train.placement import Placement
 from tests.runs import (
     CHECKPOINT,
     CONFIG,

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import Config, UserError
-from jaxlm.rewarm import between, of_run
-from jaxlm.schedules import LEAST_WARMUP, LrHistory, Peak, make_schedule
+from jaxlm.checkpoint.rewarm import between, of_run
+from jaxlm.config import Config, UserError, cli
+from jaxlm.train.schedules import LEAST_WARMUP, LrHistory, Peak, make_schedule
 from tests.configurations import BASE
 from tests.runs import assert_identical, lines, numbers, run, state_of
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from jaxlm import main
-from jaxlm import step as steps
-from jaxlm.checkpoint import steps_in
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import steps_in
+from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import UserError
-from jaxlm.data.arrays import SYNTHETIC_TRAIN
+from jaxlm.config.cli import load
+from jaxlm.data.sources.arrays import SYNTHETIC_TRAIN
 from jaxlm.model import make_model
-from jaxlm.placement import Placement
-from jaxlm.saving import Saver
+from jaxlm.train import step as steps
+from jaxlm.train.placement import Placement
 from tests.runs import (
     CHECKPOINT,
     CONFIG,

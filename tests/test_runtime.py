@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import runtime
-from jaxlm.cli import load
 from jaxlm.config import UserError
-from jaxlm.stop import LEFT
+from jaxlm.config.cli import load
+from jaxlm.host import runtime
+from jaxlm.host.stop import LEFT
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 ALL = ["deterministic=true", "parallel.overlap=true", "parallel.bucket_mb=25"]

@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import OptimConfig
-from jaxlm.schedules import make_schedule
+from jaxlm.config import OptimConfig, cli
+from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
 BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py").optim

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import signals
-from jaxlm.signals import StopSignal
-from jaxlm.workers import workers
+from jaxlm.host import signals
+from jaxlm.host.signals import StopSignal
+from jaxlm.host.workers import workers
 from tests.runs import ROOT
 
 PROGRAM = """

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import step as steps
-from jaxlm.cli import load
 from jaxlm.config import Config
+from jaxlm.config.cli import load
 from jaxlm.model import Model, make_model
-from jaxlm.optimizer import is_matrix, make_optimizer
-from jaxlm.placement import Placement
+from jaxlm.train import step as steps
+from jaxlm.train.optimizer import is_matrix, make_optimizer
+from jaxlm.train.placement import Placement
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 VOCAB, T, STEPS = 29, 8, 3

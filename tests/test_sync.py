@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.cli import load
 from jaxlm.config import ParallelConfig
+from jaxlm.config.cli import load
 from jaxlm.sync import Group, make_reduction, make_sync
 from jaxlm.sync.base import Reduction
 from jaxlm.sync.int8 import BLOCK

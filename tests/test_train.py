@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.train import GROUP, GROUP_BYTES, on_devices
+from jaxlm.train.loop import GROUP, GROUP_BYTES, on_devices
 
 
 @pytest.mark.parametrize("tokens, ahead", [(4, GROUP), (GROUP_BYTES // 4, 1)], ids=["small", "large"])

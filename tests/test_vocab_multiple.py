@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from jaxlm.generate import generate
-from jaxlm.losses import cross_entropy
 from jaxlm.model import make_model
-from jaxlm.restore import open_run
+from jaxlm.model.generate import generate
+from jaxlm.model.losses import cross_entropy
+from jaxlm.run.open_run import open_run
 from tests.runs import run
 
 V, ROWS = 23, 32

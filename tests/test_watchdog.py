@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from jaxlm import distributed
 from jaxlm.data.stream import TrainStream
-from jaxlm.watchdog import Watchdog
+from jaxlm.host import distributed
+from jaxlm.host.watchdog import Watchdog
 from tests.runs import ROOT
 
 HANGS = """

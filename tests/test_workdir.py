@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from jaxlm.checkpoint.workdir import FILES, FOLDERS, Lock
 from jaxlm.config import UserError
 from jaxlm.data import load_tokenizer
 from jaxlm.main import exit_code
-from jaxlm.restore import open_run, score
-from jaxlm.workdir import FILES, FOLDERS, Lock
+from jaxlm.run.open_run import open_run, score
 from tests.runs import CHECKPOINT, lines, run, start, wait_for_step
 
 

@@ -6,7 +6,7 @@ reads what a step moves between devices; each has --help.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool(huge_pages=True)
 
@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime, signals
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime, signals
+from jaxlm.host.temporary import temporary_folder
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
-from jaxlm.temporary import temporary_folder
 
 
 def main() -> int:
@@ -76,8 +76,8 @@ def main() -> int:
 
 def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians over the rounds, and of the ratios round by round."""
-    from jaxlm.metrics import peak_flops
     from jaxlm.model import flops_per_token
+    from jaxlm.run.metrics import peak_flops
 
     c = ours.config
     step = statistics.median(rounds["step"])
@@ -109,8 +109,10 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path):
         import jax
 
-        from jaxlm import hooks, parts, step
-        from jaxlm.workdir import Lock
+        from jaxlm.checkpoint.workdir import Lock
+        from jaxlm.run import beside_steps as hooks
+        from jaxlm.run import setup as parts
+        from jaxlm.train import step
 
         self.config = config
         self.parts, self.state, _ = parts.build(config, workdir, Lock(), quiet=True)
@@ -146,8 +148,8 @@ class Trainer:
         """Seconds a step of the whole loop: data, metrics and all."""
         import jax
 
-        from jaxlm.hooks import make_on_step
-        from jaxlm.train import train
+        from jaxlm.run.beside_steps import make_on_step
+        from jaxlm.train.loop import train
 
         on_step = make_on_step(self.parts, self._write, self.state.params, self._done)
         start = time.perf_counter()

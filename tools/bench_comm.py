@@ -9,9 +9,9 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from jaxlm import cli, runtime
-from jaxlm.config import Config, UserError
-from jaxlm.paths import user_path
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime
 from tools.collectives import Collective, collectives
 
 AGREE = 1e-3  # formula and program, but for scalars that XLA puts into the same collective
@@ -86,9 +86,9 @@ def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple
     import jax.numpy as jnp
 
     from jaxlm import data
-    from jaxlm import step as steps
     from jaxlm.model import make_model
     from jaxlm.sync import Group, make_sync
+    from jaxlm.train import step as steps
 
     vocab_size = vocab_size or data.prepare(config).vocab_size
     model = make_model(config.model, vocab_size, config.seq_len)

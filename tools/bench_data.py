@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
-from jaxlm import cli, runtime
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, Batch
 from jaxlm.data.tf_import import import_tensorflow
-from jaxlm.paths import user_path
-from jaxlm.temporary import temporary_folder
-from jaxlm.workers import apart
+from jaxlm.host import runtime
+from jaxlm.host.temporary import temporary_folder
+from jaxlm.host.workers import apart
 from tools.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
@@ -161,7 +161,7 @@ def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, com
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from jaxlm.train import train
+    from jaxlm.train.loop import train
 
     devices = runtime.choose_devices(config)
     sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))

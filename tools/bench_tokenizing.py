@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from jaxlm.config import Config, DataConfig, mixture
 from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
-from jaxlm.data.documents import Document, Unit
-from jaxlm.data.files import grouped
-from jaxlm.data.sentencepiece_tokenizer import CHUNK
 from jaxlm.data.sources import open_source
+from jaxlm.data.sources.documents import Document, Unit
+from jaxlm.data.sources.files import grouped
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.tokenizers import to_bytes
-from jaxlm.workers import apart, deaf, no_main, workers
+from jaxlm.data.tokenizers.sentencepiece import CHUNK
+from jaxlm.host.workers import apart, deaf, no_main, workers
 
 ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
 

@@ -18,7 +18,7 @@ undisturbed run. The last line of output is one JSON object; the exit code is 1 
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("chaos")
 
@@ -37,10 +37,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime, signals
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import steps_in, user_path
+from jaxlm.host import runtime, signals
 from jaxlm.main import exit_code
-from jaxlm.paths import steps_in, user_path
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
@@ -129,7 +129,7 @@ class Bench:
 
     def state(self, name: str) -> dict[str, bytes]:
         """The bytes of every array of the last checkpoint."""
-        from jaxlm.checkpoint import Checkpoints
+        from jaxlm.checkpoint.reading import Checkpoints
 
         checkpoints = Checkpoints(self.folder / name)
         arrays = checkpoints.restore_arrays(self.config.steps)

@@ -125,8 +125,8 @@ def poison(first: int, last: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxlm import step
     from jaxlm.data.order import TrainOrder
+    from jaxlm.train import step
 
     mark, batches, loss = -2, TrainOrder.batches, step.output_loss
 
@@ -149,7 +149,7 @@ def flip(number: int) -> None:
     import jax
     import numpy as np
 
-    from jaxlm import step
+    from jaxlm.train import step
 
     make = step.pmap_train_step
 
@@ -177,7 +177,7 @@ def flip(number: int) -> None:
 
 
 def hang(number: int) -> None:
-    from jaxlm import train
+    from jaxlm.train import loop as train
 
     on_devices = train.on_devices
 

@@ -1,7 +1,7 @@
 """Scores a checkpoint on its whole validation set, or on other data; the last line of output is one JSON object."""
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool(huge_pages=True)
 
@@ -11,11 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from jaxlm import cli, runtime
-from jaxlm.config import Config, UserError, flatten
+from jaxlm.config import Config, UserError, cli, flatten
+from jaxlm.config.paths import user_path
+from jaxlm.config.pretrained import read_step
+from jaxlm.host import runtime
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
-from jaxlm.pretrained import read_step
 
 
 def load(workdir: Path, overrides: list[str]) -> Config:
@@ -66,7 +66,7 @@ def main() -> int:
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
 
-    from jaxlm.restore import open_run, score
+    from jaxlm.run.open_run import open_run, score
 
     run = open_run(workdir, read_step("--step", args.step))
     print(json.dumps({"step": run.step, **score(run, config)}))

@@ -1,7 +1,7 @@
 """Samples text from a checkpoint, and shows it as it comes."""
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool()
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime
-from jaxlm.config import MAX_FLOAT, MAX_INT, UserError, show
+from jaxlm.config import MAX_FLOAT, MAX_INT, UserError, cli, show
+from jaxlm.config.paths import user_path
+from jaxlm.config.pretrained import read_step
+from jaxlm.config.validate import MAX_SEED
+from jaxlm.host import runtime
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
-from jaxlm.pretrained import read_step
-from jaxlm.validate import MAX_SEED
 
 MEMORY = 8  # GB of keys, values and logits
 TEXTS = ("--prompt", "--stop")  # options whose value may begin with a dash
@@ -29,9 +29,9 @@ def main() -> int:
     prompt = _read_prompt(args)
     runtime.check_environment()
 
-    from jaxlm.data.conversations import trains_on_answers
-    from jaxlm.prompts import Continuation, encode_prompt, make_ending
-    from jaxlm.restore import open_run
+    from jaxlm.data.prompts import Continuation, encode_prompt, make_ending
+    from jaxlm.data.sources.conversations import trains_on_answers
+    from jaxlm.run.open_run import open_run
 
     run = open_run(user_path("--workdir", args.workdir), read_step("--step", args.step))
     tokenizer, data, seq_len = run.tokenizer, run.config.data, run.config.seq_len
@@ -52,7 +52,7 @@ def main() -> int:
     import jax
     import numpy as np
 
-    from jaxlm.generate import stream
+    from jaxlm.model.generate import stream
 
     blocks = stream(
         run.model, run.params, np.tile(ids, (args.num_samples, 1)), jax.random.key(args.seed),
@@ -182,7 +182,7 @@ def _is_piped() -> bool:
 def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int) -> None:
     import jax
 
-    from jaxlm.generate import CHUNK
+    from jaxlm.model.generate import CHUNK
 
     total = prompt_tokens + args.max_new_tokens
     length = min(total, run.model.max_positions or total)

@@ -6,7 +6,7 @@ The last line on stdout is one JSON object.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("inspect_data.py")
 
@@ -23,20 +23,12 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from jaxlm import cli, runtime
-from jaxlm.config import Config, UserError, show
+from jaxlm.config import Config, UserError, cli, show
+from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, Tokenizer, prepare
-from jaxlm.data.inspect import (
-    Batch,
-    View,
-    decoded,
-    documents,
-    learned_share,
-    mixture_shares,
-    token_counts,
-)
+from jaxlm.data.inspect import Batch, View, decoded, documents, learned_share, mixture_shares, token_counts
+from jaxlm.host import runtime
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
 from tools.inspect_charts import (
     MAP_ROWS,
     TOP,

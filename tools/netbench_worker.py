@@ -15,10 +15,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from jaxlm import cli, distributed, runtime
-    from jaxlm import step as steps
+    from jaxlm.config import cli
+    from jaxlm.host import distributed, runtime
     from jaxlm.model import make_model
-    from jaxlm.placement import Placement
+    from jaxlm.train import step as steps
+    from jaxlm.train.placement import Placement
 
     def config_of(reduce: str) -> Any:
         flat = json.loads(keys) | {"parallel.reduce": reduce, "parallel.devices": 1}

@@ -6,7 +6,7 @@ The last line on stdout is one JSON object.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("prepare_data.py")
 
@@ -14,10 +14,11 @@ if __name__ == "__main__":  # before the other imports, so that a signal is hear
 import json
 from pathlib import Path
 
-from jaxlm import cli, runtime
+from jaxlm.config import cli
+from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, open_store, prepare
+from jaxlm.host import runtime
 from jaxlm.main import exit_code
-from jaxlm.paths import user_path
 
 
 def summary(corpus: Corpus) -> dict:

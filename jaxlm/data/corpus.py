@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import is_alone, named
+from jaxlm.data.sources.files import is_alone, named
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 

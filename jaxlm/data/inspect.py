@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.documents import Split
 from jaxlm.data.order import Packed, Rows, TrainOrder, make_order
+from jaxlm.data.sources.documents import Split
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 

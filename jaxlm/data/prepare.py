@@ -5,17 +5,17 @@ import itertools
 from typing import Any
 
 from jaxlm.config import Config, DataConfig, UserError, mixture
-from jaxlm.data.arrays import raw_tokens, synthetic
+from jaxlm.config.paths import user_path
 from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
-from jaxlm.data.documents import Source
-from jaxlm.data.files import is_alone, key_of, named
 from jaxlm.data.progress import say_once
 from jaxlm.data.sources import open_source
+from jaxlm.data.sources.arrays import raw_tokens, synthetic
+from jaxlm.data.sources.documents import Source
+from jaxlm.data.sources.files import is_alone, key_of, named
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.store_reader import open_store
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import chain
-from jaxlm.paths import user_path
 
 
 def prepare(config: Config, *, progress: bool = True) -> Corpus:

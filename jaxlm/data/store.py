@@ -22,20 +22,20 @@ from typing import Any
 
 import filelock
 
-from jaxlm import signals
 from jaxlm.config import DataConfig, UserError
+from jaxlm.config.paths import user_path
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths
-from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
-from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
-from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
-from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer, sample_characters
 from jaxlm.data.sources import open_source
+from jaxlm.data.sources.documents import BLOCK, Document, Source, Split, Unit
+from jaxlm.data.sources.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
 from jaxlm.data.store_reader import COUNTS, FORMAT, open_store
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from jaxlm.paths import user_path
-from jaxlm.temporary import temporary_folder
+from jaxlm.data.tokenizers.hf import HfTokenizer
+from jaxlm.data.tokenizers.sentencepiece import SAMPLE_CHARACTERS, SentencePieceTokenizer, sample_characters
+from jaxlm.host import signals
+from jaxlm.host.temporary import temporary_folder
 
 MARKUP = 1  # how special tokens of a chat template are encoded
 LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store

@@ -16,7 +16,7 @@ import numpy as np
 from jaxlm.config import Config, UserError
 from jaxlm.data.order import TrainOrder
 from jaxlm.data.tf_import import import_tensorflow
-from jaxlm.runtime import IMPORTER
+from jaxlm.host.runtime import IMPORTER
 
 Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
 MakeBatches = Callable[[int, int], Batch]  # (first, count) -> batches first ... first + count - 1: [count, ...]

@@ -1,0 +1,100 @@
+"""Which files of a path are for training, for validation, or no data, such as a README beside Parquet files."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.sources.files import is_alone, is_remote, key_of, list_files, located, named, stat_of, suffix_of
+
+# What files of a source are called. Of a folder that has such files, others are left out.
+SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "tokens": (".bin", ".npy")}
+MEANT = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # the source of files that `text` reads as text
+TRAIN, VAL, META = "train.bin", "val.bin", "meta.pkl"  # nanoGPT's, in one folder
+TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
+SHOWN = 3  # names in a note
+
+
+class Files(NamedTuple):
+    train: dict[str, Path]  # by their names
+    val: dict[str, Path]  # empty: a part of `train` is held out
+    notes: tuple[str, ...]  # lines for people
+    meta: Path | None = None  # meta.pkl, in a folder of nanoGPT's
+
+
+def find_files(data: DataConfig) -> Files:
+    """The files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
+
+    Raises:
+      UserError: there are none, one is of another kind than the source, or validation files would be trained on.
+    """
+    suffixes = SUFFIXES.get(data.source, ())
+    if data.source == "tokens" and not is_alone(data):
+        _check_not_empty(data)
+    train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, suffixes)
+    val, others = list_files("data.val_path", data.val_path, suffixes) if data.val_path else ({}, [])
+    inside = {path.resolve() for path in val.values()}
+    train = {name: path for name, path in train.items() if path.resolve() not in inside}
+    if data.source == "tokens":
+        _check_kind([*train.values(), *val.values()])
+    if not train and not is_alone(data):
+        raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+    meta = None
+    if data.source == "tokens" and not val and train.keys() >= {TRAIN, VAL}:
+        path = train[TRAIN].with_name(META)
+        meta = path if path.is_file() else None
+        left_out = sorted({*left_out, *train} - {TRAIN, VAL, META})
+        train, val = {TRAIN: train[TRAIN]}, {VAL: train[VAL]}
+    if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
+        _check_names(data, train)
+    notes = [_left_out(named(data), left_out), _left_out(f"data.val_path={data.val_path}", others),
+             _meant(data, [*train, *val]) if data.source == "text" else ""]  # fmt: skip
+    return Files(train, val, tuple(note for note in notes if note), meta)
+
+
+def _check_not_empty(data: DataConfig) -> None:
+    """Raises UserError where nanoGPT's files are there and one is empty: the other would be split instead."""
+    files = [located(key_of(data), data.path) / name for name in (TRAIN, VAL)]
+    if all(path.is_file() for path in files):
+        for path in files:
+            if not stat_of(path).st_size:
+                raise UserError(f"{path}: empty; allowed: token ids")
+
+
+def _check_kind(paths: list[Path]) -> None:
+    for path in paths:
+        if is_remote(path):
+            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of this machine")
+        if path.suffix not in SUFFIXES["tokens"]:
+            raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "
+                            + ", ".join(SUFFIXES["tokens"]))  # fmt: skip
+
+
+def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
+    """Raises UserError where files of one path are named as those to train on and those to validate on."""
+    words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
+    train = [name for name in files if words[name] & TRAIN_WORDS]
+    val = [name for name in files if words[name] & VAL_WORDS and name not in train]
+    if train and val:
+        allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
+        raise UserError(f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
+                        f"allowed: {allowed}, or globs")  # fmt: skip
+
+
+def _left_out(where: str, names: list[str]) -> str:
+    """A line about files that are left out; empty where there are none."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
+    what = "a file that is" if len(names) == 1 else f"{len(names)} files that are"
+    return f"{where}: without {what} hidden or of another kind ({shown}); a glob takes all that it matches"
+
+
+def _meant(data: DataConfig, names: list[str]) -> str:
+    """A line where files look like those of another source; empty where none do."""
+    for suffix, source in MEANT.items():
+        count = sum(suffix_of(name) == suffix for name in names)
+        if count:
+            what = f"a {suffix} file is" if count == 1 else f"{count} {suffix} files are"
+            return f"{named(data)}: {what} read as plain text; data.source={source} reads the texts of its records"
+    return ""
