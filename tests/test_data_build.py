@@ -41,7 +41,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
 from configs.base import get_config
-from jaxlm.data import prepare, sources
+from jaxlm.data import prepare
+from jaxlm.data.sources import opening as sources
 import time
 c = get_config()
 c.seq_len, c.data.source, c.data.tokenizer, c.data.path, c.data.cache_dir = 16, "text", "bytes", {path!r}, {cache!r}
@@ -227,7 +228,7 @@ def hears_no_ctrl_c(pid: int) -> bool:
 def test_processes_of_a_script_end_with_it(config: Config, tmp_path: Path):
     path = write(tmp_path, {f"d/{i}.txt": LINES for i in range(40)}) / "d"
     script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=0)
-    script = script.replace("c = get_config()", "c = get_config()\nfrom jaxlm.data import files\n"
+    script = script.replace("c = get_config()", "c = get_config()\nfrom jaxlm.data.sources import files\n"
                             "files.UNIT_BYTES = 5 * 10**4")  # fmt: skip
     file = tmp_path / "script.py"
     file.write_text(script)  # without `if __name__ == "__main__"`, as people write them

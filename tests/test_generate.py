@@ -76,7 +76,7 @@ def test_a_long_prompt_is_read_in_chunks(
     prompt_BT = prompts(2, length)
     whole = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
     cast(Any, _read).clear_cache()  # compiled with the chunks of before
-    monkeypatch.setattr("jaxlm.generate.CHUNK", 4)
+    monkeypatch.setattr("jaxlm.model.generate.CHUNK", 4)
     sizes: list[int] = []  # of what the model is given, whenever it is compiled
 
     def decode(params: Params, tokens_BT: jax.Array, *rest: Any) -> Any:

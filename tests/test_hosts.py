@@ -19,7 +19,9 @@ ANOTHER = f"host {socket.gethostname()} (process 1)"
 # The second host takes longer to compile. While steps BEGIN to END are reported, the first one's disk is full.
 CHILD = """
 import errno, os, sys, time
-from jaxlm import distributed, main, metrics, retry, together
+from jaxlm import main
+from jaxlm.host import distributed, retry, together
+from jaxlm.run import metrics
 distributed.PATIENCE, retry.FIRST, retry.PATIENCE = 1, 0.01, 1.0
 first = sys.argv[sys.argv.index("--process_id") + 1] == "0"
 workdir = sys.argv[sys.argv.index("--workdir") + 1]

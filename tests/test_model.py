@@ -1,6 +1,6 @@
 """The decoder against the papers' formulas in NumPy, and the properties that a decoder must have.
 
-Shapes as in `jaxlm/decoder.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
+Shapes as in `jaxlm/model/decoder.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
 """
 
 import dataclasses

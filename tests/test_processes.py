@@ -239,7 +239,8 @@ def test_what_hosts_do_not_agree_on(more: dict[int, list[str]], devices: Any, wo
 
 IMPATIENT = """
 import sys
-from jaxlm import main, parts
+from jaxlm import main
+from jaxlm.run import setup as parts
 parts.FOLDER_LIMIT = 2
 sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))
 """
@@ -291,7 +292,8 @@ def test_hosts_with_different_data(there: bool, tmp_path: Path):
 
 LATE = """
 import sys, time
-from jaxlm import distributed, main
+from jaxlm import main
+from jaxlm.host import distributed
 distributed.PATIENCE, distributed.PREPARE_LIMIT = 1, 6
 index = int(sys.argv[2])
 hosts = distributed.join(sys.argv[1], 2, index)
@@ -324,7 +326,7 @@ def test_a_host_that_is_late_is_waited_for_and_named():
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there():
     address = f"127.0.0.1:{free_port()}"
-    script = ("import sys; from jaxlm import distributed, main; distributed.JOIN_LIMIT = 3; "
+    script = ("import sys; from jaxlm import main; from jaxlm.host import distributed; distributed.JOIN_LIMIT = 3; "
               "sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))")  # fmt: skip
     command = [sys.executable, "-c", script, "--config", str(CONFIG), *flags("steps=10"), "--coordinator", address,
                "--num_processes", "2", "--process_id", "1"]  # fmt: skip

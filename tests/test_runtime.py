@@ -50,8 +50,8 @@ def test_cpu_flags_are_those_that_the_run_needs(monkeypatch: pytest.MonkeyPatch)
 PRODUCTS = """
 import sys
 from pathlib import Path
-from jaxlm import runtime
-from jaxlm.cli import load
+from jaxlm.host import runtime
+from jaxlm.config.cli import load
 runtime.configure_jax(load(Path(sys.argv[1]), [f"--config.model.matmul_precision={sys.argv[2]}"]), 1)
 import jax, numpy as np
 a, b = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_xla_knows_every_flag(monkeypatch: pytest.MonkeyPatch):
 
 LEAVES = """
 import atexit, threading, time
-from jaxlm import runtime
+from jaxlm.host import runtime
 atexit.register(print, "cleaned up")
 if NAME:
     threading.Thread(target=time.sleep, args=(600,), name=NAME, daemon=True).start()
@@ -115,7 +115,7 @@ def test_the_end_waits_for_no_thread(name: str, out: str):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
 def test_the_end_says_what_is_lost():
-    program = "from jaxlm import runtime; print('{}'); runtime.leave(0)"
+    program = "from jaxlm.host import runtime; print('{}'); runtime.leave(0)"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
@@ -147,7 +147,7 @@ def test_a_machine_without_the_device_that_is_asked_for(tmp_path: Path):
 
 
 CLOSED = """
-from jaxlm import startup
+from jaxlm.host import startup
 startup.open_standard_streams()
 file = open("file", "w")
 print("hello │")

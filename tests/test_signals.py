@@ -19,7 +19,7 @@ from tests.runs import ROOT
 
 PROGRAM = """
 import sys, time
-from jaxlm import signals
+from jaxlm.host import signals
 signals.block()
 signals.listen(75, "stopped")
 stop = signals.of_program()
@@ -70,7 +70,9 @@ for i in itertools.count():
 
 def test_a_temporary_folder_is_removed_even_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    opened = "from jaxlm.temporary import temporary_folder\ncontext = temporary_folder()\nfolder = context.__enter__()"
+    opened = (
+        "from jaxlm.host.temporary import temporary_folder\ncontext = temporary_folder()\nfolder = context.__enter__()"
+    )
     for _ in range(3):
         process = started(opened, WRITES)
         time.sleep(0.2)
@@ -102,8 +104,8 @@ def test_noted_ones_are_not_lost_when_there_is_nothing_left_to_save():
 
 def test_one_that_comes_before_it_listens_is_heard_also_by_a_program_that_replaces_it(tmp_path: Path):
     first = tmp_path / "first.py"
-    second = ["-c", "from jaxlm import signals; signals.block(); signals.listen(75, 'stopped'); " + IN_C]
-    first.write_text(f"import os, sys\nfrom jaxlm import signals\nsignals.block()\nprint('begun', flush=True)\n"
+    second = ["-c", "from jaxlm.host import signals; signals.block(); signals.listen(75, 'stopped'); " + IN_C]
+    first.write_text(f"import os, sys\nfrom jaxlm.host import signals\nsignals.block()\nprint('begun', flush=True)\n"
                      f"sys.stdin.readline()\nos.execv(sys.executable, {[sys.executable, *second]!r})")  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(first)], cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -131,7 +133,7 @@ def test_heard_while_a_command_imports(number: signal.Signals, command: list[str
     assert process.stderr
     begun = False
     for line in process.stderr:
-        begun |= line.endswith("jaxlm.startup\n")
+        begun |= line.endswith("jaxlm.host.startup\n")
         if begun and line.rsplit("|")[-1].strip() in ("json", "argparse", "dataclasses"):
             break
     process.send_signal(number)

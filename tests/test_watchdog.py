@@ -14,7 +14,7 @@ from tests.runs import ROOT
 
 HANGS = """
 import time
-from jaxlm.watchdog import Watchdog
+from jaxlm.host.watchdog import Watchdog
 watchdog = Watchdog(0.2, abort=%s)
 watchdog.start()
 watchdog.at(7, "reading the next batch")

@@ -37,7 +37,7 @@ counts: Counter[str] = Counter()
 
 
 def place() -> str:
-    distributed = sys.modules.get("jaxlm.distributed")
+    distributed = sys.modules.get("jaxlm.host.distributed")
     return getattr(distributed, "here", "importing")
 
 
