@@ -1,7 +1,9 @@
-"""What each key means, which values go together, and where they come from: files and command lines.
+"""What each key means, which values fit together, and where they come from: files, command lines, other runs.
 
-This room imports nothing else of jaxlm, and neither jax nor TensorFlow: a wrong key is refused before anything slow is
-imported. The names below are for every room.
+Nothing here imports JAX or TensorFlow, so a wrong key is refused before anything slow is imported. Other rooms take the
+names below from here, and `cli`, `paths`, `keys`, `pretrained` as modules.
+
+May import: nothing.
 """
 
 from jaxlm.config.schema import (

@@ -1,4 +1,10 @@
-"""The decoder as pure functions of its parameters: states, logits, losses, sampling. It may import `config` alone."""
+"""The decoder as pure functions of its parameters: logits, hidden states, losses, sampling.
+
+Only `decoder.py` and `attention.py` know Flax. Other rooms take the names below from here, and `losses` and `generate`
+as modules.
+
+May import: config.
+"""
 
 from jaxlm.model.decoder import Cache, Params
 from jaxlm.model.model import Model, flops_per_token, make_model, num_params

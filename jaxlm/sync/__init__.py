@@ -1,7 +1,10 @@
 """How gradients move between devices.
 
 `base.py` has the interfaces, `group.py` the collectives; then one file for each reduction. `gradients.py` applies one
-to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer.
+to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer. Other rooms take the names
+below from here.
+
+May import: config.
 """
 
 from typing import Any
