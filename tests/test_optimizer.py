@@ -17,7 +17,8 @@ from jaxlm.config import OptimConfig, cli
 from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_host
-from jaxlm.train.optimizer import NEWTON_SCHULZ, is_matrix, make_optimizer, orthogonalize
+from jaxlm.train.muon import NEWTON_SCHULZ, orthogonalize
+from jaxlm.train.optimizer import is_matrix, make_optimizer
 from jaxlm.train.schedules import make_schedule
 
 STEPS = 40

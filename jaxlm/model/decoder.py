@@ -9,7 +9,7 @@ gradient of a small model a third faster than `[B, T, D]`, and on GPU it is the 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,13 @@ class Cache(NamedTuple):
 
     k: jax.Array  # [L, B, S, K, C]
     v: jax.Array  # [L, B, S, K, C]
+
+
+# {model.remat: which intermediate results the backward pass keeps; None = those at the borders of layers}
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 
 
 class Decoder(nn.Module):
@@ -50,9 +57,8 @@ class Decoder(nn.Module):
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers
         if c.remat != "none":
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # In an unrolled scan XLA would find the recomputation to be the same as the first one, and drop it.
-            block = nn.remat(Block, policy=dots if c.remat == "dots" else None, prevent_cse=unroll > 1)
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
         if self.on_layer is not None:
             on_layer = self.on_layer
             block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
@@ -93,8 +99,7 @@ class Decoder(nn.Module):
         tokens_N = tokens_BT.reshape(-1)
         positions = start + jnp.arange(T) if positions_BT is None else positions_BT
         x_ND = self.embed(tokens_N).astype(c.dtype)
-        if c.position != "rope":
-            table = self.positions(positions) if c.position == "learned" else _sinusoids(positions, c.d_model)
+        if (table := self._added(positions)) is not None:
             x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
         x_ND = _dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
         shared = Shared(
@@ -106,6 +111,18 @@ class Decoder(nn.Module):
         )
         x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
         return self.final_norm(x_ND), cache
+
+    def _added(self, positions: jax.Array) -> jax.Array | None:
+        """What positions add to the embeddings of tokens, `[..., D]`."""
+        match self.config.position:
+            case "rope":
+                return None  # queries and keys are rotated instead
+            case "learned":
+                return self.positions(positions)
+            case "sinusoidal":
+                return _sinusoids(positions, self.config.d_model)
+            case other:
+                assert_never(other)
 
     def unembed(self, x_ND: jax.Array) -> jax.Array:
         """Logits `[N, V]` in float32."""
@@ -220,6 +237,21 @@ class Attention(nn.Module):
         return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
 
 
+def relu2(x: jax.Array) -> jax.Array:
+    """Squared ReLU (So et al., Primer)."""
+    return jnp.square(nn.relu(x))
+
+
+# {model.activation: (function, whether it is of a second projection, a gate of the first)}
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    "gelu": (nn.gelu, False),
+    "relu": (nn.relu, False),
+    "relu2": (relu2, False),
+    "swiglu": (nn.silu, True),  # Shazeer, GLU Variants Improve Transformer
+    "geglu": (nn.gelu, True),
+}
+
+
 class Mlp(nn.Module):
     config: ModelConfig
 
@@ -228,13 +260,8 @@ class Mlp(nn.Module):
         c = self.config
         width = c.d_ff or 4 * c.d_model
         h_NF = _linear(c, width, "up")(x_ND)
-        if c.activation in ("swiglu", "geglu"):  # Shazeer, GLU Variants Improve Transformer
-            gate_NF = _linear(c, width, "gate")(x_ND)
-            h_NF *= nn.silu(gate_NF) if c.activation == "swiglu" else nn.gelu(gate_NF)
-        elif c.activation == "relu2":  # So et al., Primer
-            h_NF = jnp.square(nn.relu(h_NF))
-        else:
-            h_NF = nn.relu(h_NF) if c.activation == "relu" else nn.gelu(h_NF)
+        function, gated = ACTIVATIONS[c.activation]
+        h_NF = h_NF * function(_linear(c, width, "gate")(x_ND)) if gated else function(h_NF)
         return _linear(c, c.d_model, "down", residual=True)(h_NF)
 
 
@@ -242,12 +269,20 @@ def _linear(c: ModelConfig, features: int, name: str, residual: bool = False) ->
     """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3),
     or zero, so that each block is the identity at first.
     """
-    init = nn.initializers.variance_scaling(1 / (2 * c.num_layers) if residual else 1.0, "fan_in", "normal")
-    if residual and c.residual_init == "zero":
-        init = nn.initializers.zeros
+    init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
     return nn.Dense(
         features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, kernel_init=init
     )
+
+
+def _fan_in(variance: float) -> Any:
+    return nn.initializers.variance_scaling(variance, "fan_in", "normal")
+
+
+RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
+    "scaled": lambda c: _fan_in(1 / (2 * c.num_layers)),
+    "zero": lambda c: nn.initializers.zeros,
+}
 
 
 def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:
@@ -256,11 +291,20 @@ def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:
     For rows `[R, C]`: the gradient's sums along rows are seven times slower in XLA's CPU backend where there are more
     dimensions (measured for products of two arrays, jax 0.10.2).
     """
-    if c.norm == "rmsnorm":
-        return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+    return NORMS[c.norm](c, name)
+
+
+def _layernorm(c: ModelConfig, name: str | None) -> nn.Module:
     return nn.LayerNorm(
         epsilon=1e-5, use_bias=c.use_bias, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype, name=name
     )
+
+
+def _rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
+    return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+
+
+NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": _rmsnorm}
 
 
 def _dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:

@@ -39,17 +39,57 @@ UNTOUCHED = LrHistory()
 LEAST_WARMUP = 10  # updates of a second warmup, where optim.warmup_steps is less
 
 
+def _constant(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    return jnp.ones(())
+
+
+def _linear(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    return 1 - (1 - c.min_lr_ratio) * _progress(c, steps, n)
+
+
+def _cosine(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    """Loshchilov and Hutter, SGDR."""
+    return c.min_lr_ratio + (1 - c.min_lr_ratio) * (1 + jnp.cos(math.pi * _progress(c, steps, n))) / 2
+
+
+def _rsqrt(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    """Vaswani et al., Attention Is All You Need."""
+    warmup = max(c.warmup_steps, 1)
+    return jnp.maximum(jnp.sqrt(warmup / jnp.maximum(n + 1, warmup)), c.min_lr_ratio)
+
+
+def _wsd(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    """Hu et al., MiniCPM."""
+    decay = max(c.decay_fraction * steps, 1)
+    return 1 - (1 - c.min_lr_ratio) * jnp.clip((n - (steps - decay)) / decay, 0, 1)
+
+
+def _progress(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
+    """The share of the updates after warmup that are done."""
+    return jnp.clip((n - c.warmup_steps) / max(steps - c.warmup_steps, 1), 0, 1)
+
+
+# {optim.schedule: factor on the peak rate of the update after `n` of `steps` updates}
+SCHEDULES: dict[str, Callable[[OptimConfig, int, jax.Array], jax.Array]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "rsqrt": _rsqrt,
+    "wsd": _wsd,
+}
+
+
 def make_schedule(c: OptimConfig, steps: int, key: Peak = "lr", history: LrHistory = UNTOUCHED) -> Schedule:
     """Learning rate of the update after `n` updates, n = 0 ... steps - 1.
 
-    Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Then, with p the share of the
-    remaining updates that are done, and r = min_lr_ratio, the peak is multiplied by
+    Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Then, with p the share of the remaining updates
+    that are done, and r = min_lr_ratio, the peak is multiplied by
 
     - constant: 1
     - linear: 1 - (1 - r) p
-    - cosine: r + (1 - r) (1 + cos(pi p)) / 2 (Loshchilov and Hutter, SGDR)
-    - rsqrt: sqrt(max(warmup, 1) / (n + 1)), at least r (Vaswani et al.)
-    - wsd: 1, then linearly to r over the last `decay_fraction` of all steps (Hu et al., MiniCPM)
+    - cosine: r + (1 - r) (1 + cos(pi p)) / 2
+    - rsqrt: sqrt(max(warmup, 1) / (n + 1)), at least r
+    - wsd: 1, then linearly to r over the last `decay_fraction` of all steps
 
     From each of `history.cuts` on, the rate is multiplied by a factor, and warms up again from 0. With `history.rewarm`
     it rises linearly from the one there to that of the schedule; a run that goes back to a checkpoint before that stays
@@ -60,18 +100,7 @@ def make_schedule(c: OptimConfig, steps: int, key: Peak = "lr", history: LrHisto
 
     def schedule(n: jax.Array | int) -> jax.Array:
         n = jnp.asarray(n, jnp.float32)
-        p = jnp.clip((n - warmup) / max(steps - warmup, 1), 0, 1)
-        if c.schedule == "linear":
-            factor = 1 - (1 - c.min_lr_ratio) * p
-        elif c.schedule == "cosine":
-            factor = c.min_lr_ratio + (1 - c.min_lr_ratio) * (1 + jnp.cos(math.pi * p)) / 2
-        elif c.schedule == "rsqrt":
-            factor = jnp.maximum(jnp.sqrt(max(warmup, 1) / jnp.maximum(n + 1, max(warmup, 1))), c.min_lr_ratio)
-        elif c.schedule == "wsd":
-            decay = max(c.decay_fraction * steps, 1)
-            factor = 1 - (1 - c.min_lr_ratio) * jnp.clip((n - (steps - decay)) / decay, 0, 1)
-        else:
-            factor = jnp.ones(())
+        factor = SCHEDULES[c.schedule](c, steps, n)
         rise = jnp.minimum((n + 1) / max(warmup, 1), 1)
         for cut in history.cuts:
             again = jnp.minimum((n + 1 - cut.step) / max(warmup, LEAST_WARMUP), 1)
