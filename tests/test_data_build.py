@@ -42,7 +42,7 @@ import sys
 sys.path.insert(0, {root!r})
 from configs.base import get_config
 from jaxlm.data import prepare
-from jaxlm.data.sources import opening as sources
+from jaxlm.data.sources import text as sources
 import time
 c = get_config()
 c.seq_len, c.data.source, c.data.tokenizer, c.data.path, c.data.cache_dir = 16, "text", "bytes", {path!r}, {cache!r}

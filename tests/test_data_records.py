@@ -20,9 +20,9 @@ from jaxlm.data import prepare
 from jaxlm.data import store as store_lib
 from jaxlm.data.sources import documents as documents_lib
 from jaxlm.data.sources import files as files_lib
-from jaxlm.data.sources import open_source
-from jaxlm.data.sources import opening as sources_lib
+from jaxlm.data.sources import text as sources_lib
 from jaxlm.data.sources.documents import Document
+from jaxlm.data.sources.opening import open_source
 from tests import corpora
 from tests.corpora import LINES, make_config, open_corpus, text, write
 

@@ -8,9 +8,11 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
-from jaxlm.data.sources import open_source, read_parts
-from jaxlm.data.sources import opening as sources_lib
+from jaxlm.data.sources import stdlib
+from jaxlm.data.sources import text as sources_lib
 from jaxlm.data.sources.documents import Split, held_out
+from jaxlm.data.sources.opening import open_source
+from jaxlm.data.sources.text import read_parts
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 
 
@@ -108,7 +110,7 @@ def test_stdlib_leaves_tests_out(config: Config, tmp_path: Path, monkeypatch):
     files = {f"module_{i}.py": f"x = {i}\n" * 20 for i in range(150)}
     others = {"test/a.py": "x", "pkg/tests/b.py": "x", "site-packages/c.py": "x", "pkg/__init__.py": "", "d.txt": "x"}
     write(tmp_path / "lib", {**files, **others, "latin.py": b"\xe9"})
-    monkeypatch.setattr(sources_lib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
+    monkeypatch.setattr(stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     config.data.source = "stdlib"
     assert sorted(names(config, "train") + names(config, "val")) == sorted(files)
     corpus = prepare(config, progress=False)

@@ -15,7 +15,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.data import compression_baselines, open_store, prepare, store_reader
 from jaxlm.data import store as store_lib
 from jaxlm.data.progress import track
-from jaxlm.data.sources import open_source
+from jaxlm.data.sources.opening import open_source
 from jaxlm.data.token_file import TokenFile
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 from tools import prepare_data

@@ -12,9 +12,9 @@ from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare, store
 from jaxlm.data.baselines import text_of
-from jaxlm.data.sources import open_source
 from jaxlm.data.sources import tfds as tfds_source
 from jaxlm.data.sources.documents import Document, held_out
+from jaxlm.data.sources.opening import open_source
 from tests.corpora import documents
 
 tfds = pytest.importorskip("tensorflow_datasets")

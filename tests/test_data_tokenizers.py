@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import UserError
-from jaxlm.data.sources import open_source
+from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokenizers import loading as tokenizers_lib

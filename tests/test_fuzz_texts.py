@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import prepare
-from jaxlm.data.sources import open_source, records
+from jaxlm.data.sources import jsonl as jsonl_source
 from jaxlm.data.sources import tfds as tfds_source
 from jaxlm.data.sources.documents import Document, Skipped
+from jaxlm.data.sources.opening import open_source
 from tests.corpora import LINES, open_corpus, write
 from tests.fuzzing import RECORDS, changed, damaged, fuzz, fuzz_config
 from tests.test_data_records import PACK, jsonl
@@ -112,7 +113,7 @@ def test_parquet(config: Config, tmp_path: Path):
 
 def test_a_line_that_fills_the_memory(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As a small packed file may hold."""
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(jsonl_source, "MAX_LINE_BYTES", 1 << 20)
     content = PACK[".zst"](jsonl(RECORDS) + jsonl([{"text": "x" * (2 << 20)}]))
     write(tmp_path, {"a.jsonl.zst": content})
     with pytest.raises(UserError, match=r"a\.jsonl\.zst line 31: more than 1 MiB"):

@@ -19,7 +19,7 @@ from jaxlm.checkpoint.reading import steps_in
 from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import UserError
 from jaxlm.config.cli import load
-from jaxlm.data.sources.arrays import SYNTHETIC_TRAIN
+from jaxlm.data.sources.synthetic import TRAIN as SYNTHETIC_TRAIN
 from jaxlm.model import make_model
 from jaxlm.train import step as steps
 from jaxlm.train.placement import Placement

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxlm.config import Config, DataConfig, mixture
+from jaxlm.config import SOURCES, Config, DataConfig, mixture
 from jaxlm.data.build import BATCH_CHARACTERS, SPLITS, num_processes
-from jaxlm.data.sources import open_source
 from jaxlm.data.sources.documents import Document, Unit
 from jaxlm.data.sources.files import grouped
+from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store import stored, stored_tokenizer
 from jaxlm.data.tokenizers import to_bytes
 from jaxlm.data.tokenizers.sentencepiece import CHUNK
@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
 def text_parts(data: DataConfig) -> list[DataConfig]:
     """The sources that are text; several in a mixture."""
     parts = [part for _, part in mixture(data)] if data.mixture else [data]
-    return [part for part in parts if part.source not in ("tokens", "synthetic")]
+    return [part for part in parts if not SOURCES[part.source].ids]
 
 
 def measure_preparation(config: Config, rounds: int) -> dict[str, Any]:

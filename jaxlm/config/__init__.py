@@ -8,7 +8,6 @@ May import: nothing.
 
 from jaxlm.config.schema import (
     BEFORE,
-    FILE_SOURCES,
     MAX_FLOAT,
     MAX_INT,
     MIN_FLOAT,
@@ -32,9 +31,10 @@ from jaxlm.config.schema import (
     sections,
     show,
 )
+from jaxlm.config.sources import SOURCES
 
 __all__ = [
-    "BEFORE", "FILE_SOURCES", "MAX_FLOAT", "MAX_INT", "MIN_FLOAT", "OWN", "CheckpointConfig", "Config",
+    "BEFORE", "MAX_FLOAT", "MAX_INT", "MIN_FLOAT", "OWN", "SOURCES", "CheckpointConfig", "Config",
     "DataConfig", "EvalConfig", "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "OwnFloat",
     "ParallelConfig", "UserError", "changes", "describe", "flatten", "key_types", "mixture", "sections",
     "show",

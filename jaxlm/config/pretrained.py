@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from jaxlm.config import Config, UserError, flatten, key_types, show
+from jaxlm.config import SOURCES, Config, UserError, flatten, key_types, show
 from jaxlm.config.paths import user_path
 
 Step = int | Literal["best"] | None  # of a checkpoint; best by validation loss; None = the newest
@@ -102,7 +102,7 @@ def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: C
             raise UserError(f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
                             "checkpoint.resume takes")  # fmt: skip
     d = config.data
-    bare = d.source in ("tokens", "synthetic") and not d.mixture
+    bare = SOURCES[d.source].ids and not d.mixture
     if "data.tokenizer_path" not in brought and not d.tokenizer_path and not bare:
         raise UserError(f"data.source is {d.source!r}; allowed: tokens, synthetic, or a data.tokenizer_path, since "
                         f"{workdir}, whose weights checkpoint.resume takes, has no tokenizer")  # fmt: skip

@@ -9,6 +9,8 @@ import dataclasses
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from jaxlm.config.sources import SOURCES, SourceName
+
 
 class UserError(ValueError):
     """Something a user can mend: one line that names the key or file, the value found and what is allowed.
@@ -90,7 +92,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
-    source: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]  # kind of data
+    source: SourceName  # kind of data
     path: str  # file, folder or glob; tokens: prepared store, nanoGPT's folder, .bin, .npy; tfds: its data_dir
     val_path: str  # held-out data of files and `tokens`; "" = a part of `path`, or nanoGPT's val.bin
     mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
@@ -180,8 +182,6 @@ PLACES = r"data\.(path|val_path|tokenizer_path|mixture)"
 
 BEFORE = {"model.key_offset": False}  # what a run did before there was the key, where configs/base.py does otherwise
 
-FILE_SOURCES = ("text", "jsonl", "parquet")
-MIXED_SOURCES = ("stdlib", *FILE_SOURCES, "tfds", "tokens")
 MAX_INT = 2**31 - 1  # of JAX's integers
 MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
 
@@ -237,19 +237,20 @@ def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
     Raises:
       UserError: names the part of it that is wrong.
     """
-    found = []
+    found, names = [], [name for name, kind in SOURCES.items() if kind.mixed]
     for part in data.mixture.rstrip("; ").split(";"):
         weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
         allowed = ("WEIGHT SOURCE [PATH]; ... with weights that are numbers of more than 0, without %, and sources "
-                   + ", ".join(MIXED_SOURCES))  # fmt: skip
-        needs_path = source != "stdlib"
+                   + ", ".join(names))  # fmt: skip
+        kind = SOURCES[source] if source in names else None
         number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight)
-        if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or source not in MIXED_SOURCES:
+        if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or kind is None:
             raise UserError(f"data.mixture has {show(part.strip())}; allowed: {allowed}")
+        needs_path = kind.named_by != "source"
         if bool(path) != needs_path:
             what = "a path (tfds: a name) after it" if needs_path else "no path after it"
             raise UserError(f"data.mixture has {show(part.strip())}; allowed with {source}: {what}")
-        keys: dict[str, Any] = {"tfds_name" if source == "tfds" else "path": path} if path else {}
+        keys: dict[str, Any] = {kind.named_by: path} if path else {}
         own = dataclasses.replace(data, source=source, val_path="", **keys)
         found.append((float(weight), own))
     return found

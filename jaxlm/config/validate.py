@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 from jaxlm.config import (
-    FILE_SOURCES,
     MAX_FLOAT,
     MAX_INT,
     MIN_FLOAT,
+    SOURCES,
     Config,
     DataConfig,
     ModelConfig,
@@ -153,14 +153,15 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
 
 
 def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
-    parts = [part for _, part in mixture(d)] if d.mixture else [d]
+    parts = [(part, SOURCES[part.source]) for part in ([p for _, p in mixture(d)] if d.mixture else [d])]
     if d.mixture:
         require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
-        data_dir = any(part.source == "tfds" for part in parts)
+        data_dir = any(kind.splits for _, kind in parts)
         require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
     else:
-        with_val_path = (*FILE_SOURCES, "tokens")
-        for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, (*with_val_path, "tfds"))):
+        with_val_path = [name for name, kind in SOURCES.items() if kind.files]
+        with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
+        for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, with_path)):
             require(not path or d.source in sources, f"data.{key}",
                     f"none with data.source={d.source}; {', '.join(sources)} have one")  # fmt: skip
     if d.prompt_key or d.response_key:
@@ -172,28 +173,26 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
     # What a shell makes of '...\n', which the model would learn to write.
     require("\\n" not in d.chat_template, "data.chat_template",
             r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'")  # fmt: skip
-    if not any(part.source in ("jsonl", "parquet") for part in parts):
+    if not any(kind.records for _, kind in parts):
+        have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
         for key in ("response_key", "messages_key"):
-            require(
-                not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; jsonl and parquet have keys"
-            )
-    for part in parts:
-        files = part.source in (*FILE_SOURCES, "tokens")
-        if part.source in ("jsonl", "parquet"):
+            require(not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; {have_keys} have keys")
+    for part, kind in parts:
+        if kind.records:
             has_key = bool(d.text_key or d.response_key or d.messages_key)
             require(has_key, "data.text_key", "the key of a record's text")
-        if files:
+        if kind.files:
             require(bool(part.path), "data.path", f"a path; data.source={d.source} needs one")
-        if part.source == "tfds":
+        if kind.splits:
             require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
             require(bool(part.split), "data.split", "the name of a split")
-        if not (part.val_path if files else part.val_split if part.source == "tfds" else ""):
+        if not (part.val_path if kind.files else part.val_split if kind.splits else ""):
             require(0 < d.val_fraction < 1, "data.val_fraction",
                     "more than 0 and less than 1 when no validation data is named")  # fmt: skip
     if d.tokenizer == "hf":
         require(bool(d.tokenizer_path), "data.tokenizer_path",
                 "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it")  # fmt: skip
-    ids = any(part.source in ("tokens", "synthetic") for part in parts)
+    ids = any(kind.ids for _, kind in parts)
     if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
         floor = 2 if ids else 300  # 256 bytes, special and some learned pieces
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")

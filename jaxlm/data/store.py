@@ -27,9 +27,9 @@ from jaxlm.config.paths import user_path
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths
 from jaxlm.data.progress import track
-from jaxlm.data.sources import open_source
 from jaxlm.data.sources.documents import BLOCK, Document, Source, Split, Unit
 from jaxlm.data.sources.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
+from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store_reader import COUNTS, FORMAT, open_store
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokenizers.hf import HfTokenizer

@@ -14,7 +14,7 @@ from jaxlm.checkpoint import workdir as workdirs
 from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.checkpoint.rollback import Diverged
-from jaxlm.config import Config, UserError
+from jaxlm.config import SOURCES, Config, UserError
 from jaxlm.config.cli import load_workdir, read_config
 from jaxlm.config.pretrained import Step
 from jaxlm.host import runtime
@@ -83,12 +83,14 @@ def score(run: Run, config: Config) -> dict[str, Any]:
       UserError: the data is of another vocabulary.
       Diverged: the loss is not a number.
     """
+    kind = SOURCES[config.data.source]
+    ids = kind.ids and kind.files
     if config.data != run.config.data and run.tokenizer is not None:
         config.data.tokenizer_path = str(run.folder / "tokenizer")
-        if config.data.source == "tokens":
+        if ids:
             config.data.vocab_size = run.vocab_size
     corpus = data.prepare(config)
-    bare = config.data.source == "tokens" and corpus.tokenizer is None  # ids that do not say what they stand for
+    bare = ids and corpus.tokenizer is None  # ids that do not say what they stand for
     same = bare or workdirs.holds_tokenizer(run.folder, corpus.tokenizer)
     if corpus.vocab_size != run.vocab_size or not same:
         raise UserError(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
 
-from jaxlm.config import DataConfig, UserError
+from jaxlm.config import SOURCES, DataConfig, UserError
 from jaxlm.config.paths import user_path
 
 HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
@@ -33,7 +33,7 @@ def key_of(data: DataConfig) -> str:
     """The key that names a source, for messages."""
     if data.mixture:
         return "a source of data.mixture"
-    return {"stdlib": "data.source", "synthetic": "data.source", "tfds": "data.tfds_name"}.get(data.source, "data.path")
+    return f"data.{SOURCES[data.source].named_by}"
 
 
 def is_alone(data: DataConfig) -> bool:
@@ -45,10 +45,15 @@ def named(data: DataConfig) -> str:
     """A source in a message."""
     if is_alone(data):
         return f"data.val_path={data.val_path}"
-    path = {"tfds": data.tfds_name, "stdlib": "", "synthetic": ""}.get(data.source, data.path)
     if data.mixture:
-        return f"data.mixture: {data.source} {path}".rstrip()
-    return f"{key_of(data)}={path or data.source}"
+        return f"data.mixture: {data.source} {name_of(data)}".rstrip()
+    return f"{key_of(data)}={name_of(data) or data.source}"
+
+
+def name_of(data: DataConfig) -> str:
+    """What the key that names a source says; "" where its kind says all."""
+    key = SOURCES[data.source].named_by
+    return "" if key == "source" else getattr(data, key)
 
 
 def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:

@@ -1,196 +1,44 @@
-"""Sources: where the text comes from, and which of it is held out.
+"""Opens the data that a configuration names. A new kind of source is an entry here (and in `config/sources.py`)."""
 
-A source is cut into units, which processes read side by side; it gives the same documents in the same order each time.
-Train and validation never share a document.
-"""
+from collections.abc import Callable
 
-import codecs
-import dataclasses
-import sysconfig
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from jaxlm.config import Config, DataConfig
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.sources.documents import Source
+from jaxlm.data.sources.jsonl import open_jsonl
+from jaxlm.data.sources.parquet import open_parquet
+from jaxlm.data.sources.stdlib import open_stdlib
+from jaxlm.data.sources.synthetic import open_synthetic
+from jaxlm.data.sources.text import open_text
+from jaxlm.data.sources.tfds import open_tfds
+from jaxlm.data.sources.tokens import open_tokens
 
-import numpy as np
+# Sources of documents, which a tokenizer turns into ids.
+TEXTS: dict[str, Callable[[DataConfig], Source]] = {
+    "stdlib": open_stdlib,
+    "text": open_text,
+    "jsonl": open_jsonl,
+    "parquet": open_parquet,
+    "tfds": open_tfds,
+}
 
-from jaxlm.config import DataConfig, UserError
-from jaxlm.data.sources.documents import BLOCK, Document, Skipped, Source, Split, Unit, digest, held_out
-from jaxlm.data.sources.files import PACKED, grouped, identify, line_ends, opened, real, skip, unit_bytes
-from jaxlm.data.sources.splits import find_files
-
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Sources of ids. The second argument is whether to say on stderr what is noteworthy.
+IDS: dict[str, Callable[[Config, bool], Corpus]] = {"tokens": open_tokens, "synthetic": open_synthetic}
 
 
 def open_source(data: DataConfig) -> Source:
-    """The documents that `data.source`, one of stdlib, text, jsonl, parquet and tfds, names.
+    """The documents that `data.source` names.
 
     Raises:
       UserError: there are none, or they cannot be read.
     """
-    if data.source == "stdlib":
-        return _stdlib(data)
-    if data.source == "text":
-        return _text(data)
-    if data.source in ("jsonl", "parquet"):
-        from jaxlm.data.sources.records import open_records
-
-        return open_records(data)
-    from jaxlm.data.sources.tfds import open_tfds
-
-    return open_tfds(data)
+    return TEXTS[data.source](data)
 
 
-def _stdlib(data: DataConfig) -> Source:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    paths = {name: paths[name] for name in sorted(paths) if not SKIPPED_FOLDERS.intersection(name.split("/")[:-1])}
-    files, skipped = {}, 0
-    for name, path in paths.items():
-        try:
-            if path.read_bytes().decode():
-                files[name] = path
-        except (UnicodeDecodeError, OSError):  # also a link to a file that this machine lacks
-            skipped += 1
-    if not files:
-        raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")
-    return _by_name(data, files, skipped)
-
-
-def _text(data: DataConfig) -> Source:
-    files, val, notes, _ = find_files(data)
-    if not val:
-        source = _one_file(data, *files.popitem()) if len(files) == 1 else _by_name(data, files)
-        return dataclasses.replace(source, notes=notes)
-    parts = [Part(n, p, "train") for n, p in files.items()] + [Part(n, p, "val") for n, p in val.items()]
-    source = _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
-    return dataclasses.replace(source, notes=notes)
-
-
-def _by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
-    """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
-    held = {name for name in files if held_out(name, data.val_fraction)}
-    if not held:  # few files: one of them, and again one that its name decides
-        held = {min(files, key=digest)}
-    if len(held) == len(files):
-        held.remove(max(files, key=digest))
-    parts = [Part(name, path, "val" if name in held else "train") for name, path in files.items()]
-    return _text_source(data, {"files": identify(files), "val_fraction": data.val_fraction}, parts, skipped)
-
-
-def _one_file(data: DataConfig, name: str, path: Path) -> Source:
-    """The first characters are a training document, the last `val_fraction` of them a validation document."""
-
-    def units() -> list[Unit]:
-        cut = _byte_of_character(path, 1 - data.val_fraction)
-        parts = [Part(f"{name} (train)", path, "train", 0, cut), Part(f"{name} (val)", path, "val", cut)]
-        return _units([part for part in parts if part.stop != 0], cuts=True)
-
-    key = {"source": "text", "files": identify({name: path}), "val_fraction": data.val_fraction}
-    return Source(str(path), key, units, _text_size(path), files=real([path]))
-
-
-def _byte_of_character(path: Path, share: float) -> int:
-    """At which byte (of the text, where the file is packed) that share of a file's characters ends."""
-    with opened(path) as file:
-        counts = [int(np.count_nonzero(_opens_character(block))) for block in iter(partial(file.read, BLOCK), b"")]
-    ends = np.cumsum([0, *counts])
-    cut = int(int(ends[-1]) * share)
-    block = int(np.searchsorted(ends, cut, "right")) - 1
-    with opened(path) as file:
-        skip(file, block * BLOCK)
-        opens = np.flatnonzero(_opens_character(file.read(BLOCK)))
-    return block * BLOCK + (int(opens[cut - ends[block]]) if len(opens) else 0)
-
-
-def _opens_character(block: bytes) -> np.ndarray:
-    return (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
-
-
-class Part(NamedTuple):
-    """Of a text file, or all of it."""
-
-    name: str
-    path: Path
-    split: Split
-    start: int = 0  # in bytes of the text
-    stop: int | None = None
-    first: bool = True
-
-
-def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipped: int = 0) -> Source:
-    key = {"source": data.source, "on_error": data.on_error} | key
-    skips = data.on_error == "skip"
-    name = data.source if data.source == "stdlib" else data.path or data.val_path
-    size = _text_size(*(part.path for part in parts))
-    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped,
-                  files=real(part.path for part in parts))  # fmt: skip
-
-
-def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
-    """Parts in units of about the same size; large ones are cut at the ends of lines where `cuts` is set."""
-    limit = unit_bytes(sum(map(_part_size, parts)))
-    pieces: list[Part] = []
-    for part in parts:
-        stop, ends = part.start + _part_size(part), []
-        if cuts and stop - part.start > 2 * limit and part.path.suffix not in PACKED:
-            ends = line_ends(part.path, part.start, stop, limit)
-        starts = [part.start, *ends]
-        pieces += [part._replace(start=a, stop=b, first=a == part.start)
-                   for a, b in zip(starts, [*ends, part.stop], strict=True)]  # fmt: skip
-    return [Unit(partial(_read_text, group, skips))
-            for group in grouped(pieces, _part_size, limit)]  # fmt: skip
-
-
-def _part_size(part: Part) -> int:
-    return max((part.path.stat().st_size if part.stop is None else part.stop) - part.start, 0)
-
-
-def _text_size(*paths: Path) -> int:
-    """Bytes of the text in files; 0 = unknown."""
-    return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
-
-
-def _read_text(parts: list[Part], skips: bool) -> Iterator[Document | Skipped]:
-    for part in parts:
-        if skips:  # read before it is used, so that no half of it is
-            try:
-                for _ in read_parts(part.path, part.start, part.stop):
-                    pass
-            except UserError as error:
-                yield Skipped(str(error))
-                continue
-        first = part.first
-        for text in read_parts(part.path, part.start, part.stop):
-            yield Document(part.name, text, part.split, first)
-            first = False
-
-
-def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """The text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
-    wherever they can.
-
-    sentencepiece's tokens never cross from a line into the newline after it: its parts are tokenized as the whole.
+def open_ids(config: Config, progress: bool) -> Corpus:
+    """The token ids that `data.source` names.
 
     Raises:
-      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the text, where the file is
-        packed).
+      UserError: there are none, they cannot be read, or do not fit the configuration.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset, block = "", start, b"-"
-    try:
-        with opened(path) as file:
-            skip(file, start)
-            while block:
-                block = file.read(BLOCK if stop is None else min(BLOCK, stop - offset))
-                if b"\0" in block:
-                    raise UserError(f"{path}: a NUL at byte {offset + block.index(0)}; allowed: text")
-                offset += len(block)
-                text = rest + decoder.decode(block, final=not block)
-                cut = len(text[: text.rfind("\n") + 1].rstrip("\n")) if block else 0
-                part, rest = (text[:cut], text[cut:]) if cut else (text, "")
-                if part:
-                    yield part
-    except UnicodeDecodeError as error:
-        at = offset - len(error.object) + error.start
-        raise UserError(f"{path}: not UTF-8 at byte {at} ({error.reason}); allowed: UTF-8 text") from None
+    return IDS[config.data.source](config, progress)

@@ -4,13 +4,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxlm.config import DataConfig, UserError
-from jaxlm.data.sources.files import is_alone, is_remote, key_of, list_files, located, named, stat_of, suffix_of
+from jaxlm.config import SOURCES, DataConfig, UserError
+from jaxlm.data.sources.files import is_alone, key_of, list_files, located, named, stat_of, suffix_of
 
-# What files of a source are called. Of a folder that has such files, others are left out.
-SUFFIXES = {"jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet", ".pq"), "tokens": (".bin", ".npy")}
 MEANT = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # the source of files that `text` reads as text
-TRAIN, VAL, META = "train.bin", "val.bin", "meta.pkl"  # nanoGPT's, in one folder
 TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
 SHOWN = 3  # names in a note
 
@@ -19,7 +16,6 @@ class Files(NamedTuple):
     train: dict[str, Path]  # by their names
     val: dict[str, Path]  # empty: a part of `train` is held out
     notes: tuple[str, ...]  # lines for people
-    meta: Path | None = None  # meta.pkl, in a folder of nanoGPT's
 
 
 def find_files(data: DataConfig) -> Files:
@@ -28,46 +24,31 @@ def find_files(data: DataConfig) -> Files:
     Raises:
       UserError: there are none, one is of another kind than the source, or validation files would be trained on.
     """
-    suffixes = SUFFIXES.get(data.source, ())
-    if data.source == "tokens" and not is_alone(data):
-        _check_not_empty(data)
-    train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, suffixes)
-    val, others = list_files("data.val_path", data.val_path, suffixes) if data.val_path else ({}, [])
+    kind = SOURCES[data.source]
+    if kind.split_files and not is_alone(data):
+        _check_not_empty([located(key_of(data), data.path) / name for name in kind.split_files])
+    train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, kind.suffixes)
+    val, others = list_files("data.val_path", data.val_path, kind.suffixes) if data.val_path else ({}, [])
     inside = {path.resolve() for path in val.values()}
     train = {name: path for name, path in train.items() if path.resolve() not in inside}
-    if data.source == "tokens":
-        _check_kind([*train.values(), *val.values()])
     if not train and not is_alone(data):
         raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
-    meta = None
-    if data.source == "tokens" and not val and train.keys() >= {TRAIN, VAL}:
-        path = train[TRAIN].with_name(META)
-        meta = path if path.is_file() else None
-        left_out = sorted({*left_out, *train} - {TRAIN, VAL, META})
-        train, val = {TRAIN: train[TRAIN]}, {VAL: train[VAL]}
-    if not val and data.source != "text":  # there a file is a document, and test_x.txt one as others are
+    if not val and kind.split_files and train.keys() >= {*kind.split_files}:
+        left_out = sorted({*left_out, *train} - {*kind.split_files, *kind.beside})
+        train, val = ({name: train[name]} for name in kind.split_files)
+    if not val and kind.suffixes:  # elsewhere a file is a document, and test_x.txt one as others are
         _check_names(data, train)
     notes = [_left_out(named(data), left_out), _left_out(f"data.val_path={data.val_path}", others),
-             _meant(data, [*train, *val]) if data.source == "text" else ""]  # fmt: skip
-    return Files(train, val, tuple(note for note in notes if note), meta)
+             _meant(data, [*train, *val]) if not kind.suffixes else ""]  # fmt: skip
+    return Files(train, val, tuple(note for note in notes if note))
 
 
-def _check_not_empty(data: DataConfig) -> None:
-    """Raises UserError where nanoGPT's files are there and one is empty: the other would be split instead."""
-    files = [located(key_of(data), data.path) / name for name in (TRAIN, VAL)]
+def _check_not_empty(files: list[Path]) -> None:
+    """Raises UserError where both files are there and one is empty: the other would be split instead."""
     if all(path.is_file() for path in files):
         for path in files:
             if not stat_of(path).st_size:
                 raise UserError(f"{path}: empty; allowed: token ids")
-
-
-def _check_kind(paths: list[Path]) -> None:
-    for path in paths:
-        if is_remote(path):
-            raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of this machine")
-        if path.suffix not in SUFFIXES["tokens"]:
-            raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "
-                            + ", ".join(SUFFIXES["tokens"]))  # fmt: skip
 
 
 def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
