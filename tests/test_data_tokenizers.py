@@ -15,7 +15,7 @@ from jaxlm.config import UserError
 from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store import _saved_hash, _tokenizer_key, stored_tokenizer
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from jaxlm.data.tokenizers import loading as tokenizers_lib
+from jaxlm.data.tokenizers import sentencepiece as sentencepiece_lib
 from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
 from jaxlm.data.tokenizers.hf import HfTokenizer
 from jaxlm.data.tokenizers.sentencepiece import (
@@ -166,7 +166,7 @@ def test_a_unigram_model_is_not_trained_on_all_of_a_large_text(monkeypatch: pyte
         seen.append(sum(map(len, texts)))
         return train_sentencepiece([CODE[:5000]], 300)
 
-    monkeypatch.setattr(tokenizers_lib, "train_sentencepiece", trained)
+    monkeypatch.setattr(sentencepiece_lib, "train_sentencepiece", trained)
     data = get_config().data
     data.vocab_size, text = 1024, CODE[:50_000] * 100
     for data.sentencepiece in ("bpe", "unigram"):

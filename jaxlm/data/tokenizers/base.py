@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.config import UserError
+from jaxlm.config import DataConfig, UserError
 
 SPEC = "jaxlm_tokenizer.json"  # in a saved folder: {"kind": ..., and what that kind needs}
 UNKNOWN = "\ufffd".encode()
+
+Texts = Callable[[], Iterable[str]]  # the documents, anew at each call
 
 
 def to_bytes(text: str) -> bytes:
@@ -32,6 +34,7 @@ def code_points(text: str) -> np.ndarray:
 class Tokenizer(abc.ABC):
     """Ids 0 … vocab_size - 1, of which `bos_id` opens a document and stands for no text."""
 
+    library: str | None = None  # the package that encodes, of which another version may give other ids
     num_threads: int  # that `encode` may use
     specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
     end_ids: frozenset[int]  # at which a text ends: bos, and what else a pretrained model may end it with
@@ -73,7 +76,30 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what `load_tokenizer` needs into a folder that exists."""
+        """Writes what `load` needs into a folder that exists, and there `SPEC`, a description with its `kind`."""
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "Tokenizer":
+        """What `save` wrote; `spec` is the description there.
+
+        Raises:
+          UserError, OSError, ValueError, KeyError, TypeError: it is not what `save` wrote.
+        """
+
+    @classmethod
+    def corpus_key(cls, data: DataConfig) -> dict[str, Any] | None:
+        """JSON of all that shapes one that is made of a corpus, besides the texts; None: no text shapes it."""
+        return None
+
+    @classmethod
+    @abc.abstractmethod
+    def make(cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]) -> "Tokenizer":
+        """The tokenizer of a corpus, given without and with its validation documents; `say` shows a line to people.
+
+        Raises:
+          UserError: the corpus is no good to make one.
+        """
 
 
 class ByteTokenizer(Tokenizer):
@@ -87,6 +113,16 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         write_spec(folder, {"kind": "bytes"})
+
+    @classmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "ByteTokenizer":
+        return cls()
+
+    @classmethod
+    def make(
+        cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]
+    ) -> "ByteTokenizer":
+        return cls()
 
 
 class CharTokenizer(Tokenizer):
@@ -112,6 +148,23 @@ class CharTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         write_spec(folder, {"kind": "chars", "alphabet": self.alphabet})
+
+    @classmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "CharTokenizer":
+        return cls(spec["alphabet"])
+
+    @classmethod
+    def corpus_key(cls, data: DataConfig) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def make(
+        cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]
+    ) -> "CharTokenizer":
+        seen = np.zeros(0x110000, bool)
+        for text in all_texts():
+            seen[code_points(text)] = True
+        return cls([chr(c) for c in np.flatnonzero(seen)])
 
 
 def write_spec(folder: Path, spec: dict[str, Any]) -> None:

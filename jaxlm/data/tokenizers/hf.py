@@ -14,14 +14,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlm.config import UserError, show
-from jaxlm.data.tokenizers.base import Tokenizer, to_bytes, write_spec
+from jaxlm.config import DataConfig, UserError, show
+from jaxlm.data.tokenizers.base import Texts, Tokenizer, to_bytes, write_spec
 
 FILE = "tokenizer.json"
 # What the families call the token that opens a document, or, where none does, the one that separates documents.
@@ -41,6 +41,8 @@ BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
 class HfTokenizer(Tokenizer):
     """A byte-level tokenizer (GPT-2, Llama 3, Qwen) or one with byte fallback (Llama 2, Mistral, Gemma)."""
+
+    library = "tokenizers"
 
     def __init__(self, content: bytes, name: str):
         """`content` is that of a tokenizer.json; `name` is what errors call it.
@@ -132,6 +134,14 @@ class HfTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(self._content)
         write_spec(folder, {"kind": "hf"})
+
+    @classmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "HfTokenizer":
+        return cls((folder / FILE).read_bytes(), str(folder / FILE))
+
+    @classmethod
+    def make(cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]) -> "HfTokenizer":
+        raise UserError("data.tokenizer_path is ''; allowed with data.tokenizer=hf: a tokenizer.json or its folder")
 
 
 def _panicked(error: BaseException) -> bool:

@@ -1,34 +1,36 @@
 """Text to token ids and back: the tokenizer that a configuration or a folder names."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from jaxlm.config import DataConfig, UserError, show
 from jaxlm.config.paths import user_path
-from jaxlm.data.tokenizers.base import SPEC, ByteTokenizer, CharTokenizer, Tokenizer, code_points, to_bytes
+from jaxlm.data.tokenizers.base import SPEC, ByteTokenizer, CharTokenizer, Texts, Tokenizer, code_points, to_bytes
 from jaxlm.data.tokenizers.hf import FILE as HF_FILE
 from jaxlm.data.tokenizers.hf import HfTokenizer
 from jaxlm.data.tokenizers.sentencepiece import (
-    CHUNK,
     SentencePieceTokenizer,
-    sample_characters,
-    spread_sample,
-    train_sentencepiece,
 )
 
 __all__ = ["Tokenizer", "code_points", "load_tokenizer", "make_tokenizer", "to_bytes"]
 
-Texts = Callable[[], Iterable[str]]  # the documents, anew at each call
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "sentencepiece": SentencePieceTokenizer,
+    "bytes": ByteTokenizer,
+    "chars": CharTokenizer,
+    "hf": HfTokenizer,
+}
 
 
-def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> Tokenizer:
+def make_tokenizer(
+    data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None] = lambda line: None
+) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, loaded or trained.
 
     Args:
       train_texts, all_texts: the corpus without and with its validation documents.
+      say: shows a line to people.
 
     Raises:
       UserError: the model cannot be loaded, or the corpus is no good to train one.
@@ -43,17 +45,7 @@ def make_tokenizer(data: DataConfig, train_texts: Texts, all_texts: Texts) -> To
             raise UserError(f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
                             f"allowed with data.tokenizer={data.tokenizer}: {allowed}")  # fmt: skip
         return tokenizer
-    if data.tokenizer == "bytes":
-        return ByteTokenizer()
-    if data.tokenizer == "chars":
-        seen = np.zeros(0x110000, bool)
-        for text in all_texts():
-            seen[code_points(text)] = True
-        return CharTokenizer([chr(c) for c in np.flatnonzero(seen)])
-    limit = sample_characters(data.sentencepiece, data.vocab_size)
-    sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
-    model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
-    return SentencePieceTokenizer(model, lossless=True, name="trained model")
+    return TOKENIZERS[data.tokenizer].make(data, train_texts, all_texts, say)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -86,24 +78,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_folder(folder: Path) -> Tokenizer:
     file = _own_spec(folder)
     if file is None:
-        return HfTokenizer((folder / HF_FILE).read_bytes(), str(folder / HF_FILE))
+        return HfTokenizer.load(folder, {})
     try:
         spec = json.loads(file.read_text("utf-8"))
         kind = spec["kind"]
-        if kind == "bytes":
-            return ByteTokenizer()
-        if kind == "chars":
-            return CharTokenizer(spec["alphabet"])
-        if kind == "hf":
-            return HfTokenizer((folder / HF_FILE).read_bytes(), str(folder / HF_FILE))
-        if kind == "sentencepiece":
-            model = folder / "sentencepiece.model"
-            return SentencePieceTokenizer(model.read_bytes(), spec["lossless"], str(model))
+        if kind in TOKENIZERS:
+            return TOKENIZERS[kind].load(folder, spec)
     except (UserError, OSError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: unreadable ({error}); allowed: as jaxlm wrote it") from error
-    raise UserError(f"{file}: kind is {show(kind)}; allowed: bytes, chars, hf, sentencepiece")
+    raise UserError(f"{file}: kind is {show(kind)}; allowed: {', '.join(sorted(TOKENIZERS))}")
 
 
 OWN = (

@@ -1,5 +1,6 @@
 """sentencepiece: models that are trained on the corpus, without loss, and models made elsewhere."""
 
+import importlib.metadata
 import io
 import itertools
 import re
@@ -9,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxlm.config import UserError
-from jaxlm.data.tokenizers.base import UNKNOWN, Tokenizer, code_points, to_bytes, write_spec
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
 
 SAMPLE_CHARACTERS = 20_000_000  # of the training text, to train sentencepiece on
 # A unigram model takes 17 s of a core for each million characters, and needs more of them the more pieces it has: on
@@ -37,6 +38,8 @@ def _library() -> Any:
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model; lossless where `train_sentencepiece` made it."""
+
+    library = "sentencepiece"
 
     def __init__(self, model: bytes, lossless: bool, name: str):
         """`name` is what errors call the model.
@@ -109,6 +112,33 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         (folder / "sentencepiece.model").write_bytes(self._model)
         write_spec(folder, {"kind": "sentencepiece", "lossless": self._lossless})
+
+    @classmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "SentencePieceTokenizer":
+        model = folder / "sentencepiece.model"
+        return cls(model.read_bytes(), spec["lossless"], str(model))
+
+    @classmethod
+    def corpus_key(cls, data: DataConfig) -> dict[str, Any]:
+        version = importlib.metadata.version("sentencepiece")
+        key = {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
+        if data.sentencepiece == "unigram":  # of BPE, the store's SHAPE has it
+            key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
+        return key
+
+    @classmethod
+    def make(
+        cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]
+    ) -> "SentencePieceTokenizer":
+        limit, unigram = sample_characters(data.sentencepiece, data.vocab_size), data.sentencepiece == "unigram"
+        how_long = f" (unigram: about 10 s for each of up to {limit / 1e6:.0f} MB)" if unigram else ""
+        say(f"training a tokenizer of {data.vocab_size} pieces{how_long}")
+        sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
+        model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
+        tokenizer = cls(model, lossless=True, name="trained model")
+        if tokenizer.vocab_size < data.vocab_size:
+            say(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size}")
+        return tokenizer
 
 
 def _lines(text: str) -> list[str]:
