@@ -75,9 +75,9 @@ def run(argv: list[str]) -> int:
     def train() -> int:
         shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}
         distributed.check_same("the configuration", shared | {"--max_minutes": args.max_minutes})
-        from jaxlm.run import training as runs
+        from jaxlm.run import training
 
-        return runs.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, signals.of_program())
+        return training.run(config, workdir, args.max_minutes and began + 60 * args.max_minutes, signals.of_program())
 
     return train() if hosts is None else hosts.run(train, exit_code)
 

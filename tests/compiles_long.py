@@ -6,9 +6,9 @@ from typing import Any
 
 from jaxlm.host import runtime, startup
 from jaxlm.main import exit_code, run
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 
-make = steps.make_train_step
+make = train_step.make_train_step
 
 
 def make_slowly(*args: Any) -> Any:
@@ -24,5 +24,5 @@ def make_slowly(*args: Any) -> Any:
 
 if __name__ == "__main__":
     startup.trainer()
-    steps.make_train_step = make_slowly
+    train_step.make_train_step = make_slowly
     runtime.leave(exit_code(lambda: run(sys.argv[1:])))

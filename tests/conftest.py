@@ -129,12 +129,12 @@ def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, which is not written to."""
     from jaxlm.config.cli import load
-    from jaxlm.run import training as runs
+    from jaxlm.run import training
     from tests.exit_codes import flags
     from tests.runs import CONFIG
 
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert runs.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
+    assert training.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
     return workdir
 
 

@@ -11,8 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli
-from jaxlm.config import schema as configs
+from jaxlm.config import Config, UserError, cli, schema
 from tests.configurations import BASE, ROOT, refusal
 
 
@@ -27,7 +26,7 @@ def base() -> Config:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_file_loads(path: Path) -> None:
     needs_data = ["--config.data.path=corpus.txt"] if "--config.data.path" in path.read_text() else []
-    assert configs.flatten(cli.load(path, needs_data)).keys() == configs.key_types().keys()
+    assert schema.flatten(cli.load(path, needs_data)).keys() == schema.key_types().keys()
 
 
 def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,29 +99,29 @@ def test_overrides_of_every_type(base: Config) -> None:
         "model.tie_embeddings": True, "model.qk_norm": False, "log.tensorboard": False, "model.activation": "swiglu",
         "model.position": "learned", "eval.sample_prompt": "x = 'a b'",
     }  # fmt: skip
-    assert configs.flatten(got) == configs.flatten(base) | expected
-    differ = {k for k, v in expected.items() if configs.flatten(base)[k] != v}
+    assert schema.flatten(got) == schema.flatten(base) | expected
+    differ = {k for k, v in expected.items() if schema.flatten(base)[k] != v}
     assert differ == set(expected)
-    for key, kind in configs.key_types().items():
+    for key, kind in schema.key_types().items():
         if get_origin(kind) is not Literal:
-            assert type(configs.flatten(got)[key]) is kind, key
+            assert type(schema.flatten(got)[key]) is kind, key
 
 
 def test_overrides_leave_the_given_configuration_alone(base: Config) -> None:
-    before = configs.flatten(base)
+    before = schema.flatten(base)
     assert cli.apply_overrides(base, ["--config.optim.lr=0.5"]).optim.lr == 0.5
-    assert configs.flatten(base) == before
+    assert schema.flatten(base) == before
 
 
 def test_every_choice_can_be_set(base: Config) -> None:
-    choices = {k: get_args(t) for k, t in configs.key_types().items() if get_origin(t) is Literal}
+    choices = {k: get_args(t) for k, t in schema.key_types().items() if get_origin(t) is Literal}
     assert len(choices) > 10
     extra = ["--config.data.tfds_name=lm1b", "--config.data.tokenizer_path=x"]
     for key, values in choices.items():
         for value in values:
             path = ["--config.data.path=x"] * (key == "data.source" and value not in ("stdlib", "synthetic"))
             config = cli.apply_overrides(base, [*extra, *path, f"--config.{key}={value}"])
-            assert configs.flatten(config)[key] == value
+            assert schema.flatten(config)[key] == value
 
 
 UNKNOWN = {
@@ -187,7 +186,7 @@ def test_round_trip(base: Config) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(base)))
     again = cli.from_dict(tree)
     assert again == base and again is not base
-    assert configs.changes(base, again) == ({}, {})
+    assert schema.changes(base, again) == ({}, {})
 
 
 def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:

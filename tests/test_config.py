@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli
-from jaxlm.config import schema as configs
+from jaxlm.config import Config, UserError, cli, schema
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 
@@ -19,11 +18,11 @@ def base() -> Config:
 
 
 def test_base_names_every_key(base: Config) -> None:
-    assert list(configs.flatten(base)) == list(configs.key_types())
+    assert list(schema.flatten(base)) == list(schema.key_types())
 
 
 def test_every_key_must_be_given() -> None:
-    classes: list[Any] = [Config, *(f.type for f in configs.sections())]
+    classes: list[Any] = [Config, *(f.type for f in schema.sections())]
     for cls in classes:
         for field in dataclasses.fields(cls):
             assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -128,7 +127,7 @@ POSSIBLE = [
 @pytest.mark.parametrize("overrides", POSSIBLE)
 def test_a_possible_combination(overrides: str) -> None:
     config = cli.load(BASE, [f"--config.{o}" for o in overrides.split()])
-    flat = configs.flatten(config)
+    flat = schema.flatten(config)
     for override in overrides.split():
         key, value = override.split("=")
         assert flat[key] == (value == "true" if isinstance(flat[key], bool) else type(flat[key])(value))
@@ -156,7 +155,7 @@ def may_change(key: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("key", list(configs.key_types()))
+@pytest.mark.parametrize("key", list(schema.key_types()))
 def test_changes_of_each_key(base: Config, key: str) -> None:
     other = cli.from_dict(dataclasses.asdict(base))
     *section, name = key.split(".")
@@ -166,11 +165,11 @@ def test_changes_of_each_key(base: Config, key: str) -> None:
     new = "1 stdlib" if key == "data.mixture" else new
     setattr(holder, name, new)
     one = {key: (old, new)}
-    assert configs.changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
+    assert schema.changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
 
 
 def test_what_a_run_may_not_change_is_known() -> None:
-    refused = {k for k in configs.key_types() if not may_change(k)}
+    refused = {k for k in schema.key_types() if not may_change(k)}
     for key in ("seed", "batch_size", "seq_len", "optim.name", "model.d_model", "model.param_dtype", "data.mixture"):
         assert key in refused
     assert "data.vocab_size" in refused and "optim.lr" not in refused

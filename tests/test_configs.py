@@ -12,7 +12,7 @@ import pytest
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import flatten
 from jaxlm.config.cli import load
-from jaxlm.run import training as runs
+from jaxlm.run import training
 
 FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later
@@ -59,7 +59,7 @@ def test_it_takes_steps(path: Path, tmp_path: Path):
     config = load(path, [*some_path(path), *(f"--config.{k}={v}" for k, v in small.items())])
     kept = {k: v for k, v in flatten(config).items() if k not in small}
     assert kept.items() <= full.items(), "all else is as in the file"
-    assert runs.run(config, tmp_path / "run") == 0
+    assert training.run(config, tmp_path / "run") == 0
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in lines if "loss" in m]

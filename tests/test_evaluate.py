@@ -13,7 +13,7 @@ from jaxlm.config import Config
 from jaxlm.config.cli import load
 from jaxlm.data import eval_batches
 from jaxlm.model import make_model
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.evaluate import evaluate
 from tests.corpora import corpus_of
 
@@ -45,7 +45,7 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
     config = make_config(*(f"{k}={v}" for k, v in keys.items()))
     model, params = model_and_params()
     local = jax.devices()[:devices]
-    step = steps.pmap_eval_step(steps.make_eval_step(config, model), local)
+    step = train_step.pmap_eval_step(train_step.make_eval_step(config, model), local)
     corpus = corpus_of(*(sets or (TOKENS,)))
     return evaluate(step, params, eval_batches(corpus, config, ROWS, num_devices=devices, limit=limit), table)
 
@@ -141,6 +141,6 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     model, params = model_and_params()
     worse = params | {"head": jax.tree.map(lambda x: 1e5 * x, params["head"])}
     config = make_config()
-    step = steps.pmap_eval_step(steps.make_eval_step(config, model), jax.devices()[:1])
+    step = train_step.pmap_eval_step(train_step.make_eval_step(config, model), jax.devices()[:1])
     scores = evaluate(step, worse, eval_batches(corpus_of(TOKENS), config, ROWS, num_devices=1), None)
     assert scores["eval_loss"] > 1000 and math.isfinite(scores["eval_perplexity"])

@@ -10,7 +10,7 @@ import pytest
 from jaxlm.config import UserError
 from jaxlm.config.cli import load
 from jaxlm.main import run as main
-from jaxlm.run import training as runs
+from jaxlm.run import training
 from jaxlm.run.time_budget import SHARE, fit, fitting
 from tests.runs import CONFIG, flags, lines
 
@@ -50,7 +50,7 @@ def test_time_enough_changes_nothing():
 
 def test_time_for_no_step_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"--max_minutes: 0 steps of .* ms fit") as error:
-        runs.run(load(CONFIG, flags()), tmp_path / "run", deadline=time.monotonic())
+        training.run(load(CONFIG, flags()), tmp_path / "run", deadline=time.monotonic())
     assert re.search(r"allowed: time for 1 or more", str(error.value))
     assert not (tmp_path / "run").exists()
 

@@ -14,8 +14,7 @@ from jaxlm.checkpoint.writing import Saver
 from jaxlm.config.cli import load
 from jaxlm.model import make_model
 from jaxlm.sync import Group
-from jaxlm.train import guard
-from jaxlm.train import step as steps
+from jaxlm.train import guard, train_step
 from jaxlm.train.placement import Placement
 from tests.runs import CONFIG, assert_identical, flags
 
@@ -139,12 +138,12 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
     config = load(CONFIG, flags(**keys))
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
     placement = Placement(config, devices)
-    one = steps.make_train_step(config, model, devices)
-    step = steps.pmap_train_step(config, one, devices)
+    one = train_step.make_train_step(config, model, devices)
+    step = train_step.pmap_train_step(config, one, devices)
     rng = np.random.default_rng(0)
     batch = {k: rng.integers(0, 64, (2, 4, 16)).astype(np.int32) for k in ("inputs", "targets")}
 
-    def with_nan(state: steps.TrainState) -> steps.TrainState:
+    def with_nan(state: train_step.TrainState) -> train_step.TrainState:
         return state._replace(
             params=state.params | {"embed": {"embedding": state.params["embed"]["embedding"] * np.nan}}
         )
@@ -179,7 +178,7 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
 def test_whether_a_process_is_to_stop_goes_through_the_step():
     config = load(CONFIG, flags())
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
-    step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)
+    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
     batch = {k: np.zeros((2, 4, 16), np.int32) for k in ("inputs", "targets")}
     placement = Placement(config, devices)
     assert "stop" not in step(placement.initial(model), batch)[1]

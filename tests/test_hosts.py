@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config.cli import load
-from jaxlm.run import training as runs
+from jaxlm.run import training
 from tests.processes import finish, flags, numbers, start
 from tests.runs import CONFIG, ROOT
 
@@ -91,7 +91,7 @@ def test_a_slow_host_and_a_full_disk(tmp_path: Path):
     assert not {10, 20} & set(checkpoints(tmp_path / "run")) and {0, 30, 40} <= set(checkpoints(tmp_path / "run"))
     assert [m["step"] for m in numbers(tmp_path / "run")] == [1, *range(5, 41, 5), 40]
 
-    assert runs.run(load(CONFIG, flags(*keys, "parallel.devices=4")), tmp_path / "one") == 0
+    assert training.run(load(CONFIG, flags(*keys, "parallel.devices=4")), tmp_path / "one") == 0
     want = arrays(tmp_path / "one", 40)
     found = arrays(tmp_path / "run", 40)
     assert found.keys() == want.keys() and any(name.startswith("sync/") for name in want)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config.cli import load
-from jaxlm.run import training as runs
+from jaxlm.run import training
 from jaxlm.train import loss_mean
 from jaxlm.train.loop import Done
 from tests.runs import CONFIG, flags, lines, numbers, run
@@ -41,7 +41,7 @@ def test_mean_of_finite_losses(every: int):
 
 def test_a_run_stopped_between_two_lines_writes_the_same_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     losses: dict[int, float] = {}
-    make_on_step = runs.make_on_step
+    make_on_step = training.make_on_step
 
     def make_noting(*args: Any) -> Any:
         on_step = make_on_step(*args)
@@ -52,7 +52,7 @@ def test_a_run_stopped_between_two_lines_writes_the_same_next_one(tmp_path: Path
 
         return note
 
-    monkeypatch.setattr(runs, "make_on_step", make_noting)
+    monkeypatch.setattr(training, "make_on_step", make_noting)
     assert run(tmp_path / "whole", **KEYS) == 0
     found = {m["step"]: m["loss_mean"] for m in lines(tmp_path / "whole") if "loss" in m}
     spans = {1: [1], 5: [2, 3, 4, 5], 10: [6, 7, 8, 9, 10], 12: [11, 12]}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.train import loss_scale
-from jaxlm.train import step as steps
+from jaxlm.train import loss_scale, train_step
 from tests.test_step import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens
@@ -28,11 +27,11 @@ def batch_of(rows: int) -> Any:
 def gradients(rows: int, devices: int, *overrides: str, damage: bool = False) -> tuple[Any, dict[str, float]]:
     """The gradients of a step as its update has them, and its metrics."""
     config = make_config(*SGD, f"batch_size={rows}", *overrides)
-    step = steps.make_train_step(config, make(config), jax.devices()[:devices])
-    axes, state = steps.state_axes(config), start(config, devices)
+    step = train_step.make_train_step(config, make(config), jax.devices()[:devices])
+    axes, state = train_step.state_axes(config), start(config, devices)
     if damage:
         state.params["layers"]["mlp"]["up"]["bias"] *= np.nan
-    mapped = jax.vmap(step, axis_name=steps.AXIS, in_axes=(axes, 0), out_axes=(axes, None), axis_size=devices)
+    mapped = jax.vmap(step, axis_name=train_step.AXIS, in_axes=(axes, 0), out_axes=(axes, None), axis_size=devices)
     options: Any = {"xla_allow_excess_precision": False}  # else XLA on CPU leaves roundings to 16 bits out
     after, metrics = jax.jit(mapped, compiler_options=options)(state, split(batch_of(rows), devices))
     grads = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), state.params, after.params)

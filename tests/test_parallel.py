@@ -19,7 +19,7 @@ from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
 from jaxlm.sync.zero import Zero, joined, spread
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 
@@ -42,7 +42,7 @@ class Result(NamedTuple):
     ema: Any
     opt_state: Any  # whole
     optimizer_bytes: int  # on the fullest device
-    state: steps.TrainState
+    state: train_step.TrainState
     placement: Placement
     config: Config
 
@@ -71,7 +71,7 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
         state = placement.initial(model)
         params = lively(state.params)
         state = placement.place(state._replace(params=params, ema=jax.tree.map(jnp.copy, params)))
-        step = steps.pmap_train_step(config, steps.make_train_step(config, model, local), local)
+        step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
         metrics = []
         for seed in range(steps_done):
             rows = {k: x.reshape(devices, -1, T) for k, x in batch(seed).items()}

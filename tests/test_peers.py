@@ -16,8 +16,7 @@ import pytest
 
 from jaxlm.config import Config, cli
 from jaxlm.model import make_model
-from jaxlm.train import guard
-from jaxlm.train import step as steps
+from jaxlm.train import guard, train_step
 
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional
@@ -284,8 +283,8 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
         betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
     )  # fmt: skip
     devices = jax.devices()[:2]
-    step = steps.pmap_train_step(c, steps.make_train_step(c, model, devices), devices)
-    shapes = jax.eval_shape(lambda: steps.init_state(c, model, 2))
+    step = train_step.pmap_train_step(c, train_step.make_train_step(c, model, devices), devices)
+    shapes = jax.eval_shape(lambda: train_step.init_state(c, model, 2))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=start, guard=guard.init())
     clipped = 0
     for n, batch in enumerate(batches(3)):

@@ -14,7 +14,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.config.cli import load, load_workdir
 from jaxlm.config.pretrained import Weights, brought_by, named_weights
 from jaxlm.data import TrainOrder, prepare
-from jaxlm.run import training as runs
+from jaxlm.run import training
 from jaxlm.run.open_run import open_run, score
 from tests.exit_codes import contents, in_process
 from tests.runs import CONFIG, lines
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iter
     (folder / "animals.txt").write_text(ANIMALS)
     (folder / "birds.txt").write_text(ANIMALS.replace("fox", "owl").replace("dog", "hen"))
     keys = SMALL | MODEL | {"data.tokenizer": "chars", "data.path": folder / "animals.txt", "optim.lr": 0.01}
-    assert runs.run(load(CONFIG, flags(**keys)), folder / "pre") == 0
+    assert training.run(load(CONFIG, flags(**keys)), folder / "pre") == 0
     yield folder
 
 
@@ -58,7 +58,7 @@ def test_the_first_loss_is_the_old_one(folder: Path, tmp_path: Path, capsys: pyt
     for key, value in MODEL.items():
         assert f"{key}={value} (not " in said
     assert config.data.tokenizer == "chars" and config.data.tokenizer_path == str(folder / "pre/tokenizer")
-    assert runs.run(config, tmp_path / "new") == 0
+    assert training.run(config, tmp_path / "new") == 0
 
     before = [m for m in lines(folder / "pre") if "eval_loss" in m][-1]
     scores = score(open_run(tmp_path / "new", 0), load_workdir(tmp_path / "new"))
@@ -95,7 +95,7 @@ def test_what_contradicts_the_weights_is_refused(
         holder = getattr(holder, section)
     setattr(holder, key.rsplit(".", 1)[-1], asked)
     with pytest.raises(UserError, match=f"{key} is {asked!r}; allowed: {there!r}"):
-        runs.run(config, tmp_path / "new")
+        training.run(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -109,14 +109,14 @@ def test_what_does_not_change_the_function_may_differ(folder: Path):
 
 def test_another_tokenizer_is_refused_and_a_copy_is_not(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "pre/tokenizer", tmp_path / "copy")
-    assert runs.run(config_of(folder, data__tokenizer_path=tmp_path / "copy"), tmp_path / "new") == 0
+    assert training.run(config_of(folder, data__tokenizer_path=tmp_path / "copy"), tmp_path / "new") == 0
     spec = tmp_path / "copy/jaxlm_tokenizer.json"
     spec.write_text(json.dumps({"kind": "chars", "alphabet": sorted(set(ANIMALS) | {"Z"})}))
     before = contents(tmp_path)
     with pytest.raises(
         UserError, match=rf"data\.tokenizer_path is '{tmp_path}/copy'; allowed: '{folder}/pre/tokenizer'"
     ):
-        runs.run(config_of(folder, data__tokenizer_path=tmp_path / "copy"), tmp_path / "other")
+        training.run(config_of(folder, data__tokenizer_path=tmp_path / "copy"), tmp_path / "other")
     assert contents(tmp_path) == before
 
 
@@ -127,7 +127,7 @@ def test_the_same_command_goes_on(gone: bool, folder: Path, tmp_path: Path):
 
     def train(steps: int) -> int:
         keys = {"checkpoint.resume": tmp_path / "pre", "data.path": folder / "birds.txt", "steps": steps}
-        return runs.run(config_of(folder, tmp_path / "new", **keys), tmp_path / "new")
+        return training.run(config_of(folder, tmp_path / "new", **keys), tmp_path / "new")
 
     assert train(1) == 0
     if gone:
@@ -140,7 +140,7 @@ def test_the_same_command_goes_on(gone: bool, folder: Path, tmp_path: Path):
     assert scores["eval_loss"] == pytest.approx(lines(tmp_path / "new")[-1]["eval_loss"], rel=1e-6)
     with pytest.raises(UserError, match=r"model\.d_model was 16 and is now 32"):
         keys = {"checkpoint.resume": tmp_path / "pre", "data.path": folder / "birds.txt", "model.d_model": 32}
-        runs.run(config_of(folder, tmp_path / "new", steps=2, **keys), tmp_path / "new")
+        training.run(config_of(folder, tmp_path / "new", steps=2, **keys), tmp_path / "new")
 
 
 def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -148,7 +148,7 @@ def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.
     with (tmp_path / "a@b/metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "eval_loss": 0.001}\n{"step": 77, "eval_loss": 0.0}\n')  # the second is not kept
     for name, step in (("a@b", 4), ("a@b@3", 3), ("a@b@best", 2)):
-        assert runs.run(config_of(folder, checkpoint__resume=tmp_path / name), tmp_path / f"from {step}") == 0
+        assert training.run(config_of(folder, checkpoint__resume=tmp_path / name), tmp_path / f"from {step}") == 0
         assert f"starts from the weights of step {step} in {tmp_path / 'a@b'}" in capsys.readouterr().out
         want, got = open_run(folder / "pre", step).params, open_run(tmp_path / f"from {step}", 0).params
         jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -156,7 +156,7 @@ def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(
         UserError, match=r"checkpoint\.resume is '.*a@b@9': no .*; allowed: best, or one of 0, 1, 2, 3, 4"
     ):
-        runs.run(config_of(folder, checkpoint__resume=tmp_path / "a@b@9"), tmp_path / "no")
+        training.run(config_of(folder, checkpoint__resume=tmp_path / "a@b@9"), tmp_path / "no")
     (tmp_path / "a@b/metrics.jsonl").unlink()
     with pytest.raises(
         UserError, match=r"--step best: no checkpoint in .* has a validation loss; allowed: one of 0, 1, 2, 3, 4"
@@ -199,5 +199,5 @@ def test_data_of_another_vocabulary_is_refused(source: str, folder: Path, finish
         keys = {"data.source": "tokens", "data.path": store}
     words = r"data\.source is 'text'; allowed: tokens" if source == "text" else "257 token ids are not those of"
     with pytest.raises(UserError, match=words):
-        runs.run(config_of(folder, **keys), tmp_path / "new")
+        training.run(config_of(folder, **keys), tmp_path / "new")
     assert not (tmp_path / "new").exists()

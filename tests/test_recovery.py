@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from jaxlm import data
-from jaxlm.checkpoint import rollback as recovery
+from jaxlm.checkpoint import rollback
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import UserError
 from jaxlm.config.cli import load
 from jaxlm.data.order import TrainOrder
 from jaxlm.main import exit_code
-from jaxlm.run import beside_steps as hooks
-from jaxlm.train import step as steps
+from jaxlm.run import beside_steps
+from jaxlm.train import train_step
 from jaxlm.train.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child
@@ -27,7 +27,7 @@ from tools import chaos_child
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the loss of some batches none."""
     monkeypatch.setattr(TrainOrder, "batches", TrainOrder.batches)
-    monkeypatch.setattr(steps, "output_loss", steps.output_loss)
+    monkeypatch.setattr(train_step, "output_loss", train_step.output_loss)
     return chaos_child.poison
 
 
@@ -56,7 +56,7 @@ def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, c
             "eval.every_steps": 0, "optim.max_skipped": 5}  # fmt: skip
     poison(CHECKPOINT + 8, CHECKPOINT + 12)
     assert run(copy, **keys) == 0
-    returns = [(r.to, r.first, r.last) for r in recovery.read(copy)]
+    returns = [(r.to, r.first, r.last) for r in rollback.read(copy)]
     assert returns == [(CHECKPOINT + 10, CHECKPOINT + 11, CHECKPOINT + 12)]
     assert [m for m in lines(copy) if "loss" in m][-1]["skipped"] == 3  # of batches 108 to 110
 
@@ -73,8 +73,8 @@ def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, c
     ],
 )
 def test_where_it_goes_back_to(steps: list[int], first: int, before: list[int], want: int):
-    returns = [recovery.Return(to, to + 1, to + 5, "") for to in before]
-    assert recovery.target(steps, first, returns) == want
+    returns = [rollback.Return(to, to + 1, to + 5, "") for to in before]
+    assert rollback.target(steps, first, returns) == want
 
 
 def test_bad_steps_are_skipped_and_counted(poison: Any, copy: Path, capsys: pytest.CaptureFixture[str]):
@@ -87,7 +87,7 @@ def test_bad_steps_are_skipped_and_counted(poison: Any, copy: Path, capsys: pyte
         m["step"]: (m["skipped"], m["loss"] is None) for m in lines(copy) if "loss" in m and m["step"] > CHECKPOINT
     }
     assert found == {104: (2, True), 108: (2, False), 112: (2, False)}
-    assert not (copy / recovery.NAME).exists()
+    assert not (copy / rollback.NAME).exists()
 
 
 def test_after_many_in_a_row_it_goes_back_and_on_without_them(
@@ -100,19 +100,19 @@ def test_after_many_in_a_row_it_goes_back_and_on_without_them(
         poison(*bad)
         assert run(poisoned, **keys) == 0
         said = capsys.readouterr().out
-    returns = recovery.read(poisoned)
+    returns = rollback.read(poisoned)
     assert [(r.to, r.first, r.last) for r in returns] == [(108, *bad)]
     assert "goes back to step 108, without batches 111 to 113" in said and "warms up again to 1 times" in said
     monkeypatch.undo()
-    shutil.copy(poisoned / recovery.NAME, plain)
+    shutil.copy(poisoned / rollback.NAME, plain)
     assert run(plain, **keys) == 0
     assert numbers(poisoned) == numbers(plain) and all(m.get("loss", 0) is not None for m in lines(poisoned))
     assert_identical(state_of(poisoned, upto), state_of(plain, upto))
     epochs = {m["step"]: m["epochs"] for m in lines(plain) if "epochs" in m}
     assert epochs[upto] == pytest.approx(epochs[CHECKPOINT] * (upto + 3) / CHECKPOINT)
     # A finished run is scored again, with a file that says something else refused.
-    (plain / recovery.NAME).write_text('[{"to": 5, "batches": [3, 4], "why": ""}]')
-    with pytest.raises(UserError, match=recovery.NAME):
+    (plain / rollback.NAME).write_text('[{"to": 5, "batches": [3, 4], "why": ""}]')
+    with pytest.raises(UserError, match=rollback.NAME):
         run(plain, **keys)
 
 
@@ -122,7 +122,7 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     went_back = re.search(r"went back (\d) times", error)
     assert error.count("\n") == 1 and "diverged" in error and went_back and int(went_back[1]) >= 2
-    returns = recovery.read(tmp_path / "run")  # after one to a later checkpoint, since good steps, all is tried anew
+    returns = rollback.read(tmp_path / "run")  # after one to a later checkpoint, since good steps, all is tried anew
     assert [r.lr for r in returns[:2]] == [1.0, 0.5]
     assert sum(f"{r.first} to {r.last}" in error for r in returns) == int(went_back[1])
     checkpoints = Checkpoints(tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     checkpoints.close()
     # The same command tries no further, until more returns are allowed.
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
-    assert recovery.read(tmp_path / "run") == returns
+    assert rollback.read(tmp_path / "run") == returns
 
 
 def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -139,16 +139,16 @@ def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch
     shutil.rmtree(copy / "checkpoints/0")
     found = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if "eval_loss" not in line]
     (copy / "metrics.jsonl").write_text("".join(found))
-    evaluate, calls = hooks.evaluate, 0
+    evaluate, calls = beside_steps.evaluate, 0
 
     def first_is_none(*args: Any) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         return evaluate(*args) | ({"eval_loss": float("nan")} if calls == 1 else {})
 
-    monkeypatch.setattr(hooks, "evaluate", first_is_none)
+    monkeypatch.setattr(beside_steps, "evaluate", first_is_none)
     assert run(copy, **{"steps": CHECKPOINT + 2, "eval.every_steps": 50}) == 0
-    returns = [(r.to, r.first, r.last) for r in recovery.read(copy)]
+    returns = [(r.to, r.first, r.last) for r in rollback.read(copy)]
     assert returns == [(CHECKPOINT, CHECKPOINT + 1, CHECKPOINT + 1)]
     assert run(copy, **{"steps": CHECKPOINT + 3, "eval.every_steps": 50}) == 0
 
@@ -156,16 +156,16 @@ def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch
 def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path: Path):
     assert run(tmp_path / "run", steps=1) == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
-    recovery.write(tmp_path / "run", [recovery.Return(0, 1, 1, "")])
+    rollback.write(tmp_path / "run", [rollback.Return(0, 1, 1, "")])
     assert run(tmp_path / "run", steps=1) == 0
-    assert not (tmp_path / "run" / recovery.NAME).exists()
+    assert not (tmp_path / "run" / rollback.NAME).exists()
 
 
 def test_rates_after_returns():
     """A new warm-up after each; a later return multiplies what the earlier ones left."""
     c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
     schedule = make_schedule(
-        c, 1000, "lr", LrHistory(None, recovery.lr_cuts([recovery.Return(100, 101, 105, "", lr) for lr in (1, 0.5)]))
+        c, 1000, "lr", LrHistory(None, rollback.lr_cuts([rollback.Return(100, 101, 105, "", lr) for lr in (1, 0.5)]))
     )
     got = [float(schedule(n)) for n in (99, 100, 109, 119, 500)]
     np.testing.assert_allclose(got, [0.5, 0.25 / 20, 0.25 * 10 / 20, 0.25, 0.25], rtol=1e-6)
@@ -174,9 +174,9 @@ def test_rates_after_returns():
 def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
     """The rate is that of all returns from there on, and nothing warms up again where an earlier one went back to."""
     c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
-    returns = [recovery.Return(to, to + 1, to + 5, "", lr) for to, lr in ((100, 1), (100, 0.5), (50, 0.5), (300, 1))]
-    schedule = make_schedule(c, 1000, "lr", LrHistory(None, recovery.lr_cuts(returns)))
-    left = 0.5 * recovery.lr_scale(returns)
+    returns = [rollback.Return(to, to + 1, to + 5, "", lr) for to, lr in ((100, 1), (100, 0.5), (50, 0.5), (300, 1))]
+    schedule = make_schedule(c, 1000, "lr", LrHistory(None, rollback.lr_cuts(returns)))
+    left = 0.5 * rollback.lr_scale(returns)
     got = [float(schedule(n)) for n in (49, 50, 69, 99, 100, 299, 300, 319)]
     np.testing.assert_allclose(got, [0.5, left / 20, left, left, left, left, left / 20, left], rtol=1e-6)
 
@@ -188,6 +188,6 @@ NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": "
 
 @pytest.mark.parametrize("content", NO_RETURNS)
 def test_what_is_no_list_of_returns(content: str, tmp_path: Path):
-    (tmp_path / recovery.NAME).write_text(content)
-    with pytest.raises(UserError, match=recovery.NAME):
-        recovery.read(tmp_path)
+    (tmp_path / rollback.NAME).write_text(content)
+    with pytest.raises(UserError, match=rollback.NAME):
+        rollback.read(tmp_path)

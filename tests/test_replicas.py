@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.replicas import _hardware, checksum, checksums_of, difference
 from jaxlm.main import exit_code
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from tests.runs import CHECKPOINT, assert_identical, numbers, run, state_of
 from tools import chaos_child
 
@@ -36,7 +36,7 @@ def replicated(value: np.ndarray, mesh: Mesh, changed: dict[int, np.ndarray]) ->
 @pytest.mark.parametrize("bit", [0, 7, 15, 31])
 @pytest.mark.parametrize("place", [0, 11])
 def test_any_bit_of_one_device(bit: int, place: int):
-    mesh = Mesh(np.array(jax.devices()[:4]), (steps.AXIS,))
+    mesh = Mesh(np.array(jax.devices()[:4]), (train_step.AXIS,))
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     other = value.copy()
     other.view(np.uint32).reshape(-1)[place] ^= np.uint32(1 << bit)
@@ -81,7 +81,7 @@ def test_a_run_ends_and_goes_on_from_the_checkpoint_before(
 ):
     keys: dict[str, Any] = {"steps": CHECKPOINT + 20, "checkpoint.every_steps": 10}
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "pmap_train_step", steps.pmap_train_step)
+        patch.setattr(train_step, "pmap_train_step", train_step.pmap_train_step)
         chaos_child.flip(15)
         assert exit_code(lambda: run(copy, **keys)) == 5
     error = capsys.readouterr().err

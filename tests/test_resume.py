@@ -17,9 +17,8 @@ from jaxlm.host.signals import StopSignal
 from jaxlm.host.stop import LEFT
 from jaxlm.main import exit_code
 from jaxlm.model import make_model
-from jaxlm.run import beside_steps as hooks
-from jaxlm.run import training as runs
-from jaxlm.train import step as steps
+from jaxlm.run import beside_steps, training
+from jaxlm.train import train_step
 from jaxlm.train.placement import Placement
 from tests.runs import (
     CHECKPOINT,
@@ -78,7 +77,7 @@ def test_an_average_that_begins_later_is_in_float32(tmp_path: Path):
         {"bfloat16"},
         {"float32"},
     ]
-    jax.tree.map(np.testing.assert_array_equal, state.ema, steps.float32(state.params))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, train_step.float32(state.params))
 
 
 class Ended(BaseException):
@@ -112,10 +111,10 @@ def test_signal_while_it_compiles_or_evaluates(
     """It is not waited for what takes long. An evaluation that is cut short is made first when the run goes on."""
     stop, end = InProcess(), threading.Event()
     places: dict[str, tuple[Any, str]] = {
-        "compile": (steps, "make_train_step"), "sample": (hooks, "sample_text"),
-        "cut sample": (hooks, "sample_text"), "at the end": (runs, "close"),
+        "compile": (train_step, "make_train_step"), "sample": (beside_steps, "sample_text"),
+        "cut sample": (beside_steps, "sample_text"), "at the end": (training, "close"),
     }  # fmt: skip
-    module, name = places.get(when, (steps, "make_eval_step"))
+    module, name = places.get(when, (train_step, "make_eval_step"))
     make: Callable[..., Any] = getattr(module, name)
 
     def make_signalling(*args: Any) -> Any:
@@ -142,9 +141,9 @@ def test_signal_while_it_compiles_or_evaluates(
         config = load(CONFIG, flags(**keys))
         if when in ("compile", "at the end"):
             with pytest.raises(Ended, match="before the first step" if when == "compile" else "after the last step"):
-                runs.run(config, tmp_path / "run", stop=stop)
+                training.run(config, tmp_path / "run", stop=stop)
         else:
-            assert runs.run(config, tmp_path / "run", stop=stop) == runs.STOPPED
+            assert training.run(config, tmp_path / "run", stop=stop) == training.STOPPED
             assert f"stopped after step {step}, saved" in capsys.readouterr().out
     end.set()
     for thread in threading.enumerate():
@@ -168,7 +167,7 @@ def test_signal_while_it_compiles_or_evaluates(
 
 
 def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    train_batches = runs.train_batches
+    train_batches = training.train_batches
 
     class Broken:
         """Real batches, of which the fourth cannot be read."""
@@ -188,7 +187,7 @@ def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest
         def close(self) -> None:
             self.inner.close()
 
-    monkeypatch.setattr(runs, "train_batches", Broken)
+    monkeypatch.setattr(training, "train_batches", Broken)
     before = set(threading.enumerate())
     with pytest.raises(OSError, match="the disk is gone"):
         run(tmp_path / "run")

@@ -21,7 +21,7 @@ from jaxlm.config import UserError
 from jaxlm.config.cli import load
 from jaxlm.data.sources.synthetic import TRAIN as SYNTHETIC_TRAIN
 from jaxlm.model import make_model
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.placement import Placement
 from tests.runs import (
     CHECKPOINT,
@@ -78,7 +78,7 @@ def test_config_and_checkpoints(whole: Path):
     assert {"jaxlm", "jax", "flax", "python", "git_commit"} <= saved["versions"].keys()
     assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == list(range(0, STEPS + 1, CHECKPOINT))
     config = load(CONFIG, flags())
-    fresh = steps.init_state(config, make_model(config.model, 64, config.seq_len), 2)
+    fresh = train_step.init_state(config, make_model(config.model, 64, config.seq_len), 2)
     assert_identical(state_of(whole, 0), jax.device_get(fresh))
     assert [int(state_of(whole, s).step) for s in (0, 100, 600)] == [0, 100, 600]
 

@@ -16,7 +16,7 @@ import pytest
 from jaxlm.config import Config
 from jaxlm.config.cli import load
 from jaxlm.model import Model, make_model
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.optimizer import is_matrix, make_optimizer
 from jaxlm.train.placement import Placement
 
@@ -49,7 +49,7 @@ def ragged_batch(rows: int, seed: int) -> Any:
     return {"inputs": tokens[:, :-1], "targets": np.where(there, tokens[:, 1:], -1)}
 
 
-def split(batch: steps.Batch, devices: int) -> steps.Batch:
+def split(batch: train_step.Batch, devices: int) -> train_step.Batch:
     return {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in batch.items()}
 
 
@@ -70,25 +70,25 @@ class Result(NamedTuple):
 COMPILED: dict[tuple[str, int], Any] = {}  # steps and initial states, of (configuration, devices)
 
 
-def start(config: Config, devices: int) -> steps.TrainState:
-    state = steps.init_state(config, make(config), devices)
+def start(config: Config, devices: int) -> train_step.TrainState:
+    state = train_step.init_state(config, make(config), devices)
     params = lively(state.params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
     params = jax.tree.map(lambda p, old: jnp.asarray(p, old.dtype), params, state.params)
     return state._replace(params=params, ema=ema)
 
 
-def built(config: Config, devices: int) -> tuple[Any, steps.TrainState]:
+def built(config: Config, devices: int) -> tuple[Any, train_step.TrainState]:
     """The step on so many devices, and the state that it starts from."""
     key, local, model = (str(config), devices), jax.devices()[:devices], make(config)
     if key not in COMPILED:
-        step = steps.pmap_train_step(config, steps.make_train_step(config, model, local), local)
+        step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
         COMPILED[key] = step, jax.device_get(start(config, devices))
     step, state = COMPILED[key]
     return step, Placement(config, local).place(state)
 
 
-def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result:
+def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> Result:
     step, state = built(config, devices)
     metrics = []
     for batch in batches:
@@ -100,7 +100,7 @@ def run_pmap(config: Config, devices: int, batches: list[steps.Batch]) -> Result
 
 @cache
 def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Initial parameters, optimizer state, and an update without `step.py`, losses, schedules and synchronization."""
+    """Initial parameters, optimizer state, and an update without `train_step.py`, losses, schedules and synchronization."""
     config = make_config(*optimizer)
     model, c = make(config), config.optim
     if c.name == "adamw":
@@ -110,13 +110,13 @@ def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
         chain = make_optimizer(c, config.steps)  # on one device, nothing shared
     chain = optax.chain(optax.clip_by_global_norm(c.clip_norm), chain)
 
-    def loss(params: Any, batch: steps.Batch) -> jax.Array:
+    def loss(params: Any, batch: train_step.Batch) -> jax.Array:
         log_probs = jax.nn.log_softmax(model.apply(params, batch["inputs"]))
         nll = -jnp.sum(log_probs * jax.nn.one_hot(batch["targets"], VOCAB), axis=-1)  # one_hot(-1) is all zeros
         return jnp.sum(nll) / jnp.sum(batch["targets"] >= 0)
 
     @jax.jit
-    def update(params: Any, opt_state: Any, batch: steps.Batch) -> tuple[Any, Any, jax.Array, jax.Array]:
+    def update(params: Any, opt_state: Any, batch: train_step.Batch) -> tuple[Any, Any, jax.Array, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = chain.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value, optax.tree.norm(grads)
@@ -125,7 +125,7 @@ def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
     return params, chain.init(params), update
 
 
-def run_reference(optimizer: tuple[str, ...], batches: list[steps.Batch]) -> Result:
+def run_reference(optimizer: tuple[str, ...], batches: list[train_step.Batch]) -> Result:
     """The weighted mean over the whole batch, on one device."""
     params, opt_state, update = reference_update(optimizer)
     losses, norms = [], []
@@ -219,9 +219,9 @@ def test_dropout_masks_change_from_row_to_row_and_from_step_to_step():
 def test_vmap_over_the_axis_is_the_same_step(overrides: list[str]):
     config, devices = make_config(*overrides), 4
     model = make(config)
-    step = steps.make_train_step(config, model, jax.devices()[:devices])
-    of_state = steps.state_axes(config)
-    axes: Any = {"axis_name": steps.AXIS, "in_axes": (of_state, 0), "out_axes": (of_state, None)}
+    step = train_step.make_train_step(config, model, jax.devices()[:devices])
+    of_state = train_step.state_axes(config)
+    axes: Any = {"axis_name": train_step.AXIS, "in_axes": (of_state, 0), "out_axes": (of_state, None)}
     mapped = jax.jit(jax.vmap(step, **axes))
     state, metrics = start(config, devices), []
     for batch in BATCHES[16]:
@@ -289,22 +289,22 @@ def test_bfloat16_masters_learn_what_float32_ones_do(optimizer: list[str]):
     ]
     step, state = built(make_config(*optimizer, *extra, "model.param_dtype=bfloat16"), 4)
     full_step, full = built(make_config(*optimizer, *extra), 4)
-    full = full._replace(params=steps.float32(state.params), ema=jax.tree.map(jnp.copy, state.ema))
+    full = full._replace(params=train_step.float32(state.params), ema=jax.tree.map(jnp.copy, state.ema))
     dtypes = jax.tree.map(lambda x: x.dtype, state)
     assert {d.name for d in jax.tree.leaves(dtypes.params)} == {"bfloat16"}
-    before = jax.device_get(steps.float32(state.params))
+    before = jax.device_get(train_step.float32(state.params))
     for _ in range(40):
         state, _ = step(state, split(BATCHES[16][0], 4))
         full, _ = full_step(full, split(BATCHES[16][0], 4))
     assert jax.tree.map(lambda x: x.dtype, state) == dtypes
     for name in ("params", "ema"):
-        got, want = (jax.device_get(steps.float32(getattr(s, name))) for s in (state, full))
+        got, want = (jax.device_get(train_step.float32(getattr(s, name))) for s in (state, full))
         moved, wanted = (np.concatenate([(a - b).ravel() for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(before),
                          strict=True)]) for x in (got, want))  # fmt: skip
         along = np.dot(moved, wanted) / np.dot(wanted, wanted)
         assert 0.9 < along < 1.1, name  # rounded to the nearest, most of them would not move
     scale = state.params["final_norm"]["scale"]
-    assert np.abs(np.asarray(steps.float32(scale)) - before["final_norm"]["scale"]).max() > 0
+    assert np.abs(np.asarray(train_step.float32(scale)) - before["final_norm"]["scale"]).max() > 0
 
 
 def test_old_state_is_donated_and_replaced():
@@ -349,7 +349,7 @@ def test_reported_loss_is_the_plain_one_whatever_is_minimized():
 
 
 def test_initial_state_depends_on_the_seed_alone():
-    a, b = (steps.init_state(make_config("seed=3"), make(make_config()), n) for n in (1, 8))
+    a, b = (train_step.init_state(make_config("seed=3"), make(make_config()), n) for n in (1, 8))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    c = steps.init_state(make_config("seed=4"), make(make_config()), 1)
+    c = train_step.init_state(make_config("seed=4"), make(make_config()), 1)
     assert gap(jax.device_get(c.params["embed"]), jax.device_get(a.params["embed"])) > 0.1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.checkpoint.workdir import FILES, FOLDERS, Lock
+from jaxlm.checkpoint.workdirs import FILES, FOLDERS, Lock
 from jaxlm.config import UserError
 from jaxlm.data import load_tokenizer
 from jaxlm.main import exit_code

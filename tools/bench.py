@@ -109,19 +109,18 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path):
         import jax
 
-        from jaxlm.checkpoint.workdir import Lock
-        from jaxlm.run import beside_steps as hooks
-        from jaxlm.run import setup as parts
-        from jaxlm.train import step
+        from jaxlm.checkpoint.workdirs import Lock
+        from jaxlm.run import beside_steps, setup
+        from jaxlm.train import train_step
 
         self.config = config
-        self.parts, self.state, _ = parts.build(config, workdir, Lock(), quiet=True)
+        self.parts, self.state, _ = setup.build(config, workdir, Lock(), quiet=True)
         self.vocab_size = self.parts.corpus.vocab_size
-        self._write = hooks.make_log(self.parts, 0)
-        self._step = step.pmap_train_step(
-            config, step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
+        self._write = beside_steps.make_log(self.parts, 0)
+        self._step = train_step.pmap_train_step(
+            config, train_step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
         )
-        self._stream = parts.train_batches(self.parts, 0)
+        self._stream = setup.train_batches(self.parts, 0)
         self._batch = jax.device_put(next(self._stream), self.parts.placement.batch)
         self._done = 0
         start = time.perf_counter()

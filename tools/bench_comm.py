@@ -88,13 +88,13 @@ def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple
     from jaxlm import data
     from jaxlm.model import make_model
     from jaxlm.sync import Group, make_sync
-    from jaxlm.train import step as steps
+    from jaxlm.train import train_step
 
     vocab_size = vocab_size or data.prepare(config).vocab_size
     model = make_model(config.model, vocab_size, config.seq_len)
-    state = jax.eval_shape(lambda: steps.init_state(config, model, len(devices)))
+    state = jax.eval_shape(lambda: train_step.init_state(config, model, len(devices)))
     rows = jax.ShapeDtypeStruct((len(devices), config.batch_size // len(devices), config.seq_len), jnp.int32)
-    step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)
+    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
     text = step.lower(state, {"inputs": rows, "targets": rows}).compile().as_text()
-    sync = make_sync(config.parallel, Group(steps.AXIS, len(devices)), state.params)
+    sync = make_sync(config.parallel, Group(train_step.AXIS, len(devices)), state.params)
     return collectives(text), sync.sent_bytes(state.params)

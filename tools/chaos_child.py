@@ -126,9 +126,9 @@ def poison(first: int, last: int) -> None:
     import numpy as np
 
     from jaxlm.data.order import TrainOrder
-    from jaxlm.train import step
+    from jaxlm.train import train_step
 
-    mark, batches, loss = -2, TrainOrder.batches, step.output_loss
+    mark, batches, loss = -2, TrainOrder.batches, train_step.output_loss
 
     def marked(self: Any, begin: int, count: int, rows: slice = slice(None)) -> Any:
         found = batches(self, begin, count, rows)
@@ -141,7 +141,7 @@ def poison(first: int, last: int) -> None:
         return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
 
     mock.patch.object(TrainOrder, "batches", marked).start()
-    step.output_loss = poisoned
+    train_step.output_loss = poisoned
 
 
 def flip(number: int) -> None:
@@ -149,9 +149,9 @@ def flip(number: int) -> None:
     import jax
     import numpy as np
 
-    from jaxlm.train import step
+    from jaxlm.train import train_step
 
-    make = step.pmap_train_step
+    make = train_step.pmap_train_step
 
     def flipped(x: jax.Array) -> jax.Array:
         copies = [shard.data for shard in x.addressable_shards]
@@ -173,7 +173,7 @@ def flip(number: int) -> None:
 
         return run
 
-    step.pmap_train_step = made
+    train_step.pmap_train_step = made
 
 
 def hang(number: int) -> None:

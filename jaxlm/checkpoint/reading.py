@@ -27,7 +27,7 @@ from jaxlm.config.paths import steps_in
 from jaxlm.config.pretrained import Step
 from jaxlm.train import guard
 from jaxlm.train.placement import Placement
-from jaxlm.train.step import TrainState, float32
+from jaxlm.train.train_step import TrainState, float32
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
 # of its reads or writes fails, it drops the coroutines of the others, and Python warns that they were never awaited.

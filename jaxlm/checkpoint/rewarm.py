@@ -7,7 +7,7 @@ the workdir's config.json, so that a run that is stopped after that goes on with
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import workdirs
 from jaxlm.config import Config, OptimConfig, UserError, show
 from jaxlm.config.cli import from_saved
 from jaxlm.train.schedules import LEAST_WARMUP, Cut, LrHistory, Peak, Rewarm, make_schedule

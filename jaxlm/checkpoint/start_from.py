@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import data
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import workdirs
 from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.config import Config, UserError
@@ -18,7 +18,7 @@ from jaxlm.config.cli import load_workdir
 from jaxlm.config.paths import holds_checkpoints
 from jaxlm.config.pretrained import Step, Weights, brought_by, check_asked
 from jaxlm.host import distributed
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 
 
 def check(config: Config, weights: Weights) -> None:
@@ -47,7 +47,7 @@ def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> N
                         " that checkpoint.resume takes")  # fmt: skip
 
 
-def state(config: Config, weights: Weights, fresh: steps.TrainState) -> tuple[steps.TrainState, list[str]]:
+def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tuple[train_step.TrainState, list[str]]:
     """The fresh state with the parameters (their moving average, where there is one) of a checkpoint, and what there is
     to say about it.
     """
@@ -66,7 +66,7 @@ def state(config: Config, weights: Weights, fresh: steps.TrainState) -> tuple[st
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
     params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
-    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, steps.float32(params))
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
     said = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
     return fresh._replace(params=params, ema=ema), said
 

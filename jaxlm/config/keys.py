@@ -1,4 +1,4 @@
-"""What each key means, read from the comments in config.py, and a list of all keys for `--help`."""
+"""What each key means, read from the comments in schema.py, and a list of all keys for `--help`."""
 
 import ast
 import inspect
@@ -8,15 +8,14 @@ import textwrap
 import tokenize
 from typing import Any, get_args
 
-from jaxlm.config import key_types, sections
-from jaxlm.config import schema as config
+from jaxlm.config import key_types, schema, sections
 
 KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text"}
 
 
 def meanings() -> dict[str, str]:
     """{'model.d_model': 'width of the residual stream', ...}: the comment beside each key, or the lines above it."""
-    source = inspect.getsource(config)
+    source = inspect.getsource(schema)
     lines = [line.strip() for line in source.splitlines()]
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ").rstrip(".") for t in tokens if t.type == tokenize.COMMENT}
@@ -38,7 +37,7 @@ def meanings() -> dict[str, str]:
 def listing(defaults: dict[str, Any], width: int) -> str:
     """All keys by section, as KEY=DEFAULT with meaning and allowed values, in lines of `width`."""
     width = max(width, 40)
-    lines = textwrap.wrap("keys, set with --config.KEY=VALUE; shown are the values of configs/base.py:", width)
+    lines = textwrap.wrap("keys, set with --schema.KEY=VALUE; shown are the values of configs/base.py:", width)
     indent, section = " " * min(32, width // 3), None
     for (key, kind), meaning in zip(key_types().items(), meanings().values(), strict=True):
         if key.rpartition(".")[0] != section:

@@ -20,7 +20,7 @@ from jaxlm.run.charts import shortened, tensorboard, wandb_writer
 from jaxlm.run.phases import counted
 from jaxlm.run.setup import Parts, eval_batches
 from jaxlm.run.time_left import num_eval_batches
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.evaluate import evaluate
 from jaxlm.train.loop import Done
 from jaxlm.train.loss_mean import is_logged
@@ -100,13 +100,13 @@ def _consumed(parts: Parts, step: int) -> dict[str, float]:
 
 def make_evaluation(
     parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None, stop: Stop = NEVER
-) -> Callable[[int, steps.TrainState], dict[str, Any]]:
+) -> Callable[[int, train_step.TrainState], dict[str, Any]]:
     """Returns (step, state) -> scores on the validation set, which writes and shows them with a sample of text. It
     raises Interrupted if it is asked to stop before that.
     """
-    eval_step = steps.pmap_eval_step(steps.make_eval_step(parts.config, parts.model), parts.devices)
+    eval_step = train_step.pmap_eval_step(train_step.make_eval_step(parts.config, parts.model), parts.devices)
 
-    def evaluation(step: int, state: steps.TrainState) -> dict[str, Any]:
+    def evaluation(step: int, state: train_step.TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
         batches = _telling(eval_batches(parts), lambda: at(step, "evaluating"))
         with parts.reporter.phase("evaluating", num_eval_batches(parts.config, len(parts.corpus.val))) as advance:
@@ -177,7 +177,7 @@ class Profiler:
     def due(self, step: int) -> bool:
         return self._count > 0 and step in (self._first, self._first + self._count)
 
-    def __call__(self, step: int, state: steps.TrainState) -> None:
+    def __call__(self, step: int, state: train_step.TrainState) -> None:
         jax.block_until_ready(state.step)
         if step == self._first:
             jax.profiler.start_trace(str(self._folder))

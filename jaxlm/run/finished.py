@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import data
-from jaxlm.checkpoint import checksums, metrics_file
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import checksums, metrics_file, workdirs
 from jaxlm.config import Config, UserError
 from jaxlm.config.paths import steps_in
 from jaxlm.data.prompts import encode_prompt

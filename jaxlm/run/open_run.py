@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import data
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import workdirs
 from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.checkpoint.rollback import Diverged
@@ -21,7 +21,7 @@ from jaxlm.host import runtime
 from jaxlm.model import Model, Params, make_model
 from jaxlm.run.phases import Phases, counted
 from jaxlm.run.time_left import num_eval_batches
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.evaluate import evaluate
 
 
@@ -98,13 +98,13 @@ def score(run: Run, config: Config) -> dict[str, Any]:
             f" has {run.vocab_size}; allowed: data in the vocabulary of {run.folder}"
         )
     devices = runtime.choose_devices(config)
-    mesh = Mesh(np.array(devices), (steps.AXIS,))
+    mesh = Mesh(np.array(devices), (train_step.AXIS,))
     params = jax.device_put(run.params, NamedSharding(mesh, PartitionSpec()))
     batches = data.eval_batches(
         corpus, config, config.batch_size // config.optim.accum_steps, num_devices=len(devices),
         process_index=0, process_count=1, limit=config.eval.batches,
     )  # fmt: skip
-    eval_step = steps.pmap_eval_step(steps.make_eval_step(config, run.model), devices)
+    eval_step = train_step.pmap_eval_step(train_step.make_eval_step(config, run.model), devices)
     with Phases(stderr=True).phase("evaluating", num_eval_batches(config, len(corpus.val))) as advance:
         scores = evaluate(eval_step, params, counted(batches, advance), corpus.bytes_per_token)
     if not math.isfinite(scores["eval_loss"]):

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm import data
-from jaxlm.checkpoint import metrics_file, rewarm, start_from
-from jaxlm.checkpoint import rollback as recovery
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import metrics_file, rewarm, rollback, start_from, workdirs
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints
 from jaxlm.checkpoint.start_from import find_whole, opened
 from jaxlm.checkpoint.writing import Saver
@@ -24,10 +22,10 @@ from jaxlm.data.sources.conversations import trains_on_answers
 from jaxlm.host import distributed, runtime
 from jaxlm.model import Model, make_model
 from jaxlm.run.console import Reporter
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.placement import Placement
 from jaxlm.train.schedules import LrHistory, Rewarm
-from jaxlm.train.step import Device
+from jaxlm.train.train_step import Device
 
 FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
 
@@ -42,13 +40,13 @@ class Parts(NamedTuple):
     placement: Placement
     saver: Saver
     reporter: Reporter
-    returns: list[recovery.Return]  # to earlier checkpoints, in the run so far
+    returns: list[rollback.Return]  # to earlier checkpoints, in the run so far
     rewarm: Rewarm | None  # of a run that went on at a higher learning rate
 
 
 def build(
     config: Config, workdir: Path, lock: workdirs.Lock, quiet: bool = False
-) -> tuple[Parts, steps.TrainState, int]:
+) -> tuple[Parts, train_step.TrainState, int]:
     """The parts, the state to go on from, and the number of its updates.
 
     Nothing is written before data, workdir, devices and checkpoint are known to fit the configuration. From then on
@@ -69,8 +67,8 @@ def build(
     metrics_file.check(workdir)
     _check_same_corpus(workdir, corpus, changed)
     _check_shared(workdir, "--workdir, as it was")
-    returns = recovery.read(workdir) if workdirs.holds_checkpoints(workdir) else []
-    distributed.check_same("what was done so far", {recovery.NAME: returns})
+    returns = rollback.read(workdir) if workdirs.holds_checkpoints(workdir) else []
+    distributed.check_same("what was done so far", {rollback.NAME: returns})
     order = train_order(corpus, config, returns, workdirs.order_version(workdir))
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
@@ -84,7 +82,7 @@ def build(
 
     if returns and start == returns[-1].to:
         state = _counted_anew(state)
-    rises, said_of_it = rewarm.of_run(config, workdir, start, recovery.lr_cuts(returns))
+    rises, said_of_it = rewarm.of_run(config, workdir, start, rollback.lr_cuts(returns))
 
     def claim() -> None:
         facts = {"data_fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size, "order": order.version}
@@ -117,22 +115,22 @@ def _prepare(config: Config, workdir: Path, weights: Weights | None, quiet: bool
 
 def lr_history(parts: Parts) -> LrHistory:
     """What the learning rates depend on beside the configuration."""
-    return LrHistory(parts.rewarm, recovery.lr_cuts(parts.returns))
+    return LrHistory(parts.rewarm, rollback.lr_cuts(parts.returns))
 
 
-def train_order(corpus: data.Corpus, config: Config, returns: list[recovery.Return], version: int) -> data.TrainOrder:
+def train_order(corpus: data.Corpus, config: Config, returns: list[rollback.Return], version: int) -> data.TrainOrder:
     """The order of the data, without the batches that the run steps over."""
     return data.TrainOrder(corpus, config, [(r.first, r.last) for r in returns], version)
 
 
-def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.TrainState, int]:
+def go_back(parts: Parts, trouble: rollback.Trouble) -> tuple[Parts, train_step.TrainState, int]:
     """Goes back to the last good checkpoint, removes later ones, and leaves out the batches of the bad steps.
 
     Returns:
       The parts, the state to go on from, and the number of its updates.
 
     Raises:
-      Diverged: it went back `optim.max_returns` times already within the last recovery.SOON steps.
+      Diverged: it went back `optim.max_returns` times already within the last rollback.SOON steps.
       CheckpointError: no checkpoint is whole.
     """
     c, workdir, returns = parts.config, parts.workdir, parts.returns
@@ -140,33 +138,33 @@ def go_back(parts: Parts, trouble: recovery.Trouble) -> tuple[Parts, steps.Train
         whole = _whole(checkpoints, len(returns)) if checkpoints else []
         if checkpoints is None or not whole:
             raise CheckpointError(f"{workdir / 'checkpoints'}: no whole checkpoint to go back to; {trouble.why}")
-        to = recovery.target(whole, trouble.first, returns)
+        to = rollback.target(whole, trouble.first, returns)
         first = max(trouble.first, to + 1)  # those before it are used up in that checkpoint
         last = max(trouble.last, first)  # where the only checkpoint is that of the bad step, the next batch is left out
         bad = int(parts.order.number(first)), int(parts.order.number(last))
-        recent = recovery.recent(returns, to)
+        recent = rollback.recent(returns, to)
         if len(recent) >= c.optim.max_returns:
             batches = ", ".join(f"{a} to {b}" for a, b in [*((r.first, r.last) for r in recent), bad])
-            raise recovery.Diverged(
+            raise rollback.Diverged(
                 f"training diverged in step {trouble.last}: {trouble.why}; it went back {len(recent)} times"
-                f" (optim.max_returns), in the end with {recovery.lr_scale(returns):.3g} times the learning rates; bad"
+                f" (optim.max_returns), in the end with {rollback.lr_scale(returns):.3g} times the learning rates; bad"
                 f" were batches {batches}; the newest checkpoint is of step {max(whole)}; a lower optim.lr, more"
                 " optim.warmup_steps, a smaller optim.clip_norm or optim.spike_factor, or model.qk_norm=true may help"
             )
         state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
         later = [step for step in checkpoints.steps() if step > to]
     # The first return may have met a passing fault. When another one follows soon, the rates are likely to be too high.
-    returns = [*returns, recovery.Return(to, *bad, trouble.why, c.optim.return_lr if recent else 1.0)]
+    returns = [*returns, rollback.Return(to, *bad, trouble.why, c.optim.return_lr if recent else 1.0)]
 
     def keep() -> None:
-        recovery.remove(workdir / "checkpoints", later)
-        recovery.write(workdir, returns)
+        rollback.remove(workdir / "checkpoints", later)
+        rollback.write(workdir, returns)
 
     _on_first(workdir, keep)
     parts.reporter.say(
         f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why}"
         f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to"
-        f" {recovery.lr_scale(returns):.3g} times the learning rates"
+        f" {rollback.lr_scale(returns):.3g} times the learning rates"
     )
     state = _counted_anew(state)
     saver = Saver(workdir, c.checkpoint, parts.reporter.say)
@@ -192,8 +190,8 @@ def eval_batches(parts: Parts) -> Iterator[data.Scored]:
 
 
 def _load_state(
-    config: Config, workdir: Path, placement: Placement, fresh: steps.TrainState
-) -> tuple[steps.TrainState, int, list[str], list[int]]:
+    config: Config, workdir: Path, placement: Placement, fresh: train_step.TrainState
+) -> tuple[train_step.TrainState, int, list[str], list[int]]:
     """The state of the newest whole checkpoint; fresh where there is none.
 
     Returns:
@@ -209,7 +207,7 @@ def _load_state(
         return checkpoints.restore(newest, placement, fresh), newest, said, list(damage)
 
 
-def _counted_anew(state: steps.TrainState) -> steps.TrainState:
+def _counted_anew(state: train_step.TrainState) -> train_step.TrainState:
     """The state without bad steps in a row: after a return they are counted from there."""
     return state._replace(guard=state.guard._replace(in_row=state.guard.in_row * 0, high=state.guard.high * 0))
 

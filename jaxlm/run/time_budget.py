@@ -14,7 +14,7 @@ from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
 from jaxlm.host import distributed, runtime
 from jaxlm.model import make_model
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.loop import train
 from jaxlm.train.placement import Placement
 
@@ -63,7 +63,7 @@ def _measure(config: Config) -> tuple[float, float]:
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
     placement = Placement(config, devices)
     state = placement.initial(model)
-    step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)
+    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
     batches = data.train_stream(
         data.TrainOrder(corpus, config), dataclasses.replace(config, steps=WARM + TIMED), 0,
         num_devices=len(placement.local), process_index=jax.process_index(), process_count=jax.process_count(),

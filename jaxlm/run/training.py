@@ -9,9 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoint import metrics_file
-from jaxlm.checkpoint import rollback as recovery
-from jaxlm.checkpoint import workdir as workdirs
+from jaxlm.checkpoint import metrics_file, rollback, workdirs
 from jaxlm.checkpoint.replicas import Replicas
 from jaxlm.checkpoint.rollback import Diverged, Trouble
 from jaxlm.checkpoint.writing import Unsaved
@@ -28,7 +26,7 @@ from jaxlm.run.console import human
 from jaxlm.run.finished import close
 from jaxlm.run.setup import Parts, build, go_back, lr_history, train_batches
 from jaxlm.run.time_budget import fit
-from jaxlm.train import step as steps
+from jaxlm.train import train_step
 from jaxlm.train.loop import train
 
 
@@ -93,7 +91,7 @@ def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
 
 
 def _train(
-    parts: Parts, state: steps.TrainState, start: int, stop: StopSignal, owed: bool
+    parts: Parts, state: train_step.TrainState, start: int, stop: StopSignal, owed: bool
 ) -> tuple[int, dict[str, Any]]:
     """Runs the loop with its hooks; returns the number of updates done, and the last state's scores if it has any.
 
@@ -108,7 +106,7 @@ def _train(
     evaluation = make_evaluation(parts, log, watchdog.at, asked)
     evaluated, scores = -1, {}
 
-    def evaluate(step: int, state: steps.TrainState) -> None:
+    def evaluate(step: int, state: train_step.TrainState) -> None:
         nonlocal evaluated, scores
         with suppress(Interrupted):  # the same command makes this evaluation when it goes on
             evaluated, scores = step, evaluation(step, state)
@@ -120,7 +118,7 @@ def _train(
     hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
              (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step),
               timed("save", save))]  # fmt: skip
-    train_step = _make_step(parts, stop)
+    update = _make_step(parts, stop)
     batches = train_batches(parts, start)
     try:
         watchdog.start()
@@ -132,7 +130,7 @@ def _train(
         if owed:
             evaluate(start, state)
         state, step = train(
-            state, train_step, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
+            state, update, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
             on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
         )  # fmt: skip
         watchdog.stop()
@@ -154,7 +152,7 @@ def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
     """The hook that saves a state, if its parameters are finite and all devices hold the same."""
     replicas = Replicas(parts.config, parts.placement.here)
 
-    def save(step: int, state: steps.TrainState, act: Callable = parts.saver.save) -> None:
+    def save(step: int, state: train_step.TrainState, act: Callable = parts.saver.save) -> None:
         # First, since hosts see the numbers of their own devices: after it all find the same.
         if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
@@ -167,10 +165,10 @@ def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
 
 def _make_step(parts: Parts, stop: StopSignal) -> Callable:
     """The training step on all devices. Its first call compiles it and says so."""
-    step_of_one = steps.make_train_step(parts.config, parts.model, parts.devices, lr_history(parts))
-    program, compiled = steps.pmap_train_step(parts.config, step_of_one, parts.devices), False
+    step_of_one = train_step.make_train_step(parts.config, parts.model, parts.devices, lr_history(parts))
+    program, compiled = train_step.pmap_train_step(parts.config, step_of_one, parts.devices), False
 
-    def train_step(state: steps.TrainState, batch: Any) -> Any:
+    def update(state: train_step.TrainState, batch: Any) -> Any:
         nonlocal compiled
         with nullcontext() if compiled else parts.reporter.phase("compiling the step", ended="compiled"):
             made = program(state, batch)
@@ -178,7 +176,7 @@ def _make_step(parts: Parts, stop: StopSignal) -> Callable:
         stop.defer()  # from here on there is something to save
         return made
 
-    return train_step
+    return update
 
 
 def _due(config: Config, period: int) -> Callable[[int], bool]:
@@ -195,7 +193,7 @@ def _owes_evaluation(parts: Parts, start: int) -> bool:
     return not json.loads(known)
 
 
-def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
+def describe(parts: Parts, state: train_step.TrainState, start: int) -> None:
     """The lines of facts at the start."""
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
     per_step = c.batch_size * c.seq_len
@@ -218,7 +216,7 @@ def describe(parts: Parts, state: steps.TrainState, start: int) -> None:
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
     for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
-    if (scale := recovery.lr_scale(parts.returns)) < 1:
+    if (scale := rollback.lr_scale(parts.returns)) < 1:
         say(
             f"learning rates: {scale:.3g} times optim.lr, since the run went back to earlier checkpoints (returns.json)"
         )
