@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 from jaxlm.host import runtime, startup
-from jaxlm.main import exit_code, run
+from jaxlm.host.exit_codes import exit_code
+from jaxlm.main import run
 from jaxlm.train import train_step
 
 make = train_step.make_train_step

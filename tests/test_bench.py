@@ -1,15 +1,14 @@
 """The step alone, beside the trainer around it: numbers of the right size, of steps that are all made."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from jaxlm.commands import bench
 from jaxlm.config import UserError
 from jaxlm.train import guard
 from tests.runs import CONFIG, flags
-from tools import bench
 
 
 def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -19,8 +18,7 @@ def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(bench, "summary", lambda ours, rounds: made.append(ours) or summary(ours, rounds))
     arguments = ["--config", str(CONFIG), *flags(**{"optim.lr": 1.0}), "--rounds", "2"]
     arguments += ["--steps", str(4 * guard.LEAST)]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
-    assert bench.main() == 0
+    assert bench.main(arguments) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split(" · ")[0] for line in out[:-1]] == ["round 1/2", "round 2/2"]
     result = json.loads(out[-1])
@@ -30,13 +28,11 @@ def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("argv, words", [(["--rounds", "0"], "--rounds is 0"), (["--config.seq_lenn=3"], "seq_len")])
-def test_wrong_arguments(argv: list[str], words: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", str(CONFIG), *argv])
+def test_wrong_arguments(argv: list[str], words: str):
     with pytest.raises(UserError, match=words):
-        bench.main()
+        bench.main(["--config", str(CONFIG), *argv])
 
 
-def test_a_folder_without_nanogpt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--config", str(CONFIG), *flags(), "--nanogpt", str(tmp_path)])
+def test_a_folder_without_nanogpt(tmp_path: Path):
     with pytest.raises(UserError, match=r"no model\.py in it"):
-        bench.main()
+        bench.main(["--config", str(CONFIG), *flags(), "--nanogpt", str(tmp_path)])

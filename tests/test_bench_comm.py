@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxlm.commands import bench_comm
+from jaxlm.commands.collectives import _group_size, collectives
 from jaxlm.config.cli import load
-from tools import bench_comm
-from tools.collectives import _group_size, collectives
 
 CONFIG = Path(__file__).parents[1] / "configs/debug.py"
 # Sizes that no number of devices divides; without Muon, whose layers are shared too.

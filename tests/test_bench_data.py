@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
+from jaxlm.commands import bench_data, bench_tokenizing
 from jaxlm.config import Config
 from jaxlm.data import prepare
 from jaxlm.data import stream as stream_lib
 from jaxlm.data.sources import files as files_lib
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from tests.corpora import make_config
-from tools import bench_data, bench_tokenizing
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

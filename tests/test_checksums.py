@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.checkpoint import checksums
 from jaxlm.checkpoint.reading import CheckpointError
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run.open_run import open_run
 from tests.runs import CHECKPOINT, STEPS, assert_identical, lines, numbers, run, state_of
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli, schema
+from jaxlm.config import Config, UserError, cli, files, schema
 from tests.configurations import BASE, ROOT, refusal
 
 
@@ -184,7 +184,7 @@ def test_a_wrong_type_on_the_command_line(key: str) -> None:
 
 def test_round_trip(base: Config) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(base)))
-    again = cli.from_dict(tree)
+    again = files.from_dict(tree)
     assert again == base and again is not base
     assert schema.changes(base, again) == ({}, {})
 
@@ -194,7 +194,7 @@ def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
         tree = dataclasses.asdict(base)
         change(tree)
         with pytest.raises(UserError) as caught:
-            cli.from_dict(tree, "some/config.json")
+            files.from_dict(tree, "some/config.json")
         return str(caught.value)
 
     unknown = said(lambda t: t["optim"].update(lrr=1.0))

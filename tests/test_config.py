@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli, schema
+from jaxlm.config import Config, UserError, cli, files, schema
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 
@@ -157,7 +157,7 @@ def may_change(key: str) -> bool:
 
 @pytest.mark.parametrize("key", list(schema.key_types()))
 def test_changes_of_each_key(base: Config, key: str) -> None:
-    other = cli.from_dict(dataclasses.asdict(base))
+    other = files.from_dict(dataclasses.asdict(base))
     *section, name = key.split(".")
     holder = getattr(other, section[0]) if section else other
     old = getattr(holder, name)

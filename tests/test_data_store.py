@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxlm.commands import prepare as prepare_data
 from jaxlm.config import Config, UserError
 from jaxlm.data import compression_baselines, open_store, prepare, store_reader
 from jaxlm.data import store as store_lib
@@ -18,7 +19,6 @@ from jaxlm.data.progress import track
 from jaxlm.data.sources.opening import open_source
 from jaxlm.data.token_file import TokenFile
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
-from tools import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,8 +194,7 @@ def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
     keys = [f"--config.data.cache_dir={config.data.cache_dir}", "--config.data.tokenizer=bytes"]
 
     def call(*more: str) -> tuple[list[str], dict]:
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--config", "configs/base.py", *keys, *more])
-        assert prepare_data.main() == 0
+        assert prepare_data.main(["--config", "configs/base.py", *keys, *more]) == 0
         out = capsys.readouterr().out.splitlines()
         return out[3:-1], json.loads(out[-1])
 

@@ -15,7 +15,7 @@ from jaxlm.config.cli import load
 from jaxlm.data import open_store, prepare
 from jaxlm.data.sources import files as files_lib
 from jaxlm.data.tokens import Tokens, chain
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import metrics
 from tests.corpora import make_config, open_corpus, write
 from tests.runs import CONFIG, run

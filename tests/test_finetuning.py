@@ -2,7 +2,6 @@
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,9 +14,11 @@ import jax
 import pytest
 
 from jaxlm import main
+from jaxlm.commands import generate as generate_command
 from jaxlm.config import cli
 from jaxlm.data.prompts import encode_prompt
 from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import finished
 from jaxlm.run.beside_steps import sample_text
 from jaxlm.run.open_run import open_run
@@ -50,23 +51,21 @@ def commands(program: str) -> list[list[str]]:
 
 
 class Generate:
-    """tools/generate.py in this process: its exit code, output and errors."""
+    """`jaxlm generate` in this process: its exit code, output and errors."""
 
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-        self.capfd, self.monkeypatch, self.error = capfd, monkeypatch, ""
-        self.main = runpy.run_path(str(ROOT / "tools/generate.py"))["main"]
+    def __init__(self, capfd: pytest.CaptureFixture[str]):
+        self.capfd, self.error = capfd, ""
 
     def __call__(self, *argv: str, code: int = 0) -> str:
-        self.monkeypatch.setattr(sys, "argv", ["generate.py", *argv])
-        assert main.exit_code(self.main) == code
+        assert exit_code(lambda: generate_command.main([*argv])) == code
         out, self.error = self.capfd.readouterr()
         return out
 
 
 @pytest.fixture
-def generate(recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Generate:
+def generate(recipe: Path, capfd: pytest.CaptureFixture[str]) -> Generate:
     capfd.readouterr()
-    return Generate(capfd, monkeypatch)
+    return Generate(capfd)
 
 
 CHAT = ("--workdir", "runs/chat", "--temperature", "0")
@@ -118,7 +117,9 @@ def test_any_prompt(prompt: str, generate: Generate, tmp_path: Path):
 
 
 @pytest.mark.parametrize("argv, piped", [(["--prompt", "-"], "the red"), ([], "the red\n"), ([], None)])
-def test_a_prompt_from_stdin(argv: list[str], piped: str | None, generate: Generate, tmp_path: Path):
+def test_a_prompt_from_stdin(
+    argv: list[str], piped: str | None, generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """By --prompt -, or because it is a file or a pipe; what is neither is not read."""
     source = tmp_path / "stdin"
     source.write_text(piped or "")
@@ -128,7 +129,7 @@ def test_a_prompt_from_stdin(argv: list[str], piped: str | None, generate: Gener
         os.dup2(file.fileno(), 0)
         try:
             with open(0, closefd=False) as stdin:
-                generate.monkeypatch.setattr(sys, "stdin", stdin)
+                monkeypatch.setattr(sys, "stdin", stdin)
                 assert generate(*TEXT, "--max_new_tokens", "8", *argv) == expected
         finally:
             os.dup2(before, 0)

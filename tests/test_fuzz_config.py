@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from jaxlm.config import Config, UserError, cli, flatten, key_types
+from jaxlm.config import Config, UserError, cli, files, flatten, key_types
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 from tests.corpora import write
@@ -26,7 +26,7 @@ def test_saved_configurations(tmp_path: Path):
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        validate(cli.from_saved(cli.read_saved(path)["config"], str(path))[0])
+        validate(files.from_saved(files.read_saved(path)["config"], str(path))[0])
 
     fuzz(changed([saved]) | changed([saved]) | damaged([json.dumps(saved).encode()]), read, 250)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxlm.commands import inspect as inspect_data
 from jaxlm.config.cli import load
 from jaxlm.data import inspect, prepare
 from tests.corpora import write
 from tests.inspecting import CHAT, CONFIG, ROOT, TWO, call, flags
-from tools import inspect_data
 
 # Rows
 
@@ -202,7 +202,7 @@ def test_refusals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, wrong
     argv = [arg.replace("FILES", str(tmp_path)) for arg in wrong]
     code, out, error = call(monkeypatch, capsys, *argv, *flags(tmp_path, seq_len=3))
     assert (code, out) == (2, "") and error.count("\n") == 1, error
-    assert error.startswith("inspect_data.py: ")
+    assert error.startswith("jaxlm: ")
     assert all(word in error.replace(str(tmp_path), "FILES") for word in WRONG[wrong]), error
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -224,7 +224,7 @@ def test_a_picture_that_cannot_be_written_in_the_end(tmp_path: Path, capsys, mon
 
 def test_the_command_line_imports_no_jax(tmp_path: Path):
     write(tmp_path, TWO)
-    program = "import runpy, sys; runpy.run_path('tools/inspect_data.py')['main'](); print('jax' in sys.modules)"
+    program = "import sys; from jaxlm.commands import inspect; inspect.main(sys.argv[1:]); print('jax' in sys.modules)"
     command = [sys.executable, "-c", program, "--config", str(CONFIG), *flags(tmp_path, seq_len=4)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxlm.commands import inspect_charts
 from jaxlm.data import inspect
 from tests.corpora import write
 from tests.inspecting import CHAT, TWO
-from tools import inspect_charts
 
 
 def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import UserError
 from jaxlm.config.cli import load
 from jaxlm.data.order import TrainOrder
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import beside_steps
 from jaxlm.train import train_step
 from jaxlm.train.schedules import LrHistory, make_schedule

@@ -13,9 +13,9 @@ import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config.cli import load
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.signals import StopSignal
 from jaxlm.host.stop import LEFT
-from jaxlm.main import exit_code
 from jaxlm.model import make_model
 from jaxlm.run import beside_steps, training
 from jaxlm.train import train_step

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,14 +14,15 @@ import numpy as np
 import pytest
 
 from jaxlm import main
-from jaxlm.checkpoint.reading import steps_in
 from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import UserError
 from jaxlm.config.cli import load
+from jaxlm.config.paths import steps_in
 from jaxlm.data.sources.synthetic import TRAIN as SYNTHETIC_TRAIN
 from jaxlm.model import make_model
 from jaxlm.train import train_step
 from jaxlm.train.placement import Placement
+from tests.exit_codes import tool
 from tests.runs import (
     CHECKPOINT,
     CONFIG,
@@ -150,18 +150,11 @@ def test_loss_on_synthetic_data_approaches_what_is_possible(tmp_path: Path):
 # The command lines over a run
 
 
-def tool(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
-
-
-def test_evaluate_gives_the_score_of_the_run(
-    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    assert tool("evaluate", monkeypatch, "--workdir", whole) == 0
+def test_evaluate_gives_the_score_of_the_run(whole: Path, capsys: pytest.CaptureFixture[str]):
+    assert tool("evaluate", "--workdir", whole) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found == numbers(whole)[-1]
-    assert tool("evaluate", monkeypatch, "--workdir", whole, "--step", 300, "--config.parallel.devices=4") == 0
+    assert tool("evaluate", "--workdir", whole, "--step", 300, "--config.parallel.devices=4") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     want = next(m for m in numbers(whole) if m["step"] == 300 and "eval_loss" in m)
     assert found.pop("eval_bits_per_byte") is want.pop("eval_bits_per_byte") is None
@@ -184,7 +177,7 @@ def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     def sample(seed: int) -> str:
         arguments = ["--prompt", "the ", "--max_new_tokens", 20, "--seed", seed]
-        assert tool("generate", monkeypatch, "--workdir", tmp_path / "run", *arguments) == 0
+        assert tool("generate", "--workdir", tmp_path / "run", *arguments) == 0
         return capsys.readouterr().out
 
     # What was said to be next works as printed.

@@ -100,7 +100,7 @@ def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> R
 
 @cache
 def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Initial parameters, optimizer state, and an update without `train_step.py`, losses, schedules and synchronization."""
+    """Initial parameters, optimizer state, and an update, without the code of `train_step.py`."""
     config = make_config(*optimizer)
     model, c = make(config), config.optim
     if c.name == "adamw":

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from tests.runs import CONFIG, ROOT, flags
 
 

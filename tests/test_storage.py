@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jaxlm.host import retry
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import metrics
 from tests.runs import CHECKPOINT, CONFIG, ROOT, assert_identical, flags, lines, numbers, run, state_of
 

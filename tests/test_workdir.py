@@ -13,7 +13,7 @@ import pytest
 from jaxlm.checkpoint.workdirs import FILES, FOLDERS, Lock
 from jaxlm.config import UserError
 from jaxlm.data import load_tokenizer
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.run.open_run import open_run, score
 from tests.runs import CHECKPOINT, lines, run, start, wait_for_step
 

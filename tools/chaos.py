@@ -40,7 +40,7 @@ from typing import Any
 from jaxlm.config import Config, UserError, cli
 from jaxlm.config.paths import steps_in, user_path
 from jaxlm.host import runtime, signals
-from jaxlm.main import exit_code
+from jaxlm.host.exit_codes import exit_code
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}

@@ -30,8 +30,8 @@ from typing import Any
 from jaxlm.config import UserError, cli
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime, signals
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.startup import STOPPED, TOOL_STOPPED
-from jaxlm.main import exit_code
 
 ROOT = Path(__file__).parents[1]
 FIRST = 0.1  # seconds after the start, before which Python itself starts

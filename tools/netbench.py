@@ -30,8 +30,8 @@ from typing import Any
 from jaxlm.config import Config, UserError, cli, flatten
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime, signals
+from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.startup import HUGE_PAGES
-from jaxlm.main import exit_code
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")

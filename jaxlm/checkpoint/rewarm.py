@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxlm.checkpoint import workdirs
 from jaxlm.config import Config, OptimConfig, UserError, show
-from jaxlm.config.cli import from_saved
+from jaxlm.config.files import from_saved
 from jaxlm.train.schedules import LEAST_WARMUP, Cut, LrHistory, Peak, Rewarm, make_schedule
 
 RAISED = 1.01  # a smaller rise is no jump: a longer cosine is a little higher everywhere

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, UserError, changes, show
-from jaxlm.config.cli import check_vocab_size, read_config, read_saved
+from jaxlm.config.files import check_vocab_size, read_config, read_saved
 from jaxlm.config.paths import holds_checkpoints, steps_in
 from jaxlm.data.order import VERSION, VERSIONS
 from jaxlm.host.durable import beside, write_whole
@@ -246,12 +246,8 @@ def order_version(workdir: Path) -> int:
 
 def _versions() -> dict[str, str | None]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    try:
-        own = importlib.metadata.version("jaxlm")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        own = None
     installed = {name: importlib.metadata.version(name) for name in packages}
-    return {"jaxlm": own, "python": platform.python_version(), **installed, "git_commit": _git_commit()}
+    return {"jaxlm": jaxlm.__version__, "python": platform.python_version(), **installed, "git_commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

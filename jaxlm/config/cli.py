@@ -1,12 +1,9 @@
-"""Configurations from files, command lines and workdirs, checked as a whole; and how command lines refuse.
+"""Configurations from command lines, files and workdirs, checked as a whole; and how command lines refuse.
 
 Nothing here imports jax.
 """
 
 import argparse
-import dataclasses
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -18,116 +15,12 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from jaxlm.config import BEFORE, MAX_INT, Config, OwnFloat, UserError, describe, flatten, key_types, sections, show
+from jaxlm.config import Config, OwnFloat, UserError, describe, flatten, key_types, show
+from jaxlm.config.files import check_vocab_size, from_saved, load_file, read_config, read_saved
 from jaxlm.config.hints import unknown_key, unknown_option
 from jaxlm.config.paths import holds_checkpoints
 from jaxlm.config.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
 from jaxlm.config.validate import check_address, validate
-
-BASE = Path(__file__).parents[2] / "configs/base.py"
-
-
-def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
-    """The configuration that `dataclasses.asdict` gave, checked.
-
-    Raises:
-      UserError: a key is unknown, missing, or of the wrong type.
-    """
-
-    def build(cls: Any, sub: Any, prefix: str) -> Any:
-        names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
-        if not isinstance(sub, dict):
-            raise UserError(f"{where}: '{prefix.rstrip('.')}' is {sub!r}; allowed: an object of keys")
-        if extra := sorted(set(sub) - set(names)):
-            raise unknown_key(prefix + extra[0], where)
-        if missing := sorted(set(names) - set(sub)):
-            raise UserError(f"{where}: key '{prefix}{missing[0]}' is missing")
-        return cls(
-            **{
-                n: build(t, sub[n], f"{prefix}{n}.") if dataclasses.is_dataclass(t) else sub[n]
-                for n, t in names.items()
-            }
-        )
-
-    return validate(build(Config, tree, ""))
-
-
-def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
-    """The configuration in a workdir, and the keys that jaxlm has gained since it was saved.
-
-    A new key takes the value with which the run goes on as before: that of `config.BEFORE`, else of configs/base.py.
-
-    Raises:
-      UserError: a key is unknown or of the wrong type, or a section is missing.
-    """
-    gained = {}
-    for key in key_types() if BASE.is_file() else ():
-        *section, name = key.split(".")
-        holder = tree.get(section[0]) if section else tree
-        if isinstance(holder, dict) and name not in holder:
-            gained[key] = holder[name] = BEFORE.get(key, flatten(_load_file(BASE))[key])
-    try:
-        config = from_dict(tree, where)
-    except UserError as error:
-        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from error
-    return config, {key: flatten(config)[key] for key in gained}
-
-
-def read_saved(path: Path) -> dict[str, Any]:
-    """What a workdir's config.json holds.
-
-    Raises:
-      UserError: it cannot be read, or is something else.
-    """
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: unreadable ({error}); allowed: the config.json of a run") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
-    return saved
-
-
-def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
-    """`from_saved` of a workdir's config.json."""
-    return from_saved(read_saved(path)["config"], str(path))
-
-
-def _load_file(path: Path) -> Config:
-    """The configuration that a file's `get_config()` returns, or that a run's config.json holds."""
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
-    if path.suffix == ".json":
-        return read_config(path)[0]
-    spec = importlib.util.spec_from_file_location("jaxlm_user_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config {path}: allowed: a Python file (.py), or the config.json of a run")
-    module = importlib.util.module_from_spec(spec)
-    # `from configs import base` works from any folder: the repository's root comes first, then the user's.
-    roots = [str(Path(__file__).resolve().parents[2]), str(path.resolve().parents[1])]
-    sys.path[:0] = roots
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # any error of the user's own code
-        typo = re.fullmatch(r"'(\w+)' object has no attribute '(\w+)'.*", str(error))
-        if isinstance(error, AttributeError) and typo:
-            prefixes = {f.type.__name__: f"{f.name}." for f in sections()}
-            raise unknown_key(prefixes.get(typo[1], "") + typo[2], f"--config {path}") from error
-        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
-    finally:
-        for root in roots:
-            sys.path.remove(root)
-    if not isinstance(config, Config):
-        raise UserError(f"--config {path}: get_config() returned {type(config).__name__}; allowed: jaxlm.config.Config")
-    for field in sections():
-        if not isinstance(section := getattr(config, field.name), field.type):
-            raise UserError(
-                f"--config {path}: {field.name} is {section!r}; allowed: jaxlm.config.{field.type.__name__}"
-            )
-    return config
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
@@ -198,14 +91,14 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     Raises:
       UserError: an override contradicts the weights, or what `apply_overrides` raises.
     """
-    file, overrides = _load_file(Path(path)), overrides or []
+    file, overrides = load_file(Path(path)), overrides or []
     config = _set(file, overrides)
     check_address("checkpoint.resume", config.checkpoint.resume)  # before a message shows it
     weights = named_weights(config.checkpoint.resume)
     if weights is None:
         return validate(config)
     if workdir is not None and holds_checkpoints(workdir) and (workdir / "config.json").exists():
-        return validate(_set(updated(file, keys_of(_load_file(workdir / "config.json"))), overrides))
+        return validate(_set(updated(file, keys_of(load_file(workdir / "config.json"))), overrides))
     run, brought = _weights_of(weights.workdir, config.checkpoint.resume)
     asked = {_key(argument) for argument in overrides if argument.startswith("--")}
     check_asked(config, brought, asked, run, weights.workdir)
@@ -227,13 +120,6 @@ def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
     check_vocab_size(saved, path)
     run = from_saved(saved["config"], str(path))[0]
     return run, brought_by(workdir, run, saved["vocab_size"])
-
-
-def check_vocab_size(saved: dict[str, Any], path: Path) -> None:
-    """Raises UserError if the content of a config.json has no possible vocab_size."""
-    found = saved.get("vocab_size")
-    if type(found) is not int or not 1 <= found <= MAX_INT:
-        raise UserError(f"{path}: vocab_size is {show(found)}; allowed: what a run wrote there")
 
 
 def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:

@@ -87,13 +87,16 @@ def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
     return f"{command('generate')} --workdir {workdir}{' --chat' * chat} --prompt {shlex.quote(prompt)}"
 
 
-def command(tool: str) -> str:
-    """The command line that starts a tool from the current folder with this Python."""
-    path = Path(__file__).parents[2] / "tools" / f"{tool}.py"
-    python = "python" if shutil.which("python") == sys.executable else _nearby(sys.executable)
-    return f"{shlex.quote(python)} {shlex.quote(_nearby(str(path)))}"
+def command(name: str) -> str:
+    """The command line that starts a command of jaxlm's from the current folder with this Python."""
+    script = Path(sys.executable).with_name("jaxlm")
+    if not script.is_file():  # not installed
+        return f"{shlex.quote(_nearby(sys.executable, 'python'))} -m jaxlm {name}"
+    return f"{shlex.quote(_nearby(str(script), 'jaxlm'))} {name}"
 
 
-def _nearby(path: str) -> str:
-    """The path, as a relative one if it is inside the current folder."""
+def _nearby(path: str, name: str) -> str:
+    """A program as it is called from the current folder: by its name, if that finds it, else by its shortest path."""
+    if shutil.which(name) == path:
+        return name
     return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

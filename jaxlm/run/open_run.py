@@ -15,7 +15,8 @@ from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.checkpoint.rollback import Diverged
 from jaxlm.config import SOURCES, Config, UserError
-from jaxlm.config.cli import load_workdir, read_config
+from jaxlm.config.cli import load_workdir
+from jaxlm.config.files import read_config
 from jaxlm.config.pretrained import Step
 from jaxlm.host import runtime
 from jaxlm.model import Model, Params, make_model

@@ -1,4 +1,4 @@
-"""Times nanoGPT's own step for tools/bench.py: arguments are a checkout, GPTConfig as JSON, the batch size, and
+"""Times nanoGPT's own step for bench.py: arguments are a checkout, GPTConfig as JSON, the batch size, and
 PyTorch's word for the precision of float32 products: `highest`, or `medium` for operands rounded to bfloat16.
 
 Reads a number of steps from each line of input and answers with seconds a step. Eager mode in float32, clipping and

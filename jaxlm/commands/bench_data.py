@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
+from jaxlm.commands.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 from jaxlm.config import Config, UserError, cli
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
@@ -25,7 +26,6 @@ from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.host import runtime
 from jaxlm.host.temporary import temporary_folder
 from jaxlm.host.workers import apart
-from tools.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
 FEED_SECONDS = 0.5  # of a round, at least
@@ -36,7 +36,7 @@ Backend = Literal["auto", "tf", "thread"]
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(
-        prog="bench.py data", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+        prog="jaxlm bench data", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
     )
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")

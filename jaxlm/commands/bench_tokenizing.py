@@ -1,4 +1,4 @@
-"""How fast token stores are made, beside the tokenizer's library alone; a part of tools/bench_data.py."""
+"""How fast token stores are made, beside the tokenizer's library alone; a part of bench_data.py."""
 
 import itertools
 import multiprocessing

@@ -9,17 +9,17 @@ import json
 from collections import defaultdict
 from typing import Any
 
+from jaxlm.commands.collectives import Collective, collectives
 from jaxlm.config import Config, UserError, cli
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
-from tools.collectives import Collective, collectives
 
 AGREE = 1e-3  # formula and program, but for scalars that XLA puts into the same collective
 
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(
-        prog="bench.py comm", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+        prog="jaxlm bench comm", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
     )
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--vocab_size", type=int, metavar="V", help="instead of that of the configuration's data")

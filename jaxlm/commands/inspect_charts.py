@@ -1,4 +1,4 @@
-"""Bars about a corpus, for a terminal, and a picture of them and of a batch (tools/inspect_data.py)."""
+"""Bars about a corpus, for a terminal, and a picture of them and of a batch (inspect.py)."""
 
 import itertools
 from typing import NamedTuple
