@@ -27,8 +27,8 @@ def parser() -> cli.Parser:
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
     parser.add_argument(
         "--max_minutes", type=float, metavar="M",
-        help="train for so long at most, counted from now: where not all steps fit on this machine, fewer are"
-        " made, and the learning rate's schedule is that of the smaller number",
+        help="train for about so long, counted from now: where not all steps fit, by what some of them take on this"
+        " machine, fewer are made, and the learning rate's schedule is that of the smaller number",
     )  # fmt: skip
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")

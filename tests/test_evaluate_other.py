@@ -81,6 +81,25 @@ def test_text_is_scored_by_a_run_on_a_folder_of_nanogpt(tmp_path: Path, capsys: 
     assert found["eval_tokens"] == 9 * len(CHARS) and found["eval_bits_per_byte"] > 0
 
 
+@pytest.mark.parametrize(
+    "other, source", [("text TEXTS/other.txt", "text"), ("stdlib", "text"), ("jsonl r.jsonl", None)]
+)
+def test_other_data_than_a_mixture_is_of_the_kind_that_it_has(
+    other: str, source: str | None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mixed = Path(shutil.copytree(texts / "run", tmp_path / "run"))
+    saved = json.loads((mixed / "config.json").read_text())
+    saved["config"]["data"] |= {"source": "synthetic", "path": "", "mixture": f"1 text gone; 1 {other}"}
+    (mixed / "config.json").write_text(json.dumps(saved))
+    if source:
+        found, _ = scores(capsys, tmp_path, val_path=texts / "other.txt")
+        assert found["eval_tokens"] == len(OTHER.encode())
+        return
+    assert tool("evaluate", "--workdir", mixed, f"--config.data.val_path={texts / 'other.txt'}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "data.source is not given; allowed" in error and "text, jsonl, parquet" in error
+
+
 def test_what_cannot_be_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
     cases = {
         "data.val_path=nowhere.txt": "data.val_path is 'nowhere.txt': no such file",

@@ -37,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iter
     os.chdir(folder)
     (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     exec(program, {})
-    for command in commands("python -m jaxlm.main"):
+    for command in commands("jaxlm train"):
         command[command.index("--config") + 1] = str(ROOT / "configs/debug.py")
         assert main.run([*command, *QUICK]) == 0
     yield folder
@@ -73,7 +73,7 @@ TEXT = ("--workdir", "runs/animals", "--temperature", "0")
 
 
 def test_the_answer_ends_by_itself(generate: Generate):
-    (argv,) = commands("python tools/generate.py")
+    (argv,) = commands("jaxlm generate")
     assert generate(*argv) == "the blue owl\n" and generate.error == ""
     assert generate(*CHAT, "--chat", "--prompt", "hen, red", "--step", "best") == "the red hen\n"
     # A prompt as the template writes it ends at the same place.
@@ -188,10 +188,10 @@ def test_the_hint_works_as_it_is_printed(name: str, prompt: str, generate: Gener
     hint = finished._next(config, corpus, f"runs/{name.replace('letters', 'chat')}")
     assert "\n" not in hint and ("--chat" in hint) == (name != "animals")
     argv = shlex.split(hint)
-    assert argv[-2] == "--prompt" and argv[1].endswith("generate.py")
+    assert argv[-2] == "--prompt" and "generate" in argv
     if name == "letters":
         assert argv[-1] in ("", "it") and encode_prompt(tokenizer, config.data, argv[-1], True).size
         return
-    assert argv[-1] == {"\n": "", "-": "", "it's\n$HOME": "it's", "\u2028": ""}.get(prompt, prompt.strip())
+    assert argv[-1] == {"\n": "", "-": "", "it's\n$HOME": "it's", "\u2028": ""}.get(prompt, prompt)
     if prompt == "-x":
-        assert generate(*argv[2:], "--max_new_tokens", "3") != "" and generate.error == ""
+        assert generate(*argv[argv.index("generate") + 1 :], "--max_new_tokens", "3") != "" and generate.error == ""

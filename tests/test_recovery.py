@@ -102,7 +102,10 @@ def test_after_many_in_a_row_it_goes_back_and_on_without_them(
         said = capsys.readouterr().out
     returns = rollback.read(poisoned)
     assert [(r.to, r.first, r.last) for r in returns] == [(108, *bad)]
-    assert "goes back to step 108, without batches 111 to 113" in said and "warms up again to 1 times" in said
+    assert (
+        "goes back to step 108, without batches 111 to 113" in said
+        and "warms up again to the same learning rates" in said
+    )
     monkeypatch.undo()
     shutil.copy(poisoned / rollback.NAME, plain)
     assert run(plain, **keys) == 0
@@ -191,3 +194,10 @@ def test_what_is_no_list_of_returns(content: str, tmp_path: Path):
     (tmp_path / rollback.NAME).write_text(content)
     with pytest.raises(UserError, match=rollback.NAME):
         rollback.read(tmp_path)
+
+
+def test_a_spike_that_is_skipped_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    keys = {"steps": 40, "optim.on_spike": "skip", "optim.spike_factor": 1.01, "optim.max_skipped": 40}
+    assert run(tmp_path / "run", **keys, **{"eval.every_steps": 0}) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if " skipped, with batch " in line]
+    assert shown and all("a spike (optim.spike_factor), which optim.on_spike=skip leaves out" in line for line in shown)

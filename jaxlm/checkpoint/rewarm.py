@@ -26,9 +26,11 @@ def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> 
     if rewarm is None or rewarm == before:
         return rewarm, None
     rate = float(make_schedule(config.optim, config.steps, "lr", LrHistory(None, cuts))(start))
+    left = config.steps - start
+    shown = f"over {rewarm.updates} updates" + f", of which {left} are left" * (left < rewarm.updates)
     return rewarm, (
         f"the learning rate rises from {rewarm.rates['lr']:.3g} to that of the new configuration, now"
-        f" {rate:.3g}, over {rewarm.updates} updates"
+        f" {rate:.3g}, {shown}"
     )
 
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm import __version__
 from jaxlm.config import Config, UserError, changes, show
 from jaxlm.config.files import check_vocab_size, read_config, read_saved
 from jaxlm.config.paths import holds_checkpoints, steps_in
@@ -247,7 +248,7 @@ def order_version(workdir: Path) -> int:
 def _versions() -> dict[str, str | None]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     installed = {name: importlib.metadata.version(name) for name in packages}
-    return {"jaxlm": jaxlm.__version__, "python": platform.python_version(), **installed, "git_commit": _git_commit()}
+    return {"jaxlm": __version__, "python": platform.python_version(), **installed, "git_commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

@@ -4,8 +4,9 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from jaxlm.config import Config, UserError, cli, flatten
+from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, flatten, mixture
 from jaxlm.config.paths import user_path
 from jaxlm.config.pretrained import read_step
 from jaxlm.host import runtime
@@ -20,6 +21,8 @@ def load(workdir: Path, overrides: list[str]) -> Config:
     config = cli.load_workdir(workdir)
     asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
     if asked:
+        if config.data.mixture and not any(a.startswith("--config.data.source") for a in overrides):
+            config.data.source = _source_of(config.data)
         config.data.mixture = config.data.val_path = ""
         config.data.path = "-"  # passes the checks; data.val_path alone needs no other
         if (workdir / "tokenizer").is_dir():
@@ -35,6 +38,16 @@ def load(workdir: Path, overrides: list[str]) -> Config:
             file=sys.stderr,
         )
     return config
+
+
+def _source_of(data: DataConfig) -> Any:
+    """The kind of the files in a mixture, if they are all of one."""
+    names = [name for name, kind in SOURCES.items() if kind.files]
+    kinds = sorted({part.source for _, part in mixture(data)} & {*names})
+    if len(kinds) != 1:
+        raise UserError(f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
+                        f"{', '.join(names)}")  # fmt: skip
+    return kinds[0]
 
 
 def main(argv: list[str]) -> int:

@@ -107,14 +107,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--chat", action="store_true", help="of a run that learns answers: the prompt is the user's message, which the"
         " run's template writes; the answer alone is shown",
     )  # fmt: skip
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="less where the text ends")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the most probable token")
-    parser.add_argument("--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all")
+    parser.add_argument("--num_samples", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="less where the text ends (default: 200)")
     parser.add_argument(
-        "--top_p", type=float, default=0.95, help="sample among the tokens that make up this probability"
+        "--temperature", type=float, default=0.8, help="0 = always the most probable token (default: 0.8)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all (default: 0)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="sample among the tokens that make up this probability (default: 0.95)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="the text ends before this; may be given again"

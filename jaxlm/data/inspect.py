@@ -1,6 +1,6 @@
 """What the model is shown, taken apart: batches by documents, what of them is learned, and what a corpus is made of.
 
-Numbers only; `tools/inspect_data.py` shows them. Of a large corpus a sample is counted that is the same each time.
+Numbers only; `jaxlm inspect` shows them. Of a large corpus a sample is counted that is the same each time.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The Transformer decoder: the only file that knows Flax. It knows no device axis, no mesh and no training.
+"""The Transformer decoder. Only this file and layers.py know Flax, and neither knows device axes or training.
 
 Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
 H query heads, K key/value heads, C size of a head, V vocabulary, L layers, R rows of any kind.
@@ -7,7 +7,6 @@ Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[
 gradient of a small model a third faster than `[B, T, D]`, and on GPU it is the same matrix product.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, assert_never
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
+from jaxlm.model.layers import Mlp, dropout, linear, norm, sinusoids
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # of one layer
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
             length=c.num_layers,
             unroll=unroll,
         )(c, self.max_len)
-        self.final_norm = _norm(c)
+        self.final_norm = norm(c)
         if not c.tie_embeddings:
             self.head = Head(c, rows)
 
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         x_ND = self.embed(tokens_N).astype(c.dtype)
         if (table := self._added(positions)) is not None:
             x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
-        x_ND = _dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
+        x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
         shared = Shared(
             dropout_keys_B,
             rope_tables(positions, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             (B, T),
         )
         x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
-        return self.final_norm(x_ND), cache
+        return self.finalnorm(x_ND), cache
 
     def _added(self, positions: jax.Array) -> jax.Array | None:
         """What positions add to the embeddings of tokens, `[..., D]`."""
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             case "learned":
                 return self.positions(positions)
             case "sinusoidal":
-                return _sinusoids(positions, self.config.d_model)
+                return sinusoids(positions, self.config.d_model)
             case other:
                 assert_never(other)
 
@@ -192,10 +192,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: Shared) -> Any:
         c = self.config
-        a_ND, cache = Attention(c, self.window, name="attention")(_norm(c, "attention_norm")(x_ND), cache, shared)
-        x_ND += _dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
-        m_ND = Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x_ND))
-        x_ND += _dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
+        a_ND, cache = Attention(c, self.window, name="attention")(norm(c, "attention_norm")(x_ND), cache, shared)
+        x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
+        m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND))
+        x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
         return x_ND, cache
 
 
@@ -210,9 +210,9 @@ class Attention(nn.Module):
         c = self.config
         B, T = shared.shape
         head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads
-        q_RC = _linear(c, c.num_heads * head, "query")(x_ND).reshape(-1, head)
-        k_RC = _linear(c, kv_heads * head, "key")(x_ND).reshape(-1, head)
-        v_BTKC = _linear(c, kv_heads * head, "value")(x_ND).reshape(B, T, kv_heads, head)
+        q_RC = linear(c, c.num_heads * head, "query")(x_ND).reshape(-1, head)
+        k_RC = linear(c, kv_heads * head, "key")(x_ND).reshape(-1, head)
+        v_BTKC = linear(c, kv_heads * head, "value")(x_ND).reshape(B, T, kv_heads, head)
         if c.qk_norm:
             q_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="query_norm")(q_RC)
             k_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_RC)
@@ -233,90 +233,5 @@ class Attention(nn.Module):
             visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
             keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
             o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
-        out = _linear(c, c.d_model, "out", residual=True)
+        out = linear(c, c.d_model, "out", residual=True)
         return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
-
-
-def relu2(x: jax.Array) -> jax.Array:
-    """Squared ReLU (So et al., Primer)."""
-    return jnp.square(nn.relu(x))
-
-
-# {model.activation: (function, whether it is of a second projection, a gate of the first)}
-ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
-    "gelu": (nn.gelu, False),
-    "relu": (nn.relu, False),
-    "relu2": (relu2, False),
-    "swiglu": (nn.silu, True),  # Shazeer, GLU Variants Improve Transformer
-    "geglu": (nn.gelu, True),
-}
-
-
-class Mlp(nn.Module):
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        c = self.config
-        width = c.d_ff or 4 * c.d_model
-        h_NF = _linear(c, width, "up")(x_ND)
-        function, gated = ACTIVATIONS[c.activation]
-        h_NF = h_NF * function(_linear(c, width, "gate")(x_ND)) if gated else function(h_NF)
-        return _linear(c, c.d_model, "down", residual=True)(h_NF)
-
-
-def _linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
-    """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3),
-    or zero, so that each block is the identity at first.
-    """
-    init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
-    return nn.Dense(
-        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, kernel_init=init
-    )
-
-
-def _fan_in(variance: float) -> Any:
-    return nn.initializers.variance_scaling(variance, "fan_in", "normal")
-
-
-RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
-    "scaled": lambda c: _fan_in(1 / (2 * c.num_layers)),
-    "zero": lambda c: nn.initializers.zeros,
-}
-
-
-def _norm(c: ModelConfig, name: str | None = None) -> nn.Module:
-    """Statistics in float32, whatever the computation's dtype.
-
-    For rows `[R, C]`: the gradient's sums along rows are seven times slower in XLA's CPU backend where there are more
-    dimensions (measured for products of two arrays, jax 0.10.2).
-    """
-    return NORMS[c.norm](c, name)
-
-
-def _layernorm(c: ModelConfig, name: str | None) -> nn.Module:
-    return nn.LayerNorm(
-        epsilon=1e-5, use_bias=c.use_bias, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype, name=name
-    )
-
-
-def _rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
-    return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
-
-
-NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": _rmsnorm}
-
-
-def _dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
-    """Inverted dropout with a key per sequence, so that the mask does not depend on how the batch is split."""
-    if rate == 0.0 or keys_B is None:
-        return x_ND
-    x_BX = x_ND.reshape(keys_B.shape[0], -1)
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BX.shape[1:]))(keys_B)
-    return jnp.where(keep, x_BX / (1 - rate), 0).reshape(x_ND.shape)
-
-
-def _sinusoids(positions: jax.Array, dim: int) -> jax.Array:
-    """Vaswani et al., section 3.5: `[..., D]`, sines in the first half, cosines in the second."""
-    angles = positions[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -63,6 +63,8 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
         loss, norm = (float(done.metrics[key]) for key in ("loss", "grad_norm"))
         why = f"the loss is {loss:.4g}, the gradient's norm {norm:.4g}"
         if in_row:
+            if math.isfinite(loss) and math.isfinite(norm):
+                why += ", a spike (optim.spike_factor), which optim.on_spike=skip leaves out"
             parts.reporter.say(f"step {done.step} skipped, with batch {parts.order.number(done.step)}: {why}")
             if in_row >= c.optim.max_skipped:
                 raise Trouble(done.step - in_row + 1, done.step, f"{in_row} steps in a row were skipped: {why}")

@@ -77,7 +77,7 @@ def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
     if corpus.tokenizer is None:
         return f"{command('evaluate')} --workdir {workdir}"
     chat = trains_on_answers(config.data)
-    prompt = next(iter(config.eval.sample_prompt.strip().splitlines()), "")
+    prompt = next(iter(config.eval.sample_prompt.splitlines()), "")
     try:
         encode_prompt(corpus.tokenizer, config.data, prompt, chat)
     except UserError:  # of another alphabet

@@ -161,10 +161,12 @@ def go_back(parts: Parts, trouble: rollback.Trouble) -> tuple[Parts, train_step.
         rollback.write(workdir, returns)
 
     _on_first(workdir, keep)
+    scale = rollback.lr_scale(returns)
+    rates = "the same learning rates" if scale == 1 else f"{scale:.3g} times the learning rates"
     parts.reporter.say(
         f"goes back to step {to}, without batches {bad[0]} to {bad[1]}, since {trouble.why}"
         f" (return {len(recent) + 1} of {c.optim.max_returns}); warms up again to"
-        f" {rollback.lr_scale(returns):.3g} times the learning rates"
+        f" {rates}"
     )
     state = _counted_anew(state)
     saver = Saver(workdir, c.checkpoint, parts.reporter.say)

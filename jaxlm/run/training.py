@@ -206,7 +206,7 @@ def describe(parts: Parts, state: train_step.TrainState, start: int) -> None:
 
     def size(split: str) -> str:
         known = [k for k in ("documents", "bytes", "tokens") if k in facts[split]]
-        return f"{split}: " + ", ".join(f"{human(facts[split][k])} {k}" for k in known)
+        return f"{split}: " + ", ".join(f"{human(n := facts[split][k])} {k[:-1] if n == 1 else k}" for k in known)
 
     if jax.default_backend() == "gpu" and os.environ.get("XLA_FLAGS"):
         say(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")

@@ -103,7 +103,7 @@ def judge(
     # A mean of zero says that squares were too small for float32, not that every gradient is a spike.
     spike = good & (guard.known >= LEAST) & (limit > 0) & (square > limit) & (c.spike_factor > 0)
     scale = jnp.where(spike, jnp.sqrt(limit) / x.norm, 1.0)
-    updated = good & ~spike if c.on_spike == "skip" else good
+    updated = {"scale": good, "skip": good & ~spike}[c.on_spike]
     known_nothing = jnp.maximum(math.log(vocab_size), x.first_loss)
     high = ~(x.nll <= HIGH * known_nothing * targets)  # true where it is not finite, too
 
