@@ -71,7 +71,7 @@ def measure_preparation(config: Config, rounds: int) -> dict[str, Any]:
         for run in (build, encode) if i % 2 else (encode, build):
             run()
         if not i and builds[0].bytes < ENOUGH_BYTES:
-            print(f"bench.py: a corpus of {builds[0].bytes / 1e6:.1f} MB; below {ENOUGH_BYTES / 1e6:.0f} MB, starting "
+            print(f"jaxlm: a corpus of {builds[0].bytes / 1e6:.1f} MB; below {ENOUGH_BYTES / 1e6:.0f} MB, starting "
                   "processes and the machine's noise hide how fast texts are tokenized", file=sys.stderr)  # fmt: skip
         more = f" · {library} alone {alone[-1].seconds:.2f} s" if library else ""
         print(f"round {i + 1}/{rounds} · store {builds[-1].seconds:.2f} s{more}", flush=True)

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--prompt {show(prompt)}: {error}") from error
     if len(ids) > seq_len:
         said = f"the prompt has {len(ids)} tokens; the model sees the last {seq_len} of them (seq_len)"
-        print(f"generate.py: {said}", file=sys.stderr)
+        print(f"jaxlm: {said}", file=sys.stderr)
         ids = ids[-seq_len:]
     _check_memory(args, run, len(ids))
     import jax
@@ -158,7 +158,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return args.prompt or ""
     name = "--prompt -" if args.prompt_file is None else f"--prompt_file {args.prompt_file}"
     if piped:
-        print("generate.py: the prompt is read from stdin; --prompt TEXT gives another", file=sys.stderr)
+        print("jaxlm: the prompt is read from stdin; --prompt TEXT gives another", file=sys.stderr)
     try:
         if args.prompt_file is None:
             content = sys.stdin.buffer.read()
@@ -172,7 +172,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _is_piped() -> bool:
-    """Whether stdin is a pipe or a file, as in `echo def | generate.py …`."""
+    """Whether stdin is a pipe or a file, as in `echo def | jaxlm generate …`."""
     try:
         mode = os.fstat(0).st_mode
     except OSError:  # closed

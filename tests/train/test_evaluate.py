@@ -17,7 +17,7 @@ from jaxlm.train import train_step
 from jaxlm.train.evaluate import evaluate
 from tests.corpora import corpus_of
 
-CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 VOCAB, T, ROWS = 23, 8, 8
 RTOL = 1e-5
 TOKENS = (

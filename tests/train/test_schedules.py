@@ -14,7 +14,7 @@ from jaxlm.config import OptimConfig, cli
 from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
-BASE = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py").optim
+BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py").optim
 
 
 def config(**changes: Any) -> OptimConfig:

@@ -14,7 +14,7 @@ from jaxlm.config import flatten
 from jaxlm.config.cli import load
 from jaxlm.run import training
 
-FILES = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+FILES = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later
 SMALL = {
     "steps": STEPS, "log.every_steps": 1,

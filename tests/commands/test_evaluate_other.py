@@ -12,9 +12,9 @@ import pytest
 
 from jaxlm.run.open_run import open_run
 from tests.corpora import LINES, write
+from tests.data.test_data_folders import CHARS, meta_of, nanogpt
 from tests.exit_codes import tool
 from tests.runs import run
-from tests.test_data_folders import CHARS, meta_of, nanogpt
 
 OTHER = "Something else, which nobody has seen: äöü.\n" * 60
 

@@ -23,7 +23,7 @@ from jaxlm.sync.powersgd import orthonormal, powersgd
 AXIS = "d"
 RING = importlib.import_module("jaxlm.sync.ring")  # the module, which has the function's name
 EPS = float(np.finfo(np.float32).eps)
-BASE = load(Path(__file__).parents[1] / "configs/debug.py", []).parallel
+BASE = load(Path(__file__).parents[2] / "configs/debug.py", []).parallel
 # Parameters as a model has them; sizes that no number of devices divides.
 SHAPES = {"embed": {"embedding": (50, 21)}, "final_norm": {"scale": (21,)},
           "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}}}  # fmt: skip

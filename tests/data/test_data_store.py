@@ -20,7 +20,7 @@ from jaxlm.data.sources.opening import open_source
 from jaxlm.data.token_file import TokenFile
 from tests.corpora import LINES, documents, make_config, open_corpus, text, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from jaxlm.data import prepare
 from jaxlm.data.order import TrainOrder, make_order
 from tests.configurations import ROOT
 from tests.corpora import open_corpus, write
+from tests.data.test_data_records import jsonl
 from tests.fuzzing import RECORDS, changed, damaged, fuzz, fuzz_config
-from tests.test_data_records import jsonl
 
 
 def read_batches(config: Config) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.train import loss_scale, train_step
-from tests.test_step import VOCAB, T, make, make_config, split, start
+from tests.train.test_step import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens
 # An update is minus the gradient.

@@ -15,7 +15,7 @@ from tests.runs import ROOT
 from tools import chaos
 
 STEPS = 60
-FAULTS = "kill,disk"  # the others: tests/test_resume.py, test_checksums.py, test_processes.py and test_watchdog.py
+FAULTS = "kill,disk"  # the others: test_resume.py, test_checksums.py, test_processes.py and test_watchdog.py
 KEYS = {
     "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "optim.ema_decay": 0.9,
     "data.source": "text", "data.tokenizer": "sentencepiece", "data.vocab_size": 300, "data.val_fraction": 0.1,

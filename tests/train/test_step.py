@@ -20,7 +20,7 @@ from jaxlm.train import train_step
 from jaxlm.train.optimizer import is_matrix, make_optimizer
 from jaxlm.train.placement import Placement
 
-CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 VOCAB, T, STEPS = 29, 8, 3
 RTOL = 1e-5  # what the trainer promises for float32, whose eps is 1.2e-7
 

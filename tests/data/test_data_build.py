@@ -21,7 +21,7 @@ from jaxlm.data import store as store_lib
 from jaxlm.data.sources import files as files_lib
 from tests.corpora import LINES, make_config, open_corpus, text, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def none_is_left() -> bool:

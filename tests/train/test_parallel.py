@@ -23,7 +23,7 @@ from jaxlm.train import train_step
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 
-CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 ROWS, T, VOCAB, STEPS = 24, 8, 29, 3
 RTOL = 1e-5  # float32, some hundred additions in another order
 # Three layers and odd sizes: neither divides over the devices.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import make_model
+from jaxlm.model import layers, make_model
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

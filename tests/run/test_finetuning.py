@@ -153,7 +153,7 @@ def test_a_long_prompt_is_cropped(generate: Generate):
     prompt = "zebra " * 20 + end
     few = ("--max_new_tokens", "9")
     text = generate(*TEXT, *few, "--prompt", prompt)
-    assert generate.error == "generate.py: the prompt has 185 tokens; the model sees the last 64 of them (seq_len)\n"
+    assert generate.error == "jaxlm: the prompt has 185 tokens; the model sees the last 64 of them (seq_len)\n"
     assert text.startswith(prompt) and len(text) > len(prompt) + 5
     assert generate(*TEXT, *few, "--prompt", "other " * 20 + end).endswith(text[len(prompt) :])
 

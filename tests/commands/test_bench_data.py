@@ -21,7 +21,7 @@ from jaxlm.data.sources import files as files_lib
 from jaxlm.host.exit_codes import exit_code
 from tests.corpora import make_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PREPARATION = {
     "documents", "bytes", "tokens", "processes", "peak_process_bytes", "seconds", "tokens_per_second", "mb_per_second",
@@ -246,7 +246,7 @@ def test_wrong_values(argument: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_help():
-    for argv, word in (([], "bench.py data"), (["data"], "--compute_ms")):
+    for argv, word in (([], "jaxlm bench data"), (["data"], "--compute_ms")):
         command = [sys.executable, ROOT / "tools/bench.py", *argv, "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert word in shown.stdout and shown.stderr == ""

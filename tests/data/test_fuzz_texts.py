@@ -21,8 +21,8 @@ from jaxlm.data.sources import tfds as tfds_source
 from jaxlm.data.sources.documents import Document, Skipped
 from jaxlm.data.sources.opening import open_source
 from tests.corpora import LINES, open_corpus, write
+from tests.data.test_data_records import PACK, jsonl
 from tests.fuzzing import RECORDS, changed, damaged, fuzz, fuzz_config
-from tests.test_data_records import PACK, jsonl
 
 
 @pytest.fixture

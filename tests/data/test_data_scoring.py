@@ -11,7 +11,7 @@ from jaxlm.config import UserError
 from jaxlm.data import Corpus, Scored, eval_batches
 from jaxlm.data.scoring import scored_rows
 from tests.corpora import corpus_of
-from tests.test_data_stream import make_config
+from tests.data.test_data_stream import make_config
 
 SPLITS = st.sampled_from([(1, 1), (1, 2), (2, 2), (3, 1)])  # processes, devices
 

@@ -12,7 +12,7 @@ from jaxlm.config.cli import load
 from jaxlm.host import runtime
 from jaxlm.host.stop import LEFT
 
-CONFIG = Path(__file__).parents[1] / "configs/debug.py"
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 ALL = ["deterministic=true", "parallel.overlap=true", "parallel.bucket_mb=25"]
 
 
