@@ -1,7 +1,7 @@
 """One optimizer step, written for one device and run on all under `jax.pmap`.
 
-The state is replicated (`in_axes=None`): arrays have their natural shapes, with no leading device axis, but for
-what a strategy keeps per device. Shapes: B sequences of this device, T time, N = B * T.
+The state is replicated (`in_axes=None`): its arrays have their natural shapes, without a leading device axis. Only what
+a strategy keeps per device has one. Shapes: B sequences of this device, T time, N = B * T.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
 AXIS = "devices"
-NO_TARGETS = 1e-9  # in place of the mean number of targets where there are none: sums over them are 0
+NO_TARGETS = 1e-9  # in place of a mean number of targets of zero; the sums over them are zero
 
 Device = Any  # jax.Device, which type checkers take for a variable
-# inputs, targets, and with packed documents positions: int32 [B, T]; a target of -1 where nothing is predicted. With
-# several processes stop too, float32 [1]: 1 where this one was asked to.
+# inputs, targets (-1: nothing is predicted) and, with packed documents, positions: int32 [B, T]. With several processes
+# also stop, float32 [1]: 1 if this process was asked to stop.
 Batch = dict[str, jax.Array]
 
 
@@ -48,12 +48,12 @@ def state_axes(config: Config) -> TrainState:
 
 
 def init_params(config: Config, model: Model) -> Params:
-    """Of step 0; depend on the seed alone."""
-    return jax.jit(model.init)(jax.random.key(config.seed))  # operation by operation, each would be compiled alone
+    """Initial parameters, determined by the seed."""
+    return jax.jit(model.init)(jax.random.key(config.seed))  # without jit, each operation would be compiled by itself
 
 
 def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
-    """The state of step 0, but for the parameters themselves."""
+    """The initial state without its parameters."""
     opt_state = make_optimizer(config.optim, config.steps).init(float32(params))
     sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(params)
     return TrainState(
@@ -75,7 +75,7 @@ def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
 def make_train_step(
     config: Config, model: Model, devices: list[Device], history: LrHistory = UNTOUCHED
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The step of one of the devices: (state, its part of the batch) -> (state, metrics of the global batch)."""
+    """The step of one device: (state, this device's part of the batch) -> (state, metrics of the global batch)."""
     params_like = jax.eval_shape(model.init, jax.random.key(0))
     group = Group(AXIS, len(devices))
     sync = make_sync(config.parallel, group, params_like)
@@ -86,13 +86,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         batch, stop = dict(batch), batch.get("stop")
         batch.pop("stop", None)
-        # Devices may hold different numbers of target tokens: divided by their mean number before the mean over
-        # devices, every target of the global batch weighs the same. A batch without targets has a gradient of zero.
+        # Devices may hold different numbers of targets. Dividing each device's sum by the mean number, before the mean
+        # over devices, gives every target of the global batch the same weight. Without targets the gradient is zero.
         targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
         targets = jnp.maximum(group.mean(targets), NO_TARGETS)
 
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
-        masters = float32(state.params)  # whatever they are stored in
+        masters = float32(state.params)  # whatever dtype they are stored in
         micro = micro_batches((batch, keys), config.optim.accum_steps)
         grads, sums, sync_state = gradients(masters, micro, targets, state.sync)
 
@@ -101,7 +101,7 @@ def make_train_step(
         if config.optim.clip_norm:
             scale = jnp.minimum(scale, config.optim.clip_norm / jnp.maximum(numbers.norm, 1e-9))
         grads = jax.tree.map(lambda g: g * scale, grads)
-        own = sync.own(masters)  # what this device updates: all, or its parts
+        own = sync.own(masters)  # what this device updates: all parameters, or its parts
         updates, opt_state = optimizer.update(grads, state.opt_state, own)
         masters = sync.whole(optax.apply_updates(own, updates))
 
@@ -109,7 +109,7 @@ def make_train_step(
         known = jnp.where(targets > NO_TARGETS, metrics["loss"], jnp.nan)
         metrics["loss_mean"], kept_mean = loss_mean.push(state.loss_mean, known, state.step + 1, config)
         metrics |= {key: getattr(guarded, key) for key in ("skipped", "spikes", "in_row", "high")}
-        if stop is not None:  # whether any process was asked to: all learn it of the same step
+        if stop is not None:  # whether any process was asked to stop: all learn it at the same step
             metrics["stop"] = group.mean(stop)
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
         params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
@@ -121,17 +121,17 @@ def make_train_step(
 
 
 def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Callable:
-    """Gradients of one device.
+    """A function that computes the gradient of one device and averages it over the devices.
 
     Returns:
-      (parameters, micro-batches [steps, ...], targets of a device on average, state of the reduction) -> the mean
-      loss's gradient averaged over the devices, the sums of this device's losses, and the reduction's new state.
+      (parameters, micro-batches [steps, ...], mean number of targets of a device, state of the reduction) -> (gradient
+      of the mean loss of the global batch, sums of this device's losses, new state of the reduction).
     """
 
     def gradients(
         params: Params, micro: Any, targets: jax.Array, sync_state: Any, scale: jax.Array | None = None
     ) -> tuple[Params, LossSums, Any]:
-        """With a scale, that of the sum times it is computed, and divided by it and the targets in float32."""
+        """With a scale, differentiates the scaled sum, and divides by the scale and the targets in float32."""
 
         def loss(
             params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
@@ -150,7 +150,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
     def in_float16(params: Params, micro: Any, targets: jax.Array, sync_state: Any) -> tuple[Params, LossSums, Any]:
         def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
-            """Whether no gradient overflowed; where the loss itself did, no other scale helps. The same everywhere."""
+            """Whether no gradient overflowed, the same on all devices. No scale helps if the loss itself did."""
             norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].nll]))
             return jnp.isfinite(norm) | ~jnp.isfinite(nll)
 
@@ -163,7 +163,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
 
 def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.Sharing:
-    """How the devices share the optimizer's work: all with ZeRO, else those of a host, which stand together."""
+    """How devices share the optimizer's work: all of them with ZeRO, else those of a host, which are neighbours."""
     if config.parallel.zero:
         return sharing.by_parts(zero.Zero(group, params))
     hosts = [d.process_index for d in devices]
@@ -180,9 +180,9 @@ def micro_batches(tree: Any, steps: int) -> Any:
 
 
 def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, LossSums]:
-    """Gradient and sums of `loss` over micro-batches `[steps, ...]`, one at a time.
+    """Gradient and sums of `loss`, added up over micro-batches `[steps, ...]` in float32, one at a time.
 
-    Gradients add up in float32; nothing is averaged here, so the result does not depend on `steps`.
+    Nothing is averaged here, so the result does not depend on `steps`.
     """
     grad = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[0], micro)
@@ -200,7 +200,7 @@ def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, Loss
 def accumulate_overlapped(
     loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any
 ) -> tuple[Params, LossSums, Any]:
-    """The same, reduced over the devices during the backward pass of the last micro-batch."""
+    """`accumulate`, and the reduction over the devices during the last micro-batch's backward pass."""
     before, sums = None, None
     if len(jax.tree.leaves(micro)[0]) > 1:
         before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro))
@@ -216,9 +216,11 @@ def float32(params: Params) -> Params:
 
 
 def stored(params: Params, dtype: str, key: jax.Array) -> Params:
-    """Parameters in the dtype they are kept in. In bfloat16 an update is mostly smaller than half the distance to the
-    next number: rounded up or down at random, with the probabilities that keep the mean, it is not lost (Gupta et al.,
-    Deep Learning with Limited Numerical Precision, 2015).
+    """Parameters in the dtype in which they are stored, rounded stochastically if that is bfloat16.
+
+    Most updates are smaller than half the distance between two bfloat16 numbers. Rounding up or down at random, with
+    the probabilities that keep the mean, does not lose them (Gupta et al., Deep Learning with Limited Numerical
+    Precision, 2015).
     """
     if dtype == "float32":
         return params
@@ -234,7 +236,7 @@ def stored(params: Params, dtype: str, key: jax.Array) -> Params:
 
 
 def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float) -> Params | None:
-    """ema <- d * ema + (1 - d) * params, with a smaller d in the first steps, so that the start is soon forgotten."""
+    """ema <- d * ema + (1 - d) * params, with a smaller d in the first steps, to forget the initial parameters."""
     if ema is None:
         return None
     d = jnp.minimum(decay, (1 + step) / (10 + step))
@@ -242,7 +244,7 @@ def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float
 
 
 def _dropout_keys(config: Config, step: jax.Array, batch: int) -> jax.Array | None:
-    """A key for each sequence, of its place in the global batch: masks do not depend on the number of devices."""
+    """A key for each sequence, from its place in the global batch, so that masks do not depend on the devices."""
     if not config.model.dropout:
         return None
     key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
@@ -253,7 +255,7 @@ def _dropout_keys(config: Config, step: jax.Array, batch: int) -> jax.Array | No
 def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """The evaluation of one device: (params, its part of the batch) -> sums over the global batch.
 
-    The batch has `bytes` too, float32 [B, T]: the UTF-8 bytes that each target stands for.
+    The batch also has `bytes`, float32 [B, T]: the number of UTF-8 bytes that each target stands for.
     """
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
@@ -268,7 +270,7 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 
 
 def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
-    """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics); the state is donated."""
+    """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics). It donates the state."""
     axes = state_axes(config)
     program = runtime.kept(jax.pmap(
         step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices
