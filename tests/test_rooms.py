@@ -1,4 +1,4 @@
-"""Rooms import those below them alone, and say which; tests and tools may import all."""
+"""Rooms import only rooms below them, and say which; documents name files that exist."""
 
 import ast
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "jaxlm"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxlm"
 ROOMS = ["config", "host", "model", "sync", "data", "train", "checkpoint", "run", "commands"]  # from the ground up
 
 
@@ -43,3 +44,20 @@ def test_every_module_is_in_a_room():
         *ROOMS,
         "configs",
     }
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_files_that_exist(document: Path):
+    named = re.findall(r"\b(?:jaxlm|configs|docs|tests|tools)/[\w/]+\.(?:py|md|sh|yaml|sbatch)\b", document.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_way_to_read_it_has_the_length_that_is_said():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
+    assert len(rows) > 10
+    for name, said in rows:
+        assert lines[name] == pytest.approx(int(said), rel=0.1, abs=10), name
