@@ -21,7 +21,7 @@ from jaxlm.commands.bench_tokenizing import measure_preparation, save_tokenizer,
 from jaxlm.config import Config, UserError, cli
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
-from jaxlm.data.stream import BLOCK, PATIENCE, Batch
+from jaxlm.data.stream import BLOCK, PATIENCE, HostBatch
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.host import runtime
 from jaxlm.host.temporary import temporary_folder
@@ -146,7 +146,7 @@ class Timed:
     def __iter__(self) -> "Timed":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         start = time.perf_counter()
         batch = next(self._stream)
         self.seconds += time.perf_counter() - start

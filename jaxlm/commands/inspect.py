@@ -33,13 +33,13 @@ from jaxlm.commands.inspect_charts import (
 from jaxlm.config import Config, UserError, cli, show
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, Tokenizer, prepare
-from jaxlm.data.inspect import Batch, View, decoded, documents, learned_share, mixture_shares, token_counts
+from jaxlm.data.inspect import InspectedBatch, View, decoded, documents, learned_share, mixture_shares, token_counts
 
 SPLITS = ("train", "val")
 READ, MARK = "dim", "bold cyan"  # styles of what is only read, and of what is no text
 
 
-def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None, plain: bool) -> Text:
+def row_text(batch: InspectedBatch, row: int, tokenizer: Tokenizer | None, plain: bool) -> Text:
     """A row, each document on a line of its own."""
     out = Text()
     for piece in batch.pieces(row):
@@ -73,7 +73,7 @@ def _append(out: Text, parts: list[tuple[str, bool]], learned: bool, plain: bool
     out.append("›" * (plain and not learned))
 
 
-def print_batch(console: Console, batch: Batch, args: argparse.Namespace, corpus: Corpus, plain: bool) -> None:
+def print_batch(console: Console, batch: InspectedBatch, args: argparse.Namespace, corpus: Corpus, plain: bool) -> None:
     read = Text("‹not learned›" if plain else "not learned", READ)
     console.print(Text.assemble("learned · ", read, " · ", ("⟨marks⟩", MARK), "\n"))
     for row in range(min(args.rows, len(batch.filled))):
@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     return args, config
 
 
-def measure(view: View, batch: Batch, args: argparse.Namespace) -> tuple[dict, list[Chart]]:
+def measure(view: View, batch: InspectedBatch, args: argparse.Namespace) -> tuple[dict, list[Chart]]:
     """The numbers of a batch and its corpus, as JSON, and the charts of them."""
     corpus, config, tokens = view.corpus, view.config, getattr(view.corpus, args.split)
     counts, learned = token_counts(tokens, corpus.vocab_size), learned_share(tokens)

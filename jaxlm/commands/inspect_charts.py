@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxlm.data import Corpus, Tokenizer
-from jaxlm.data.inspect import PADDING_EDGES, Batch, Documents, decoded, visible
+from jaxlm.data.inspect import PADDING_EDGES, Documents, InspectedBatch, decoded, visible
 from jaxlm.data.tokenizers import to_bytes
 
 TOP = 20  # most frequent tokens that are shown
@@ -113,7 +113,7 @@ def print_chart(console: Console, chart: Chart) -> None:
     console.print()
 
 
-def svg(batch: Batch, title: str, charts: list[Chart], corpus: Corpus) -> str:
+def svg(batch: InspectedBatch, title: str, charts: list[Chart], corpus: Corpus) -> str:
     """A map of the batch and bars, as a picture that browsers show."""
     parts, y = _svg_map(batch, title, corpus.tokenizer)
     for chart in charts:
@@ -140,7 +140,7 @@ def _svg_text(x: float, y: float, text: str, style: str = "") -> str:
     return f"<text x='{x:.1f}' y='{y}' xml:space='preserve' {style}>{escape(text)}</text>"
 
 
-def _svg_map(batch: Batch, title: str, tokenizer: Tokenizer | None) -> tuple[list[str], int]:
+def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> tuple[list[str], int]:
     """The batch's rows, one below the other: documents in turn dark and light, pale where nothing is learned; and the
     height of it all.
     """

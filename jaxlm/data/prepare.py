@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 from jaxlm.config import SOURCES, Config, DataConfig, UserError, mixture
-from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
+from jaxlm.data.corpus import Corpus, MixtureSource, check_lengths, fingerprint
 from jaxlm.data.progress import say_once
 from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import name_of, named
@@ -63,7 +63,7 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     for part, corpus in zip(parts, corpora, strict=True):
         check_lengths(part, config.seq_len, len(corpus.train), len(corpus.val))
     shares = [
-        Share(name, weight / sum(weights), corpus.train, corpus.val)
+        MixtureSource(name, weight / sum(weights), corpus.train, corpus.val)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         if (table := self._added(positions)) is not None:
             x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
         x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
-        shared = Shared(
+        shared = LayerInputs(
             dropout_keys_B,
             rope_tables(positions, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
             None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
@@ -168,7 +168,7 @@ def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> 
 logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)
 
 
-class Shared:
+class LayerInputs:
     """What every layer is given alike; a pytree whose shape (B, T) is static."""
 
     def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
@@ -177,9 +177,9 @@ class Shared:
 
 
 jax.tree_util.register_pytree_node(
-    Shared,
+    LayerInputs,
     lambda s: ((s.dropout_keys_B, s.rope, s.segments_BT, s.start), s.shape),
-    lambda shape, leaves: Shared(*leaves, shape),
+    lambda shape, leaves: LayerInputs(*leaves, shape),
 )
 
 
@@ -190,7 +190,7 @@ class Block(nn.Module):
     window: int  # tokens that a decoded token sees, itself included
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: Shared) -> Any:
+    def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
         c = self.config
         a_ND, cache = Attention(c, self.window, name="attention")(norm(c, "attention_norm")(x_ND), cache, shared)
         x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
@@ -206,7 +206,7 @@ class Attention(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: Shared) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: LayerInputs) -> tuple[jax.Array, Cache | None]:
         c = self.config
         B, T = shared.shape
         head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads

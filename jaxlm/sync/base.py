@@ -35,7 +35,7 @@ def sizes(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
 
 
-def is_matrix(shape: Shape) -> bool:
+def is_stacked_matrix(shape: Shape) -> bool:
     """True for stacked matrices [l, in, out]."""
     return len(shape) > 2
 

@@ -10,20 +10,20 @@ import jax.numpy as jnp
 from jaxlm.sync.base import Arrays, Shape
 
 
-class Piece(NamedTuple):
+class LayerRange(NamedTuple):
     """Some layers of an array."""
 
     array: int  # its index
     layers: slice  # along its first dimension
 
 
-def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[Piece]]:
+def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[LayerRange]]:
     """Buckets of float32 arrays `[l, ...]`, in order. Each holds at most `limit` bytes, or a single layer that is
     larger; None = one bucket.
     """
     if limit is None:
-        return [[Piece(i, slice(0, shape[0])) for i, shape in enumerate(shapes)]]
-    buckets: list[list[Piece]] = [[]]
+        return [[LayerRange(i, slice(0, shape[0])) for i, shape in enumerate(shapes)]]
+    buckets: list[list[LayerRange]] = [[]]
     room = limit
     for i, shape in enumerate(shapes):
         tensor, done = 4 * math.prod(shape[1:]), 0
@@ -34,12 +34,12 @@ def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[Piece]]:
                 room = limit
                 continue
             fit = max(fit, 1)
-            buckets[-1].append(Piece(i, slice(done, done + fit)))
+            buckets[-1].append(LayerRange(i, slice(done, done + fit)))
             done, room = done + fit, room - fit * tensor
     return buckets
 
 
-def piece_shapes(bucket: list[Piece], shapes: Sequence[Shape]) -> list[Shape]:
+def piece_shapes(bucket: list[LayerRange], shapes: Sequence[Shape]) -> list[Shape]:
     return [(p.layers.stop - p.layers.start, *shapes[p.array][1:]) for p in bucket]
 
 

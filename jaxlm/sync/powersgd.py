@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_matrix, sizes
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix, sizes
 from jaxlm.sync.group import Group
 
 
@@ -26,7 +26,7 @@ def powersgd(group: Group, rank: int) -> Reduction:
     n = group.size
 
     def is_low_rank(shape: Shape) -> bool:
-        return is_matrix(shape) and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
+        return is_stacked_matrix(shape) and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
 
     def init(array: jax.Array) -> State:
         if not is_low_rank(array.shape):

@@ -19,17 +19,17 @@ from jaxlm.sync.zero import Zero
 LAYERS = "share_layers"  # the name of its collectives in a compiled program
 
 
-class Sharing(NamedTuple):
+class LayerSharing(NamedTuple):
     # (path of a parameter, its layers or this device's parts of them, function of whole layers) -> the results alike
     on_layers: Callable[[Any, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
     zero: Zero | None = None
 
 
-def alone() -> Sharing:
-    return Sharing(lambda path, x, act: act(x))
+def alone() -> LayerSharing:
+    return LayerSharing(lambda path, x, act: act(x))
 
 
-def by_host(host: Group) -> Sharing:
+def by_host(host: Group) -> LayerSharing:
     """For whole arrays that are the same on every device of the group."""
     n = host.size
 
@@ -41,10 +41,10 @@ def by_host(host: Group) -> Sharing:
         acted = host.gather(act(mine))
         return acted.reshape(-1, *acted.shape[2:])[: x.shape[0]]
 
-    return Sharing(on_layers)
+    return LayerSharing(on_layers)
 
 
-def by_parts(zero: Zero) -> Sharing:
+def by_parts(zero: Zero) -> LayerSharing:
     """For arrays of this device's parts, [L, c]."""
     n, group = zero.group.size, zero.group
     shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
@@ -58,7 +58,7 @@ def by_parts(zero: Zero) -> Sharing:
         acted = jnp.pad(acted, ((0, 0), (0, n * c - size)))
         return group.exchange(acted, split=1, concat=0)[:L]
 
-    return Sharing(on_layers, zero)
+    return LayerSharing(on_layers, zero)
 
 
 def _padded(x: jax.Array, n: int) -> jax.Array:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_matrix
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import pack, unpack
 
@@ -31,11 +31,11 @@ def topk(group: Group, density: float) -> Reduction:
     k = max(1, round(density * BLOCK))
 
     def init(array: jax.Array) -> State:
-        return {"residual": jnp.zeros_like(array)} if is_matrix(array.shape) else {}
+        return {"residual": jnp.zeros_like(array)} if is_stacked_matrix(array.shape) else {}
 
     def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        sparse = [i for i, x in enumerate(arrays) if is_matrix(x.shape)]
-        whole = [i for i, x in enumerate(arrays) if not is_matrix(x.shape)]
+        sparse = [i for i, x in enumerate(arrays) if is_stacked_matrix(x.shape)]
+        whole = [i for i, x in enumerate(arrays) if not is_stacked_matrix(x.shape)]
         means, kept = list(arrays), list(states)
         for i, m in zip(whole, group.mean([arrays[i] for i in whole]), strict=True):
             means[i] = m
@@ -67,8 +67,8 @@ def topk(group: Group, density: float) -> Reduction:
 
     def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
         n = group.size
-        sparse = sum(math.prod(s) for s in shapes if is_matrix(s))
-        whole = sum(math.prod(s) for s in shapes if not is_matrix(s))
+        sparse = sum(math.prod(s) for s in shapes if is_stacked_matrix(s))
+        whole = sum(math.prod(s) for s in shapes if not is_stacked_matrix(s))
         return (n - 1) * -(-sparse // BLOCK) * k * 6 + 2 * (n - 1) / n * 4 * whole
 
     return Reduction(init, mean, None, sent_bytes)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import OptimConfig
-from jaxlm.sync.sharing import Sharing
+from jaxlm.sync.sharing import LayerSharing
 from jaxlm.train.schedules import LrHistory, Schedule, make_schedule
 
 
@@ -45,7 +45,7 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     return x if wide else jnp.swapaxes(x, -1, -2)
 
 
-def _orthogonalized(sharing: Sharing) -> optax.GradientTransformation:
+def _orthogonalized(sharing: LayerSharing) -> optax.GradientTransformation:
     """Orthogonal updates of the size that suits their shape, sqrt(max(1, out / in)), from momenta `[L, in, out]`."""
 
     def act(x_LIO: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def _orthogonalized(sharing: Sharing) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def muon(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
+def muon(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
     adam_rate, embed_rate = (make_schedule(c, steps, key, history) for key in ("adam_lr", "embed_lr"))
     muon = optax.chain(

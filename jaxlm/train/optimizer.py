@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import OptimConfig
-from jaxlm.sync.sharing import Sharing, alone
+from jaxlm.sync.sharing import LayerSharing, alone
 from jaxlm.sync.zero import Zero
 from jaxlm.train.muon import muon
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
 
-def is_matrix(params: Any) -> Any:
+def matrix_mask(params: Any) -> Any:
     """True for the weights of linear layers and embeddings; by name, since stacked layers add a dimension."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
@@ -47,22 +47,22 @@ def _decayed(
     """Scaled gradients, with decoupled weight decay on matrices, times the learning rate."""
     return optax.chain(
         scale,
-        optax.add_decayed_weights(c.weight_decay, mask=is_matrix),
+        optax.add_decayed_weights(c.weight_decay, mask=matrix_mask),
         optax.scale_by_learning_rate(make_schedule(c, steps, "lr", history)),
     )
 
 
-def _adamw(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
+def _adamw(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     """Loshchilov and Hutter, Decoupled Weight Decay Regularization."""
     return _decayed(optax.scale_by_adam(c.b1, c.b2, c.eps), c, steps, history)
 
 
-def _lion(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
+def _lion(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     """Chen et al., Symbolic Discovery of Optimization Algorithms."""
     return _decayed(optax.scale_by_lion(c.b1, c.b2), c, steps, history)
 
 
-def _adafactor(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
+def _adafactor(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     """Shazeer and Stern, Adafactor, with their constants."""
     scale = optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
@@ -71,11 +71,11 @@ def _adafactor(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory)
     return _decayed(scale if sharing.zero is None else _on_whole(scale, sharing.zero), c, steps, history)
 
 
-def _sgd(c: OptimConfig, steps: int, sharing: Sharing, history: LrHistory) -> optax.GradientTransformation:
+def _sgd(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     return _decayed(optax.trace(c.momentum, nesterov=True), c, steps, history)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig, int, Sharing, LrHistory], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[OptimConfig, int, LayerSharing, LrHistory], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
     "lion": _lion,
@@ -85,7 +85,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, int, Sharing, LrHistory], optax.Gra
 
 
 def make_optimizer(
-    c: OptimConfig, steps: int, sharing: Sharing | None = None, history: LrHistory = UNTOUCHED
+    c: OptimConfig, steps: int, sharing: LayerSharing | None = None, history: LrHistory = UNTOUCHED
 ) -> optax.GradientTransformation:
     """The optax chain that `optim.name` names, from averaged (and clipped) gradients to updates.
 

@@ -162,7 +162,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
     return in_float16 if config.model.dtype == "float16" else gradients
 
 
-def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.Sharing:
+def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.LayerSharing:
     """How devices share the optimizer's work: all of them with ZeRO, else those of a host, which are neighbours."""
     if config.parallel.zero:
         return sharing.by_parts(zero.Zero(group, params))

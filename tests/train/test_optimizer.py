@@ -18,7 +18,7 @@ from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_host
 from jaxlm.train.muon import NEWTON_SCHULZ, orthogonalize
-from jaxlm.train.optimizer import is_matrix, make_optimizer
+from jaxlm.train.optimizer import make_optimizer, matrix_mask
 from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
@@ -297,7 +297,7 @@ def test_only_matrices_decay(name: str) -> None:
         if name == "muon" and key[0] != "layers":
             matrix = False  # Adam's part of Muon has no decay
         np.testing.assert_allclose(updates[key], -0.1 * 0.2 * p * matrix, rtol=1e-6, atol=1e-12, err_msg=str(key))
-    mask = flat(is_matrix(params))
+    mask = flat(matrix_mask(params))
     assert {k for k, v in mask.items() if v} == {k for k in mask if k[-1] in ("kernel", "embedding")}
     assert not mask["layers", "attention_norm", "scale"] and not mask["layers", "mlp", "up", "bias"]
     assert mask["head", "kernel"] and mask["embed", "embedding"]

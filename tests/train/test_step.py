@@ -17,7 +17,7 @@ from jaxlm.config import Config
 from jaxlm.config.cli import load
 from jaxlm.model import Model, make_model
 from jaxlm.train import train_step
-from jaxlm.train.optimizer import is_matrix, make_optimizer
+from jaxlm.train.optimizer import make_optimizer, matrix_mask
 from jaxlm.train.placement import Placement
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
@@ -105,7 +105,7 @@ def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
     model, c = make(config), config.optim
     if c.name == "adamw":
         schedule = optax.linear_schedule(c.lr / 2, c.lr, 1)  # two warmup steps, then constant
-        chain = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=is_matrix)
+        chain = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=matrix_mask)
     else:
         chain = make_optimizer(c, config.steps)  # on one device, nothing shared
     chain = optax.chain(optax.clip_by_global_norm(c.clip_norm), chain)

@@ -11,7 +11,7 @@ TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # count as the template's own words;
 Spans = tuple[tuple[int, int], ...]
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A text that is tokenized as a whole."""
 
     text: str
@@ -19,7 +19,7 @@ class Piece(NamedTuple):
     markup: Spans = ()  # the characters [start, stop) that the template wrote, where special tokens are recognized
 
 
-def conversation(messages: Any, key: str, template: str) -> list[Piece]:
+def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
     """The pieces of a conversation.
 
     Args:
@@ -33,7 +33,7 @@ def conversation(messages: Any, key: str, template: str) -> list[Piece]:
     Raises:
       UserError: they are not messages, or none is the assistant's; says what comes after the record's name.
     """
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     if not isinstance(messages, list):
         raise UserError(f": '{key}' is {type(messages).__name__}; allowed: a list of messages with role and content")
     for i, message in enumerate(messages):
@@ -59,10 +59,10 @@ def trains_on_answers(data: DataConfig) -> bool:
     return bool(data.messages_key or data.response_key)
 
 
-def question(prompt: str, data: DataConfig) -> list[Piece]:
+def question(prompt: str, data: DataConfig) -> list[TextPiece]:
     """The pieces of a user's message, up to where the answer begins."""
     if not _has_template(data):
-        return [Piece(prompt, False)]
+        return [TextPiece(prompt, False)]
     opening = _message(LEARNED, "", data.chat_template)[0]
     return [piece for piece in (*_message(ASKS, prompt, data.chat_template), opening) if piece.text]
 
@@ -79,11 +79,11 @@ def _has_template(data: DataConfig) -> bool:
     return bool(data.messages_key or data.chat_template)
 
 
-def _message(role: str, content: str, template: str) -> tuple[Piece, Piece]:
+def _message(role: str, content: str, template: str) -> tuple[TextPiece, TextPiece]:
     """What opens a message, and its content with what ends it."""
     (before, opens), (after, ends) = (_filled(part, role) for part in template.split("{content}"))
     shifted = tuple((start + len(content), stop + len(content)) for start, stop in ends)
-    return Piece(before, False, opens), Piece(content + after, role == LEARNED, shifted)
+    return TextPiece(before, False, opens), TextPiece(content + after, role == LEARNED, shifted)
 
 
 def _filled(part: str, role: str) -> tuple[str, Spans]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import PACKED, is_remote, line_ends, opened, skip
-from jaxlm.data.sources.records import Format, Part, open_records
+from jaxlm.data.sources.records import Format, RecordPart, open_records
 
 MAX_LINE_BYTES = 1 << 28  # of a record, which is read as a whole
 
@@ -17,7 +17,7 @@ def open_jsonl(data: DataConfig) -> Source:
     return open_records(data, Format("line", _cut, _lines))
 
 
-def _cut(part: Part, limit: int) -> list[Part]:
+def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
     if part.num_bytes <= 2 * limit or part.path.suffix in PACKED:
         return [part]
     ends = [end + 1 for end in line_ends(part.path, 0, part.num_bytes, limit)]  # after the newline
@@ -25,7 +25,7 @@ def _cut(part: Part, limit: int) -> list[Part]:
     return [part._replace(start=a, stop=b, num_bytes=b - a) for a, b in spans]
 
 
-def _lines(part: Part, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], bytes]]:
+def _lines(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], bytes]]:
     """The lines that are not blank: at which byte (of the text, where the file is packed), what gives its number,
     counted from 1 with the blank ones, and its bytes.
     """

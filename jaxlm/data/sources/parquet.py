@@ -7,7 +7,7 @@ from typing import Any
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import grouped, is_remote
-from jaxlm.data.sources.records import Format, NoColumn, Part, conversation_keys, open_records
+from jaxlm.data.sources.records import Format, NoColumn, RecordPart, conversation_keys, open_records
 
 
 def open_parquet(data: DataConfig) -> Source:
@@ -15,7 +15,7 @@ def open_parquet(data: DataConfig) -> Source:
     return open_records(data, Format("row", _cut, _rows))
 
 
-def _cut(part: Part, limit: int) -> list[Part]:
+def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
     rows, pieces = 0, []
     try:
         opened_file = _parquet(part.path)
@@ -41,7 +41,7 @@ def _parquet(path: Path) -> Any:
         raise UserError(f"{path}: unreadable as Parquet ({' '.join(str(error).split())})") from error
 
 
-def _rows(part: Part, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], dict[str, Any]]]:
+def _rows(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], dict[str, Any]]]:
     """The rows: its number, counted from 1, what gives that number, and the columns in which the keys lead to texts."""
     import pyarrow
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError, show
-from jaxlm.data.sources.conversations import Piece, Spans, conversation
+from jaxlm.data.sources.conversations import Spans, TextPiece, conversation
 from jaxlm.data.sources.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
 from jaxlm.data.sources.files import grouped, identify, real, unit_bytes
 from jaxlm.data.sources.splits import find_files
 
 
-class Part(NamedTuple):
+class RecordPart(NamedTuple):
     """Of a file, or all of it."""
 
     name: str
@@ -33,9 +33,9 @@ class Format(NamedTuple):
     """How a kind of file holds records."""
 
     unit: str  # what a record is called: a line, a row
-    cut: Callable[[Part, int], list[Part]]  # a file in parts of about so many bytes
+    cut: Callable[[RecordPart, int], list[RecordPart]]  # a file in parts of about so many bytes
     # Of a part: each record's place in the file, what gives its number, counted from 1, and its bytes or its columns.
-    read: Callable[[Part, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
+    read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
 
 
 def open_records(data: DataConfig, form: Format) -> Source:
@@ -54,8 +54,8 @@ def open_records(data: DataConfig, form: Format) -> Source:
     }  # fmt: skip
 
     def units() -> list[Unit]:
-        whole = [Part(n, p, "train" if val else None, p.stat().st_size) for n, p in files.items()]
-        whole += [Part(n, p, "val", p.stat().st_size) for n, p in val.items()]
+        whole = [RecordPart(n, p, "train" if val else None, p.stat().st_size) for n, p in files.items()]
+        whole += [RecordPart(n, p, "val", p.stat().st_size) for n, p in val.items()]
         limit = unit_bytes(sum(part.num_bytes for part in whole))
         parts = [piece for part in whole for piece in form.cut(part, limit)]
         return [Unit(partial(_read, group, data, form))
@@ -71,7 +71,7 @@ def conversation_keys(data: DataConfig) -> tuple[str, ...]:
     return ("prompt_key", "response_key", "chat_template") if data.response_key else ()
 
 
-def _read(parts: list[Part], data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+def _read(parts: list[RecordPart], data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
     for part in parts:
         try:
             yield from _read_part(part, data, form)
@@ -81,7 +81,7 @@ def _read(parts: list[Part], data: DataConfig, form: Format) -> Iterator[Documen
             yield Skipped(str(error))  # the rest of a damaged file
 
 
-def _read_part(part: Part, data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
     for place, number, record in form.read(part, data):
         split = part.split
         if split is None:
@@ -108,7 +108,7 @@ def _within(spans: Spans, start: int, length: int) -> Spans:
     return tuple((a, b) for a, b in clipped if a < b)
 
 
-def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[Piece]:
+def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
     """The pieces of a record. Raises UserError, what comes after the record's name."""
     value: Any = record
     if isinstance(record, bytes):
@@ -124,10 +124,10 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[Piece]:
         asked = _text(value, "prompt_key", data.prompt_key, empty=True) if data.prompt_key else ""
         answer = _text(value, "response_key", data.response_key)
         if not data.chat_template:
-            return [Piece(asked, False)] * bool(asked) + [Piece(answer, True)]
+            return [TextPiece(asked, False)] * bool(asked) + [TextPiece(answer, True)]
         turns = [{"role": "user", "content": asked}] if asked else []
         return conversation([*turns, {"role": "assistant", "content": answer}], "", data.chat_template)
-    return [Piece(_text(value, "text_key", data.text_key), True)]
+    return [TextPiece(_text(value, "text_key", data.text_key), True)]
 
 
 def _at(value: Any, name: str, key: str) -> Any:

@@ -25,7 +25,7 @@ def open_text(data: DataConfig) -> Source:
     if not val:
         source = _one_file(data, *files.popitem()) if len(files) == 1 else by_name(data, files)
         return dataclasses.replace(source, notes=notes)
-    parts = [Part(n, p, "train") for n, p in files.items()] + [Part(n, p, "val") for n, p in val.items()]
+    parts = [TextPart(n, p, "train") for n, p in files.items()] + [TextPart(n, p, "val") for n, p in val.items()]
     source = _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
     return dataclasses.replace(source, notes=notes)
 
@@ -37,7 +37,7 @@ def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Sourc
         held = {min(files, key=digest)}
     if len(held) == len(files):
         held.remove(max(files, key=digest))
-    parts = [Part(name, path, "val" if name in held else "train") for name, path in files.items()]
+    parts = [TextPart(name, path, "val" if name in held else "train") for name, path in files.items()]
     return _text_source(data, {"files": identify(files), "val_fraction": data.val_fraction}, parts, skipped)
 
 
@@ -46,7 +46,7 @@ def _one_file(data: DataConfig, name: str, path: Path) -> Source:
 
     def units() -> list[Unit]:
         cut = _byte_of_character(path, 1 - data.val_fraction)
-        parts = [Part(f"{name} (train)", path, "train", 0, cut), Part(f"{name} (val)", path, "val", cut)]
+        parts = [TextPart(f"{name} (train)", path, "train", 0, cut), TextPart(f"{name} (val)", path, "val", cut)]
         return _units([part for part in parts if part.stop != 0], cuts=True)
 
     key = {"source": data.source, "files": identify({name: path}), "val_fraction": data.val_fraction}
@@ -70,7 +70,7 @@ def _opens_character(block: bytes) -> np.ndarray:
     return (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """Of a text file, or all of it."""
 
     name: str
@@ -81,7 +81,7 @@ class Part(NamedTuple):
     first: bool = True
 
 
-def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipped: int = 0) -> Source:
+def _text_source(data: DataConfig, key: dict[str, Any], parts: list[TextPart], skipped: int = 0) -> Source:
     key = {"source": data.source, "on_error": data.on_error} | key
     skips = data.on_error == "skip"
     name = name_of(data) or data.val_path or data.source
@@ -90,10 +90,10 @@ def _text_source(data: DataConfig, key: dict[str, Any], parts: list[Part], skipp
                   files=real(part.path for part in parts))  # fmt: skip
 
 
-def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
+def _units(parts: list[TextPart], cuts: bool, skips: bool = False) -> list[Unit]:
     """Parts in units of about the same size; large ones are cut at the ends of lines where `cuts` is set."""
     limit = unit_bytes(sum(map(_part_size, parts)))
-    pieces: list[Part] = []
+    pieces: list[TextPart] = []
     for part in parts:
         stop, ends = part.start + _part_size(part), []
         if cuts and stop - part.start > 2 * limit and part.path.suffix not in PACKED:
@@ -105,7 +105,7 @@ def _units(parts: list[Part], cuts: bool, skips: bool = False) -> list[Unit]:
             for group in grouped(pieces, _part_size, limit)]  # fmt: skip
 
 
-def _part_size(part: Part) -> int:
+def _part_size(part: TextPart) -> int:
     return max((part.path.stat().st_size if part.stop is None else part.stop) - part.start, 0)
 
 
@@ -114,7 +114,7 @@ def _text_size(*paths: Path) -> int:
     return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
 
 
-def _read_text(parts: list[Part], skips: bool) -> Iterator[Document | Skipped]:
+def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skipped]:
     for part in parts:
         if skips:  # read before it is used, so that no half of it is
             try:
