@@ -1,8 +1,8 @@
-"""Batches of training on their way to the devices, through a tf.data pipeline.
+"""Makes training batches ahead of time, in a tf.data pipeline.
 
-What is in a batch is decided in `order`; here it is made ahead of time and shaped
-[local devices, sequences of one device, T]. TensorFlow takes seconds to import, so a thread does that while the first
-batches are made as they are asked for; without TensorFlow a thread makes batches ahead.
+order.py decides what is in a batch; here it is made and shaped [local devices, sequences of one device, T]. TensorFlow
+takes seconds to import, so a thread imports it while the first batches are made on demand. Without TensorFlow a thread
+makes batches ahead.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ PATIENCE = 64  # batches served before tensorflow is imported: a short run need 
 
 
 def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to one process.
+    """The rows of a global batch that one process reads.
 
     Raises:
-      UserError: they do not divide over the devices.
+      UserError: the batch does not divide over the devices.
     """
     if num_rows % (num_devices * process_count):
         raise UserError(f"{key} is {num_rows}; allowed: a multiple of {num_devices} devices x {process_count} hosts")
@@ -53,11 +53,11 @@ def train_stream(
     process_count: int = 1,
     backend: Literal["auto", "tf", "thread"] = "auto",
 ) -> "TrainStream":
-    """This process's part of the batches that make updates start_step + 1 … config.steps.
+    """This process's part of the batches of updates start_step + 1 … config.steps.
 
     Args:
-      num_devices: of this process; all processes have as many.
-      backend: what makes batches ahead; all give the same batches.
+      num_devices: of this process; all processes have the same number.
+      backend: what makes batches ahead; the batches are the same.
 
     Raises:
       UserError: batch_size does not divide over the devices.
@@ -69,7 +69,7 @@ def train_stream(
 
 
 class TrainStream:
-    """An iterator of batches; `close` ends what it runs in the background. An error in making a batch is raised."""
+    """An iterator of batches; `close` ends its background work. An error while a batch is made is raised by `next`."""
 
     def __init__(self, make: MakeBatches, start: int, stop: int, backend: str = "auto"):
         self._make, self._next, self._stop = make, start, stop
@@ -86,7 +86,7 @@ class TrainStream:
                 import_tensorflow()
                 self._open = _tf_batches
                 return
-            except Exception:  # absent or broken: it is only one of two ways
+            except Exception:  # absent or broken; the thread needs no TensorFlow
                 if backend == "tf":
                     raise
         self._open = _thread_batches
@@ -109,7 +109,7 @@ class TrainStream:
         return batch
 
     def settle(self) -> None:
-        """Waits until the way in which further batches are made is decided; for measurements."""
+        """Waits until it is decided what makes further batches; for measurements."""
         if self._importer.is_alive():
             self._importer.join()
 
@@ -126,7 +126,7 @@ def _one(make: MakeBatches, n: int) -> HostBatch:
 
 
 def _block(probe: HostBatch) -> int:
-    """How many batches are made at a time: a batch, however small it is, costs tf.data most of a millisecond, and the
+    """How many batches are made at a time: however small a batch is, it costs tf.data most of a millisecond, and the
     order a quarter of one.
     """
     return max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 
 
 def rope_tables(positions: jax.Array, head: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines `[..., 1, C]` in float32."""
+    """Cosines and signed sines for `rotate`, `[..., 1, C]` in float32."""
     angles = positions[..., None, None] * theta ** (-jnp.arange(0, head, 2) / head)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Su et al., RoFormer; pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
+    """Rotates pairs of channels (Su et al., RoFormer). Pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
 
-    With a roll, since XLA's concatenation of two halves takes a tenth of a small model's step on CPU.
+    It rolls the halves, because concatenating them takes XLA a tenth of a small model's step on CPU.
     """
     cos, sin = rope
     x = x_BTHC.astype(jnp.float32)
@@ -29,12 +29,12 @@ def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
-    """Half of each key's channels replaced by those of the key before, or zero at the first of a document.
+    """Replaces half of each key's channels by those of the key before, or by zeros at the start of a document.
 
-    A query then finds the token that followed one like its own within a layer, where plain attention needs two: one to
-    copy the token before to each place, one to look for it (Olsson et al., In-context Learning and Induction Heads;
-    Jordan et al., modded-nanogpt, "partial key offset"). The channels are those that RoPE turns slowly, of which it
-    tells least.
+    A query can then find the token that followed one like its own within one layer. Plain attention needs two: one to
+    copy the previous token to each place, and one to look for it (Olsson et al., In-context Learning and Induction
+    Heads; Jordan et al., modded-nanogpt, "partial key offset"). The channels are those that RoPE rotates slowly, and
+    which carry least about positions.
     """
     C = k_BSKC.shape[-1]
     before_BSKC = jnp.pad(k_BSKC, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
@@ -48,7 +48,7 @@ Kernel = Literal["xla", "cudnn"]
 
 
 def choose_kernel(wanted: Literal["auto", "xla", "cudnn"], dtype: str, head: int) -> Kernel:
-    """With `auto`, cuDNN's fused attention where it exists (GPU, 16-bit, heads of at most 128), else XLA's."""
+    """Resolves `auto`: cuDNN's fused attention where it exists (GPU, 16 bits, heads of at most 128), else XLA's."""
     if wanted != "auto":
         return wanted
     fused = jax.default_backend() == "gpu" and dtype != "float32" and head % 8 == 0 and head <= 128
@@ -62,10 +62,10 @@ def causal_attention(
     segments_BT: jax.Array | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`; H is a multiple of K.
+    """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K.
 
-    With `xla`, queries are taken in up to four chunks, each of which sees the keys up to its own end only: with four,
-    three eighths of the scores, all of them masked, are never computed.
+    With `xla`, queries come in up to four chunks, and each chunk sees only the keys up to its own end. Of four chunks,
+    three eighths of the scores are never computed, all of them masked.
     """
     if kernel == "cudnn":
         s_BT = segments_BT
@@ -87,12 +87,12 @@ def causal_attention(
 
 
 def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax.Array) -> jax.Array:
-    """Scores and softmax in float32; each key/value head serves a group of G = H / K query heads.
+    """Attention with scores and softmax in float32. Each key/value head serves G = H / K query heads.
 
-    `visible` is `[T, S]`, or `[B, T, S]` where rows differ.
+    `visible` is `[T, S]`, or `[B, T, S]` if rows differ. Every query must see a key.
 
-    Values are summed before they are divided by the softmax's denominator (Dao et al., FlashAttention, section 3.1),
-    so that its gradient is a sum over C instead of S. Every row must see a token.
+    The softmax's denominator divides the sum of values, not the weights (Dao et al., FlashAttention, section 3.1), so
+    that its gradient is a sum over C instead of S.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
@@ -101,5 +101,5 @@ def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax
     scores = jnp.where(visible if visible.ndim == 2 else visible[:, None, None], scores, -jnp.inf)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     o_BKGTC = jnp.einsum("bkgts,bskc->bkgtc", weights.astype(v_BSKC.dtype), v_BSKC, preferred_element_type=jnp.float32)
-    o_RC = o_BKGTC.reshape(-1, C) / weights.sum(axis=-1).reshape(-1, 1)  # flat: see `model._norm`
+    o_RC = o_BKGTC.reshape(-1, C) / weights.sum(axis=-1).reshape(-1, 1)  # flat: see `layers.norm`
     return jnp.moveaxis(o_RC.reshape(o_BKGTC.shape), 3, 1).astype(v_BSKC.dtype).reshape(B, T, H, C)

@@ -39,8 +39,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 class Decoder(nn.Module):
     """Token and position embedding, L blocks, final norm, output layer.
 
-    With `vocab_multiple`, the tables of tokens have more rows than there are tokens, for the sake of their shape alone:
-    there are no logits of these.
+    With `vocab_multiple`, token tables have more rows than there are tokens, only to give them a convenient shape. The
+    additional rows are never looked up and have no logits.
     """
 
     config: ModelConfig
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers
         if c.remat != "none":
-            # In an unrolled scan XLA would find the recomputation to be the same as the first one, and drop it.
+            # In an unrolled scan XLA would merge the recomputation with the first computation.
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
         if self.on_layer is not None:
             on_layer = self.on_layer
@@ -76,13 +76,13 @@ class Decoder(nn.Module):
             self.head = Head(c, rows)
 
     def _table(self, rows: int) -> nn.Embed:
-        """Of unit variance, so that a token's own embedding is not lost among what the layers add to it; where it also
-        is the output layer, of GPT-2's small one, for logits near zero. A layer of its own starts at zero.
+        """An embedding table. Unit variance keeps a token's embedding from being lost among what the layers add. If the
+        table is the output layer too, it has GPT-2's small variance, for logits near zero at first.
         """
         c = self.config
         init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
-        # Looked up in the table's dtype and cast then: the gradients of all places of a token add up in it, and sums of
-        # thousands in 16 bits lose most of what is added.
+        # Cast after the look-up, so that the gradients of a token's places add up in the table's dtype: in 16 bits, a sum
+        # of thousands would lose most of what is added.
         return nn.Embed(rows, c.d_model, dtype=None, param_dtype=c.param_dtype, embedding_init=init)
 
     def hidden(
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """States after the final norm, `[N, D]`, and the cache with this call's keys and values in it."""
+        """States after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
         c = self.config
         B, T = tokens_BT.shape
         tokens_N = tokens_BT.reshape(-1)
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         return self.finalnorm(x_ND), cache
 
     def _added(self, positions: jax.Array) -> jax.Array | None:
-        """What positions add to the embeddings of tokens, `[..., D]`."""
+        """What is added to token embeddings for their positions, `[..., D]`, if anything."""
         match self.config.position:
             case "rope":
                 return None  # queries and keys are rotated instead
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """An output layer of its own, which starts at zero."""
+    """An output layer that is not the token table. It starts at zero."""
 
     config: ModelConfig
     rows: int
@@ -153,8 +153,8 @@ class Head(nn.Module):
 
 @jax.custom_vjp
 def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
-    """Their product, summed and kept in float32: 16 bits would make ties of the largest logits. The gradient's products
-    are of the operands' dtype again.
+    """The product, accumulated and kept in float32, because 16 bits would make ties of the largest logits. The products
+    of its gradient are in the operands' dtype again.
     """
     return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
 
@@ -169,7 +169,7 @@ logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logi
 
 
 class LayerInputs:
-    """What every layer is given alike; a pytree whose shape (B, T) is static."""
+    """Inputs that all layers share; a pytree whose shape (B, T) is static."""
 
     def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
         self.dropout_keys_B, self.rope, self.segments_BT, self.start = dropout_keys_B, rope, segments_BT, start

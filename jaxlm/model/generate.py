@@ -1,4 +1,4 @@
-"""Sampling from a model, a few tokens at a time, so that a text can be shown and stopped while it grows.
+"""Samples from a model a few tokens at a time, so that a text can be shown and stopped while it grows.
 
 Shapes: B rows, T tokens of the prompt, V vocabulary, N tokens of a block.
 """
@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxlm.model import Cache, Model, Params
 
-CHUNK = 512  # tokens of a prompt read at once: attention needs memory for each of them times all before it
-BLOCK = 16  # tokens drawn by one call: enough to hide what a call costs, few enough that a text flows
+CHUNK = 512  # tokens of a prompt that are read at once: attention's memory grows with their number times the context
+BLOCK = 16  # tokens drawn in one call: enough to hide the call's overhead, few enough for a text to flow
 
 
 class Sampling(NamedTuple):
@@ -35,12 +35,12 @@ def stream(
     top_p: float = 1.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[np.ndarray]:
-    """Continues each prompt; yields the new tokens as they are drawn, int32 `[B, n]` with n from 1 to BLOCK.
+    """Continues each prompt, and yields the new tokens as they are drawn, int32 `[B, n]` with n from 1 to BLOCK.
 
-    Row i is a function of the key and i alone: it does not change with the number of rows.
+    Row i depends only on the key and i, not on the number of rows.
 
-    Where positions end at `model.max_positions`, a longer text is continued from its last `max_positions` tokens, read
-    anew for each token.
+    If positions end at `model.max_positions`, a longer text goes on from its last `max_positions` tokens, which are read
+    again for each new one.
 
     Args:
       model: functions of the decoder.
@@ -48,7 +48,7 @@ def stream(
       temperature: 0 takes the most probable token.
       top_k: samples among the k most probable; 0 = all.
       top_p: samples among the most probable that together have this probability (Holtzman et al.).
-      stop: asked before each block; True ends the text.
+      stop: called before each block; True ends the text.
     """
     assert prompt_BT.shape[1] <= (model.max_positions or prompt_BT.shape[1])
     how, params, (B, T) = Sampling(temperature, top_k, top_p), jax.device_put(params), prompt_BT.shape
@@ -81,7 +81,7 @@ def generate(
     max_new_tokens: int,
     **how: Any,
 ) -> np.ndarray:
-    """All the new tokens of `stream`, int32 `[B, max_new_tokens]`."""
+    """All new tokens of `stream`, int32 `[B, max_new_tokens]`."""
     blocks = stream(model, params, prompt_BT, key, max_new_tokens=max_new_tokens, **how)
     return np.concatenate(list(blocks), axis=1)
 

@@ -1,4 +1,4 @@
-"""What the decoder's blocks are made of: linear layers, the MLP, norms, dropout, sinusoids. Shapes as in decoder.py."""
+"""Parts of the decoder: linear layers, MLP, norms, dropout, sinusoids. Shapes are named as in decoder.py."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def relu2(x: jax.Array) -> jax.Array:
     return jnp.square(nn.relu(x))
 
 
-# {model.activation: (function, whether it is of a second projection, a gate of the first)}
+# {model.activation: (function, whether it is applied to a second projection that gates the first)}
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "gelu": (nn.gelu, False),
     "relu": (nn.relu, False),
@@ -40,8 +40,10 @@ class Mlp(nn.Module):
 
 
 def linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
-    """Standard deviation 1 / sqrt(fan in); what adds to the residual stream also / sqrt(2L) (GPT-2, section 2.3),
-    or zero, so that each block is the identity at first.
+    """A linear layer with standard deviation 1 / sqrt(fan in).
+
+    With `residual`, its output adds to the residual stream: the deviation is divided by sqrt(2L) (GPT-2, section 2.3),
+    or is zero, so that each block is the identity at first.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
     return nn.Dense(
@@ -60,10 +62,10 @@ RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
 
 
 def norm(c: ModelConfig, name: str | None = None) -> nn.Module:
-    """Statistics in float32, whatever the computation's dtype.
+    """A norm over rows `[R, C]`, with statistics in float32 whatever the computation's dtype.
 
-    For rows `[R, C]`: the gradient's sums along rows are seven times slower in XLA's CPU backend where there are more
-    dimensions (measured for products of two arrays, jax 0.10.2).
+    Two dimensions, because the gradient's sums along rows are seven times slower in XLA's CPU backend with more of them
+    (measured for products of two arrays, jax 0.10.2).
     """
     return NORMS[c.norm](c, name)
 
@@ -82,7 +84,7 @@ NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm":
 
 
 def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
-    """Inverted dropout with a key per sequence, so that the mask does not depend on how the batch is split."""
+    """Inverted dropout with a key for each sequence, so that the mask does not depend on how the batch is split."""
     if rate == 0.0 or keys_B is None:
         return x_ND
     x_BX = x_ND.reshape(keys_B.shape[0], -1)

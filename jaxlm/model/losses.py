@@ -1,5 +1,5 @@
-"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the whole global batch, which only the
-step knows. A negative target stands for none: nothing is predicted there.
+"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the global batch, which only the step knows.
+A negative target means that nothing is predicted there.
 
 Shapes: N flat tokens, D d_model, V vocabulary.
 """
@@ -50,10 +50,9 @@ def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig
 def output_loss(
     unembed: Callable[[jax.Array], jax.Array], x_ND: jax.Array, targets_N: jax.Array, config: LossConfig
 ) -> LossSums:
-    """Sums of the token losses of final states, of which `unembed` makes logits.
+    """Sums of the token losses of final states, which `unembed` turns into logits.
 
-    With `config.chunk`, logits exist for that many tokens at a time only, in the backward pass too, which
-    computes them a second time.
+    With `config.chunk`, the logits of only that many tokens exist at a time. The backward pass computes them again.
     """
     if not config.chunk or config.chunk >= x_ND.shape[0]:
         return cross_entropy(unembed(x_ND), targets_N, config)

@@ -1,4 +1,4 @@
-"""The decoder as pure functions, and what a training token costs. Names of shapes are those of decoder.py."""
+"""The decoder as pure functions, and the cost of a training token. Shapes are named as in decoder.py."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,26 +15,26 @@ class Model(NamedTuple):
 
     init: Callable[[jax.Array], Params]  # (key) -> params
     # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
-    # row holds several documents, each of which begins at a position 0 and sees itself alone. With `on_layer`, each
-    # layer uses on_layer(its part of params["layers"]), which may then hold more than the model's own.
+    # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
+    # uses on_layer(its part of params["layers"]), and params["layers"] may hold more than parameters.
     hidden: Callable[..., jax.Array]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
     apply: Callable[[Params, jax.Array], jax.Array]  # (params, tokens_BT) -> float32 logits_BTV
     init_cache: Callable[[int, int], Cache]  # (B, S)
-    # (params, tokens_BT, cache, start) -> (logits_BTV, cache): tokens stand at positions start, start + 1, ...
+    # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
     vocab_size: int
-    max_positions: int | None  # tokens that it has positions for; None: any number, as with RoPE
+    max_positions: int | None  # how many positions there are; None = any number, as with RoPE
 
 
 def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
-    """The functions of a decoder over `vocab_size` tokens, trained on sequences of `max_len`.
+    """The functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
-    When it decodes more than that, a token sees the last `max_len` tokens; learned positions end there.
+    In longer texts a decoded token sees the last `max_len` tokens. Learned positions end at `max_len`.
     """
     decoder = Decoder(config, vocab_size, max_len)
 
-    # What a method gives, Flax does not tell type checkers.
+    # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
         return decoder.clone(on_layer=on_layer).apply({"params": params}, *args, method=method)
 
@@ -77,7 +77,7 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations of one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter that multiplies, which excludes embedding look-ups, plus 12 * L * D * T for attention.
+    6 for each parameter that multiplies, which leaves out embedding look-ups, plus 12 * L * D * T for attention.
     """
     lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)

@@ -26,7 +26,7 @@ def evaluate(
     estimate those of the whole validation set, in which every target weighs the same.
 
     Args:
-      eval_step: from `step.pmap_eval_step`.
+      eval_step: from `train_step.pmap_eval_step`.
       batches: of `[local_devices, B, T]`; where nothing is predicted, the target is -1.
       bytes_per_token: UTF-8 bytes of text behind each token, `[V]`; None where there is no text.
 

@@ -1,4 +1,4 @@
-"""The training loop. It is given everything that it does not do itself: state, step, data, and hooks."""
+"""The training loop. State, step, data and hooks are its arguments."""
 
 import itertools
 import time
@@ -18,7 +18,7 @@ class Done(NamedTuple):
     """A step whose numbers have arrived."""
 
     step: int
-    metrics: dict[str, jax.Array]  # of step.make_train_step
+    metrics: dict[str, jax.Array]  # of train_step.make_train_step
     seconds: float  # since the loop began, without the hooks' time
 
 
@@ -26,8 +26,8 @@ GROUP, GROUP_BYTES = 16, 2**20  # batches put on the devices at once, at most
 
 
 def on_devices(batches: Iterator[Any], count: int, sharding: NamedSharding) -> Iterator[Any]:
-    """The next `count` batches, on the devices. Small ones are put there several at a time: each call costs the host
-    half a millisecond beside a computation that has driven its code out of the caches.
+    """The next `count` batches, on the devices. Small ones are put there several at a time, because a call costs the
+    host half a millisecond beside a computation that has driven the call's code out of the caches.
     """
     size = 1
     while group := list(itertools.islice(batches, min(size, count))):
@@ -49,11 +49,11 @@ def train(
     stop: Stop = NEVER,
     at: Callable[[int, str], None] = lambda step, doing: None,
 ) -> tuple[TrainState, int]:
-    """Runs steps `start` to `steps`, or until it is to stop; returns the state and the number of updates done.
+    """Runs steps `start` to `steps`, or until a stop is asked for. Returns the state and the number of updates done.
 
-    While the devices compute step n, the host sees to the batch of step n + 1 and reports step n - 1; it never waits
-    for the step just dispatched, and is never more than one ahead. A hook runs when its condition holds for
-    the number of updates done; the loop then waits for it. `at` is told where the loop is.
+    While the devices compute step n, the host prepares the batch of step n + 1 and reports step n - 1. It never waits
+    for the step just dispatched, and is never more than one step ahead. A hook runs if its condition holds for the
+    number of updates done; the loop waits for it. `at` is told where the loop is.
     """
     began, in_hooks = time.perf_counter(), 0.0
     pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -1,7 +1,7 @@
-"""Where a state lives: on the devices as the step wants it, and in a checkpoint as any number of devices can read it.
+"""Moves a state between the form of the step and the form of a checkpoint, which any number of devices can read.
 
-The step is given arrays of this process's devices alone, as pmap wants them; a checkpoint has arrays of all processes.
-There an optimizer's state is whole, also with ZeRO-1, and what a reduction keeps has one row for each device.
+The step takes arrays of this process's devices, as pmap does; a checkpoint holds arrays of all processes. In a
+checkpoint the optimizer's state is whole, with ZeRO-1 too, and a reduction's state has one row for each device.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from jaxlm.train.train_step import AXIS, Device, TrainState, float32, init_param
 
 
 class Placement:
-    """On `devices`, those of all processes."""
+    """The placement on `devices`, which are those of all processes."""
 
     def __init__(self, config: Config, devices: list[Device]):
         self._config, self._devices = config, devices
@@ -35,7 +35,7 @@ class Placement:
         self.batch = NamedSharding(self.here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
 
     def initial(self, model: Model) -> TrainState:
-        """The state of step 0, on the devices."""
+        """The initial state, on the devices."""
         params = init_params(self._config, model)
         first = self._devices.index(self.local[0])
 
@@ -48,24 +48,24 @@ class Placement:
             ]
             return TrainState(*parts)
 
-        # Made where it is to be: a state that only fits when it is sharded is never whole on one device.
+        # Made in its place: a state that fits only when it is sharded is never whole on one device.
         like = jax.eval_shape(rest, params)
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
         return state._replace(params=jax.device_put(params, NamedSharding(self.here, PartitionSpec())))
 
     def place(self, state: TrainState) -> TrainState:
-        """Puts this process's part of a state on its devices the way the step keeps it there, for donation."""
+        """Puts this process's part of a state on its devices as the step keeps it, so that it can be donated."""
         return jax.device_put(state, self._shardings(state, self.here))
 
     def everywhere(self, state: TrainState) -> TrainState:
-        """The same as arrays of all processes."""
+        """The state as arrays of all processes."""
         if jax.process_count() == 1:
             return state
         specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
 
     def saved(self, state: TrainState) -> TrainState | None:
-        """What goes into a checkpoint. All processes call this. Where there are several, the first one gets the whole
+        """The state as a checkpoint holds it. All processes call this. If there are several, the first one gets the whole
         state as NumPy arrays, and the others get None.
         """
         state = self.everywhere(state)
@@ -85,7 +85,7 @@ class Placement:
 
         def here(x: jax.Array) -> np.ndarray:
             x = x if x.is_fully_replicated else self._gather(x)
-            jax.block_until_ready(x)  # two programs at once would exchange in another order on another host
+            jax.block_until_ready(x)  # of two programs at once, hosts might run the exchanges in different orders
             return np.array(x.addressable_data(0)) if first else np.empty(0)  # a copy: the next step writes over it
 
         def rows(x: jax.Array) -> np.ndarray:
@@ -136,9 +136,7 @@ class Placement:
         return jax.eval_shape(lambda p: make_optimizer(self._config.optim, self._config.steps).init(float32(p)), params)
 
     def _whole(self, like: Any) -> Any:
-        """Shardings of whole arrays over all devices, along the first dimension that allows it, so that none is all on
-        one device and each process writes its part. Where none does, it is the same on all for as long as that takes.
-        """
+        """Shards each array along its first dimension that the devices divide, else replicates it."""
 
         def sharding(x: Any) -> NamedSharding:
             for i, size in enumerate(x.shape):
