@@ -81,8 +81,8 @@ class Decoder(nn.Module):
         """
         c = self.config
         init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
-        # Cast after the look-up, so that the gradients of a token's places add up in the table's dtype: in 16 bits, a sum
-        # of thousands would lose most of what is added.
+        # Cast after the look-up, so that the gradients of a token's places add up in the table's dtype: in 16 bits, a
+        # sum of thousands would lose most of what is added.
         return nn.Embed(rows, c.d_model, dtype=None, param_dtype=c.param_dtype, embedding_init=init)
 
     def hidden(

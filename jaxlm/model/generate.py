@@ -39,8 +39,8 @@ def stream(
 
     Row i depends only on the key and i, not on the number of rows.
 
-    If positions end at `model.max_positions`, a longer text goes on from its last `max_positions` tokens, which are read
-    again for each new one.
+    If positions end at `model.max_positions`, a longer text goes on from its last `max_positions` tokens, which are
+    read again for each new one.
 
     Args:
       model: functions of the decoder.

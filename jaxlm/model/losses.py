@@ -1,4 +1,4 @@
-"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the global batch, which only the step knows.
+"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the global batch, known only to the step.
 A negative target means that nothing is predicted there.
 
 Shapes: N flat tokens, D d_model, V vocabulary.

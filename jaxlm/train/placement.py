@@ -65,8 +65,8 @@ class Placement:
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
 
     def saved(self, state: TrainState) -> TrainState | None:
-        """The state as a checkpoint holds it. All processes call this. If there are several, the first one gets the whole
-        state as NumPy arrays, and the others get None.
+        """The state as a checkpoint holds it. All processes call this. If there are several, the first one gets the
+        whole state as NumPy arrays, and the others get None.
         """
         state = self.everywhere(state)
         if self._zero:
