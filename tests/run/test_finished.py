@@ -72,3 +72,19 @@ def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.Cap
 
     text.write_text(text.read_text() + "one more line\n")
     assert not answers()
+
+
+def test_the_command_of_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By its name if that finds it, else by its shortest path; without an installation, through Python."""
+    folder = tmp_path / "an env/bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "jaxlm"):
+        (folder / name).write_text("")
+        (folder / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert finished.command("generate") == "'an env/bin/jaxlm' generate"
+    monkeypatch.setenv("PATH", str(folder))
+    assert finished.command("generate") == "jaxlm generate"
+    (folder / "jaxlm").unlink()
+    assert finished.command("generate") == "python -m jaxlm generate"
