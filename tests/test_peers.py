@@ -17,6 +17,7 @@ import pytest
 from jaxlm.config import Config, cli
 from jaxlm.model import make_model
 from jaxlm.train import guard, train_step
+from tests.decoders import logits_of
 
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional
@@ -259,7 +260,7 @@ def test_logits_loss_and_gradients(kind: str) -> None:
     (batch,) = batches(1)
 
     def loss(p: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(p, batch["inputs"])
+        logits = logits_of(model)(p, batch["inputs"])
         nll = -jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(batch["targets"], VOCAB), axis=-1)
         return jnp.sum(nll) / (batch["targets"] >= 0).sum(), logits
 

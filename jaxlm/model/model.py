@@ -19,7 +19,6 @@ class Model(NamedTuple):
     # uses on_layer(its part of params["layers"]), and params["layers"] may hold more than parameters.
     hidden: Callable[..., jax.Array]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
-    apply: Callable[[Params, jax.Array], jax.Array]  # (params, tokens_BT) -> float32 logits_BTV
     init_cache: Callable[[int, int], Cache]  # (B, S)
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
@@ -54,9 +53,6 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return call("unembed", params, x_ND)
 
-    def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
-        return call("__call__", params, tokens_BT)
-
     def init_cache(batch: int, length: int) -> Cache:
         head = config.d_model // config.num_heads
         shape = (config.num_layers, batch, length, config.num_kv_heads or config.num_heads, head)
@@ -67,7 +63,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
     max_positions = None if config.position == "rope" else max_len
-    return Model(init, hidden, unembed, apply, init_cache, decode, vocab_size, max_positions)
+    return Model(init, hidden, unembed, init_cache, decode, vocab_size, max_positions)
 
 
 def num_params(params: Params) -> int:

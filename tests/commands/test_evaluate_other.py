@@ -13,6 +13,7 @@ import pytest
 from jaxlm.run.open_run import open_run
 from tests.corpora import LINES, write
 from tests.data.test_data_folders import CHARS, meta_of, nanogpt
+from tests.decoders import logits_of
 from tests.exit_codes import tool
 from tests.runs import run
 
@@ -45,7 +46,7 @@ def test_a_file_is_scored_as_a_whole_and_nothing_else_is_read(texts: Path, capsy
     ids = np.concatenate([[256], np.frombuffer(OTHER.encode(), np.uint8)]).astype(np.int32)
     assert (len(ids) - 1) % 16 == 4
     x, y = (np.concatenate([part, np.zeros(12, np.int32)]).reshape(-1, 16) for part in (ids[:-1], ids[1:]))
-    logits = np.asarray(jax.jit(run.model.apply)(run.params, x), np.float64)
+    logits = np.asarray(jax.jit(logits_of(run.model))(run.params, x), np.float64)
     log_p = np.take_along_axis(logits, y[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
     nll = -float(log_p.ravel()[:-12].sum())
     assert found["eval_loss"] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)

@@ -16,6 +16,7 @@ from jaxlm.config.pretrained import Weights, brought_by, named_weights
 from jaxlm.data import TrainOrder, prepare
 from jaxlm.run import training
 from jaxlm.run.open_run import open_run, score
+from tests.decoders import logits_of
 from tests.exit_codes import contents, in_process
 from tests.runs import CONFIG, lines
 
@@ -69,7 +70,7 @@ def test_the_first_loss_is_the_old_one(folder: Path, tmp_path: Path, capsys: pyt
     old = open_run(folder / "pre", None)
     batch = next(iter([TrainOrder(prepare(config, progress=False), config).batches(0, 1)]))
     inputs, targets = (batch[k].reshape(8, 24) for k in ("inputs", "targets"))
-    logits = np.asarray(jax.jit(old.model.apply)(old.params, inputs), np.float64)
+    logits = np.asarray(jax.jit(logits_of(old.model))(old.params, inputs), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     loss = (log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).mean()
     assert lines(tmp_path / "new")[0]["loss"] == pytest.approx(loss, rel=1e-5)

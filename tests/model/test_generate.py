@@ -13,6 +13,7 @@ import pytest
 from jaxlm.config import cli
 from jaxlm.model import Model, Params, make_model
 from jaxlm.model.generate import BLOCK, _read, filter_logits, generate, stream
+from tests.decoders import logits_of
 
 VOCAB, MAX_LEN, NEW = 17, 24, 18
 BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
@@ -61,7 +62,7 @@ def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
     assert new_BT.shape == (3, NEW) and new_BT.dtype == jnp.int32
     text_BT = np.concatenate([prompt_BT, new_BT], axis=1)
     # The logits at t see the tokens up to t only, so one pass over the whole text is a pass over each prefix.
-    logits_BTV = np.asarray(jax.jit(model.apply)(params, text_BT))
+    logits_BTV = np.asarray(jax.jit(logits_of(model))(params, text_BT))
     np.testing.assert_array_equal(logits_BTV.argmax(-1)[:, 3:-1], new_BT)
     assert len(np.unique(new_BT)) > 4  # no text of one token, which anything would get right
     assert len({tuple(row) for row in np.asarray(new_BT)}) == 3
@@ -95,7 +96,7 @@ def test_cached_logits_are_the_uncached_ones(key_offset: bool) -> None:
     """A prompt, then several tokens at once, then one: any split of a text into calls."""
     model, params = with_params(key_offset=key_offset)
     text_BT = prompts(2, 12)
-    expected = jax.jit(model.apply)(params, text_BT)
+    expected = jax.jit(logits_of(model))(params, text_BT)
     cache, decode, parts, start = model.init_cache(2, 15), jax.jit(model.decode), [], 0
     for size in (5, 6, 1):
         logits_BTV, cache = decode(params, text_BT[:, start : start + size], cache, start)
@@ -150,7 +151,7 @@ def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], t
     prompt_BT = np.repeat(prompts(1), n, axis=0)
     key = jax.random.key(5)
     drawn = generate(model, params, prompt_BT, key, max_new_tokens=1, temperature=temperature, top_k=top_k)
-    logits_V = np.asarray(jax.jit(model.apply)(params, prompt_BT[:1]))[0, -1].astype(np.float64) / temperature
+    logits_V = np.asarray(jax.jit(logits_of(model))(params, prompt_BT[:1]))[0, -1].astype(np.float64) / temperature
     if top_k:
         logits_V[np.argsort(logits_V)[:-top_k]] = -np.inf
     probs_V = np.exp(logits_V - logits_V.max()) / np.exp(logits_V - logits_V.max()).sum()
@@ -180,7 +181,7 @@ def test_beyond_its_positions_a_text_goes_on_from_its_last_tokens(position: str,
     model, params = with_params(position=position)
     text_BT, new = prompts(2, length), MAX_LEN + 5
     got_BN = generate(model, params, text_BT, jax.random.key(0), max_new_tokens=new, temperature=0.0)
-    apply = jax.jit(model.apply)
+    apply = jax.jit(logits_of(model))
     for _ in range(new):
         window_BT = text_BT[:, -MAX_LEN:]
         last, rest = window_BT.shape[1] - 1, np.zeros((2, MAX_LEN - window_BT.shape[1]), np.int32)
@@ -263,7 +264,7 @@ def test_a_token_sees_the_last_max_len_tokens() -> None:
     model, params = with_params(window, num_layers=1)
     text_T = prompts(1, length)[0]
     logits_TV, cache = [], model.init_cache(1, length)
-    decode, apply = jax.jit(model.decode), jax.jit(model.apply)
+    decode, apply = jax.jit(model.decode), jax.jit(logits_of(model))
     for t in range(length):
         logits_BTV, cache = decode(params, text_T[None, t : t + 1], cache, t)
         logits_TV.append(np.asarray(logits_BTV)[0, 0])
@@ -271,6 +272,6 @@ def test_a_token_sees_the_last_max_len_tokens() -> None:
     expected = np.asarray(apply(params, windows))[:, -1]
     np.testing.assert_allclose(np.stack(logits_TV)[window - 1 :], expected, rtol=0, atol=3e-5 * np.abs(expected).max())
     all_of_it = np.asarray(
-        make_model(dataclasses.replace(TINY, num_layers=1), VOCAB, length).apply(params, text_T[None])
+        logits_of(make_model(dataclasses.replace(TINY, num_layers=1), VOCAB, length))(params, text_T[None])
     )[0]
     assert np.abs(all_of_it[window:] - np.stack(logits_TV)[window:]).max(-1).min() > 1e-2  # the window matters

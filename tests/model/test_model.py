@@ -17,13 +17,13 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, make_model
 from jaxlm.model import model as models
 from tests import reference
-from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
+from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, logits_of, some_tokens, with_
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
-    logits_BTV = model.apply(params, tokens_BT[:, :-1])
+    logits_BTV = logits_of(model)(params, tokens_BT[:, :-1])
     gold = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), tokens_BT[:, 1:, None], axis=-1)
     return -gold.mean(), logits_BTV
 
@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
     model = make_model(c, VOCAB, MAX_LEN)
     params, tokens_BT = drawn(model), some_tokens(2, MAX_LEN)
     expected = np.stack([reference.logits(c, params, tokens_T) for tokens_T in tokens_BT])
-    logits_BTV = jax.jit(model.apply)(params, tokens_BT)
+    logits_BTV = jax.jit(logits_of(model))(params, tokens_BT)
     assert logits_BTV.shape == (2, MAX_LEN, VOCAB) and logits_BTV.dtype == jnp.float32
     assert expected.std() > 0.3
     np.testing.assert_allclose(logits_BTV, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -101,7 +101,7 @@ def test_a_token_changes_nothing_before_it(position: str) -> None:
     c = with_(position=position, num_kv_heads=2)
     model = make_model(c, VOCAB, T)
     params, tokens_BT = drawn(model), some_tokens(1, T)
-    apply = jax.jit(model.apply)
+    apply = jax.jit(logits_of(model))
     before = np.asarray(apply(params, tokens_BT))
     for t in (1, 64, 65, 127, 200, 255):
         changed = tokens_BT.copy()
@@ -150,12 +150,12 @@ def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
     shapes = jax.eval_shape(half.init, jax.random.key(0))
     assert shapes == jax.eval_shape(full.init, jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    logits = jax.jit(half.apply)(params, tokens_BT)
+    logits = jax.jit(logits_of(half))(params, tokens_BT)
     grads, _ = jax.eval_shape(jax.grad(lambda p: mean_loss(half, p, tokens_BT), has_aux=True), params)
     x_ND = jax.eval_shape(half.hidden, params, tokens_BT)
     assert (x_ND.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-    exact = np.asarray(jax.jit(full.apply)(params, tokens_BT))
+    exact = np.asarray(jax.jit(logits_of(full))(params, tokens_BT))
     error = np.sqrt(np.mean((logits - exact) ** 2)) / exact.std()
     assert 1e-4 < error < 8 * 2.0**-8  # a rounding is at most 2^-8 relative; a few dozen of them add up at random
     assert half.init_cache(1, 4).k.dtype == jnp.bfloat16

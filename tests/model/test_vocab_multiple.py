@@ -14,6 +14,7 @@ from jaxlm.model import make_model
 from jaxlm.model.generate import generate
 from jaxlm.model.losses import cross_entropy
 from jaxlm.run.open_run import open_run
+from tests.decoders import logits_of
 from tests.runs import run
 
 V, ROWS = 23, 32
@@ -36,7 +37,7 @@ def test_a_model_with_a_larger_table_is_the_same(tied: bool):
     config = dataclasses.replace(get_config().loss, label_smoothing=0.1, z_loss=0.01)
 
     def loss(model: Any, params: Any) -> jax.Array:
-        logits_BTV = model.apply(params, x)
+        logits_BTV = logits_of(model)(params, x)
         assert logits_BTV.shape == (4, 8, V)
         return cross_entropy(logits_BTV.reshape(-1, V), y.ravel(), config).objective
 

@@ -16,6 +16,7 @@ from jaxlm.model import make_model
 from jaxlm.train import train_step
 from jaxlm.train.evaluate import evaluate
 from tests.corpora import corpus_of
+from tests.decoders import logits_of
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 VOCAB, T, ROWS = 23, 8, 8
@@ -54,7 +55,7 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
 def reference(num_targets: int, starts: tuple[int, ...] | None = None) -> dict[str, float]:
     """In NumPy float64 from the logits, window by window; the last one is cut, not padded."""
     model, params = model_and_params()
-    apply, (nll, correct, size) = jax.jit(model.apply), (0.0, 0, 0.0)
+    apply, (nll, correct, size) = jax.jit(logits_of(model)), (0.0, 0, 0.0)
     for start in starts or range(0, num_targets, T):
         stop = min(start + T, num_targets)
         logits = np.asarray(apply(params, TOKENS[None, start:stop].astype(np.int32))[0], np.float64)
