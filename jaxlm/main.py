@@ -17,19 +17,23 @@ from jaxlm.host.exit_codes import exit_code
 
 def parser() -> cli.Parser:
     parser = cli.Parser(
-        prog="jaxlm train", allow_abbrev=False,
+        prog="jaxlm train",
+        allow_abbrev=False,
         description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
-        epilog="Any key can be set: --config.optim.lr=3e-4.", more=_keys,
-    )  # fmt: skip
+        epilog="Any key can be set: --config.optim.lr=3e-4.",
+        more=_keys,
+    )
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py, or a run's config.json"
     )
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
     parser.add_argument(
-        "--max_minutes", type=float, metavar="M",
+        "--max_minutes",
+        type=float,
+        metavar="M",
         help="train for about so long, counted from now: where not all steps fit, by what some of them take on this"
         " machine, fewer are made, and the learning rate's schedule is that of the smaller number",
-    )  # fmt: skip
+    )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
     parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")
     parser.add_argument("--process_id", type=int, metavar="I", help="many hosts, by hand: which one this is, from 0")

@@ -279,10 +279,13 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
     """PyTorch's AdamW on the whole batch: losses, gradient norms, rates and weights of jaxlm's step under pmap."""
     c, model, start, peer = same_start(kind)
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in peer.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
-         {"params": [p for p in peer.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-        betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
-    )  # fmt: skip
+        [
+            {"params": [p for p in peer.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
+            {"params": [p for p in peer.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(c.optim.b1, c.optim.b2),
+        eps=c.optim.eps,
+    )
     devices = jax.devices()[:2]
     step = train_step.pmap_train_step(c, train_step.make_train_step(c, model, devices), devices)
     shapes = jax.eval_shape(lambda: train_step.init_state(c, model, 2))

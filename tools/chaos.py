@@ -67,14 +67,19 @@ class Bench:
     def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
         workdir, cache = self.folder / name, self.folder / f"{name}-cache"
         env = os.environ | {
-            "CHAOS": json.dumps(plan), "CHAOS_WORKDIR": str(workdir), "CHAOS_CACHE": str(cache),
+            "CHAOS": json.dumps(plan),
+            "CHAOS_WORKDIR": str(workdir),
+            "CHAOS_CACHE": str(cache),
             "CHAOS_LOG": str(self.folder / f"{name}.log"),
-        }  # fmt: skip
+        }
         command = [sys.executable, str(CHILD), *self.command, "--workdir", str(workdir)]
         process = subprocess.Popen(
-            [*command, f"--config.data.cache_dir={cache}", *overrides], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command, f"--config.data.cache_dir={cache}", *overrides],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         signals.at_stop(process.kill)
         return process
 

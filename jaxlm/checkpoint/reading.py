@@ -51,9 +51,10 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         self.folder = folder_of(workdir)
         self._manager = ocp.CheckpointManager(
-            self.folder, item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS},
+            self.folder,
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS},
             options=ocp.CheckpointManagerOptions(read_only=True),
-        )  # fmt: skip
+        )
 
     def steps(self) -> list[int]:
         return steps_in(self.folder)
@@ -78,11 +79,15 @@ class Checkpoints:
         """
         there = self.steps()
         if isinstance(step, int) and step not in there:
-            raise UserError(f"{asked}: no checkpoint of step {step} in {self.folder}; allowed: best, or one of"
-                            f" {', '.join(map(str, there))}")  # fmt: skip
+            raise UserError(
+                f"{asked}: no checkpoint of step {step} in {self.folder}; allowed: best, or one of"
+                f" {', '.join(map(str, there))}"
+            )
         if step == "best" and not set(there) & losses.keys():
-            raise UserError(f"{asked}: no checkpoint in {self.folder} has a validation loss; allowed: one of"
-                            f" {', '.join(map(str, there))}")  # fmt: skip
+            raise UserError(
+                f"{asked}: no checkpoint in {self.folder} has a validation loss; allowed: one of"
+                f" {', '.join(map(str, there))}"
+            )
 
     def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:
         """The newest or best step whose files are whole, or the one named, and the damage of those tried before."""

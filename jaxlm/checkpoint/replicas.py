@@ -66,9 +66,9 @@ def checksums_of(mesh: Mesh) -> Callable[[Any], jax.Array]:
     def one(tree: Any) -> jax.Array:
         return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])[None]
 
-    return jax.jit(jax.shard_map(
-        one, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(AXIS), check_vma=False
-    ))  # fmt: skip
+    return jax.jit(
+        jax.shard_map(one, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(AXIS), check_vma=False)
+    )
 
 
 def checksum(x: jax.Array) -> jax.Array:

@@ -31,8 +31,10 @@ def check(config: Config, weights: Weights) -> None:
         own = not d.tokenizer_path or Path(d.tokenizer_path).expanduser().resolve() == folder.resolve()
         other = None if own else data.load_tokenizer(d.tokenizer_path)
         if other and not workdirs.holds_tokenizer(weights.workdir, other):
-            raise UserError(f"data.tokenizer_path is {d.tokenizer_path!r}; allowed: '{folder}' or a copy of it, the"
-                            " tokenizer of the weights that checkpoint.resume takes")  # fmt: skip
+            raise UserError(
+                f"data.tokenizer_path is {d.tokenizer_path!r}; allowed: '{folder}' or a copy of it, the"
+                " tokenizer of the weights that checkpoint.resume takes"
+            )
 
 
 def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> None:
@@ -42,9 +44,11 @@ def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> N
     if corpus.vocab_size != vocab_size or not (
         either_bare or workdirs.holds_tokenizer(weights.workdir, corpus.tokenizer)
     ):
-        raise UserError(f"data.source is {config.data.source!r}: its {corpus.vocab_size} token ids are not those of"
-                        f" {weights.workdir}, which has {vocab_size}; allowed: data in the vocabulary of the weights"
-                        " that checkpoint.resume takes")  # fmt: skip
+        raise UserError(
+            f"data.source is {config.data.source!r}: its {corpus.vocab_size} token ids are not those of"
+            f" {weights.workdir}, which has {vocab_size}; allowed: data in the vocabulary of the weights"
+            " that checkpoint.resume takes"
+        )
 
 
 def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tuple[train_step.TrainState, list[str]]:

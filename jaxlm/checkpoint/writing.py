@@ -53,12 +53,15 @@ class Saver:
     def _open(self) -> ocp.CheckpointManager:
         self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
-            self._folder, item_handlers={item: _handler(self._items) for item in ITEMS},
+            self._folder,
+            item_handlers={item: _handler(self._items) for item in ITEMS},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Kept(self._config, self._losses), cleanup_tmp_directories=True, create=False,
+                preservation_policy=_Kept(self._config, self._losses),
+                cleanup_tmp_directories=True,
+                create=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             ),
-        )  # fmt: skip
+        )
 
     def scored(self, step: int, loss: float) -> None:
         """Tells the validation loss of a step, by which the best checkpoints are kept."""
@@ -84,8 +87,7 @@ class Saver:
             # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
             # ones; from GPUs it takes a copy to the host anyway.
             state = jax.tree.map(jnp.copy, state)
-        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard,
-                 "loss_mean": state.loss_mean}  # fmt: skip
+        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard, "loss_mean": state.loss_mean}
         items = {"params": state.params, "train": train}
         items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
         self._items[:] = items
@@ -172,8 +174,10 @@ class Saver:
             self.saved = step
             self._pause.end()
             return
-        self._say(f"the state of step {step} is NOT saved: {reason_of(error)}; the next try is in"
-                  f" {self._pause.begin():.0f} s, {self._newest()}")  # fmt: skip
+        self._say(
+            f"the state of step {step} is NOT saved: {reason_of(error)}; the next try is in"
+            f" {self._pause.begin():.0f} s, {self._newest()}"
+        )
         if self._manager is not None:
             with suppress(Exception):  # the error that is known already
                 self._manager.close()

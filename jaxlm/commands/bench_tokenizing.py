@@ -71,8 +71,11 @@ def measure_preparation(config: Config, rounds: int) -> dict[str, Any]:
         for run in (build, encode) if i % 2 else (encode, build):
             run()
         if not i and builds[0].bytes < ENOUGH_BYTES:
-            print(f"jaxlm: a corpus of {builds[0].bytes / 1e6:.1f} MB; below {ENOUGH_BYTES / 1e6:.0f} MB, starting "
-                  "processes and the machine's noise hide how fast texts are tokenized", file=sys.stderr)  # fmt: skip
+            print(
+                f"jaxlm: a corpus of {builds[0].bytes / 1e6:.1f} MB; below {ENOUGH_BYTES / 1e6:.0f} MB, starting "
+                "processes and the machine's noise hide how fast texts are tokenized",
+                file=sys.stderr,
+            )
         more = f" · {library} alone {alone[-1].seconds:.2f} s" if library else ""
         print(f"round {i + 1}/{rounds} · store {builds[-1].seconds:.2f} s{more}", flush=True)
     return _preparation(library, builds, alone)
@@ -94,9 +97,11 @@ def _preparation(library: Library | None, builds: list[Built], alone: list[Encod
         "library_mb_per_second": None,
         "over_library": None,
     }
-    line = (f"preparation · {first.bytes / 1e6:.1f} MB · processes: {first.processes}, of up to "
-            f"{result['peak_process_bytes'] / 1e6:.0f} MB · {result['mb_per_second']:.2f} MB/s, "
-            f"{result['tokens_per_second'] / 1e6:.2f} million tokens/s")  # fmt: skip
+    line = (
+        f"preparation · {first.bytes / 1e6:.1f} MB · processes: {first.processes}, of up to "
+        f"{result['peak_process_bytes'] / 1e6:.0f} MB · {result['mb_per_second']:.2f} MB/s, "
+        f"{result['tokens_per_second'] / 1e6:.2f} million tokens/s"
+    )
     if alone:
         result["library_tokens"] = alone[0].tokens
         result["library_mb_per_second"] = first.bytes / statistics.median(a.seconds for a in alone) / 1e6

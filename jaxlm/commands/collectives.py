@@ -65,8 +65,11 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, looped: boo
 
 
 def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> Collective:
-    arrays = [(dtype, [int(n) for n in dims.split(",") if n])
-              for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape) if dtype in BITS]  # fmt: skip
+    arrays = [
+        (dtype, [int(n) for n in dims.split(",") if n])
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dtype in BITS
+    ]
     if "-start(" in line and kind in ("all-gather", "collective-permute"):
         arrays = arrays[len(arrays) // 2 :]  # operands come first in what an asynchronous one gives
     total = sum(BITS[dtype] / 8 * math.prod(dims) for dtype, dims in arrays)

@@ -45,17 +45,21 @@ def _source_of(data: DataConfig) -> Any:
     names = [name for name, kind in SOURCES.items() if kind.files]
     kinds = sorted({part.source for _, part in mixture(data)} & {*names})
     if len(kinds) != 1:
-        raise UserError(f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
-                        f"{', '.join(names)}")  # fmt: skip
+        raise UserError(
+            f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
+            f"{', '.join(names)}"
+        )
     return kinds[0]
 
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(
-        prog="jaxlm evaluate", description=__doc__, allow_abbrev=False,
+        prog="jaxlm evaluate",
+        description=__doc__,
+        allow_abbrev=False,
         epilog="--config.data.val_path=FILE scores all of a file or folder, --config.data.path=FILE what is held out of"
         " it (data.val_fraction), with the run's tokenizer; data.source says of which kind it is.",
-    )  # fmt: skip
+    )
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
     args, overrides = parser.parse_known_args(argv)

@@ -32,8 +32,10 @@ def main(argv: list[str]) -> int:
     if tokenizer is None:
         raise UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
     if args.chat and not trains_on_answers(data):
-        raise UserError(f"--chat: {args.workdir} learned texts, not answers; allowed with data.messages_key or "
-                        "data.response_key: --chat, else --prompt alone")  # fmt: skip
+        raise UserError(
+            f"--chat: {args.workdir} learned texts, not answers; allowed with data.messages_key or "
+            "data.response_key: --chat, else --prompt alone"
+        )
     try:
         ids = encode_prompt(tokenizer, data, prompt, args.chat)
     except UserError as error:
@@ -99,14 +101,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument(
-        "--prompt", help="what the text starts from; - reads it from stdin, as a pipe is too (default: the start of a"
-        " document)",
-    )  # fmt: skip
+        "--prompt",
+        help="what the text starts from; - reads it from stdin, as a pipe is too (default: the start of a document)",
+    )
     parser.add_argument("--prompt_file", metavar="FILE", help="the prompt is the text of a file")
     parser.add_argument(
-        "--chat", action="store_true", help="of a run that learns answers: the prompt is the user's message, which the"
+        "--chat",
+        action="store_true",
+        help="of a run that learns answers: the prompt is the user's message, which the"
         " run's template writes; the answer alone is shown",
-    )  # fmt: skip
+    )
     parser.add_argument("--num_samples", type=int, default=1, help="(default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="less where the text ends (default: 200)")
     parser.add_argument(

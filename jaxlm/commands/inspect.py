@@ -110,15 +110,19 @@ def check_args(args: argparse.Namespace, config: Config) -> None:
             raise UserError(f"-o is {show(args.output)}; allowed: a path that ends in .svg")
         fine = path.is_file() if path.exists() else path.parent.is_dir()
         if not fine or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"-o is {show(args.output)}, which cannot be written; allowed: a file that can be, in a "
-                            "folder that is there")  # fmt: skip
+            raise UserError(
+                f"-o is {show(args.output)}, which cannot be written; allowed: a file that can be, in a "
+                "folder that is there"
+            )
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     parser = cli.Parser(
-        prog="jaxlm inspect", allow_abbrev=False, epilog="Any key can be set: --config.seq_len=512",
+        prog="jaxlm inspect",
+        allow_abbrev=False,
+        epilog="Any key can be set: --config.seq_len=512",
         description="Shows what the model sees: decoded batches, what is learned of them, and histograms.",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
     parser.add_argument("--split", default="train", help="train or val (default: train)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="the batch after N updates (default: 0)")

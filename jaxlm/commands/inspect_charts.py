@@ -146,8 +146,10 @@ def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> 
     """
     T, left, y = batch.rows["inputs"].shape[1], 16, 56
     scale = (WIDTH - 2 * left) / T
-    parts = [_svg_text(left, 24, title, "font-weight='bold' font-size='14'"),
-             _svg_text(left, 42, "documents dark and light in turn · pale: not learned · white: padding")]  # fmt: skip
+    parts = [
+        _svg_text(left, 24, title, "font-weight='bold' font-size='14'"),
+        _svg_text(left, 42, "documents dark and light in turn · pale: not learned · white: padding"),
+    ]
     for row in range(min(MAP_ROWS, len(batch.filled))):
         color = COLORS[(0 if batch.sources is None else int(batch.sources[row])) % len(COLORS)]
         learned = batch.rows["targets"][row] >= 0
@@ -158,8 +160,10 @@ def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> 
                 places = list(group)
                 opacity = (0.6 if number % 2 else 1) * (1 if is_learned else 0.3)
                 x, size = left + places[0] * scale, len(places) * scale
-                parts.append(f"<rect x='{x:.1f}' y='{y}' width='{size:.1f}' height='11' fill='{color}'"
-                             f" fill-opacity='{opacity:.2f}'/>")  # fmt: skip
+                parts.append(
+                    f"<rect x='{x:.1f}' y='{y}' width='{size:.1f}' height='11' fill='{color}'"
+                    f" fill-opacity='{opacity:.2f}'/>"
+                )
             parts.append("</g>")
         y += 13
     return parts, y

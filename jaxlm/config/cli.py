@@ -114,8 +114,10 @@ def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run, and the keys that its weights bring."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"checkpoint.resume is '{resume}': no config.json in {workdir}; allowed: auto, never, or the "
-                        "workdir of a run, after which @STEP or @best may name a checkpoint")  # fmt: skip
+        raise UserError(
+            f"checkpoint.resume is '{resume}': no config.json in {workdir}; allowed: auto, never, or the "
+            "workdir of a run, after which @STEP or @best may name a checkpoint"
+        )
     saved = read_saved(path)
     check_vocab_size(saved, path)
     run = from_saved(saved["config"], str(path))[0]

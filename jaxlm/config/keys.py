@@ -48,9 +48,12 @@ def listing(defaults: dict[str, Any], width: int) -> str:
             lines.append(left)
             left = ""
         lines += textwrap.wrap(
-            f"{meaning} ({KINDS.get(kind) or ', '.join(get_args(kind))})", width, break_on_hyphens=False,
-            initial_indent=left.ljust(len(indent)), subsequent_indent=indent,
-        )  # fmt: skip
+            f"{meaning} ({KINDS.get(kind) or ', '.join(get_args(kind))})",
+            width,
+            break_on_hyphens=False,
+            initial_indent=left.ljust(len(indent)),
+            subsequent_indent=indent,
+        )
     return "\n".join(lines) + "\n"
 
 

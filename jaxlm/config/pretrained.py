@@ -99,13 +99,17 @@ def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: C
     found = flatten(config)
     for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the files
         if found[key] not in (brought[key], flatten(run)[key]):
-            raise UserError(f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
-                            "checkpoint.resume takes")  # fmt: skip
+            raise UserError(
+                f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
+                "checkpoint.resume takes"
+            )
     d = config.data
     bare = SOURCES[d.source].ids and not d.mixture
     if "data.tokenizer_path" not in brought and not d.tokenizer_path and not bare:
-        raise UserError(f"data.source is {d.source!r}; allowed: tokens, synthetic, or a data.tokenizer_path, since "
-                        f"{workdir}, whose weights checkpoint.resume takes, has no tokenizer")  # fmt: skip
+        raise UserError(
+            f"data.source is {d.source!r}; allowed: tokens, synthetic, or a data.tokenizer_path, since "
+            f"{workdir}, whose weights checkpoint.resume takes, has no tokenizer"
+        )
 
 
 def with_own_tokenizer(config: Config, workdir: Path) -> Config:

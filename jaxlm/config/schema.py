@@ -240,8 +240,10 @@ def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
     found, names = [], [name for name, kind in SOURCES.items() if kind.mixed]
     for part in data.mixture.rstrip("; ").split(";"):
         weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
-        allowed = ("WEIGHT SOURCE [PATH]; ... with weights that are numbers of more than 0, without %, and sources "
-                   + ", ".join(names))  # fmt: skip
+        allowed = (
+            "WEIGHT SOURCE [PATH]; ... with weights that are numbers of more than 0, without %, and sources "
+            + ", ".join(names)
+        )
         kind = SOURCES[source] if source in names else None
         number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight)
         if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or kind is None:

@@ -20,7 +20,7 @@ from jaxlm.config import (
     key_types,
     mixture,
     show,
-)  # fmt: skip
+)
 from jaxlm.config.own_values import set_own_values
 
 POSITIVE = (
@@ -49,8 +49,10 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
 def check_address(key: str, text: str) -> None:
     """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
     if _holds_secret(text):
-        raise UserError(f"{key} has an address with credentials in it, which a run would write into its config.json; "
-                        "allowed: one without, credentials come from the environment")  # fmt: skip
+        raise UserError(
+            f"{key} has an address with credentials in it, which a run would write into its config.json; "
+            "allowed: one without, credentials come from the environment"
+        )
 
 
 def _holds_secret(text: str) -> bool:
@@ -113,13 +115,19 @@ def validate(c: Config) -> Config:
     kv_heads = m.num_kv_heads or m.num_heads
     require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
     if m.position == "rope":
-        require((m.d_model // m.num_heads) % 2 == 0, "model.num_heads",
-                f"with position=rope, one that leaves an even head size of d_model = {m.d_model}")  # fmt: skip
+        require(
+            (m.d_model // m.num_heads) % 2 == 0,
+            "model.num_heads",
+            f"with position=rope, one that leaves an even head size of d_model = {m.d_model}",
+        )
     if m.position == "sinusoidal":
         require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
     head = m.d_model // m.num_heads
-    require(not m.key_offset or (head >= 4 and head % 2 == 0), "model.num_heads",
-            f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}")  # fmt: skip
+    require(
+        not m.key_offset or (head >= 4 and head % 2 == 0),
+        "model.num_heads",
+        f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}",
+    )
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
@@ -144,12 +152,18 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
     require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
     # From there on nothing is smaller than the matrix itself.
     most = math.ceil(m.d_model * d_ff / (m.d_model + d_ff)) - 1
-    require(0 < p.powersgd_rank <= most or p.reduce != "powersgd", "parallel.powersgd_rank",
-            f"1 to {most}, with matrices of {m.d_model} x {d_ff}")  # fmt: skip
+    require(
+        0 < p.powersgd_rank <= most or p.reduce != "powersgd",
+        "parallel.powersgd_rank",
+        f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
+    )
     if p.zero:
         # They save on gradients what gathering whole parameters would cost again.
-        require(p.reduce not in ("topk", "powersgd"), "parallel.reduce",
-                "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8")  # fmt: skip
+        require(
+            p.reduce not in ("topk", "powersgd"),
+            "parallel.reduce",
+            "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8",
+        )
 
 
 def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
@@ -162,8 +176,11 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
         with_val_path = [name for name, kind in SOURCES.items() if kind.files]
         with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
         for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, with_path)):
-            require(not path or d.source in sources, f"data.{key}",
-                    f"none with data.source={d.source}; {', '.join(sources)} have one")  # fmt: skip
+            require(
+                not path or d.source in sources,
+                f"data.{key}",
+                f"none with data.source={d.source}; {', '.join(sources)} have one",
+            )
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
         require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
@@ -171,8 +188,11 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
         fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
         require(fits, "data.chat_template", "a text with {role}, and with {content} once")
     # What a shell makes of '...\n', which the model would learn to write.
-    require("\\n" not in d.chat_template, "data.chat_template",
-            r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'")  # fmt: skip
+    require(
+        "\\n" not in d.chat_template,
+        "data.chat_template",
+        r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'",
+    )
     if not any(kind.records for _, kind in parts):
         have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
         for key in ("response_key", "messages_key"):
@@ -187,11 +207,17 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
             require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
             require(bool(part.split), "data.split", "the name of a split")
         if not (part.val_path if kind.files else part.val_split if kind.splits else ""):
-            require(0 < d.val_fraction < 1, "data.val_fraction",
-                    "more than 0 and less than 1 when no validation data is named")  # fmt: skip
+            require(
+                0 < d.val_fraction < 1,
+                "data.val_fraction",
+                "more than 0 and less than 1 when no validation data is named",
+            )
     if d.tokenizer == "hf":
-        require(bool(d.tokenizer_path), "data.tokenizer_path",
-                "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it")  # fmt: skip
+        require(
+            bool(d.tokenizer_path),
+            "data.tokenizer_path",
+            "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it",
+        )
     ids = any(kind.ids for _, kind in parts)
     if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
         floor = 2 if ids else 300  # 256 bytes, special and some learned pieces

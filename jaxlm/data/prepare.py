@@ -52,8 +52,10 @@ def _mixed(config: Config, progress: bool) -> Corpus:
         tokenizer, name = ids[0][1], ""
     for i, (_, own) in ids.items():
         if own.pieces != tokenizer.pieces:
-            raise UserError(f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
-                            "same tokenizer (data.tokenizer_path)")  # fmt: skip
+            raise UserError(
+                f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
+                "same tokenizer (data.tokenizer_path)"
+            )
     corpora = [
         ids[i][0] if i in ids else stored(part, sources[i], tokenizer, name, config.seq_len, progress)
         for i, part in enumerate(parts)
@@ -82,8 +84,10 @@ def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus
     own = dataclasses.replace(config, data=part)
     corpus = _checked(open_ids(own, progress), own)
     if corpus.tokenizer is None:  # whatever tokenizer the others have, nobody knows that it made these
-        raise UserError(f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
-                        "or a token store")  # fmt: skip
+        raise UserError(
+            f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
+            "or a token store"
+        )
     return corpus, corpus.tokenizer
 
 
@@ -108,7 +112,9 @@ def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:
 def _checked(corpus: Corpus, config: Config) -> Corpus:
     check_lengths(config.data, config.seq_len, len(corpus.train), len(corpus.val))
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
-        raise UserError(f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
-                        " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
-                        " them")  # fmt: skip
+        raise UserError(
+            f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
+            " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
+            " them"
+        )
     return corpus

@@ -67,9 +67,11 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
     def make(temporary: Path) -> None:
         sample = [unit for source in sources for unit in source.units()]
         tokenizer = make_tokenizer(
-            data, lambda: _texts(sample, ("train",), SAMPLE_BYTES), lambda: _texts(sample, SPLITS),
+            data,
+            lambda: _texts(sample, ("train",), SAMPLE_BYTES),
+            lambda: _texts(sample, SPLITS),
             say=lambda line: print(line, file=sys.stderr) if progress else None,
-        )  # fmt: skip
+        )
         tokenizer.save(temporary)
 
     _made_once(folder, make, lambda folder: folder.is_dir(), progress)

@@ -60,9 +60,12 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     _at_abort(lambda: (f"{late}; the same command tries again", LOST))  # what JAX does then
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, local_device_ids=[] if alone else None,
+            coordinator,
+            num_processes,
+            process_id,
+            local_device_ids=[] if alone else None,
             initialization_timeout=limit,
-        )  # fmt: skip
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{failed}: {' '.join(str(error).split())[:200]}; allowed: processes that srun, mpirun or an indexed job"

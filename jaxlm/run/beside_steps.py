@@ -69,8 +69,10 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
             if in_row >= c.optim.max_skipped:
                 raise Trouble(done.step - in_row + 1, done.step, f"{in_row} steps in a row were skipped: {why}")
         elif found == 1 and spikes == 0:
-            parts.reporter.say(f"step {done.step}: the gradient's norm, {norm:.4g}, is a spike and was scaled down"
-                               " (optim.spike_factor); metrics.jsonl counts further ones as spikes")  # fmt: skip
+            parts.reporter.say(
+                f"step {done.step}: the gradient's norm, {norm:.4g}, is a spike and was scaled down"
+                " (optim.spike_factor); metrics.jsonl counts further ones as spikes"
+            )
         spikes = found
         if high >= MAX_HIGH:
             worse = f"{high} losses in a row were much higher than before anything was learned"

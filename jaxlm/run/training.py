@@ -115,9 +115,11 @@ def _train(
     save = _make_save(parts, log, start)
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     timed = parts.reporter.left.timed
-    hooks = [(profiler.due, profiler), (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
-             (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step),
-              timed("save", save))]  # fmt: skip
+    hooks = [
+        (profiler.due, profiler),
+        (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
+        (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
+    ]
     update = _make_step(parts, stop)
     batches = train_batches(parts, start)
     try:

@@ -52,8 +52,10 @@ def evaluate(
             stop.hear(jax.block_until_ready(found[-2][2]))  # batches do not pile up on the devices
     total = {k: sum(weight * float(sums[k]) for _, weight, sums in found) for k in found[0][2]}  # in float64
     if not total["targets"]:
-        raise UserError("the validation data has no target that is learned; allowed: more of it (data.val_fraction, "
-                        "data.val_path), or more eval.batches")  # fmt: skip
+        raise UserError(
+            "the validation data has no target that is learned; allowed: more of it (data.val_fraction, "
+            "data.val_path), or more eval.batches"
+        )
     loss = total["nll"] / total["targets"]
     return {
         "eval_loss": loss,

@@ -105,14 +105,18 @@ class Placement:
             return jax.ShapeDtypeStruct((*rows, *x.shape[len(rows) :]), x.dtype, sharding=sharding)
 
         found = TrainState(
-            *(jax.tree.map(lambda x, s, a=a: like(a, x, s), part, places)
-              for a, part, places in zip(axes, state, shardings, strict=True))
-        )  # fmt: skip
+            *(
+                jax.tree.map(lambda x, s, a=a: like(a, x, s), part, places)
+                for a, part, places in zip(axes, state, shardings, strict=True)
+            )
+        )
         if self._zero:
             whole = self._opt_state_like(state.params)
-            found = found._replace(opt_state=jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, self._whole(whole)
-            ))  # fmt: skip
+            found = found._replace(
+                opt_state=jax.tree.map(
+                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, self._whole(whole)
+                )
+            )
         return found
 
     def restored(self, saved: TrainState) -> TrainState:

@@ -272,9 +272,9 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
     """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics). It donates the state."""
     axes = state_axes(config)
-    program = runtime.kept(jax.pmap(
-        step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices
-    ))  # fmt: skip
+    program = runtime.kept(
+        jax.pmap(step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices)
+    )
     return together.compiled(program, "training step")
 
 

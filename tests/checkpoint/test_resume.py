@@ -111,9 +111,11 @@ def test_signal_while_it_compiles_or_evaluates(
     """It is not waited for what takes long. An evaluation that is cut short is made first when the run goes on."""
     stop, end = InProcess(), threading.Event()
     places: dict[str, tuple[Any, str]] = {
-        "compile": (train_step, "make_train_step"), "sample": (beside_steps, "sample_text"),
-        "cut sample": (beside_steps, "sample_text"), "at the end": (training, "close"),
-    }  # fmt: skip
+        "compile": (train_step, "make_train_step"),
+        "sample": (beside_steps, "sample_text"),
+        "cut sample": (beside_steps, "sample_text"),
+        "at the end": (training, "close"),
+    }
     module, name = places.get(when, (train_step, "make_eval_step"))
     make: Callable[..., Any] = getattr(module, name)
 

@@ -63,8 +63,11 @@ def test_bytes_of_each_kind():
 
         x, _ = jax.lax.scan(body, x, None, length=3)
         groups = [[0, 1], [2, 3]]
-        return (jax.lax.all_gather(x, "d"), jax.lax.psum_scatter(x, "d", tiled=True, axis_index_groups=groups),
-                jax.lax.all_to_all(x.astype(jnp.int8), "d", 0, 0, tiled=True))  # fmt: skip
+        return (
+            jax.lax.all_gather(x, "d"),
+            jax.lax.psum_scatter(x, "d", tiled=True, axis_index_groups=groups),
+            jax.lax.all_to_all(x.astype(jnp.int8), "d", 0, 0, tiled=True),
+        )
 
     text = jax.pmap(program, axis_name="d", devices=jax.devices()[:4]).lower(jnp.ones((4, 400))).compile().as_text()
     found = {c.kind: c for c in collectives(text)}

@@ -27,8 +27,7 @@ def test_documents_that_run_on(inspected, tmp_path: Path):
     seen = inspected(seq_len=11)  # one window is all there is
     assert seen.rows == [["‹⟨bos · 4 tokens⟩›abc", "⟨bos · 7 tokens⟩defghij"]] * 2
     assert seen.headers[1] == "update 1 · row 2 of 2 · documents: 2 · targets: 11 learned"
-    assert seen.numbers["batch"] == {
-        "rows": 2, "targets": 22, "learned": 22, "masked": 0, "padding": 0, "documents": 4}  # fmt: skip
+    assert seen.numbers["batch"] == {"rows": 2, "targets": 22, "learned": 22, "masked": 0, "padding": 0, "documents": 4}
     assert seen.numbers["padding_share"] == 0 and seen.numbers["mixture"] == []
 
 
@@ -98,7 +97,9 @@ def test_masks(inspected, tmp_path: Path, packing: str):
             [f"⟨goes on · 22 tokens⟩‹<{rest}", "⟨padding · 3 places⟩"],
         ]
         assert [h.partition("targets: ")[2] for h in seen.headers] == [
-            "4 learned, 21 masked", "3 learned, 19 masked, 3 padding"]  # fmt: skip
+            "4 learned, 21 masked",
+            "3 learned, 19 masked, 3 padding",
+        ]
     assert seen.numbers["tokens"]["learned_share"] == 8 / 48 and "16.7% are learned" in seen.out
 
 

@@ -78,7 +78,8 @@ def test_picture(inspected, tmp_path: Path):
     space = "{http://www.w3.org/2000/svg}"
     documents = root.findall(f"{space}g")
     assert [g.findtext(f"{space}title") for g in documents] == [
-        r"26 tokens: ⟨bos⟩\x1b<user>ab;\x1b<assistant>cd;⟨bos⟩"] * 2  # fmt: skip
+        r"26 tokens: ⟨bos⟩\x1b<user>ab;\x1b<assistant>cd;⟨bos⟩"
+    ] * 2
     masked, learned = (
         (float(r.get("width", "")), float(r.get("fill-opacity", ""))) for r in documents[0].findall(f"{space}rect")
     )

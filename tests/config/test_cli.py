@@ -81,7 +81,8 @@ def test_a_file_that_is_not_a_configuration(tmp_path: Path) -> None:
 def test_overrides_of_every_type(base: Config) -> None:
     args = [
         "--config.steps=77",
-        "--config.batch_size", "16",
+        "--config.batch_size",
+        "16",
         "--config.optim.lr=3e-4",
         "--config.optim.clip_norm=2",  # a float written as a whole number
         "--config.deterministic=true",
@@ -89,10 +90,11 @@ def test_overrides_of_every_type(base: Config) -> None:
         "--noconfig.model.qk_norm",
         "--config.log.tensorboard=False",
         "--config.model.activation=swiglu",
-        "--config.model.position", "learned",
+        "--config.model.position",
+        "learned",
         "--config.eval.sample_prompt=x = 'a b'",
         "--config.data.cache_dir=",
-    ]  # fmt: skip
+    ]
     got = cli.load(BASE, args)
     expected = {
         "steps": 77, "batch_size": 16, "optim.lr": 3e-4, "optim.clip_norm": 2.0, "deterministic": True,
@@ -235,10 +237,13 @@ NOT_NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorfl
     [
         ("import jaxlm.config", NOT_NEEDED),
         ("import jaxlm.main", ("tensorflow", "tensorflow_datasets", "jax", "jaxlib")),
-        (f"from jaxlm import main; assert main.exit_code(lambda: main.run(['--config={BASE}', '--config.lr=1'])) == 2",
-         ("tensorflow", "jax", "jaxlib")),
+        (
+            "from jaxlm import main; "
+            f"assert main.exit_code(lambda: main.run(['--config={BASE}', '--config.lr=1'])) == 2",
+            ("tensorflow", "jax", "jaxlib"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_needs_no_device_library(statement: str, forbidden: tuple[str, ...]) -> None:
     code = f"{statement}\nimport sys\nprint([m for m in {forbidden!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -67,10 +67,13 @@ def test_names_elsewhere():
         ("--config.dropout=1", "command line: unknown key 'dropout'; did you mean 'model.dropout'?"),
         ("--config.eva.every_steps=1", "command line: unknown key 'eva.every_steps'; did you mean 'eval.every_steps'?"),
         ("--config.betas=1", "command line: unknown key 'betas'; use optim.b1 and optim.b2"),
-        ("--config.num_epochs=1", "command line: unknown key 'num_epochs'; use steps, counted in optimizer steps of"
-         " batch_size * seq_len tokens"),
+        (
+            "--config.num_epochs=1",
+            "command line: unknown key 'num_epochs'; use steps, counted in optimizer steps of"
+            " batch_size * seq_len tokens",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_wrong_key_meant(argument: str, said: str):
     assert refusal(argument) == said
 

@@ -228,8 +228,9 @@ def hears_no_ctrl_c(pid: int) -> bool:
 def test_processes_of_a_script_end_with_it(config: Config, tmp_path: Path):
     path = write(tmp_path, {f"d/{i}.txt": LINES for i in range(40)}) / "d"
     script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=0)
-    script = script.replace("c = get_config()", "c = get_config()\nfrom jaxlm.data.sources import files\n"
-                            "files.UNIT_BYTES = 5 * 10**4")  # fmt: skip
+    script = script.replace(
+        "c = get_config()", "c = get_config()\nfrom jaxlm.data.sources import files\nfiles.UNIT_BYTES = 5 * 10**4"
+    )
     file = tmp_path / "script.py"
     file.write_text(script)  # without `if __name__ == "__main__"`, as people write them
     process = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

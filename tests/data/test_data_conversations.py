@@ -129,8 +129,11 @@ def test_templates():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     found = conversation(messages, "m", "[{role}] {content}</s>{role}")
     assert [(text, learned) for text, learned, _ in found] == [
-        ("[user] ", False), ("a {role} {content}</s>user", False), ("[assistant] ", False), ("b</s>assistant", True)
-    ]  # fmt: skip
+        ("[user] ", False),
+        ("a {role} {content}</s>user", False),
+        ("[assistant] ", False),
+        ("b</s>assistant", True),
+    ]
 
 
 BAD = [

@@ -71,8 +71,10 @@ def test_records_that_are_read_as_text_are_said(config: Config, tmp_path: Path, 
     write(tmp_path, {"d/a.jsonl": RECORDS, "d/c.txt": LINES, "e/c.txt": LINES})
     corpus, said = opened(config, tmp_path / "d", capsys)
     assert "record" in text(corpus, "train") + text(corpus, "val")
-    assert said == [f"data.path={tmp_path / 'd'}: a .jsonl file is read as plain text; data.source=jsonl reads the "
-                    "texts of its records"]  # fmt: skip
+    assert said == [
+        f"data.path={tmp_path / 'd'}: a .jsonl file is read as plain text; data.source=jsonl reads the "
+        "texts of its records"
+    ]
     assert opened(config, tmp_path / "e/c.txt", capsys)[1] == []
 
 

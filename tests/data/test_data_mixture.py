@@ -78,9 +78,10 @@ def test_far_away_samples():
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     files: dict[str, str | bytes] = {
-        "a/1.txt": LINES, "a/2.txt": LINES.upper(),
+        "a/1.txt": LINES,
+        "a/2.txt": LINES.upper(),
         "b.jsonl": "".join(json.dumps({"text": f"record {i}: ÄÖÜ\n" * 4}) + "\n" for i in range(60)),
-    }  # fmt: skip
+    }
     return write(tmp_path, files)
 
 

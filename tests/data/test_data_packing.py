@@ -48,8 +48,9 @@ def test_pieces_are_the_documents(lengths: list[int], T: int):
     ends = np.cumsum(lengths)
     starts, sizes = pieces(ends - lengths, int(ends[-1]), T)
     assert sizes.min() > 0 and sizes.max() <= T
-    np.testing.assert_array_equal(np.concatenate([np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]),
-                                  np.arange(ends[-1]))  # fmt: skip
+    np.testing.assert_array_equal(
+        np.concatenate([np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]), np.arange(ends[-1])
+    )
     assert set(ends - lengths) <= set(starts)  # no piece holds a part of two
     full = sizes[~np.isin(starts + sizes, ends)]
     assert (full == T).all()  # all but the last of each are full

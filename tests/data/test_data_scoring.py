@@ -33,8 +33,10 @@ def test_evaluation_covers_every_target_once(lengths: list[int], seq_len: int, p
     (processes, devices), corpus = split, counting(*lengths)
     rows = per_device * processes * devices
     config = make_config(seq_len=seq_len)
-    hosts = [list(eval_batches(corpus, config, rows, num_devices=devices, process_index=p, process_count=processes))
-             for p in range(processes)]  # fmt: skip
+    hosts = [
+        list(eval_batches(corpus, config, rows, num_devices=devices, process_index=p, process_count=processes))
+        for p in range(processes)
+    ]
     assert len({len(batches) for batches in hosts}) == 1
     targets = []
     for parts in zip(*hosts, strict=True):

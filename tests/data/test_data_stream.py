@@ -106,8 +106,10 @@ def test_order_is_golden():
     """Changes in the order make old runs unrepeatable. When it must change, make it a new version, which new runs
     begin with, and add its numbers: a run goes on with the order that it began with.
     """
-    golden = {1: [771, 675, 715, 459, 457, 465, 385, 489, 777, 105],
-              2: [774, 678, 718, 462, 460, 468, 388, 492, 780, 108]}  # fmt: skip
+    golden = {
+        1: [771, 675, 715, 459, 457, 465, 385, 489, 777, 105],
+        2: [774, 678, 718, 462, 460, 468, 388, 492, 780, 108],
+    }
     for version in VERSIONS:
         starts = window_starts(np.arange(120, 130), 1000 + version - 1, 8, seed=0, version=version)
         assert starts.tolist() == golden[version]
@@ -121,7 +123,9 @@ def test_batch_is_windows_of_the_corpus():
     for n in (0, 4, 5, 10**9):
         batch = batch_at(corpus, config, n)
         assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
-            "inputs": ((12, 8), "int32"), "targets": ((12, 8), "int32")}  # fmt: skip
+            "inputs": ((12, 8), "int32"),
+            "targets": ((12, 8), "int32"),
+        }
         np.testing.assert_array_equal(np.diff(batch["inputs"]), 1)
         np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
 
@@ -153,8 +157,10 @@ def test_far_away_batches_are_as_quick():
 def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: int):
     config, corpus = make_config(steps=30), make_corpus(500)
     order = TrainOrder(corpus, config)
-    streams = [train_stream(order, config, 25, num_devices=devices, process_index=p, process_count=processes,
-                            backend=backend) for p in range(processes)]  # fmt: skip
+    streams = [
+        train_stream(order, config, 25, num_devices=devices, process_index=p, process_count=processes, backend=backend)
+        for p in range(processes)
+    ]
     count = 0
     for n, parts in enumerate(zip(*streams, strict=True), start=25):
         whole = batch_at(corpus, config, n)

@@ -110,13 +110,16 @@ def test_manifests(config: Config, store: Path, change: Callable[[dict], object]
         read_batches(config)
 
 
-@pytest.mark.parametrize("name, at, value, said", [
-    ("bin", 8, b"\xff\xff", r"00000\.bin: id 65535; allowed: 0 to"),
-    ("starts", 0, b"\1", r"\.starts are not where documents start"),
-    ("starts", 8, b"\0", r"\.starts are not where documents start"),
-    ("starts", 23, b"\x80", r"\.starts are not where documents start"),
-    ("starts", -8, b"\xff" * 7, r"\.starts are not where documents start"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, at, value, said",
+    [
+        ("bin", 8, b"\xff\xff", r"00000\.bin: id 65535; allowed: 0 to"),
+        ("starts", 0, b"\1", r"\.starts are not where documents start"),
+        ("starts", 8, b"\0", r"\.starts are not where documents start"),
+        ("starts", 23, b"\x80", r"\.starts are not where documents start"),
+        ("starts", -8, b"\xff" * 7, r"\.starts are not where documents start"),
+    ],
+)
 def test_stores_whose_manifest_says_that_they_are_right(
     config: Config, store: Path, name: str, at: int, value: bytes, said: str
 ):

@@ -36,9 +36,12 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 def test_every_promise_holds(tmp_path: Path):
     arguments = command(tmp_path, "--kills", "2", "--outage", "2", "--faults", FAULTS)
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tools/chaos.py"), *arguments], capture_output=True, text=True, timeout=600,
+        [sys.executable, str(ROOT / "tools/chaos.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, (result.stdout, result.stderr)
     assert json.loads(result.stdout.splitlines()[-1]) == {"held": dict.fromkeys(FAULTS.split(","), True)}
     kinds = [line.split(" · ")[0] for line in result.stdout.splitlines()[:-1]]

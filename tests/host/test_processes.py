@@ -278,9 +278,11 @@ def test_hosts_with_different_data(there: bool, tmp_path: Path):
     for i in range(2):
         command = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run"),
                    *keys, "--coordinator", address, "--num_processes", "2", "--process_id", str(i)]  # fmt: skip
-        started.append(subprocess.Popen(
-            command, cwd=tmp_path / str(i), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        ))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / str(i), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            )
+        )
     results = finish(started)
     assert [code for code, *_ in results] == [2, 2], results
     words = ["the data: fingerprint is", "(process 1)"] if there else ["data.path is 'text'"]
@@ -326,8 +328,10 @@ def test_a_host_that_is_late_is_waited_for_and_named():
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there():
     address = f"127.0.0.1:{free_port()}"
-    script = ("import sys; from jaxlm import main; from jaxlm.host import distributed; distributed.JOIN_LIMIT = 3; "
-              "sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))")  # fmt: skip
+    script = (
+        "import sys; from jaxlm import main; from jaxlm.host import distributed; distributed.JOIN_LIMIT = 3; "
+        "sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))"
+    )
     command = [sys.executable, "-c", script, "--config", str(CONFIG), *flags("steps=10"), "--coordinator", address,
                "--num_processes", "2", "--process_id", "1"]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)

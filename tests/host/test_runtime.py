@@ -68,9 +68,12 @@ os._exit(0)  # XLA's oneDNN may abort when its program is dropped just after it 
 def test_products_are_as_exact_as_asked_for(precision: str):
     """float32 has a unit roundoff of 2**-24, bfloat16 of 2**-9. Errors are over the largest of |row| |column|."""
     result = subprocess.run(
-        [sys.executable, "-c", PRODUCTS, str(CONFIG), precision], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", PRODUCTS, str(CONFIG), precision],
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )  # fmt: skip
+    )
     rounded = precision == "fastest" and runtime.has_amx()
     error = float(result.stdout)
     assert (2**-14 < error < 2**-8) if rounded else (error < 2**-20)
@@ -87,8 +90,9 @@ def test_xla_knows_every_flag(monkeypatch: pytest.MonkeyPatch):
     for extra, code in (("", 0), (" --xla_gpu_no_such_flag=true", 1)):
         result = subprocess.run(
             [sys.executable, "-c", "import jax; jax.devices()"],
-            capture_output=True, env=os.environ | {"XLA_FLAGS": known + extra, "JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
+            capture_output=True,
+            env=os.environ | {"XLA_FLAGS": known + extra, "JAX_PLATFORMS": "cpu"},
+        )
         assert result.returncode == code, result.stderr
 
 
@@ -118,17 +122,23 @@ def test_the_end_says_what_is_lost():
     program = "from jaxlm.host import runtime; print('{}'); runtime.leave(0)"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | {"PYTHONUNBUFFERED": ""},
-        )  # fmt: skip
+        )
     assert result.returncode == 2 and result.stderr.startswith("jaxlm: what was printed is lost: ")
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("JAX_NUM_CPU_DEVICES", "two"), ("JAX_NUM_CPU_DEVICES", "0"),
-     ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1")],
-)  # fmt: skip
+    [
+        ("JAX_NUM_CPU_DEVICES", "two"),
+        ("JAX_NUM_CPU_DEVICES", "0"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1"),
+    ],
+)
 def test_a_number_of_devices_that_cannot_be(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name}.* is '{value.rpartition('=')[2]}'; allowed: 1 to 9999"):
@@ -138,9 +148,12 @@ def test_a_number_of_devices_that_cannot_be(name: str, value: str, monkeypatch: 
 def test_a_machine_without_the_device_that_is_asked_for(tmp_path: Path):
     result = subprocess.run(
         [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=120, cwd=CONFIG.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=CONFIG.parents[1],
         env=os.environ | {"JAX_PLATFORMS": "typo"},
-    )  # fmt: skip
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "JAX_PLATFORMS is 'typo': JAX finds no device" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -159,9 +172,11 @@ assert file.fileno() > 2
 def test_a_closed_stream_is_no_place_for_a_file(closed: str, tmp_path: Path):
     result = subprocess.run(
         ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, CLOSED],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(CONFIG.parents[1])},
-    )  # fmt: skip
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == ("" if ">&- 2" in closed or closed == ">&-" else "hello ?\n")
     assert (tmp_path / "file").read_text() == ""

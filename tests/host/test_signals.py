@@ -105,8 +105,10 @@ def test_noted_ones_are_not_lost_when_there_is_nothing_left_to_save():
 def test_one_that_comes_before_it_listens_is_heard_also_by_a_program_that_replaces_it(tmp_path: Path):
     first = tmp_path / "first.py"
     second = ["-c", "from jaxlm.host import signals; signals.block(); signals.listen(75, 'stopped'); " + IN_C]
-    first.write_text(f"import os, sys\nfrom jaxlm.host import signals\nsignals.block()\nprint('begun', flush=True)\n"
-                     f"sys.stdin.readline()\nos.execv(sys.executable, {[sys.executable, *second]!r})")  # fmt: skip
+    first.write_text(
+        f"import os, sys\nfrom jaxlm.host import signals\nsignals.block()\nprint('begun', flush=True)\n"
+        f"sys.stdin.readline()\nos.execv(sys.executable, {[sys.executable, *second]!r})"
+    )
     process = subprocess.Popen(
         [sys.executable, str(first)], cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -169,8 +169,10 @@ def test_bfloat16_gradients_are_near_those_of_float32() -> None:
     rng = np.random.default_rng(0)
     tokens_BT = np.where(rng.random((128, MAX_LEN + 1)) < 0.8, 3, rng.integers(0, VOCAB, (128, MAX_LEN + 1)))
     for tied in (False, True):
-        full, half = (make_model(dataclasses.replace(c, tie_embeddings=tied, dtype=d), VOCAB, MAX_LEN)
-                      for d in ("float32", "bfloat16"))  # fmt: skip
+        full, half = (
+            make_model(dataclasses.replace(c, tie_embeddings=tied, dtype=d), VOCAB, MAX_LEN)
+            for d in ("float32", "bfloat16")
+        )
         params = drawn(full)
 
         def grads(model: Model, params: Params = params) -> Any:
@@ -228,8 +230,10 @@ def test_initial_weights() -> None:
         assert x.shape[: name.startswith("layers")] == (4,) * name.startswith("layers"), name
         np.testing.assert_array_equal(x, 1.0 if name.endswith("scale") else 0.0, err_msg=name)
     scales = {name for name in flat if name.endswith("scale")}
-    assert scales == {"final_norm/scale", *(f"layers/{n}/scale" for n in (
-        "attention_norm", "mlp_norm", "attention/query_norm", "attention/key_norm"))}  # fmt: skip
+    assert scales == {
+        "final_norm/scale",
+        *(f"layers/{n}/scale" for n in ("attention_norm", "mlp_norm", "attention/query_norm", "attention/key_norm")),
+    }
     assert len(flat) - len(scales) == 7 + 3 + 1  # biases of seven linear layers and three layernorms, and the head
     zero = jax.jit(make_model(with_(residual_init="zero"), 300, 100).init)(jax.random.key(0))["layers"]
     assert not np.any(zero["attention"]["out"]["kernel"]) and not np.any(zero["mlp"]["down"]["kernel"])

@@ -41,8 +41,9 @@ def test_a_model_with_a_larger_table_is_the_same(tied: bool):
         assert logits_BTV.shape == (4, 8, V)
         return cross_entropy(logits_BTV.reshape(-1, V), y.ravel(), config).objective
 
-    (a, grads), (b, wanted) = (jax.jit(jax.value_and_grad(lambda p, m=m: loss(m, p)))(p)
-                               for m, p in ((padded, params), (plain, cut)))  # fmt: skip
+    (a, grads), (b, wanted) = (
+        jax.jit(jax.value_and_grad(lambda p, m=m: loss(m, p)))(p) for m, p in ((padded, params), (plain, cut))
+    )
     assert float(a) == pytest.approx(float(b), rel=1e-5)
     table = np.asarray(grads["embed"]["embedding"])
     np.testing.assert_allclose(table[:V], wanted["embed"]["embedding"], rtol=1e-4, atol=1e-4)

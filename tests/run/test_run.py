@@ -95,8 +95,10 @@ def test_config_json_is_enough_to_run_it_again(short: Path, tmp_path: Path):
 def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, short: Path):
     """The run that went on wrote its checkpoint while the next steps wrote over the donated arrays."""
     assert_identical(state_of(whole, CHECKPOINT), state_of(short, CHECKPOINT))
-    assert not np.array_equal(state_of(whole, 2 * CHECKPOINT).params["embed"]["embedding"],
-                              state_of(whole, CHECKPOINT).params["embed"]["embedding"])  # fmt: skip
+    assert not np.array_equal(
+        state_of(whole, 2 * CHECKPOINT).params["embed"]["embedding"],
+        state_of(whole, CHECKPOINT).params["embed"]["embedding"],
+    )
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):

@@ -25,8 +25,11 @@ RING = importlib.import_module("jaxlm.sync.ring")  # the module, which has the f
 EPS = float(np.finfo(np.float32).eps)
 BASE = load(Path(__file__).parents[2] / "configs/debug.py", []).parallel
 # Parameters as a model has them; sizes that no number of devices divides.
-SHAPES = {"embed": {"embedding": (50, 21)}, "final_norm": {"scale": (21,)},
-          "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}}}  # fmt: skip
+SHAPES = {
+    "embed": {"embedding": (50, 21)},
+    "final_norm": {"scale": (21,)},
+    "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}},
+}
 EXACT, LOSSY = ("pmean", "ring"), ("bf16", "fp16", "int8", "topk", "powersgd")
 SHARDED = (*EXACT, "bf16", "fp16", "int8")  # those that go with ZeRO-1
 GROUPS = [(2, None), (3, None), (8, None), (2, ((0, 3), (5, 1), (4, 2)))]
@@ -287,8 +290,11 @@ def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any)
         got = flat(given_out)[key].astype(np.float64)
         for m in groups_of(group, devices):
             residual = kept[key][m].mean(axis=0).reshape(total.shape[1:]) if key in kept else 0
-            largest = max(np.abs(x).max() for x in (total, kept.get(key, total))) if name != "int8" else np.abs(
-                np.concatenate([x.ravel() for x in flat(wanted).values()])).max()  # fmt: skip
+            largest = (
+                max(np.abs(x).max() for x in (total, kept.get(key, total)))
+                if name != "int8"
+                else np.abs(np.concatenate([x.ravel() for x in flat(wanted).values()])).max()
+            )
             error = np.abs(got[m[0]] + residual - total[m].mean(axis=0)).max()
             assert error <= 2 * size * EPS * largest, key
     assert any(np.abs(x).max() > 1000 * EPS * np.abs(flat(wanted)[key]).max() for key, x in kept.items())  # it matters

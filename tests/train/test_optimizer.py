@@ -214,9 +214,11 @@ def test_muon_is_that_of_optax_without_momentum() -> None:
     shapes = {"layers": {"a": {"kernel": (3, 4, 6)}, "b": {"kernel": (3, 8, 4)}}}
     dims = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     peer = optax.contrib.muon(
-        lr_of := make_schedule(config(), STEPS), beta=0.0, weight_decay=0.2,
+        lr_of := make_schedule(config(), STEPS),
+        beta=0.0,
+        weight_decay=0.2,
         muon_weight_dimension_numbers={"layers": {"a": {"kernel": dims}, "b": {"kernel": dims}}},
-    )  # fmt: skip
+    )
     assert float(lr_of(0)) == pytest.approx(lr_at(0))
     got, expected = run(make_optimizer(config(name="muon", momentum=0.0), STEPS), 3, shapes), run(peer, 3, shapes)
     for key in got:
@@ -256,9 +258,7 @@ def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple
     shared = make_optimizer(config(name="muon"), STEPS, by_host(Group("devices", size, members)))
     alone = make_optimizer(config(name="muon"), STEPS)
     state, update = alone.init(params), jax.jit(alone.update)
-    step = jax.pmap(
-        lambda g: shared.update(g, state, params)[0], axis_name="devices", devices=jax.devices()[:devices]
-    )  # fmt: skip
+    step = jax.pmap(lambda g: shared.update(g, state, params)[0], axis_name="devices", devices=jax.devices()[:devices])
     got = flat(step(jax.tree.map(lambda *x: np.repeat(np.stack(x), size, axis=0), *grads)))
     for host in range(hosts):
         for key, x in flat(update(grads[host], state, params)[0]).items():

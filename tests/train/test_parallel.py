@@ -55,8 +55,10 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 
 def lively(params: Any) -> Any:
     """An output layer starts at zero, and then no gradient reaches the others."""
-    return {k: {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))} if k == "head" else v
-            for k, v in params.items()}  # fmt: skip
+    return {
+        k: {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))} if k == "head" else v
+        for k, v in params.items()
+    }
 
 
 RESULTS: dict[Any, Result] = {}
@@ -77,8 +79,10 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
             rows = {k: x.reshape(devices, -1, T) for k, x in batch(seed).items()}
             state, m = step(state, jax.device_put(rows, placement.batch))
             metrics.append([float(m["loss"]), float(m["grad_norm"])])
-        bytes_of = [sum(s.data.nbytes for x in jax.tree.leaves(state.opt_state) for s in x.addressable_shards
-                        if s.device == d) for d in local]  # fmt: skip
+        bytes_of = [
+            sum(s.data.nbytes for x in jax.tree.leaves(state.opt_state) for s in x.addressable_shards if s.device == d)
+            for d in local
+        ]
         saved = jax.device_get(placement.saved(state))
         RESULTS[devices, overrides] = Result(
             np.array(metrics), saved.params, saved.ema, saved.opt_state, max(bytes_of), state, placement, config
@@ -192,9 +196,11 @@ def test_factored_second_moments_of_parts(devices: int):
     zero = Zero(Group("d", devices), params)
     shared = make_optimizer(config.optim, config.steps, by_parts(zero))
     update = jax.pmap(
-        lambda g, state, p: shared.update(zero.own(g), state, zero.own(p)), axis_name="d", in_axes=(None, 0, None),
+        lambda g, state, p: shared.update(zero.own(g), state, zero.own(p)),
+        axis_name="d",
+        in_axes=(None, 0, None),
         devices=jax.devices()[:devices],
-    )  # fmt: skip
+    )
     want_state = plain.init(params)
     state = spread(want_state, devices)
     assert {x.shape for x in jax.tree.leaves(want_state)} >= {(2, 130), (2, 141), (150,), (130,)}

@@ -300,8 +300,10 @@ def test_bfloat16_masters_learn_what_float32_ones_do(optimizer: list[str]):
     assert jax.tree.map(lambda x: x.dtype, state) == dtypes
     for name in ("params", "ema"):
         got, want = (jax.device_get(train_step.float32(getattr(s, name))) for s in (state, full))
-        moved, wanted = (np.concatenate([(a - b).ravel() for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(before),
-                         strict=True)]) for x in (got, want))  # fmt: skip
+        moved, wanted = (
+            np.concatenate([(a - b).ravel() for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(before), strict=True)])
+            for x in (got, want)
+        )
         along = np.dot(moved, wanted) / np.dot(wanted, wanted)
         assert 0.9 < along < 1.1, name  # rounded to the nearest, most of them would not move
     scale = state.params["final_norm"]["scale"]

@@ -50,16 +50,18 @@ def open_records(data: DataConfig, form: Format) -> Source:
     files, val, notes = find_files(data)
     shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *conversation_keys(data))}
     key = {
-        **shapes, "train": identify(files), "val": identify(val), "val_fraction": None if val else data.val_fraction,
-    }  # fmt: skip
+        **shapes,
+        "train": identify(files),
+        "val": identify(val),
+        "val_fraction": None if val else data.val_fraction,
+    }
 
     def units() -> list[Unit]:
         whole = [RecordPart(n, p, "train" if val else None, p.stat().st_size) for n, p in files.items()]
         whole += [RecordPart(n, p, "val", p.stat().st_size) for n, p in val.items()]
         limit = unit_bytes(sum(part.num_bytes for part in whole))
         parts = [piece for part in whole for piece in form.cut(part, limit)]
-        return [Unit(partial(_read, group, data, form))
-                for group in grouped(parts, lambda part: part.num_bytes, limit)]  # fmt: skip
+        return [Unit(partial(_read, group, data, form)) for group in grouped(parts, lambda part: part.num_bytes, limit)]
 
     return Source(data.path or data.val_path, key, units, 0, masked=bool(conversation_keys(data)),
                   files=real([*files.values(), *val.values()]), notes=notes)  # fmt: skip

@@ -38,8 +38,11 @@ def find_files(data: DataConfig) -> Files:
         train, val = ({name: train[name]} for name in kind.split_files)
     if not val and kind.suffixes:  # elsewhere a file is a document, and test_x.txt one as others are
         _check_names(data, train)
-    notes = [_left_out(named(data), left_out), _left_out(f"data.val_path={data.val_path}", others),
-             _meant(data, [*train, *val]) if not kind.suffixes else ""]  # fmt: skip
+    notes = [
+        _left_out(named(data), left_out),
+        _left_out(f"data.val_path={data.val_path}", others),
+        _meant(data, [*train, *val]) if not kind.suffixes else "",
+    ]
     return Files(train, val, tuple(note for note in notes if note))
 
 
@@ -58,8 +61,10 @@ def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
     val = [name for name in files if words[name] & VAL_WORDS and name not in train]
     if train and val:
         allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
-        raise UserError(f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
-                        f"allowed: {allowed}, or globs")  # fmt: skip
+        raise UserError(
+            f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
+            f"allowed: {allowed}, or globs"
+        )
 
 
 def _left_out(where: str, names: list[str]) -> str:

@@ -99,10 +99,11 @@ def _units(parts: list[TextPart], cuts: bool, skips: bool = False) -> list[Unit]
         if cuts and stop - part.start > 2 * limit and part.path.suffix not in PACKED:
             ends = line_ends(part.path, part.start, stop, limit)
         starts = [part.start, *ends]
-        pieces += [part._replace(start=a, stop=b, first=a == part.start)
-                   for a, b in zip(starts, [*ends, part.stop], strict=True)]  # fmt: skip
-    return [Unit(partial(_read_text, group, skips))
-            for group in grouped(pieces, _part_size, limit)]  # fmt: skip
+        pieces += [
+            part._replace(start=a, stop=b, first=a == part.start)
+            for a, b in zip(starts, [*ends, part.stop], strict=True)
+        ]
+    return [Unit(partial(_read_text, group, skips)) for group in grouped(pieces, _part_size, limit)]
 
 
 def _part_size(part: TextPart) -> int:

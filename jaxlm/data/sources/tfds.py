@@ -109,8 +109,10 @@ def _builder(data: DataConfig) -> Any:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import naming
     except ImportError as error:
-        raise UserError(f"data.source is 'tfds', and tensorflow_datasets is not installed ({error}); "
-                        "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
+        raise UserError(
+            f"data.source is 'tfds', and tensorflow_datasets is not installed ({error}); "
+            "allowed without it: stdlib, text, tokens, synthetic"
+        ) from error
     try:
         _keep_to_own_features(tfds.features.FeatureConnector)
         if naming.parse_builder_name_kwargs(data.tfds_name)[0].namespace:
@@ -118,8 +120,10 @@ def _builder(data: DataConfig) -> Any:
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
     except Exception as error:  # whatever the dataset's own code or its hub raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
-                        "or one prepared under data.path") from error  # fmt: skip
+        raise UserError(
+            f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
+            "or one prepared under data.path"
+        ) from error
 
 
 @cache
@@ -140,8 +144,10 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
     try:
         import_tensorflow()
     except ImportError as error:
-        raise UserError(f"data.source is 'tfds', and tensorflow is not installed ({error}); "
-                        "allowed without it: stdlib, text, tokens, synthetic") from error  # fmt: skip
+        raise UserError(
+            f"data.source is 'tfds', and tensorflow is not installed ({error}); "
+            "allowed without it: stdlib, text, tokens, synthetic"
+        ) from error
 
     def size(key: str, split: str) -> int:
         try:
@@ -153,8 +159,10 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
         except UserError:
             raise
         except (ValueError, KeyError) as error:
-            raise UserError(f"data.{key} is '{split}'; allowed with {builder.info.full_name}: "
-                            f"{', '.join(builder.info.splits)}, and slices of them") from error  # fmt: skip
+            raise UserError(
+                f"data.{key} is '{split}'; allowed with {builder.info.full_name}: "
+                f"{', '.join(builder.info.splits)}, and slices of them"
+            ) from error
 
     splits = {data.split: size("split", data.split)}
     if data.val_split:
@@ -164,8 +172,10 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
 
 def _download(builder: Any, data: DataConfig) -> None:
     """Runs `download_and_prepare` in a child process for as long as bytes arrive."""
-    code = ("import sys, tensorflow_datasets as t; "
-            "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()")  # fmt: skip
+    code = (
+        "import sys, tensorflow_datasets as t; "
+        "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()"
+    )
     root = Path(_data_dir(data) or Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1])
     print(f"fetching {data.tfds_name} into {root}", file=sys.stderr)
     with tempfile.TemporaryFile("w+") as errors:
@@ -217,8 +227,10 @@ def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
     if raised:
         raise raised[0]
     if not result:
-        raise UserError(f"{key_of(data)} is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
-                        "prepared under data.path")  # fmt: skip
+        raise UserError(
+            f"{key_of(data)} is '{data.tfds_name}': no answer in {seconds} s; allowed: a dataset that is "
+            "prepared under data.path"
+        )
     return result[0]
 
 

@@ -41,8 +41,10 @@ def _without_header(file: TokenFile, vocab_size: int) -> TokenFile:
     version, dtype = MAGIC[int(header[0])]
     tokens = TokenFile(path, dtype, size, (file.nbytes - size) // dtype.itemsize)
     if header[1] != version or header[2] != len(tokens):
-        raise UserError(f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
-                        f"{version} ({dtype.name}), and the {header[2]} tokens that it says")  # fmt: skip
+        raise UserError(
+            f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
+            f"{version} ({dtype.name}), and the {header[2]} tokens that it says"
+        )
     return tokens
 
 
@@ -51,8 +53,10 @@ def _check_width(file: TokenFile, vocab_size: int) -> None:
     path, head = file.path, file.read(0, LOOKED_AT)
     is_pairs = len(file) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
     if is_pairs and head[::2].max() > (vocab_size - 1) >> 16:
-        raise UserError(f"{path}: looks like ids of 32 bits; allowed: .bin of uint16 without a header, of uint32 with "
-                        "llm.c's, or .npy")  # fmt: skip
+        raise UserError(
+            f"{path}: looks like ids of 32 bits; allowed: .bin of uint16 without a header, of uint32 with "
+            "llm.c's, or .npy"
+        )
 
 
 def check_ids(file: TokenFile, name: Path, vocab_size: int) -> None:
@@ -60,5 +64,7 @@ def check_ids(file: TokenFile, name: Path, vocab_size: int) -> None:
         block = file.read(start, start + BLOCK)
         bad = np.flatnonzero((block < 0) | (block >= vocab_size))
         if bad.size:
-            raise UserError(f"{name}: id {block[bad[0]]} at position {start + bad[0]}; "
-                            f"allowed: 0 to {vocab_size - 1}, the ids of the tokenizer or data.vocab_size")  # fmt: skip
+            raise UserError(
+                f"{name}: id {block[bad[0]]} at position {start + bad[0]}; "
+                f"allowed: 0 to {vocab_size - 1}, the ids of the tokenizer or data.vocab_size"
+            )

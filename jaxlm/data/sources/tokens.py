@@ -29,8 +29,10 @@ def open_tokens(config: Config, progress: bool) -> Corpus:
     """
     data = config.data
     if data.val_path and _is_store("data.val_path", data.val_path):
-        raise UserError(f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
-                        "which a part is held out, is data.path")  # fmt: skip
+        raise UserError(
+            f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
+            "which a part is held out, is data.path"
+        )
     if is_alone(data) or not _is_store(key_of(data), data.path):
         return _of_files(config, progress)
     if data.val_path:
@@ -58,8 +60,10 @@ def _of_files(config: Config, progress: bool = False) -> Corpus:
     if data.tokenizer_path:
         tokenizer = load_tokenizer(data.tokenizer_path)
         if tokenizer.vocab_size != vocab_size:
-            raise UserError(f"data.vocab_size is {vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
-                            f"{tokenizer.vocab_size} (model.vocab_multiple makes its tables larger)")  # fmt: skip
+            raise UserError(
+                f"data.vocab_size is {vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
+                f"{tokenizer.vocab_size} (model.vocab_multiple makes its tables larger)"
+            )
     elif meta := _meta(files):
         tokenizer = read_meta(meta)
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
@@ -85,8 +89,9 @@ def _check_kind(paths: list[Path]) -> None:
         if is_remote(path):
             raise UserError(f"{path}: not on this machine; allowed with data.source=tokens: files of this machine")
         if path.suffix not in KIND.suffixes:
-            raise UserError(f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: "
-                            + ", ".join(KIND.suffixes))  # fmt: skip
+            raise UserError(
+                f"{path}: a {path.suffix or 'plain'} file; allowed with data.source=tokens: " + ", ".join(KIND.suffixes)
+            )
 
 
 def _meta(files: Files) -> Path | None:

@@ -141,8 +141,10 @@ class CharTokenizer(Tokenizer):
             ids = self._ids[code_points(text)]
             if ids.size and ids.min() < 0:
                 c = text[int(np.argmin(ids))]
-                raise UserError(f"character {c!r} (U+{ord(c):04X}) is unknown to the tokenizer; "
-                                f"allowed: its {len(self.alphabet)} characters (data.tokenizer=chars)")  # fmt: skip
+                raise UserError(
+                    f"character {c!r} (U+{ord(c):04X}) is unknown to the tokenizer; "
+                    f"allowed: its {len(self.alphabet)} characters (data.tokenizer=chars)"
+                )
             encoded.append(ids)
         return encoded
 

@@ -64,13 +64,17 @@ class HfTokenizer(Tokenizer):
             if not (isinstance(error, Exception) or _panicked(error)):
                 raise
             reason = show(" ".join(str(error).split()) or type(error).__name__)
-            raise UserError(f"{name}: not a Hugging Face tokenizer.json ({reason}); allowed: one that `tokenizers` "
-                            f"{tokenizers.__version__} reads") from error  # fmt: skip
+            raise UserError(
+                f"{name}: not a Hugging Face tokenizer.json ({reason}); allowed: one that `tokenizers` "
+                f"{tokenizers.__version__} reads"
+            ) from error
         special = {text for text, token in added.items() if token["special"]}
         bos = next((text for text in BOS if text in special), None)
         if bos is None:
-            raise UserError(f"{name}: its special tokens are {show(sorted(special))}; allowed: one of them that opens "
-                            f"a document ({' '.join(BOS)})")  # fmt: skip
+            raise UserError(
+                f"{name}: its special tokens are {show(sorted(special))}; allowed: one of them that opens "
+                f"a document ({' '.join(BOS)})"
+            )
         size = max(vocab.values()) + 1
         if size > 2 * len(vocab) + 1000:
             raise UserError(f"{name}: an id of {size - 1} with {len(vocab)} pieces; allowed: ids without large gaps")
@@ -124,8 +128,10 @@ class HfTokenizer(Tokenizer):
         parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         ids = list(itertools.chain.from_iterable(self._encode(parts)))
         if not self._stands_for(ids, text):
-            raise UserError(f"{self._name}: changes the text {show(text)}; allowed: a tokenizer that gives back "
-                            "every text that it is given")  # fmt: skip
+            raise UserError(
+                f"{self._name}: changes the text {show(text)}; allowed: a tokenizer that gives back "
+                "every text that it is given"
+            )
         return ids
 
     def _stands_for(self, ids: list[int], text: str) -> bool:

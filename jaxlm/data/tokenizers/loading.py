@@ -42,8 +42,10 @@ def make_tokenizer(
         if tokenizer is None or isinstance(tokenizer, HfTokenizer) != hf:
             found = "no Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
             allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf takes it"
-            raise UserError(f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
-                            f"allowed with data.tokenizer={data.tokenizer}: {allowed}")  # fmt: skip
+            raise UserError(
+                f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
+                f"allowed with data.tokenizer={data.tokenizer}: {allowed}"
+            )
         return tokenizer
     return TOKENIZERS[data.tokenizer].make(data, train_texts, all_texts, say)
 
@@ -57,8 +59,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = user_path("data.tokenizer_path", str(path))
     if not (path.is_file() or path.is_dir()):  # a pipe would never end
         found = "not a file" if path.exists() else "no such file"
-        raise UserError(f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
-                        "sentencepiece .model file")  # fmt: skip
+        raise UserError(
+            f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
+            "sentencepiece .model file"
+        )
     if path.name in (*OWN, "sentencepiece.model") and _own_spec(path.parent):
         path = path.parent
     try:
@@ -69,8 +73,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return SentencePieceTokenizer(content, lossless=False, name=str(path))
         return _load_folder(path)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; allowed: a tokenizer folder, a Hugging Face "
-                        "tokenizer.json or a sentencepiece .model file") from None  # fmt: skip
+        raise UserError(
+            f"{error.filename}: no such file; allowed: a tokenizer folder, a Hugging Face "
+            "tokenizer.json or a sentencepiece .model file"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror})") from error
 
