@@ -115,7 +115,7 @@ class Trainer:
         self._step = train_step.pmap_train_step(
             config, train_step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
         )
-        self._stream = setup.train_batches(self.parts, 0)
+        self._stream = setup.train_batches(config, self.parts.order, self.parts.placement, 0)
         self._batch = jax.device_put(next(self._stream), self.parts.placement.batch)
         self._done = 0
         start = time.perf_counter()

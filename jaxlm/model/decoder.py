@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             (B, T),
         )
         x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
-        return self.finalnorm(x_ND), cache
+        return self.final_norm(x_ND), cache
 
     def _added(self, positions: jax.Array) -> jax.Array | None:
         """What is added to token embeddings for their positions, `[..., D]`, if anything."""

@@ -174,12 +174,16 @@ def go_back(parts: Parts, trouble: rollback.Trouble) -> tuple[Parts, train_step.
     return parts._replace(saver=saver, order=order, returns=returns), state, to
 
 
-def train_batches(parts: Parts, start: int) -> data.TrainStream:
+def train_batches(config: Config, order: data.TrainOrder, placement: Placement, start: int) -> data.TrainStream:
     """The batches that this process trains on, from the one after `start` updates."""
     return data.train_stream(
-        parts.order, parts.config, start, num_devices=len(parts.placement.local),
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+        order,
+        config,
+        start,
+        num_devices=len(placement.local),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def eval_batches(parts: Parts) -> Iterator[data.Scored]:

@@ -7,13 +7,12 @@ that is only cut off would end at a high learning rate.
 import dataclasses
 import time
 
-import jax
-
 from jaxlm import data
 from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
 from jaxlm.host import distributed, runtime
 from jaxlm.model import make_model
+from jaxlm.run.setup import train_batches
 from jaxlm.train import train_step
 from jaxlm.train.loop import train
 from jaxlm.train.placement import Placement
@@ -64,10 +63,8 @@ def _measure(config: Config) -> tuple[float, float]:
     placement = Placement(config, devices)
     state = placement.initial(model)
     step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
-    batches = data.train_stream(
-        data.TrainOrder(corpus, config), dataclasses.replace(config, steps=WARM + TIMED), 0,
-        num_devices=len(placement.local), process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    few = dataclasses.replace(config, steps=WARM + TIMED)
+    batches = train_batches(few, data.TrainOrder(corpus, config), placement, 0)
     ends: list[float] = []
     try:
         train(

@@ -121,7 +121,7 @@ def _train(
         (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
     ]
     update = _make_step(parts, stop)
-    batches = train_batches(parts, start)
+    batches = train_batches(config, parts.order, parts.placement, start)
     try:
         watchdog.start()
         if saver.saved is None:
