@@ -26,7 +26,8 @@ FAST = ("train", "evaluate", "bench")  # gain by huge pages, for which a program
 
 def main(*before: str) -> NoReturn:
     """Runs the command that `before` and the command line name, and ends the process with its exit code."""
-    name, *argv = [*before, *sys.argv[1:], ""][:-1] or [""]
+    arguments = [*before, *sys.argv[1:]]
+    name, argv = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "train":
         startup.trainer()
     else:
