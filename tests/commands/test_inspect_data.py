@@ -203,7 +203,7 @@ def test_refusals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, wrong
     argv = [arg.replace("FILES", str(tmp_path)) for arg in wrong]
     code, out, error = call(monkeypatch, capsys, *argv, *flags(tmp_path, seq_len=3))
     assert (code, out) == (2, "") and error.count("\n") == 1, error
-    assert error.startswith("jaxlm: ")
+    assert error.startswith(("jaxlm: ", "jaxlm inspect: "))
     assert all(word in error.replace(str(tmp_path), "FILES") for word in WRONG[wrong]), error
     assert sorted(tmp_path.rglob("*")) == before
 

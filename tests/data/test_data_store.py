@@ -183,7 +183,7 @@ def test_command(config: Config, tmp_path: Path):
     (tmp_path / "a.txt").unlink()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"prepare_data\.py: data\.path is .*\n", done.stderr)
+    assert re.fullmatch(r"jaxlm: data\.path is .*\n", done.stderr)
 
 
 def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(

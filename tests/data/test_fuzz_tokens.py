@@ -219,4 +219,4 @@ def test_no_line_of_ours_runs_what_it_reads():
     ]
     # The configuration that a user names is code; chaos_child runs the trainer.
     ours = ["chaos_child.py: import runpy", 'chaos_child.py: runpy.run_module("jaxlm.main", run_name="__main__")']
-    assert sorted(lines) == [*ours, "cli.py: spec.loader.exec_module(module)"]
+    assert sorted(lines) == [*ours, "files.py: spec.loader.exec_module(module)"]
