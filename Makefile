@@ -1,5 +1,6 @@
 # make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=100")
 # make test     install the test tools too; lint, types, tests    (PYTEST_ARGS="-k model")
+# make check    lint, types and the quick tests of what is changed most
 # make lint     ruff and pyright alone
 # make lock     renew locks/*.txt from pyproject.toml             (LOCK_ARGS=--upgrade)
 # make clean    remove .venv and caches; never runs/
@@ -23,7 +24,7 @@ RUN_STAMP := $(VENV)/.$(if $(GPU),cuda12,run)
 TEST_STAMP := $(VENV)/.test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help train test lint lock clean
+.PHONY: help train test check lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +35,9 @@ train: $(RUN_STAMP)
 
 test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint
+	@$(BIN)/python -m pytest -q -m "not slow and not peers" tests/test_rooms.py tests/config tests/model tests/sync tests/train
 
 lint: $(TEST_STAMP)
 	@$(BIN)/python -m ruff check

@@ -1,6 +1,6 @@
 """Every key with its default: a small model of Python source that trains in minutes on a laptop's CPU.
 
-`jaxlm/config.py` says what each key may be. Other configurations import this one and change a few lines.
+`jaxlm/config/schema.py` says what each key may be. Other configurations import this one and change a few lines.
 How this recipe was found: docs/recipe.md.
 """
 
@@ -53,7 +53,7 @@ def get_config() -> Config:
         loss=LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0),
         optim=OptimConfig(
             name="muon",
-            lr=OWN,  # like every OWN below, the optimizer's own value: jaxlm/own_values.py
+            lr=OWN,  # like every OWN below, the optimizer's own value: jaxlm/config/own_values.py
             adam_lr=0.004,  # muon's, of all but the hidden matrices
             embed_lr=0.1,  # muon's, of token embeddings; most tokens are rare, so their rows have few updates
             schedule="wsd",  # flat, then linear to min_lr_ratio

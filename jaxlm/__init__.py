@@ -1,0 +1,3 @@
+"""Data-parallel training of Transformer language models in JAX and Flax."""
+
+__version__ = "0.1.0"

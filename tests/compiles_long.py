@@ -4,11 +4,12 @@ import sys
 import time
 from typing import Any
 
-from jaxlm import runtime, startup
-from jaxlm import step as steps
-from jaxlm.main import exit_code, run
+from jaxlm.host import runtime, startup
+from jaxlm.host.exit_codes import exit_code
+from jaxlm.main import run
+from jaxlm.train import train_step
 
-make = steps.make_train_step
+make = train_step.make_train_step
 
 
 def make_slowly(*args: Any) -> Any:
@@ -24,5 +25,5 @@ def make_slowly(*args: Any) -> Any:
 
 if __name__ == "__main__":
     startup.trainer()
-    steps.make_train_step = make_slowly
+    train_step.make_train_step = make_slowly
     runtime.leave(exit_code(lambda: run(sys.argv[1:])))

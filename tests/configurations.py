@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import cli
-from jaxlm.config import UserError
+from jaxlm.config import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "configs" / "base.py"

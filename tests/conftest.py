@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
-    from jaxlm.runtime import IMPORTER
+    from jaxlm.host.runtime import IMPORTER
 
     for thread in threading.enumerate():
         if thread.name == IMPORTER:  # the interpreter's end would cut it off
@@ -104,7 +104,7 @@ def hf_specs() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def hf(hf_specs: dict[str, str]) -> dict[str, Any]:
-    from jaxlm.data.hf_tokenizer import HfTokenizer
+    from jaxlm.data.tokenizers.hf import HfTokenizer
 
     return {kind: HfTokenizer(spec.encode(), "test") for kind, spec in hf_specs.items()}
 
@@ -128,13 +128,13 @@ def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, which is not written to."""
-    from jaxlm import run as runs
-    from jaxlm.cli import load
+    from jaxlm.config.cli import load
+    from jaxlm.run import training
     from tests.exit_codes import flags
     from tests.runs import CONFIG
 
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert runs.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
+    assert training.run(load(CONFIG, flags("checkpoint.every_steps=1")), workdir) == 0
     return workdir
 
 

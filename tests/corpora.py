@@ -9,8 +9,8 @@ from configs.base import get_config
 from jaxlm.config import Config
 from jaxlm.data import Corpus, prepare
 from jaxlm.data.baselines import text_of
-from jaxlm.data.corpus import Share
-from jaxlm.data.documents import Document, Source
+from jaxlm.data.corpus import MixtureSource
+from jaxlm.data.sources.documents import Document, Source
 from jaxlm.data.tokens import Tokens, chain
 
 LINES = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\r\n" for i in range(400))
@@ -53,7 +53,7 @@ def documents(source: Source, split: str) -> list[Document]:
 def corpus_of(*sets: np.ndarray) -> Corpus:
     """Ids to train and to validate on; several are the sources of a mixture, a, b, ..."""
     parts = [Tokens([ids]) for ids in sets]
-    shares = tuple(Share("abcdef"[i], 1 / len(parts), part, part) for i, part in enumerate(parts))
+    shares = tuple(MixtureSource("abcdef"[i], 1 / len(parts), part, part) for i, part in enumerate(parts))
     return Corpus(train=chain(parts), val=chain(parts), vocab_size=1 + max(int(ids.max()) for ids in sets),
                   tokenizer=None, bytes_per_token=None, fingerprint="", folder=None, facts={},
                   shares=shares if len(parts) > 1 else ())  # fmt: skip

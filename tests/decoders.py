@@ -1,13 +1,13 @@
 """Tiny decoders, and parameters that hide nothing."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlm import cli
-from jaxlm.config import ModelConfig
+from jaxlm.config import ModelConfig, cli
 from jaxlm.model import Model, Params
 from tests.runs import ROOT
 
@@ -19,6 +19,13 @@ TINY = dataclasses.replace(
     qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
     matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
 )  # fmt: skip
+
+
+def logits_of(model: Model) -> Callable[[Params, Any], jax.Array]:
+    """(params, tokens_BT) -> float32 logits_BTV"""
+    return lambda params, tokens_BT: model.unembed(params, model.hidden(params, tokens_BT)).reshape(
+        *tokens_BT.shape, -1
+    )
 
 
 def with_(**changes: Any) -> ModelConfig:

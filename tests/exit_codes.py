@@ -1,5 +1,6 @@
 """Command lines in this process: their exit codes, what they say, and what they leave."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from jaxlm import main
+from jaxlm.host.exit_codes import exit_code
 from tests.runs import ROOT
 
+COMMANDS = ROOT / "jaxlm/commands"
 TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
         "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
 
@@ -20,7 +23,7 @@ def flags(*overrides: str) -> list[str]:
 def in_process(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit code and stderr of `python -m jaxlm.main`."""
     try:
-        code = main.exit_code(lambda: main.run(argv))
+        code = exit_code(lambda: main.run(argv))
     except SystemExit as stop:  # of the parser
         code = int(stop.code or 0)
     return code, capsys.readouterr().err
@@ -31,11 +34,20 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def tool(name: str, *argv: object) -> int:
-    before = sys.argv
-    sys.argv = [name, *map(str, argv)]
+    """Exit code of `jaxlm NAME`, or of what is in tools/ alone."""
     try:
-        return main.exit_code(runpy.run_path(str(ROOT / f"tools/{name}.py"))["main"])
-    except SystemExit as stop:
+        if (COMMANDS / f"{name}.py").exists():
+            command = importlib.import_module(f"jaxlm.commands.{name}")
+            return exit_code(lambda: command.main([*map(str, argv)]))
+        return _script(name, [*map(str, argv)])
+    except SystemExit as stop:  # of the parser
         return int(stop.code or 0)
+
+
+def _script(name: str, argv: list[str]) -> int:
+    before = sys.argv
+    sys.argv = [name, *argv]
+    try:
+        return exit_code(runpy.run_path(str(ROOT / f"tools/{name}.py"))["main"])
     finally:
         sys.argv = before

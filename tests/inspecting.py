@@ -1,15 +1,14 @@
-"""tools/inspect_data.py on small corpora, and what it printed."""
+"""`jaxlm inspect` on small corpora, and what it printed."""
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxlm.main import exit_code
-from tools import inspect_data
+from jaxlm.commands import inspect as inspect_data
+from jaxlm.host.exit_codes import exit_code
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/base.py"
@@ -41,10 +40,9 @@ class Seen:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["inspect_data.py", "--config", str(CONFIG), *map(str, argv)])
     capsys.readouterr()
     try:
-        code = exit_code(inspect_data.main, "inspect_data.py")
+        code = exit_code(lambda: inspect_data.main(["--config", str(CONFIG), *map(str, argv)]))
     except SystemExit as stop:  # of the parser
         code = int(stop.code or 0)
     captured = capsys.readouterr()

@@ -41,9 +41,9 @@ def start(
         joined = ["--coordinator", address, "--num_processes", str(processes), "--process_id", str(i)]
         arguments = command + (more or {}).get(i, []) + (joined if processes > 1 else [])
         env = os.environ | {"XLA_FLAGS": xla_flags(devices[i])}
-        started.append(subprocess.Popen(
-            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        ))  # fmt: skip
+        started.append(
+            subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        )
     return started
 
 

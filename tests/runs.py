@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm import run as runs
-from jaxlm import step as steps
-from jaxlm.checkpoint import Checkpoints
-from jaxlm.cli import load
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.config.cli import load
 from jaxlm.model import make_model
-from jaxlm.placement import Placement
+from jaxlm.run import training
+from jaxlm.train import train_step
+from jaxlm.train.placement import Placement
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
@@ -43,7 +43,7 @@ def flags(**keys: Any) -> list[str]:
 
 
 def run(workdir: Path, **keys: Any) -> int:
-    return runs.run(load(CONFIG, flags(**keys)), workdir)
+    return training.run(load(CONFIG, flags(**keys)), workdir)
 
 
 def start(workdir: Path, **keys: Any) -> subprocess.Popen[str]:
@@ -70,7 +70,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
         time.sleep(0.002)
 
 
-def state_of(workdir: Path, step: int) -> steps.TrainState:
+def state_of(workdir: Path, step: int) -> train_step.TrainState:
     """All that a checkpoint holds."""
     config = load(CONFIG, flags())
     placement = Placement(config, jax.devices()[:2])

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import cli, guard
-from jaxlm import step as steps
-from jaxlm.config import Config
+from jaxlm.config import Config, cli
 from jaxlm.model import make_model
+from jaxlm.train import guard, train_step
+from tests.decoders import logits_of
 
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional
@@ -260,7 +260,7 @@ def test_logits_loss_and_gradients(kind: str) -> None:
     (batch,) = batches(1)
 
     def loss(p: Any) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(p, batch["inputs"])
+        logits = logits_of(model)(p, batch["inputs"])
         nll = -jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(batch["targets"], VOCAB), axis=-1)
         return jnp.sum(nll) / (batch["targets"] >= 0).sum(), logits
 
@@ -279,13 +279,16 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
     """PyTorch's AdamW on the whole batch: losses, gradient norms, rates and weights of jaxlm's step under pmap."""
     c, model, start, peer = same_start(kind)
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in peer.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
-         {"params": [p for p in peer.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-        betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
-    )  # fmt: skip
+        [
+            {"params": [p for p in peer.parameters() if p.dim() >= 2], "weight_decay": c.optim.weight_decay},
+            {"params": [p for p in peer.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        betas=(c.optim.b1, c.optim.b2),
+        eps=c.optim.eps,
+    )
     devices = jax.devices()[:2]
-    step = steps.pmap_train_step(c, steps.make_train_step(c, model, devices), devices)
-    shapes = jax.eval_shape(lambda: steps.init_state(c, model, 2))
+    step = train_step.pmap_train_step(c, train_step.make_train_step(c, model, devices), devices)
+    shapes = jax.eval_shape(lambda: train_step.init_state(c, model, 2))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(params=start, guard=guard.init())
     clipped = 0
     for n, batch in enumerate(batches(3)):

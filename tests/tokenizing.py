@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxlm.data.tokenizer_base import Tokenizer, to_bytes
+from jaxlm.data.tokenizers.base import Tokenizer, to_bytes
 
 CODE = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text("utf-8")
 ANYTHING = st.text(st.characters(exclude_categories=[]), max_size=60)  # surrogates and unassigned ones too

@@ -18,7 +18,7 @@ undisturbed run. The last line of output is one JSON object; the exit code is 1 
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("chaos")
 
@@ -37,10 +37,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime, signals
-from jaxlm.config import Config, UserError
-from jaxlm.main import exit_code
-from jaxlm.paths import steps_in, user_path
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import steps_in, user_path
+from jaxlm.host import runtime, signals
+from jaxlm.host.exit_codes import exit_code
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
@@ -67,14 +67,19 @@ class Bench:
     def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
         workdir, cache = self.folder / name, self.folder / f"{name}-cache"
         env = os.environ | {
-            "CHAOS": json.dumps(plan), "CHAOS_WORKDIR": str(workdir), "CHAOS_CACHE": str(cache),
+            "CHAOS": json.dumps(plan),
+            "CHAOS_WORKDIR": str(workdir),
+            "CHAOS_CACHE": str(cache),
             "CHAOS_LOG": str(self.folder / f"{name}.log"),
-        }  # fmt: skip
+        }
         command = [sys.executable, str(CHILD), *self.command, "--workdir", str(workdir)]
         process = subprocess.Popen(
-            [*command, f"--config.data.cache_dir={cache}", *overrides], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [*command, f"--config.data.cache_dir={cache}", *overrides],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         signals.at_stop(process.kill)
         return process
 
@@ -129,7 +134,7 @@ class Bench:
 
     def state(self, name: str) -> dict[str, bytes]:
         """The bytes of every array of the last checkpoint."""
-        from jaxlm.checkpoint import Checkpoints
+        from jaxlm.checkpoint.reading import Checkpoints
 
         checkpoints = Checkpoints(self.folder / name)
         arrays = checkpoints.restore_arrays(self.config.steps)

@@ -37,7 +37,7 @@ counts: Counter[str] = Counter()
 
 
 def place() -> str:
-    distributed = sys.modules.get("jaxlm.distributed")
+    distributed = sys.modules.get("jaxlm.host.distributed")
     return getattr(distributed, "here", "importing")
 
 
@@ -125,10 +125,10 @@ def poison(first: int, last: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxlm import step
     from jaxlm.data.order import TrainOrder
+    from jaxlm.train import train_step
 
-    mark, batches, loss = -2, TrainOrder.batches, step.output_loss
+    mark, batches, loss = -2, TrainOrder.batches, train_step.output_loss
 
     def marked(self: Any, begin: int, count: int, rows: slice = slice(None)) -> Any:
         found = batches(self, begin, count, rows)
@@ -141,7 +141,7 @@ def poison(first: int, last: int) -> None:
         return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
 
     mock.patch.object(TrainOrder, "batches", marked).start()
-    step.output_loss = poisoned
+    train_step.output_loss = poisoned
 
 
 def flip(number: int) -> None:
@@ -149,9 +149,9 @@ def flip(number: int) -> None:
     import jax
     import numpy as np
 
-    from jaxlm import step
+    from jaxlm.train import train_step
 
-    make = step.pmap_train_step
+    make = train_step.pmap_train_step
 
     def flipped(x: jax.Array) -> jax.Array:
         copies = [shard.data for shard in x.addressable_shards]
@@ -173,11 +173,11 @@ def flip(number: int) -> None:
 
         return run
 
-    step.pmap_train_step = made
+    train_step.pmap_train_step = made
 
 
 def hang(number: int) -> None:
-    from jaxlm import train
+    from jaxlm.train import loop as train
 
     on_devices = train.on_devices
 

@@ -10,7 +10,7 @@ object; the exit code is 1 if a promise was broken.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("chaos_signals")
 
@@ -27,11 +27,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime, signals
-from jaxlm.config import UserError
-from jaxlm.main import exit_code
-from jaxlm.paths import user_path
-from jaxlm.startup import STOPPED, TOOL_STOPPED
+from jaxlm.config import UserError, cli
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime, signals
+from jaxlm.host.exit_codes import exit_code
+from jaxlm.host.startup import STOPPED, TOOL_STOPPED
 
 ROOT = Path(__file__).parents[1]
 FIRST = 0.1  # seconds after the start, before which Python itself starts

@@ -9,7 +9,7 @@ another order every round; medians are reported. The last line of output is one 
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
-    from jaxlm import startup
+    from jaxlm.host import startup
 
     startup.tool("netbench")
 
@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm import cli, runtime, signals
-from jaxlm.config import Config, UserError, flatten
-from jaxlm.main import exit_code
-from jaxlm.paths import user_path
-from jaxlm.startup import HUGE_PAGES
+from jaxlm.config import Config, UserError, cli, flatten
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime, signals
+from jaxlm.host.exit_codes import exit_code
+from jaxlm.host.startup import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")

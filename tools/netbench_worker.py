@@ -15,10 +15,11 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from jaxlm import cli, distributed, runtime
-    from jaxlm import step as steps
+    from jaxlm.config import cli
+    from jaxlm.host import distributed, runtime
     from jaxlm.model import make_model
-    from jaxlm.placement import Placement
+    from jaxlm.train import train_step
+    from jaxlm.train.placement import Placement
 
     def config_of(reduce: str) -> Any:
         flat = json.loads(keys) | {"parallel.reduce": reduce, "parallel.devices": 1}
@@ -32,7 +33,7 @@ def main() -> None:
         config = config_of(name)
         model = make_model(config.model, config.data.vocab_size, config.seq_len)
         placement = Placement(config, devices)
-        step = steps.pmap_train_step(config, steps.make_train_step(config, model, devices), devices)
+        step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
         rng = np.random.default_rng(int(index))
         shape = (1, config.batch_size // len(devices), config.seq_len)
         batch = {k: rng.integers(0, config.data.vocab_size, shape, dtype=np.int32) for k in ("inputs", "targets")}

@@ -1,8 +1,10 @@
-"""Data, in the order it flows: files -> documents -> sources (records, conversations) -> tokenizers -> store
-(build) -> order (packing) -> stream.
+"""From files to batches: sources give documents, tokenizers turn them into ids, the store keeps these, the order
+says which of them are batch N, the stream makes batches ahead of the devices.
 
-`prepare` turns what `data.*` names into a `Corpus` of token ids, once; `train_stream` and `eval_batches` cut batches
-out of it. Importing this package imports none of tensorflow, tensorflow_datasets, sentencepiece and jax.
+Importing this room imports none of tensorflow, tensorflow_datasets, sentencepiece and jax. Other rooms take the names
+below from here, and `prompts` and `sources.conversations` as modules.
+
+May import: config, host.
 """
 
 from jaxlm.data.baselines import compression_baselines

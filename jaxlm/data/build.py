@@ -17,11 +17,11 @@ from typing import Any, get_args
 import numpy as np
 
 from jaxlm.config import UserError
-from jaxlm.data.documents import Document, Skipped, Split, Unit
-from jaxlm.data.markup import encode_marked
 from jaxlm.data.progress import Progress
+from jaxlm.data.sources.documents import Document, Skipped, Split, Unit
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, to_bytes
-from jaxlm.workers import deaf, no_main, workers
+from jaxlm.data.tokenizers.markup import encode_marked
+from jaxlm.host.workers import deaf, no_main, workers
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 BATCH_CHARACTERS = 1 << 22  # tokenized at a time

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.files import is_alone, named
+from jaxlm.data.sources.files import is_alone, named
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
 
-class Share(NamedTuple):
+class MixtureSource(NamedTuple):
     """A source of a mixture."""
 
     name: str
@@ -33,12 +33,12 @@ class Corpus:
     fingerprint: str  # of the shards of ids: another where they are others
     folder: Path | None  # of the token store; None: no store
     facts: dict[str, Any]  # documents, bytes and tokens of each split, files and records skipped
-    shares: tuple[Share, ...] = ()  # of a mixture, whose tokens are those of all sources, one after the other
+    shares: tuple[MixtureSource, ...] = ()  # of a mixture, whose tokens are those of all sources, one after the other
 
     @property
-    def parts(self) -> tuple[Share, ...]:
+    def parts(self) -> tuple[MixtureSource, ...]:
         """Its sources: the shares of a mixture, else one without a name."""
-        return self.shares or (Share("", 1.0, self.train, self.val),)
+        return self.shares or (MixtureSource("", 1.0, self.train, self.val),)
 
 
 def fingerprint(vocab_size: int, *digests: Any) -> str:

@@ -1,6 +1,6 @@
 """What the model is shown, taken apart: batches by documents, what of them is learned, and what a corpus is made of.
 
-Numbers only; `tools/inspect_data.py` shows them. Of a large corpus a sample is counted that is the same each time.
+Numbers only; `jaxlm inspect` shows them. Of a large corpus a sample is counted that is the same each time.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.documents import Split
 from jaxlm.data.order import Packed, Rows, TrainOrder, make_order
+from jaxlm.data.sources.documents import Split
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
@@ -50,7 +50,7 @@ def decoded(ids: list[int], tokenizer: Tokenizer | None, lines: bool = True) -> 
     return found
 
 
-class Piece(NamedTuple):
+class DocumentPart(NamedTuple):
     """What a row has of one document."""
 
     start: int  # its place in the row
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class InspectedBatch:
     """Rows [R, T] of one update, or of validation in order."""
 
     rows: Rows
@@ -69,7 +69,7 @@ class Batch:
     sources: np.ndarray | None  # int64 [R]: which of the corpus's shares a row is of; None: no mixture
     bos_id: int | None
 
-    def pieces(self, row: int) -> Iterator[Piece]:
+    def pieces(self, row: int) -> Iterator[DocumentPart]:
         inputs, targets, filled = self.rows["inputs"][row], self.rows["targets"][row], int(self.filled[row])
         alone = "positions" in self.rows  # packed documents see nothing of each other, nor predict each other
         if not filled:
@@ -84,7 +84,7 @@ class Batch:
             if (alone or b == filled) and learned[-1]:
                 ids = np.append(ids, targets[b - 1])
             opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
-            yield Piece(a, b - a, opens, ids, learned[: len(ids)])
+            yield DocumentPart(a, b - a, opens, ids, learned[: len(ids)])
 
     def counts(self, rows: slice = slice(None)) -> dict[str, Any]:
         """The targets of some rows by what becomes of them, and their (parts of) documents; None where not known."""
@@ -112,7 +112,7 @@ class View:
             self._ends = np.cumsum(-(-rows // config.batch_size))  # of each source's batches
             self.num_batches = int(self._ends[-1])
 
-    def batch(self, n: int) -> Batch:
+    def batch(self, n: int) -> InspectedBatch:
         """That of update n + 1, or the n-th of validation, where the last one of each source may have fewer rows."""
         tokenizer, size, sources = self.corpus.tokenizer, self.config.batch_size, None
         if self.order:
@@ -128,7 +128,7 @@ class View:
             filled = self._filled(rows, self._targets(k) - places * self.config.seq_len)
             if self.corpus.shares:
                 sources = np.full(len(places), k)
-        return Batch(rows, filled, sources, tokenizer and tokenizer.bos_id)
+        return InspectedBatch(rows, filled, sources, tokenizer and tokenizer.bos_id)
 
     def _targets(self, k: int) -> int:
         """The number of targets in a source's validation set, where documents run on."""
@@ -170,7 +170,7 @@ class View:
         return np.append(np.zeros(part.count - 1), part.count - self._targets(k) / T)
 
 
-def mixture_shares(view: View, batch: Batch, n: int) -> list[dict[str, Any]]:
+def mixture_shares(view: View, batch: InspectedBatch, n: int) -> list[dict[str, Any]]:
     """The share of the rows that each source has in batch n, in those up to it, and wanted; epochs of the whole run."""
     if batch.sources is None or view.order is None:
         return []

@@ -9,7 +9,7 @@ the windows are the rows of the packing. In a mixture, each source has an order 
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, assert_never
 
 import numpy as np
 
@@ -235,9 +235,13 @@ def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
 def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = VERSION) -> Windows | Packed:
     """`number` is that of the source in a mixture: each has an order of its own."""
     seed = config.seed + number * 2**32
-    if config.data.packing == "document":
-        return Packed(tokens, config.seq_len, seed)
-    return Windows(tokens, config.seq_len, seed, version)
+    match config.data.packing:
+        case "document":
+            return Packed(tokens, config.seq_len, seed)
+        case "concat":
+            return Windows(tokens, config.seq_len, seed, version)
+        case other:
+            assert_never(other)
 
 
 class Consumed(NamedTuple):

@@ -4,18 +4,15 @@ import dataclasses
 import itertools
 from typing import Any
 
-from jaxlm.config import Config, DataConfig, UserError, mixture
-from jaxlm.data.arrays import raw_tokens, synthetic
-from jaxlm.data.corpus import Corpus, Share, check_lengths, fingerprint
-from jaxlm.data.documents import Source
-from jaxlm.data.files import is_alone, key_of, named
+from jaxlm.config import SOURCES, Config, DataConfig, UserError, mixture
+from jaxlm.data.corpus import Corpus, MixtureSource, check_lengths, fingerprint
 from jaxlm.data.progress import say_once
-from jaxlm.data.sources import open_source
+from jaxlm.data.sources.documents import Source
+from jaxlm.data.sources.files import name_of, named
+from jaxlm.data.sources.opening import open_ids, open_source
 from jaxlm.data.store import stored, stored_tokenizer
-from jaxlm.data.store_reader import open_store
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import chain
-from jaxlm.paths import user_path
 
 
 def prepare(config: Config, *, progress: bool = True) -> Corpus:
@@ -30,10 +27,8 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     data = config.data
     if data.mixture:
         return _mixed(config, progress)
-    if data.source == "synthetic":
-        return _checked(synthetic(config), config)
-    if data.source == "tokens":
-        return _checked(_tokens(config, progress), config)
+    if SOURCES[data.source].ids:
+        return _checked(open_ids(config, progress), config)
     source = _opened(data, progress)
     tokenizer, name = stored_tokenizer(data, [source], progress)
     return _checked(stored(data, source, tokenizer, name, config.seq_len, progress), config)
@@ -46,46 +41,31 @@ def _opened(data: DataConfig, progress: bool) -> Source:
     return source
 
 
-def _tokens(config: Config, progress: bool) -> Corpus:
-    """Of a token store, or of files of token ids."""
-    data = config.data
-    if data.val_path and _is_store("data.val_path", data.val_path):
-        raise UserError(f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
-                        "which a part is held out, is data.path")  # fmt: skip
-    if is_alone(data) or not _is_store(key_of(data), data.path):
-        return raw_tokens(config, progress)
-    if data.val_path:
-        raise UserError(f"data.val_path is '{data.val_path}'; allowed with a token store, which has its own: none")
-    return open_store(user_path(key_of(data), data.path))
-
-
-def _is_store(key: str, path: str) -> bool:
-    return "://" not in path and (user_path(key, path) / "manifest.json").exists()
-
-
 def _mixed(config: Config, progress: bool) -> Corpus:
     weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
-    sources = {i: _opened(part, progress) for i, part in enumerate(parts) if part.source != "tokens"}
+    sources = {i: _opened(part, progress) for i, part in enumerate(parts) if not SOURCES[part.source].ids}
     _check_distinct(list(sources.values()))
-    ids = {i: _with_text(config, part, progress) for i, part in enumerate(parts) if part.source == "tokens"}
+    ids = {i: _with_text(config, part, progress) for i, part in enumerate(parts) if SOURCES[part.source].ids}
     if sources or config.data.tokenizer_path:
         tokenizer, name = stored_tokenizer(config.data, list(sources.values()), progress)
     else:
         tokenizer, name = ids[0][1], ""
     for i, (_, own) in ids.items():
         if own.pieces != tokenizer.pieces:
-            raise UserError(f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
-                            "same tokenizer (data.tokenizer_path)")  # fmt: skip
+            raise UserError(
+                f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
+                "same tokenizer (data.tokenizer_path)"
+            )
     corpora = [
         ids[i][0] if i in ids else stored(part, sources[i], tokenizer, name, config.seq_len, progress)
         for i, part in enumerate(parts)
     ]
-    names = [f"{part.source} {_path(part)}".rstrip() for part in parts]
+    names = [f"{part.source} {name_of(part)}".rstrip() for part in parts]
     names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     for part, corpus in zip(parts, corpora, strict=True):
         check_lengths(part, config.seq_len, len(corpus.train), len(corpus.val))
     shares = [
-        Share(name, weight / sum(weights), corpus.train, corpus.val)
+        MixtureSource(name, weight / sum(weights), corpus.train, corpus.val)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
@@ -102,10 +82,12 @@ def _mixed(config: Config, progress: bool) -> Corpus:
 def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus, Tokenizer]:
     """The token ids of a mixture's part, and what gives them a text."""
     own = dataclasses.replace(config, data=part)
-    corpus = _checked(_tokens(own, progress), own)
+    corpus = _checked(open_ids(own, progress), own)
     if corpus.tokenizer is None:  # whatever tokenizer the others have, nobody knows that it made these
-        raise UserError(f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
-                        "or a token store")  # fmt: skip
+        raise UserError(
+            f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
+            "or a token store"
+        )
     return corpus, corpus.tokenizer
 
 
@@ -127,14 +109,12 @@ def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:
     return {k: sum(found[k] for found in facts) for k in known}
 
 
-def _path(data: DataConfig) -> str:
-    return data.tfds_name if data.source == "tfds" else data.path
-
-
 def _checked(corpus: Corpus, config: Config) -> Corpus:
     check_lengths(config.data, config.seq_len, len(corpus.train), len(corpus.val))
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
-        raise UserError(f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
-                        " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
-                        " them")  # fmt: skip
+        raise UserError(
+            f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
+            " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
+            " them"
+        )
     return corpus

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import make_order
-from jaxlm.data.stream import Batch, local_rows, shard
+from jaxlm.data.stream import HostBatch, local_rows, shard
 
 
 class Scored(NamedTuple):
@@ -20,7 +20,7 @@ class Scored(NamedTuple):
 
     source: str  # the name of the mixture's share; "" without a mixture
     weight: float  # rows of that source / rows of it that are scored; 1 where all are
-    batch: Batch
+    batch: HostBatch
 
 
 def eval_batches(

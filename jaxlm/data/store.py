@@ -22,20 +22,20 @@ from typing import Any
 
 import filelock
 
-from jaxlm import signals
 from jaxlm.config import DataConfig, UserError
+from jaxlm.config.paths import user_path
 from jaxlm.data.build import SPLITS, Unfinished, make_shards, token_dtype
 from jaxlm.data.corpus import Corpus, check_lengths
-from jaxlm.data.documents import BLOCK, Document, Source, Split, Unit
-from jaxlm.data.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
-from jaxlm.data.hf_tokenizer import HfTokenizer
 from jaxlm.data.progress import track
-from jaxlm.data.sentencepiece_tokenizer import SAMPLE_CHARACTERS, SentencePieceTokenizer, sample_characters
-from jaxlm.data.sources import open_source
+from jaxlm.data.sources.documents import BLOCK, Document, Source, Split, Unit
+from jaxlm.data.sources.files import LINE_BYTES, MAX_UNITS, UNIT_BYTES, named
+from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store_reader import COUNTS, FORMAT, open_store
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
-from jaxlm.paths import user_path
-from jaxlm.temporary import temporary_folder
+from jaxlm.data.tokenizers.loading import TOKENIZERS
+from jaxlm.data.tokenizers.sentencepiece import SAMPLE_CHARACTERS
+from jaxlm.host import signals
+from jaxlm.host.temporary import temporary_folder
 
 MARKUP = 1  # how special tokens of a chat template are encoded
 LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store
@@ -58,31 +58,24 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
     Raises:
       UserError: it cannot be loaded, or the corpus is no good to train one.
     """
-    if data.tokenizer_path or data.tokenizer == "bytes":
+    if data.tokenizer_path or TOKENIZERS[data.tokenizer].corpus_key(data) is None:
         tokenizer = make_tokenizer(data, _no_texts, _no_texts)
         return tokenizer, _saved_hash(tokenizer)
     name = _short(_tokenizer_key(data, sources))
     folder = cache_folder(data) / f"tokenizer-{name}"
 
     def make(temporary: Path) -> None:
-        if data.tokenizer == "sentencepiece" and progress:
-            print(f"training a tokenizer of {data.vocab_size} pieces{_how_long(data)}", file=sys.stderr)
         sample = [unit for source in sources for unit in source.units()]
         tokenizer = make_tokenizer(
-            data, lambda: _texts(sample, ("train",), SAMPLE_BYTES), lambda: _texts(sample, SPLITS)
+            data,
+            lambda: _texts(sample, ("train",), SAMPLE_BYTES),
+            lambda: _texts(sample, SPLITS),
+            say=lambda line: print(line, file=sys.stderr) if progress else None,
         )
         tokenizer.save(temporary)
-        if data.tokenizer == "sentencepiece" and tokenizer.vocab_size < data.vocab_size and progress:
-            print(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size}", file=sys.stderr)
 
     _made_once(folder, make, lambda folder: folder.is_dir(), progress)
     return load_tokenizer(folder), name
-
-
-def _how_long(data: DataConfig) -> str:
-    if data.sentencepiece == "bpe":
-        return ""
-    return f" (unigram: about 10 s for each of up to {sample_characters('unigram', data.vocab_size) / 1e6:.0f} MB)"
 
 
 def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, seq_len: int, progress: bool) -> Corpus:
@@ -113,13 +106,8 @@ def _short(key: dict[str, Any]) -> str:
 
 def _tokenizer_key(data: DataConfig, sources: list[Source]) -> dict[str, Any]:
     """All that shapes a tokenizer that is made of a corpus."""
-    key: dict[str, Any] = {"shape": SHAPE, "kind": data.tokenizer, "sources": [source.key for source in sources]}
-    if data.tokenizer == "sentencepiece":
-        version = importlib.metadata.version("sentencepiece")
-        key |= {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
-        if data.sentencepiece == "unigram":  # SHAPE has that of BPE
-            key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
-    return key
+    key = {"shape": SHAPE, "kind": data.tokenizer, "sources": [source.key for source in sources]}
+    return key | (TOKENIZERS[data.tokenizer].corpus_key(data) or {})
 
 
 def _saved_hash(tokenizer: Tokenizer) -> str:
@@ -127,7 +115,7 @@ def _saved_hash(tokenizer: Tokenizer) -> str:
     with temporary_folder() as folder:
         tokenizer.save(folder)
         files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
-    library = {SentencePieceTokenizer: "sentencepiece", HfTokenizer: "tokenizers"}.get(type(tokenizer))
+    library = tokenizer.library
     return _short({"files": files, "version": importlib.metadata.version(library) if library else None})
 
 

@@ -53,8 +53,10 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
     tokenizer = load_tokenizer(folder / "tokenizer")
     wanted = token_dtype(tokenizer.vocab_size)
     if (vocab_size, type(vocab_size), dtype) != (tokenizer.vocab_size, int, wanted.str):
-        raise UserError(f"{path}: vocab_size {vocab_size} and dtype {dtype}; allowed with its tokenizer: "
-                        f"{tokenizer.vocab_size} and {wanted.str}; remove {folder}")  # fmt: skip
+        raise UserError(
+            f"{path}: vocab_size {vocab_size} and dtype {dtype}; allowed with its tokenizer: "
+            f"{tokenizer.vocab_size} and {wanted.str}; remove {folder}"
+        )
     verify = verify or sum(totals[s]["tokens"] for s in SPLITS) * wanted.itemsize <= CHECKED_BYTES
     _allow_open_files()
     train, val = (_open_split(folder / s, [shard[s] for shard in shards], tokenizer, verify) for s in SPLITS)
@@ -96,8 +98,9 @@ def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
                 raise UserError(f"{path}: not the content that its manifest says; remove {folder.parent}")
             largest = np.max(array, initial=0) if verify and suffix == "bin" else 0
             if largest >= tokenizer.vocab_size:
-                raise UserError(f"{path}: id {largest}; allowed: 0 to {tokenizer.vocab_size - 1}; remove "
-                                f"{folder.parent}")  # fmt: skip
+                raise UserError(
+                    f"{path}: id {largest}; allowed: 0 to {tokenizer.vocab_size - 1}; remove {folder.parent}"
+                )
             if suffix in found:  # the others are opened when they are needed
                 found[suffix].append(file)
     offsets = [0, *itertools.accumulate(map(len, found["bin"]))]

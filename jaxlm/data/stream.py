@@ -1,8 +1,8 @@
-"""Batches of training on their way to the devices, through a tf.data pipeline.
+"""Makes training batches ahead of time, in a tf.data pipeline.
 
-What is in a batch is decided in `order`; here it is made ahead of time and shaped
-[local devices, sequences of one device, T]. TensorFlow takes seconds to import, so a thread does that while the first
-batches are made as they are asked for; without TensorFlow a thread makes batches ahead.
+order.py decides what is in a batch; here it is made and shaped [local devices, sequences of one device, T]. TensorFlow
+takes seconds to import, so a thread imports it while the first batches are made on demand. Without TensorFlow a thread
+makes batches ahead.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import numpy as np
 from jaxlm.config import Config, UserError
 from jaxlm.data.order import TrainOrder
 from jaxlm.data.tf_import import import_tensorflow
-from jaxlm.runtime import IMPORTER
+from jaxlm.host.runtime import IMPORTER
 
-Batch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
-MakeBatches = Callable[[int, int], Batch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
+HostBatch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
+MakeBatches = Callable[[int, int], HostBatch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
 
 AHEAD = 4  # batches made before they are asked for
 BLOCK, BLOCK_BYTES = 16, 2**20  # batches that are made at a time, at most
@@ -27,10 +27,10 @@ PATIENCE = 64  # batches served before tensorflow is imported: a short run need 
 
 
 def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to one process.
+    """The rows of a global batch that one process reads.
 
     Raises:
-      UserError: they do not divide over the devices.
+      UserError: the batch does not divide over the devices.
     """
     if num_rows % (num_devices * process_count):
         raise UserError(f"{key} is {num_rows}; allowed: a multiple of {num_devices} devices x {process_count} hosts")
@@ -38,7 +38,7 @@ def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, pr
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def shard(rows: Batch, num_devices: int) -> Batch:
+def shard(rows: HostBatch, num_devices: int) -> HostBatch:
     """[..., R, T] -> [..., devices, B, T]"""
     return {k: v.reshape(*v.shape[:-2], num_devices, -1, v.shape[-1]) for k, v in rows.items()}
 
@@ -53,11 +53,11 @@ def train_stream(
     process_count: int = 1,
     backend: Literal["auto", "tf", "thread"] = "auto",
 ) -> "TrainStream":
-    """This process's part of the batches that make updates start_step + 1 … config.steps.
+    """This process's part of the batches of updates start_step + 1 … config.steps.
 
     Args:
-      num_devices: of this process; all processes have as many.
-      backend: what makes batches ahead; all give the same batches.
+      num_devices: of this process; all processes have the same number.
+      backend: what makes batches ahead; the batches are the same.
 
     Raises:
       UserError: batch_size does not divide over the devices.
@@ -69,13 +69,13 @@ def train_stream(
 
 
 class TrainStream:
-    """An iterator of batches; `close` ends what it runs in the background. An error in making a batch is raised."""
+    """An iterator of batches; `close` ends its background work. An error while a batch is made is raised by `next`."""
 
     def __init__(self, make: MakeBatches, start: int, stop: int, backend: str = "auto"):
         self._make, self._next, self._stop = make, start, stop
         self._served = 0
-        self._ahead: Generator[Batch, None, None] | None = None
-        self._open: Callable[[MakeBatches, int, int], Generator[Batch, None, None]] | None = None
+        self._ahead: Generator[HostBatch, None, None] | None = None
+        self._open: Callable[[MakeBatches, int, int], Generator[HostBatch, None, None]] | None = None
         self._importer = threading.Thread(target=self._choose, args=(backend,), name=IMPORTER, daemon=True)
         if backend != "auto":
             self._choose(backend)
@@ -86,7 +86,7 @@ class TrainStream:
                 import_tensorflow()
                 self._open = _tf_batches
                 return
-            except Exception:  # absent or broken: it is only one of two ways
+            except Exception:  # absent or broken; the thread needs no TensorFlow
                 if backend == "tf":
                     raise
         self._open = _thread_batches
@@ -94,7 +94,7 @@ class TrainStream:
     def __iter__(self) -> "TrainStream":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         n = self._next
         if n >= self._stop:
             self.close()
@@ -109,7 +109,7 @@ class TrainStream:
         return batch
 
     def settle(self) -> None:
-        """Waits until the way in which further batches are made is decided; for measurements."""
+        """Waits until it is decided what makes further batches; for measurements."""
         if self._importer.is_alive():
             self._importer.join()
 
@@ -121,18 +121,18 @@ class TrainStream:
             self._ahead = None
 
 
-def _one(make: MakeBatches, n: int) -> Batch:
+def _one(make: MakeBatches, n: int) -> HostBatch:
     return {name: batches[0] for name, batches in make(n, 1).items()}
 
 
-def _block(probe: Batch) -> int:
-    """How many batches are made at a time: a batch, however small it is, costs tf.data most of a millisecond, and the
+def _block(probe: HostBatch) -> int:
+    """How many batches are made at a time: however small a batch is, it costs tf.data most of a millisecond, and the
     order a quarter of one.
     """
     return max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
 
 
-def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, None, None]:
+def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch, None, None]:
     """The batches by tf.data: steps → blocks of whole batches, in order → made ahead."""
     tf = import_tensorflow()
     probe = _one(make, start)
@@ -165,12 +165,12 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, No
         del blocks
 
 
-def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch, None, None]:
+def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch, None, None]:
     """The batches by a thread that keeps a short queue full."""
-    ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=max(AHEAD, BLOCK))  # the loop may take many at once
+    ready: queue.Queue[HostBatch | Exception] = queue.Queue(maxsize=max(AHEAD, BLOCK))  # the loop may take many at once
     closed = threading.Event()
 
-    def put(item: Batch | Exception) -> None:
+    def put(item: HostBatch | Exception) -> None:
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
                 return ready.put(item, timeout=0.1)
@@ -184,7 +184,7 @@ def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[Batch
                 count = min(size, stop - first)
                 try:
                     block = make(first, count)
-                    batches: Iterable[Batch] = [{k: v[i] for k, v in block.items()} for i in range(count)]
+                    batches: Iterable[HostBatch] = [{k: v[i] for k, v in block.items()} for i in range(count)]
                 except Exception:  # made alone, the batch that failed fails again, after those before it
                     batches = (_one(make, n) for n in range(first, first + count))
                 for batch in batches:

@@ -1,9 +1,13 @@
 """How gradients move between devices.
 
 `base.py` has the interfaces, `group.py` the collectives; then one file for each reduction. `gradients.py` applies one
-to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer.
+to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer. Other rooms take the names
+below from here.
+
+May import: config.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,24 +24,33 @@ from jaxlm.sync.powersgd import powersgd
 from jaxlm.sync.ring import ring
 from jaxlm.sync.topk import topk
 
-__all__ = ["GradSync", "Group", "Reduction", "make_reduction", "make_sync"]
+__all__ = ["REDUCTIONS", "GradSync", "Group", "Reduction", "make_reduction", "make_sync"]
+
+
+# {parallel.reduce: how a group's devices average gradients}
+REDUCTIONS: dict[str, Callable[[Group, ParallelConfig], Reduction]] = {
+    "pmean": lambda group, c: pmean(group),
+    "ring": lambda group, c: ring(group),
+    "bf16": lambda group, c: bf16(group),
+    "fp16": lambda group, c: fp16(group),
+    "int8": lambda group, c: int8(group, _sums_integers(group)),
+    "topk": lambda group, c: topk(group, c.topk_density),
+    "powersgd": lambda group, c: powersgd(group, c.powersgd_rank),
+}
+
+
+def _sums_integers(group: Group) -> bool:
+    """Whether int8 adds up integers: only Gloo's all-reduces come near the speed of the wire, and with more than 4
+    devices too few levels are left for a sum.
+    """
+    return jax.default_backend() == "cpu" and group.size <= 4
 
 
 def make_reduction(config: ParallelConfig, group: Group) -> Reduction:
-    """The strategy that `parallel.reduce` names."""
-    # Gloo comes near the speed of the wire in all-reduces alone; from 5 devices on too few levels are left for a sum.
-    integer_sum = jax.default_backend() == "cpu" and group.size <= 4
-    return {
-        "pmean": lambda: pmean(group),
-        "ring": lambda: ring(group),
-        "bf16": lambda: bf16(group),
-        "fp16": lambda: fp16(group),
-        "int8": lambda: int8(group, integer_sum),
-        "topk": lambda: topk(group, config.topk_density),
-        "powersgd": lambda: powersgd(group, config.powersgd_rank),
-    }[config.reduce]()
+    """The reduction that `parallel.reduce` names."""
+    return REDUCTIONS[config.reduce](group, config)
 
 
 def make_sync(config: ParallelConfig, group: Group, params: Any) -> GradSync:
-    """`params`: the shapes of all parameters."""
+    """The synchronization of gradients that a configuration names. `params` are the shapes of all parameters."""
     return make_grad_sync(make_reduction(config, group), group, params, config)

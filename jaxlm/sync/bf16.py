@@ -1,9 +1,8 @@
 """The mean with bfloat16 on the wire and float32 in the sums.
 
-Each device sends to each other the part that the other owns, rounded; the owner adds up in float32, rounds the mean,
-and sends it to all. Two roundings whatever the number of devices: an all-reduce of bfloat16 would round after every
-addition. The numbers travel as 16-bit integers, which no backend adds up, so none widens them: XLA on CPU would carry
-out an all-reduce of bfloat16 in float32.
+Each device sends to every other device the part that the other owns, rounded. The owner adds up in float32, rounds the
+mean and sends it to all. That rounds twice, whatever the number of devices; an all-reduce of bfloat16 would round after
+every addition. The numbers travel as 16-bit integers, because XLA on CPU would widen bfloat16 to float32.
 
 Bytes: 2 (N - 1) / N * 2 for each number, half of pmean's. Error of an element: at most 2^-8 of the mean of its absolute
 values, and 2^-8 of the mean (8 bits of precision, rounded to nearest). Too small and too even to be worth a residual.

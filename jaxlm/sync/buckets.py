@@ -1,4 +1,4 @@
-"""What is moved at once: arrays are cut between layers and put together to buckets of a limited size."""
+"""Buckets: what is moved at once. Arrays are cut between layers and joined, up to a limit of bytes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jaxlm.sync.base import Arrays, Shape
 
 
-class Piece(NamedTuple):
-    array: int  # its number
-    layers: slice  # of its batch
+class LayerRange(NamedTuple):
+    """Some layers of an array."""
+
+    array: int  # its index
+    layers: slice  # along its first dimension
 
 
-def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[Piece]]:
-    """Buckets of float32 batches `[l, ...]` in their order, of at most `limit` bytes each but for tensors that are
-    larger alone; None = one bucket.
+def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[LayerRange]]:
+    """Buckets of float32 arrays `[l, ...]`, in order. Each holds at most `limit` bytes, or a single layer that is
+    larger; None = one bucket.
     """
     if limit is None:
-        return [[Piece(i, slice(0, shape[0])) for i, shape in enumerate(shapes)]]
-    buckets: list[list[Piece]] = [[]]
+        return [[LayerRange(i, slice(0, shape[0])) for i, shape in enumerate(shapes)]]
+    buckets: list[list[LayerRange]] = [[]]
     room = limit
     for i, shape in enumerate(shapes):
         tensor, done = 4 * math.prod(shape[1:]), 0
@@ -32,12 +34,12 @@ def plan(shapes: Sequence[Shape], limit: int | None) -> list[list[Piece]]:
                 room = limit
                 continue
             fit = max(fit, 1)
-            buckets[-1].append(Piece(i, slice(done, done + fit)))
+            buckets[-1].append(LayerRange(i, slice(done, done + fit)))
             done, room = done + fit, room - fit * tensor
     return buckets
 
 
-def piece_shapes(bucket: list[Piece], shapes: Sequence[Shape]) -> list[Shape]:
+def piece_shapes(bucket: list[LayerRange], shapes: Sequence[Shape]) -> list[Shape]:
     return [(p.layers.stop - p.layers.start, *shapes[p.array][1:]) for p in bucket]
 
 
@@ -48,10 +50,10 @@ def in_buckets(
     shapes: Sequence[Shape],
     limit: int | None,
 ) -> tuple[Arrays, list[Any]]:
-    """`act` on one bucket after the other; arrays and the leaves of their states have l first, before and after.
+    """Applies `act` to one bucket after the other. Arrays and the leaves of their states are [l, ...], and stay so.
 
     Args:
-      shapes: what counts for the buckets' sizes.
+      shapes: of the arrays as they are moved, for the sizes of the buckets.
     """
     got: list[list[Any]] = [[] for _ in arrays]
     for bucket in plan(shapes, limit):

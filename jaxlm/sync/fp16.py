@@ -1,11 +1,11 @@
 """The mean by an all-reduce of float16, scaled so that no sum overflows and no number that matters underflows.
 
-float16 reaches from 6e-8 to 65504; gradients may lie far below. All devices first agree on the largest number of each
-tensor (one small all-reduce), and divide by a power of two, which costs no precision, such that a sum of N of them
-stays below 2^15. What is then lost to underflow is less than N * 2^-38 of the tensor's largest number, or of 2^-110.
+float16 reaches from 6e-8 to 65504, and gradients may be far smaller. All devices first agree on the largest number of
+each tensor (one small all-reduce). They divide by a power of two, which costs no precision, so that a sum of N numbers
+stays below 2^15. Underflow then loses less than N * 2^-38 of the tensor's largest number, or of 2^-110.
 
-Bytes: 2 (N - 1) / N * 2 for each number, half of pmean's, and as many * 4 for each tensor. Error of an element: at most
-2^-11 of the mean of its absolute values for the rounding, and as much for each of the N - 1 additions.
+Bytes: 2 (N - 1) / N * 2 for each number, half of pmean's, and 2 (N - 1) / N * 4 for each tensor. Error of an element:
+at most 2^-11 of the mean of its absolute values for rounding, and as much for each of the N - 1 additions.
 """
 
 import math

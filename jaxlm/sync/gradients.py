@@ -1,4 +1,4 @@
-"""A reduction applied to the gradients of a model: all of them, or those of some parameters or of one layer."""
+"""Applies a reduction to the gradients of a model: to all, or to those of some parameters or of one layer."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ GRADIENTS = "reduce_gradients"  # the name of its collectives in a compiled prog
 
 
 def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: ParallelConfig) -> GradSync:
-    """What the step calls, with buckets of `bucket_mb` and, with `zero`, each device's own parts of the mean alone.
+    """The synchronization that the step calls, in buckets of `bucket_mb`; with `zero`, each device gets its own parts.
 
     Args:
       params: the shapes of all parameters.
     """
     zero, limit = config.zero == 1, max(1, int(config.bucket_mb * 2**20)) if config.bucket_mb else None
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
-    assert reduce_bucket is not None  # config.py has refused it
+    assert reduce_bucket is not None  # validate.py refuses such a configuration
 
     @jax.named_scope(GRADIENTS)
     def reduce(grads: Any, state: Any) -> tuple[Any, Any]:

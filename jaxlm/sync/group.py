@@ -1,7 +1,7 @@
-"""Groups of devices along the mapped axis, which exchange with each other and with nobody else.
+"""Collectives over groups of devices on the mapped axis. A device exchanges only within its group.
 
 One flat axis can hold several directions: with 2 pipeline stages of 4 replicas each, `((0, 1, 2, 3), (4, 5, 6, 7))` are
-the groups whose gradients are averaged. Everything here runs inside the mapped step, for each group at once.
+the groups that average gradients. Everything here runs inside the mapped step, for all groups at once.
 """
 
 from typing import Any, NamedTuple
@@ -37,14 +37,14 @@ class Group(NamedTuple):
         return jnp.asarray(table)[place]
 
     def sum(self, tree: Any) -> Any:
-        """All-reduce; the arrays of a tree, of one dtype, go together."""
+        """All-reduce of a tree of arrays of one dtype."""
 
         def one(x: Any) -> Any:
             return jax.lax.psum(x, self.axis, axis_index_groups=self._index_groups)
 
         if not over_gloo():
             return one(tree)
-        flat, back = ravel_pytree(tree)  # Gloo moves each array by itself, and an array more costs it milliseconds
+        flat, back = ravel_pytree(tree)  # as one array: Gloo takes milliseconds more for each
         return back(one(flat))
 
     def mean(self, tree: Any) -> Any:
@@ -58,16 +58,16 @@ class Group(NamedTuple):
         return jax.lax.all_gather(x, self.axis, axis_index_groups=self._index_groups)
 
     def scatter_sum(self, x_NC: jax.Array) -> jax.Array:
-        """Reduce-scatter: row i of the sum, on device i. [size, C] -> [C]"""
+        """Reduce-scatter: device i gets row i of the sum. [size, C] -> [C]"""
         summed = jax.lax.psum_scatter(x_NC, self.axis, axis_index_groups=self._index_groups, tiled=True)
         return summed.reshape(x_NC.shape[1:])
 
     def exchange(self, x: jax.Array, split: int = 0, concat: int = 0) -> jax.Array:
-        """All-to-all: dimension `split` is cut into a piece for each device; what comes is joined along `concat`."""
+        """All-to-all: cuts dimension `split` into a piece for each device, and joins what arrives along `concat`."""
         return jax.lax.all_to_all(x, self.axis, split, concat, axis_index_groups=self._index_groups, tiled=True)
 
     def shift(self, x: jax.Array, by: int) -> jax.Array:
-        """Sends to the device `by` places further on, round the ring; gives what comes from as far behind."""
+        """Sends x to the device `by` places ahead on the ring; returns what the device `by` places behind sent."""
         members = self.members or (tuple(range(self.size)),)
         pairs = [(m[i], m[(i + by) % self.size]) for m in members for i in range(self.size)]
         return jax.lax.ppermute(x, self.axis, pairs)

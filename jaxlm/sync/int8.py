@@ -1,21 +1,21 @@
-"""The mean with 8 bits for each number, and what they cannot hold kept for the next step.
+"""The mean with 8 bits for each number. What rounding loses is added to the next step's gradient.
 
-A block of 256 numbers shares a scale, its largest absolute value over the largest integer; numbers are rounded to the
-nearest multiple. Two ways, of which the faster is taken:
+A block of 256 numbers shares a scale, its largest absolute value over the largest integer. Numbers are rounded to the
+nearest multiple of it. There are two ways:
 
-- `two_phases`, for any N (as in Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, with the phases
-  of a ring): each device sends to each other the part that the other owns, in 8 bits with a scale of its own for each
-  block; the owner adds up in float32, quantizes the sum anew and sends it to all. 127 levels each way.
-- `integer_sum`, an all-reduce of integers: devices first agree on the scales (a small all-reduce of maxima), and use
-  only 127 // N levels each way, so that the sums fit 8 bits. Right for few devices alone, where an all-reduce is the
-  one collective that a backend does near the speed of the wire: Gloo's, between CPUs.
+- two phases, for any N (as in Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, with the phases of
+  a ring): each device sends to every other device the part that the other owns, in 8 bits, with its own scale for each
+  block. The owner adds up in float32, quantizes the sum and sends it to all. 127 levels each way.
+- a sum of integers by an all-reduce: devices first agree on the scales (a small all-reduce of maxima), and use only
+  127 // N levels each way, so that sums fit 8 bits. That suits few devices whose backend is near the speed of the wire
+  in all-reduces alone: Gloo, between CPUs.
 
-Error feedback (Seide et al., 1-Bit SGD, 2014; Karimireddy et al., Error Feedback Fixes SignSGD, 2019): what rounding
-leaves out of a device's numbers it adds to its next gradient. What the owner's second rounding leaves out of the sum
-goes to the owner's residual, so that over the steps nothing is lost.
+Error feedback (Seide et al., 1-Bit SGD, 2014; Karimireddy et al., Error Feedback Fixes SignSGD, 2019): a device adds
+the rounding error of its numbers to its next gradient. The owner adds the error of its second rounding to its own
+residual. Over the steps nothing is lost.
 
-Bytes for each number: two phases 2 (N - 1) / N * (1 + 4 / 256), the sum of integers as many. Error of an element: half
-a scale for each rounding, where no scale is subnormal.
+Bytes for each number, either way: 2 (N - 1) / N * (1 + 4 / 256). Error of an element: half a scale for each rounding,
+if no scale is subnormal.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ LEVELS = 127
 
 
 def int8(group: Group, integer_sum: bool) -> Reduction:
-    """`integer_sum`: by an all-reduce of integers, else in two phases."""
+    """With `integer_sum` by an all-reduce of integers, else in two phases."""
     n = group.size
 
     def init(array: jax.Array) -> State:
@@ -45,7 +45,7 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
         return [{"residual": r} for r in unpack(left_NC, [x.shape for x in arrays])]
 
     def scatter(x_NC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(this device's row of the sum, what its own numbers lost)"""
+        """(this device's row of the sum, the rounding error of its own numbers)"""
         sent = quantize(x_NC)
         return jnp.sum(dequantize(group.exchange(sent)), axis=0), x_NC - dequantize(sent)
 
@@ -76,13 +76,13 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
 
 
 def block_scales(x: jax.Array, levels: int, group: Group | None = None) -> jax.Array:
-    """[..., C] -> [..., C / 256]: a block's largest absolute value, of all devices of the group, over `levels`."""
+    """[..., C] -> [..., C / 256]: a block's largest absolute value over `levels`; with a group, of all its devices."""
     largest = jnp.max(sizes(x).reshape(*x.shape[:-1], -1, BLOCK), axis=-1)
     return (largest if group is None else group.max(largest)) / levels
 
 
 def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """[..., C] -> int8, whole multiples of the scales."""
+    """[..., C] -> int8: the nearest multiples of the scales."""
     blocks = x.reshape(*scale.shape, BLOCK) / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny)[..., None]
     return jnp.round(blocks).astype(jnp.int8).reshape(x.shape)
 
@@ -93,7 +93,7 @@ def scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def quantize(x: jax.Array) -> jax.Array:
-    """float32 [..., C] -> int8 [..., C + C / 64]: integers, then the bytes of the scales, to travel together."""
+    """float32 [..., C] -> int8 [..., C + C / 64]: integers, then the bytes of the scales, as one message."""
     scale = block_scales(x, LEVELS)
     bytes_of_scale = jax.lax.bitcast_convert_type(scale, jnp.int8)
     return jnp.concatenate([rounded(x, scale), bytes_of_scale.reshape(*x.shape[:-1], -1)], axis=-1)

@@ -1,12 +1,12 @@
-"""Gradients reduced while the backward pass still runs.
+"""Reduces gradients while the backward pass still runs.
 
-A layer's parameters pass through `_reduced`, the identity, before they are used. Its backward pass, which runs as soon
-as the layer's gradient is complete, averages that gradient over the devices. With scanned layers the collective is
-therefore in the body of the backward loop, where XLA's scheduler can put the computation of the next layer beside it.
+A layer's parameters pass through `_reduced`, an identity, before they are used. Its backward pass runs as soon as the
+layer's gradient is complete, and averages that gradient over the devices. With scanned layers the collective is thus in
+the body of the backward loop, where XLA's scheduler can run the next layer's computation beside it.
 
-What the reduction gives has nowhere to go in a backward pass but into gradients. So `_reduced` takes two arguments that
-it ignores, *slots*, of the shapes of the two results: the gradient of the one is the reduced gradient of the parameters
-(or this device's parts of it), that of the other the reduction's new state.
+A backward pass can return its results only as gradients. So `_reduced` takes two arguments that it ignores, *slots*,
+with the shapes of the two results. The gradient of the first is the reduced gradient of the parameters (or this
+device's parts of it); the gradient of the second is the reduction's new state.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ SLOTS = "slots"  # the key of a layer's slots beside its parameters
 
 
 class Slots(NamedTuple):
-    mean: Any  # of the shapes of the result, whatever its content
-    state: Any  # the reduction's
-    before: Any | None  # the gradient of earlier micro-batches, to be added
+    mean: Any  # any content, with the shapes of the result
+    state: Any  # of the reduction
+    before: Any | None  # gradient of earlier micro-batches, which is added
 
 
 def gradients(
@@ -33,14 +33,14 @@ def gradients(
     sync: GradSync,
     state: Any,
 ) -> tuple[Any, Any, Any]:
-    """The gradient of a loss, reduced over the devices as it comes.
+    """Computes the gradient of a loss, and reduces each layer's part over the devices as soon as it is complete.
 
     Args:
-      loss: (params, on_layer) -> (loss, more); `on_layer` is to be applied to a layer's parameters before their use.
-      before: the gradient of earlier micro-batches; None = there are none.
+      loss: (params, on_layer) -> (loss, aux); it applies `on_layer` to a layer's parameters before it uses them.
+      before: the gradient of earlier micro-batches, or None.
 
     Returns:
-      (what `sync.reduce` gives for the gradient of `loss` plus `before`, its new state, more).
+      (`sync.reduce` of the gradient of `loss` plus `before`, the reduction's new state, aux).
     """
     means = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sync.own, params))
 
@@ -59,9 +59,9 @@ def gradients(
 
 
 def _reduced(sync: GradSync, params: Any, slots: Slots, wrap: Callable[[Any], dict[str, Any]]) -> Any:
-    """The identity on parameters, with the backward pass that is described above.
+    """The identity on parameters, with the backward pass described above.
 
-    `wrap` gives a tree the form that it has in that of all parameters; a single layer becomes a stack of one.
+    `wrap` puts a subtree where it is in the tree of all parameters; a single layer becomes a stack of one.
     """
 
     def backward(slots: Slots, grads: Any) -> tuple[Any, Slots]:

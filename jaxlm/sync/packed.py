@@ -1,8 +1,8 @@
-"""Arrays as one matrix with a row for each device, and back.
+"""Packs arrays into one matrix with a row for each device, and unpacks them.
 
-Of N devices, device i owns the i-th part of every tensor: c = ceil(size / N) of its numbers in a row, zeros after the
-last. A batch of l tensors has parts [l, c]; whole layers stay apart, so that a part is the same whether layers are
-reduced one by one or all at once. Shapes: N devices, C numbers of a row.
+Device i of N owns part i of every tensor: c = ceil(size / N) consecutive numbers, padded with zeros at the end. The
+parts of l stacked tensors are [l, c]: layers are cut separately, so that a part is the same whether layers are reduced
+one by one or all at once. Shapes: N devices, C numbers of a row.
 """
 
 import math
@@ -40,7 +40,7 @@ def row_size(shapes: Sequence[Shape], n: int, block: int = 1) -> int:
 
 
 def pack(arrays: Arrays, n: int, block: int = 1) -> jax.Array:
-    """[n, C]: row i has the parts of device i; C is a multiple of `block`."""
+    """[n, C]: row i holds the parts of device i; C is padded to a multiple of `block`."""
     x_NC = jnp.concatenate([split(x, n).reshape(n, -1) for x in arrays], axis=1)
     return jnp.pad(x_NC, ((0, 0), (0, -x_NC.shape[1] % block)))
 
@@ -56,7 +56,7 @@ def unpack(x_NC: jax.Array, shapes: Sequence[Shape]) -> Arrays:
 
 
 def unpack_parts(x_C: jax.Array, shapes: Sequence[Shape], n: int) -> Arrays:
-    """The parts [l, c] in one row of what `pack` made."""
+    """The parts [l, c] in one row of a packed matrix."""
     parts, at = [], 0
     for shape in shapes:
         l, c = part_shape(shape, n)

@@ -1,7 +1,7 @@
 """The mean on every device by an all-reduce, which XLA lowers to NCCL on GPUs.
 
-Bytes: a ring all-reduce sends 2 (N - 1) / N times the gradients' from each of N devices, a reduce-scatter half of that.
-Nothing is padded (but for parts), nothing is lost.
+Bytes: each of N devices sends 2 (N - 1) / N times the bytes of the gradients in a ring all-reduce, half of that in a
+reduce-scatter. Only parts are padded, and nothing is lost.
 """
 
 import math

@@ -1,13 +1,13 @@
-"""The mean of matrices by one of low rank (Vogels et al., PowerSGD, 2019), and what is left out kept for the next step.
+"""A low-rank approximation of the mean of matrices (Vogels et al., PowerSGD, 2019). The rest is added to the next step.
 
-One step of subspace iteration on the mean M of the devices' matrices [in, out], of which nobody ever holds the whole:
-P = M Q (an all-reduce of [in, r]), P made orthonormal, Q = M^T P (an all-reduce of [out, r]); P Q^T is the projection
-of M on the columns of P, the same on all devices. The next step starts from this Q (warm start), and so comes closer to
-the r largest singular directions of gradients that change slowly. What a device's own matrix has beyond P Q^T goes to
-its residual.
+One step of subspace iteration on the mean M of the devices' matrices [in, out], which no device ever holds: P = M Q (an
+all-reduce of [in, r]); P is made orthonormal; Q = M^T P (an all-reduce of [out, r]). P Q^T is the projection of M on
+the columns of P, the same on all devices. The next step starts from this Q (warm start), and so approaches the r
+largest singular directions of gradients that change slowly. A device keeps the difference between its own matrix and
+P Q^T as its residual.
 
-That is for the matrices of layers. Vectors, matrices that r columns would not make smaller, embeddings and the output
-layer are averaged as they are, together with P.
+Only the matrices of layers are treated so. Vectors, matrices that r columns would not make smaller, embeddings and the
+output layer are averaged whole, together with P.
 
 Bytes: 2 (N - 1) / N * 4 for r (in + out) numbers of each matrix.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_matrix, sizes
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix, sizes
 from jaxlm.sync.group import Group
 
 
@@ -26,7 +26,7 @@ def powersgd(group: Group, rank: int) -> Reduction:
     n = group.size
 
     def is_low_rank(shape: Shape) -> bool:
-        return is_matrix(shape) and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
+        return is_stacked_matrix(shape) and rank * (shape[1] + shape[2]) < shape[1] * shape[2]
 
     def init(array: jax.Array) -> State:
         if not is_low_rank(array.shape):
@@ -62,9 +62,9 @@ def _fresh(shape: Shape) -> jax.Array:
 
 
 def _living(q_LOr: jax.Array) -> jax.Array:
-    """Columns of length one; random ones in place of those that are zero, which no product would ever change.
+    """Columns of length one, with random ones in place of zeros, which no product would ever change.
 
-    Gradients are zero at first, where the output layer is.
+    Gradients are zero at first if the output layer is.
     """
     q_LOr = _of_size_one(q_LOr)
     norm = jnp.linalg.norm(q_LOr, axis=1, keepdims=True)
@@ -72,16 +72,16 @@ def _living(q_LOr: jax.Array) -> jax.Array:
 
 
 def _of_size_one(x_LIr: jax.Array) -> jax.Array:
-    """Each matrix over its largest number, so that no square of its numbers is infinite, or zero; no number at all
-    where one of them is not finite.
+    """Divides each matrix by its largest number, so that no square overflows or underflows. A matrix with a number that
+    is not finite becomes NaN.
     """
     largest = jnp.max(sizes(x_LIr), axis=(1, 2), keepdims=True)
     return x_LIr / jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, largest, 1), jnp.nan)
 
 
 def orthonormal(p_LIr: jax.Array) -> jax.Array:
-    """Gram and Schmidt's columns (modified: each is taken out of all that follow). One that the columns before it span,
-    to rounding, becomes zero: its remainder would be a direction of noise.
+    """Orthonormal columns by modified Gram-Schmidt. A column that the ones before it span, up to rounding, becomes
+    zero: its remainder would be noise.
     """
     done: list[jax.Array] = []
     rest = p_LIr = _of_size_one(p_LIr)

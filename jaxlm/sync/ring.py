@@ -1,12 +1,12 @@
-"""The mean by 2 (N - 1) steps between neighbours on a ring (Patarasuk and Yuan, 2009), written with `ppermute`.
+"""The mean in 2 (N - 1) steps between neighbours on a ring (Patarasuk and Yuan, 2009), written with `ppermute`.
 
-Row i of `pack` belongs to device i. Reduce-scatter: a partial sum of each row travels once round the ring, ends at the
-row's owner, and each device adds its own numbers as it passes. All-gather: the sums travel once round. In every step a
-device sends one row to its right and gets one from its left, so it sends 2 (N - 1) / N times the gradients' bytes,
-whatever N is: no all-reduce can send less.
+Device i owns row i of the packed matrix. Reduce-scatter: a partial sum of each row travels once round the ring; each
+device adds its own numbers as it passes, and it ends at the row's owner. All-gather: the sums travel once round. In
+every step a device sends one row to its right and receives one from its left. It sends 2 (N - 1) / N times the bytes of
+the gradients, and no all-reduce can send less.
 
-With three devices and more, half of each row goes the other way round: links that carry both directions at once (the
-NVLink or PCIe between neighbours) are then used twice. With two, both ways are the same one.
+With three devices or more, half of each row goes the other way round, to use both directions of the links between
+neighbours (NVLink, PCIe). With two devices both ways are the same.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from jaxlm.sync.base import Arrays, Reduction, Shape, State, stateless
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import pack, row_size, unpack, unpack_parts
 
-BOTH_WAYS = 2**14  # numbers in a row, from which on halves of it pay for twice as many messages
+BOTH_WAYS = 2**14  # numbers; a shorter row is not halved, because twice as many messages would cost more
 
 
 def ring(group: Group) -> Reduction:
     n = group.size
 
     def directions(x: jax.Array) -> list[tuple[jax.Array, int]]:
-        """The halves of rows [..., C], and which way round each goes."""
+        """The halves of rows [..., C], each with its direction round the ring."""
         if n < 3 or x.shape[-1] < BOTH_WAYS:
             return [(x, 1)]
         left, right = jnp.array_split(x, 2, axis=-1)

@@ -1,9 +1,9 @@
-"""How devices share an optimizer's work on whole layers, e.g. Muon's orthogonalization of every matrix.
+"""Devices share an optimizer's work on whole layers, such as Muon's orthogonalization of every matrix.
 
-Without ZeRO every device of the group holds all momenta. The devices of a *host* share: each takes ceil(L / n) of the L
-layers, and an all-gather, in memory or over NVLink, brings the results to all. With ZeRO-1 a device has its part of
-every layer: an all-to-all makes whole layers of them, ceil(L / N) on each device, another one brings the results back.
-Where L is not divisible, the last devices get layers of zeros.
+Without ZeRO every device holds all momenta. The n devices of a *host* share: each takes ceil(L / n) of the L layers,
+and an all-gather, in memory or over NVLink, brings the results to all of them. With ZeRO-1 a device holds its part of
+every layer: an all-to-all turns these into whole layers, ceil(L / N) on each device, and another returns the results.
+If L is not divisible, the last devices get layers of zeros.
 """
 
 import math
@@ -19,18 +19,18 @@ from jaxlm.sync.zero import Zero
 LAYERS = "share_layers"  # the name of its collectives in a compiled program
 
 
-class Sharing(NamedTuple):
-    # (path of a parameter, what there is of it, whole layers -> whole layers) -> the same of the results
+class LayerSharing(NamedTuple):
+    # (path of a parameter, its layers or this device's parts of them, function of whole layers) -> the results alike
     on_layers: Callable[[Any, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
     zero: Zero | None = None
 
 
-def alone() -> Sharing:
-    return Sharing(lambda path, x, act: act(x))
+def alone() -> LayerSharing:
+    return LayerSharing(lambda path, x, act: act(x))
 
 
-def by_host(host: Group) -> Sharing:
-    """Arrays are whole, the same on every device of the group."""
+def by_host(host: Group) -> LayerSharing:
+    """For whole arrays that are the same on every device of the group."""
     n = host.size
 
     @jax.named_scope(LAYERS)
@@ -41,11 +41,11 @@ def by_host(host: Group) -> Sharing:
         acted = host.gather(act(mine))
         return acted.reshape(-1, *acted.shape[2:])[: x.shape[0]]
 
-    return Sharing(on_layers)
+    return LayerSharing(on_layers)
 
 
-def by_parts(zero: Zero) -> Sharing:
-    """Arrays are this device's parts [L, c]."""
+def by_parts(zero: Zero) -> LayerSharing:
+    """For arrays of this device's parts, [L, c]."""
     n, group = zero.group.size, zero.group
     shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
 
@@ -58,7 +58,7 @@ def by_parts(zero: Zero) -> Sharing:
         acted = jnp.pad(acted, ((0, 0), (0, n * c - size)))
         return group.exchange(acted, split=1, concat=0)[:L]
 
-    return Sharing(on_layers, zero)
+    return LayerSharing(on_layers, zero)
 
 
 def _padded(x: jax.Array, n: int) -> jax.Array:

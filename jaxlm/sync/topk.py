@@ -1,13 +1,13 @@
-"""The mean of each device's largest numbers alone; the others are kept for the next step.
+"""The mean of each device's largest numbers only. The others are added to the next step's gradient.
 
-Of every block of 1024 numbers the k = density * 1024 with the largest absolute values are sent, with their places in
-the block (Aji and Heafield, Sparse Communication for Distributed Gradient Descent, 2017; Lin et al., Deep Gradient
-Compression, 2018). Selecting within blocks needs no sort of the whole gradient and 16 bits for a place, and keeps the
+A device sends the k = density * 1024 numbers of each block of 1024 with the largest absolute values, and their places
+in the block (Aji and Heafield, Sparse Communication for Distributed Gradient Descent, 2017; Lin et al., Deep Gradient
+Compression, 2018). Selecting within blocks needs no sort of the whole gradient, and 16 bits for a place. It keeps the
 property that convergence rests on (Stich et al., Sparsified SGD with Memory, 2018): what is left out has at most
 (1 - k / 1024) of the squared norm.
 
-That is for the matrices of layers. Vectors, embeddings and the output layer are averaged as they are: many rows of
-these have no gradient in a step, and an optimizer that divides by its size makes much of what arrives late.
+Only the matrices of layers are treated so. Vectors, embeddings and the output layer are averaged whole: many of their
+rows have no gradient in a step, and optimizers that divide by a gradient's size would blow up what arrives late.
 
 Bytes: an all-gather of k numbers (4) and places (2) for each block, so each device sends (N - 1) * 6 k / 1024 for each
 number: less than pmean up to N = 8 / 6 / density.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_matrix
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import pack, unpack
 
@@ -27,15 +27,15 @@ BLOCK = 1024
 
 
 def topk(group: Group, density: float) -> Reduction:
-    """`density`: the share of the numbers that is sent, at least one of each block."""
+    """`density` is the share of the numbers that are sent; at least one of each block is."""
     k = max(1, round(density * BLOCK))
 
     def init(array: jax.Array) -> State:
-        return {"residual": jnp.zeros_like(array)} if is_matrix(array.shape) else {}
+        return {"residual": jnp.zeros_like(array)} if is_stacked_matrix(array.shape) else {}
 
     def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        sparse = [i for i, x in enumerate(arrays) if is_matrix(x.shape)]
-        whole = [i for i, x in enumerate(arrays) if not is_matrix(x.shape)]
+        sparse = [i for i, x in enumerate(arrays) if is_stacked_matrix(x.shape)]
+        whole = [i for i, x in enumerate(arrays) if not is_stacked_matrix(x.shape)]
         means, kept = list(arrays), list(states)
         for i, m in zip(whole, group.mean([arrays[i] for i in whole]), strict=True):
             means[i] = m
@@ -46,7 +46,7 @@ def topk(group: Group, density: float) -> Reduction:
         return means, kept
 
     def mean_of_largest(arrays: Arrays) -> tuple[Arrays, Arrays]:
-        """(mean of what is sent, what is left)"""
+        """(mean of what the devices sent, what this device did not send)"""
         shapes = [x.shape for x in arrays]
         x_RB = pack(arrays, 1, BLOCK).reshape(-1, BLOCK)
         _, place_Rk = jax.lax.top_k(jnp.abs(x_RB), k)
@@ -60,15 +60,15 @@ def topk(group: Group, density: float) -> Reduction:
             value, place = jax.lax.bitcast_convert_type(sent[..., :2], jnp.float32), sent[..., 2]
             return sum_RB.at[rows, place].add(value, unique_indices=True), None
 
-        # One device after the other: all at once would add up in an order of the hardware's, not the same everywhere.
+        # One device after the other: all at once, the order of additions would depend on the hardware.
         sum_RB, _ = jax.lax.scan(add, jnp.zeros_like(x_RB), group.gather(message))
         left_RB = x_RB.at[rows, place_Rk].set(0, unique_indices=True)
         return unpack(sum_RB.reshape(1, -1) / group.size, shapes), unpack(left_RB.reshape(1, -1), shapes)
 
     def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
         n = group.size
-        sparse = sum(math.prod(s) for s in shapes if is_matrix(s))
-        whole = sum(math.prod(s) for s in shapes if not is_matrix(s))
+        sparse = sum(math.prod(s) for s in shapes if is_stacked_matrix(s))
+        whole = sum(math.prod(s) for s in shapes if not is_stacked_matrix(s))
         return (n - 1) * -(-sparse // BLOCK) * k * 6 + 2 * (n - 1) / n * 4 * whole
 
     return Reduction(init, mean, None, sent_bytes)

@@ -1,14 +1,13 @@
 """ZeRO-1 (Rajbhandari et al., ZeRO, 2020): each of N devices keeps and updates 1/N of the optimizer's state.
 
-Device i owns the i-th part of every tensor (packed.py): it gets that part of the mean gradient (a reduce-scatter),
-updates it, and sends its part of the new parameters to all (an all-gather). Parameters themselves stay whole on every
-device.
+Device i owns part i of every tensor (packed.py). It receives that part of the mean gradient (a reduce-scatter), updates
+it, and sends its part of the new parameters to all (an all-gather). Every device keeps all parameters.
 
-Bytes: the parts of the gradients by the reduction in use, and (N - 1) times the parts of float32 parameters: with pmean
-together as many as without ZeRO. Memory: each tensor is padded to a multiple of N numbers.
+Bytes: the parts of the gradients, by the reduction in use, and (N - 1) times the parts of float32 parameters. With
+pmean that is together as much as without ZeRO. Memory: each tensor is padded to a multiple of N numbers.
 
-Trees of parts have the structure of the whole ones, leaves [l, c]: l layers of a stacked parameter, or 1. For what
-looks at whole layers (Muon) or whole matrices (Adafactor), sharing.py and `whole` bring them together.
+A tree of parts has the structure of the whole one, with leaves [l, c]: l layers of a stacked parameter, or 1. For
+optimizers that look at whole layers (Muon) or whole matrices (Adafactor), sharing.py and `whole` join the parts.
 """
 
 import math
@@ -26,12 +25,12 @@ PARAMETERS = "gather_parameters"  # the name of its collectives in a compiled pr
 
 
 def is_stacked(path: Any) -> bool:
-    """Whether the leaf at this path, of parameters or of what is kept for each of them, has a layer dimension first."""
+    """Whether the leaf at this path, of parameters or of state kept for each of them, has a leading layer dimension."""
     return any(getattr(key, "key", None) == "layers" for key in path)
 
 
 def batch_shape(path: Any, x: Any) -> Shape:
-    """`[l, ...]` of a leaf with the shape of a parameter; `[1, size]` of one that is not a layer's."""
+    """`[l, ...]` for a stacked leaf, `[1, size]` for any other."""
     return tuple(x.shape) if is_stacked(path) else (1, math.prod(x.shape))
 
 
@@ -40,7 +39,7 @@ def batch(path: Any, x: jax.Array) -> jax.Array:
 
 
 def spread(tree: Any, n: int) -> Any:
-    """The parts of all n devices, leaves [n, l, c]; of an optimizer's state too. Of a scalar each has its own, [n]."""
+    """The parts of all n devices, leaves [n, l, c], of parameters or optimizer state; of a scalar n copies, [n]."""
 
     def parts(path: Any, x: jax.Array) -> jax.Array:
         return split(batch(path, x), n) if x.ndim else jnp.broadcast_to(x, (n,))
@@ -61,7 +60,7 @@ class Zero:
     """The parts of one device, inside the mapped step."""
 
     def __init__(self, group: Group, params: Any, limit: int | None = None):
-        """`params` has the shapes of all; at most `limit` bytes are gathered at once, None = all."""
+        """`params` are the shapes of all parameters; at most `limit` bytes are gathered at once, None = all."""
         self.group, self.params, self._limit = group, params, limit
 
     def own(self, tree: Any) -> Any:
@@ -71,7 +70,7 @@ class Zero:
 
     @jax.named_scope(PARAMETERS)
     def whole(self, parts: Any, like: Any = None) -> Any:
-        """The inverse, with the parts of the others; `like` has the shapes, those of the parameters if None."""
+        """The inverse of `own`, from the parts of all devices; `like` are the shapes, by default the parameters'."""
         flat, tree = jax.tree.flatten(parts)
         leaves = [x for x in flat if x.ndim]
 

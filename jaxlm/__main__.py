@@ -1,0 +1,70 @@
+"""`jaxlm COMMAND`, or `python -m jaxlm COMMAND`."""
+
+import sys
+from typing import NamedTuple, NoReturn
+
+from jaxlm.host import startup
+
+
+class Command(NamedTuple):
+    module: str  # whose `main`, or for training `run`, is given the arguments
+    does: str
+
+
+COMMANDS = {
+    "train": Command("jaxlm.main", "train a configuration, or go on with a run"),
+    "generate": Command("jaxlm.commands.generate", "sample text from a run"),
+    "evaluate": Command("jaxlm.commands.evaluate", "score a run on its validation data, or on other data"),
+    "prepare": Command("jaxlm.commands.prepare", "tokenize a configuration's data, without training"),
+    "inspect": Command("jaxlm.commands.inspect", "print what the model sees of the data"),
+    "bench": Command(
+        "jaxlm.commands.bench", "measure the step; `bench data` the data, `bench comm` what devices exchange"
+    ),
+}
+FAST = ("train", "evaluate", "bench")  # gain by huge pages, for which a program starts itself again
+
+
+def main(*before: str) -> NoReturn:
+    """Runs the command that `before` and the command line name, and ends the process with its exit code."""
+    arguments = [*before, *sys.argv[1:]]
+    name, argv = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name == "train":
+        startup.trainer()
+    else:
+        startup.tool(huge_pages=name in FAST)
+
+    import importlib
+
+    from jaxlm.host import runtime
+    from jaxlm.host.exit_codes import exit_code
+
+    def program() -> int:
+        if name not in COMMANDS:
+            return _without_command(name)
+        module = importlib.import_module(COMMANDS[name].module)
+        return module.run(argv) if name == "train" else module.main(argv)
+
+    runtime.leave(exit_code(program))
+
+
+def _without_command(name: str) -> int:
+    """Help, the version, or a line about a wrong command."""
+    from difflib import get_close_matches
+
+    import jaxlm
+    from jaxlm.config import UserError, show
+
+    if name in ("-h", "--help"):
+        print("usage: jaxlm COMMAND ...\n\ncommands; each has --help:\n")
+        print("\n".join(f"  {name:10}{command.does}" for name, command in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        print(f"jaxlm {jaxlm.__version__}")
+        return 0
+    nearest = get_close_matches(name, COMMANDS, 1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise UserError(f"command is {show(name)}{hint}; allowed: {', '.join(COMMANDS)}, --help, --version")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""metrics.jsonl: lines are added, those that a resumed run repeats are dropped, and scores are read from it."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import UserError
+from jaxlm.host.durable import append, sync, write_whole
+
+NAME = "metrics.jsonl"
+Metrics = dict[str, Any]
+
+
+class JsonLines:
+    """Appends one object a line to metrics.jsonl; what a resumed run is going to repeat is dropped first."""
+
+    def __init__(self, path: Path, resume_step: int):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= resume_step]
+            write_whole(path, "".join(kept))
+        self._path = path
+
+    def __call__(self, metrics: Metrics) -> None:
+        known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
+        append(self._path, (json.dumps(known) + "\n").encode())
+
+    def sync(self) -> None:
+        if self._path.exists():
+            sync(self._path)
+            sync(self._path.parent)
+
+
+def check(workdir: Path) -> None:
+    """Raises UserError if metrics.jsonl holds something else than a run's lines, the last of which may be half."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text("utf-8").split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable ({error}); allowed: the metrics of a run, or no file") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            known = isinstance(json.loads(line)["step"], int)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            known = False
+        if not known:
+            raise UserError(f"{path}: line {number} is none of a run's; allowed: the metrics of a run, or no file")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a killed run did not finish
+
+
+def _objects(workdir: Path) -> Iterator[Metrics]:
+    """The lines of metrics.jsonl that are JSON objects."""
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):  # half a line
+            if isinstance(found := json.loads(line), dict):
+                yield found
+
+
+def evaluations(workdir: Path) -> dict[int, Metrics]:
+    """{step: its line in metrics.jsonl} of the evaluations so far, without those that lack a score."""
+    found = {}
+    for m in _objects(workdir):
+        with suppress(ValueError, KeyError, TypeError, OverflowError):  # of training, or changed by somebody
+            bits, sample = m["eval_bits_per_byte"], m.get("sample")
+            if isinstance(sample, str | None) and isinstance(bits, int | float | None):
+                # JSON has no infinity, for which `JsonLines` writes null.
+                perplexity = math.inf if m["eval_perplexity"] is None else float(m["eval_perplexity"])
+                numbers = {k: float(m[k]) for k in ("eval_loss", "eval_accuracy")}
+                found[int(m["step"])] = m | numbers | {"eval_perplexity": perplexity}
+    return found
+
+
+def validation_losses(workdir: Path) -> dict[int, float]:
+    """{step: loss} of the evaluations so far."""
+    found = {}
+    for m in _objects(workdir):
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            found[int(m["step"])] = float(m["eval_loss"])
+    return found

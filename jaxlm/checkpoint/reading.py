@@ -1,0 +1,234 @@
+"""Reading checkpoints: which there are, whether they are whole, and a state out of one. saving.py writes them.
+
+A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state, guard and mean
+loss), and `sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number
+of devices, but for those rows. The place in the data needs no saving: batch N is a function of the configuration and N.
+Each item has the hashes of its files, which are compared before anything is restored (checksums.py).
+"""
+
+import logging as std_logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.sharding import SingleDeviceSharding
+
+from jaxlm.checkpoint import checksums
+from jaxlm.config import UserError
+from jaxlm.config.paths import steps_in
+from jaxlm.config.pretrained import Step
+from jaxlm.train import guard
+from jaxlm.train.placement import Placement
+from jaxlm.train.train_step import TrainState, float32
+
+# Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
+# of its reads or writes fails, it drops the coroutines of the others, and Python warns that they were never awaited.
+logging.set_verbosity(logging.FATAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+ITEMS = ("params", "ema", "train", "sync")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is there but cannot be used: exit code 4."""
+
+
+def folder_of(workdir: Path) -> Path:
+    return (workdir / "checkpoints").resolve()
+
+
+class Checkpoints:
+    """Opens a workdir's checkpoints for reading."""
+
+    def __init__(self, workdir: Path):
+        self.folder = folder_of(workdir)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS},
+            options=ocp.CheckpointManagerOptions(read_only=True),
+        )
+
+    def steps(self) -> list[int]:
+        return steps_in(self.folder)
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a step; None if it is whole.
+
+        Raises:
+          UserError: they cannot be read now.
+        """
+        try:
+            return checksums.damage(self.folder / str(step))
+        except OSError as error:
+            raise UserError(f"{self.folder / str(step)}: cannot be read now ({reason_of(error)})") from error
+
+    def check_step(self, asked: str, step: Step, losses: dict[int, float]) -> None:
+        """Raises UserError if there is no such checkpoint.
+
+        Args:
+          asked: the option with its value, for the message.
+          losses: on the validation data, by step.
+        """
+        there = self.steps()
+        if isinstance(step, int) and step not in there:
+            raise UserError(
+                f"{asked}: no checkpoint of step {step} in {self.folder}; allowed: best, or one of"
+                f" {', '.join(map(str, there))}"
+            )
+        if step == "best" and not set(there) & losses.keys():
+            raise UserError(
+                f"{asked}: no checkpoint in {self.folder} has a validation loss; allowed: one of"
+                f" {', '.join(map(str, there))}"
+            )
+
+    def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:
+        """The newest or best step whose files are whole, or the one named, and the damage of those tried before."""
+        damage: dict[int, str] = {}
+        there = self.steps()[::-1]
+        if step is not None:
+            there = sorted(losses.keys() & set(there), key=lambda s: losses[s]) if step == "best" else [step]
+        for step in there:
+            reason = self.damage(step)
+            if reason is None:
+                return step, damage
+            damage[step] = reason
+        return None, damage
+
+    def restore(self, step: int, placement: Placement, fresh: TrainState) -> TrainState:
+        """The state of a step, on the devices.
+
+        Args:
+          fresh: that of step 0 there, whose shapes and types are wanted.
+
+        Raises:
+          CheckpointError: it is damaged, or of another model or optimizer.
+        """
+        like, there = placement.saved_like(fresh), self._items(step)
+        train = {"step": like.step, "opt_state": like.opt_state}
+        saved = self._shapes(step, "train")
+        newer = [name for name in ("guard", "loss_mean") if any(key.startswith(f"{name}/") for key in saved)]
+        train |= {name: getattr(like, name) for name in newer}  # an older jaxlm had none
+        if "guard/norms" in saved:
+            train["guard"] = guard.old(like.guard)
+        wanted = {"params": like.params, "train": train}
+        if like.ema is not None and "ema" in there:
+            wanted["ema"] = like.ema
+        same = "sync" in there and self._shapes(step, "sync") == shapes(like.sync)
+        if same:
+            wanted["sync"] = like.sync
+        with self._damage(step):
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        ema = found["ema"] if "ema" in wanted else None
+        if like.ema is not None and ema is None:  # the average starts now
+            ema = jax.tree.map(jnp.copy, float32(found["params"]))
+        sync = found["sync"] if same else placement.everywhere(fresh).sync
+        if not same and "sync" in there and jax.tree.leaves(sync):
+            sync = _adapted(self._on_host(step, "sync"), sync)
+        train = found["train"]
+        state = placement.everywhere(fresh)
+        train["guard"] = guard.upgraded(train.get("guard"), state.guard)
+        return placement.restored(state._replace(**train, params=found["params"], ema=ema, sync=sync))
+
+    def restore_params(self, step: int, ema: bool = True) -> Any:
+        """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""
+        return self._on_host(step, "ema" if ema and "ema" in self._items(step) else "params")
+
+    def restore_arrays(self, step: int) -> dict[str, np.ndarray]:
+        """All that a step holds, by name: {'train/step': …}"""
+        items = [item for item in ITEMS if item in self._items(step)]
+        return {
+            f"{item}/{name}": np.asarray(x) for item in items for name, x in _named(self._on_host(step, item)).items()
+        }
+
+    def _on_host(self, step: int, item: str) -> Any:
+        """As NumPy arrays, read by way of a device of this process, since those that saved it need not be here."""
+        here = SingleDeviceSharding(_host())
+        with self._damage(step):
+            meta = self._manager.item_metadata(step)[item]
+            if meta is None:
+                raise ValueError(f"it has no {item}")
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), meta.tree)
+            found = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
+        return jax.device_get(found[item])
+
+    def _shapes(self, step: int, item: str) -> dict[str, tuple[int, ...]]:
+        with self._damage(step):
+            return shapes(self._manager.item_metadata(step)[item].tree)
+
+    def _items(self, step: int) -> list[str]:
+        return [p.name for p in (self.folder / str(step)).iterdir()]
+
+    @contextmanager
+    def _damage(self, step: int) -> Iterator[None]:
+        """Makes an error in reading a step a CheckpointError, without the tracebacks of reads that it cuts off."""
+        before = hide_cut_off()
+        try:
+            yield
+        except Exception as error:  # of many kinds: every one means that this checkpoint is of no use here
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.folder / str(step)}: cannot be restored: {reason}") from error
+        sys.unraisablehook = before  # not after an error: those reads end later
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def reason_of(error: BaseException) -> str:
+    """In a line."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
+
+
+def hide_cut_off() -> Any:
+    """Keeps what an error cuts off in Orbax's background from writing tracebacks of its own; gives the hook before."""
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
+    return before
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{'embed/embedding': (V, D), ...}"""
+    return {name: tuple(x.shape) for name, x in _named(tree).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _host() -> Any:
+    """The CPU as a device; where JAX is told to have none (JAX_PLATFORMS=cuda), the first device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
+def _adapted(saved: Any, fresh: Any) -> Any:
+    """What a reduction kept, for other devices or another reduction: each gets the mean of all rows, so that the mean
+    over the devices, which is what the next step adds to the gradient, stays the same. What is new starts afresh.
+    """
+    old = _named(saved)
+
+    def one(path: Any, new: jax.Array) -> jax.Array:
+        x = old.get(_name(path))
+        if x is None or x.shape[1:] != new.shape[1:]:
+            return new
+        rows = x if x.shape == new.shape else np.mean(x, axis=0, dtype=np.float64).astype(x.dtype)
+        return jax.make_array_from_callback(
+            new.shape, new.sharding, lambda index: np.broadcast_to(rows, new.shape)[index]
+        )
+
+    return jax.tree_util.tree_map_with_path(one, fresh)

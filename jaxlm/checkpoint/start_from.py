@@ -1,0 +1,103 @@
+"""A state that begins with the weights of another run, and whether they fit the configuration and its data."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import data
+from jaxlm.checkpoint import workdirs
+from jaxlm.checkpoint.metrics_file import validation_losses
+from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
+from jaxlm.config import Config, UserError
+from jaxlm.config.cli import load_workdir
+from jaxlm.config.paths import holds_checkpoints
+from jaxlm.config.pretrained import Step, Weights, brought_by, check_asked
+from jaxlm.host import distributed
+from jaxlm.train import train_step
+
+
+def check(config: Config, weights: Weights) -> None:
+    """Raises UserError, before any data is tokenized, if the configuration does not fit these weights."""
+    run, folder = load_workdir(weights.workdir), weights.workdir / "tokenizer"
+    brought = brought_by(weights.workdir, run, workdirs.read_facts(weights.workdir)["vocab_size"])
+    check_asked(config, brought, set(brought), run, weights.workdir)
+    d = config.data
+    if folder.is_dir():
+        own = not d.tokenizer_path or Path(d.tokenizer_path).expanduser().resolve() == folder.resolve()
+        other = None if own else data.load_tokenizer(d.tokenizer_path)
+        if other and not workdirs.holds_tokenizer(weights.workdir, other):
+            raise UserError(
+                f"data.tokenizer_path is {d.tokenizer_path!r}; allowed: '{folder}' or a copy of it, the"
+                " tokenizer of the weights that checkpoint.resume takes"
+            )
+
+
+def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> None:
+    """Raises UserError if the ids of the corpus are not those that the weights know."""
+    vocab_size = workdirs.read_facts(weights.workdir)["vocab_size"]
+    either_bare = corpus.tokenizer is None or not (weights.workdir / "tokenizer").is_dir()
+    if corpus.vocab_size != vocab_size or not (
+        either_bare or workdirs.holds_tokenizer(weights.workdir, corpus.tokenizer)
+    ):
+        raise UserError(
+            f"data.source is {config.data.source!r}: its {corpus.vocab_size} token ids are not those of"
+            f" {weights.workdir}, which has {vocab_size}; allowed: data in the vocabulary of the weights"
+            " that checkpoint.resume takes"
+        )
+
+
+def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tuple[train_step.TrainState, list[str]]:
+    """The fresh state with the parameters (their moving average, where there is one) of a checkpoint, and what there is
+    to say about it.
+    """
+    resume = config.checkpoint.resume
+    with opened(weights.workdir) as checkpoints:
+        if checkpoints is None or not checkpoints.steps():
+            raise UserError(
+                f"checkpoint.resume is '{resume}'; allowed: auto, never, or a workdir with a whole checkpoint"
+            )
+        losses = validation_losses(weights.workdir)
+        checkpoints.check_step(f"checkpoint.resume is '{resume}'", weights.step, losses)
+        step, damage = find_whole(checkpoints, weights.step, losses)
+        params = checkpoints.restore_params(step)
+    here, there = shapes(fresh.params), shapes(params)
+    if here != there:
+        key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
+        raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
+    params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
+    said = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
+    return fresh._replace(params=params, ema=ema), said
+
+
+def find_whole(
+    checkpoints: Checkpoints, step: Step = None, losses: dict[int, float] | None = None
+) -> tuple[int, dict[int, str]]:
+    """What `Checkpoints.find_whole` finds on the first process, the same on all.
+
+    Raises:
+      CheckpointError: none is whole.
+    """
+    found = distributed.of_first("a whole checkpoint", lambda: json.dumps(checkpoints.find_whole(step, losses or {})))
+    whole, damage = json.loads(found)
+    if whole is None:
+        raise CheckpointError(f"{next(iter(damage.values()))}; none of its {len(damage)} checkpoints is whole")
+    return whole, {int(k): v for k, v in damage.items()}
+
+
+@contextmanager
+def opened(workdir: Path) -> Iterator[Checkpoints | None]:
+    """The checkpoints of a workdir, to be read; None where there are none."""
+    if not holds_checkpoints(workdir):
+        yield None
+        return
+    checkpoints = Checkpoints(workdir)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()

@@ -1,0 +1,230 @@
+"""Writing checkpoints with Orbax: in the background, visible only when whole; the newest and the best are kept.
+
+A save that fails is reported, and tried again later with the state of that time: training goes on. Of several
+processes only the first one writes, and it tells the others how the save went. All of them begin a save at the same
+step, because they gather the state for it together.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from jaxlm.checkpoint import checksums
+from jaxlm.checkpoint.metrics_file import validation_losses
+from jaxlm.checkpoint.reading import ITEMS, folder_of, hide_cut_off, reason_of
+from jaxlm.config import CheckpointConfig
+from jaxlm.config.paths import steps_in
+from jaxlm.host import distributed
+from jaxlm.host.durable import sync
+from jaxlm.host.retry import Pause, insist
+from jaxlm.train.train_step import TrainState
+
+ASKED_EVERY = 64  # steps between two questions of the other processes, at most
+
+
+class Unsaved(OSError):
+    """The last state or metrics of a run could not be written, after all retries: exit code 2."""
+
+
+class Saver:
+    """Writes the `checkpoints` folder of a workdir. All processes call all of it at the same steps."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
+        hide_cut_off()
+        self._config, self._say, self._folder = config, say, folder_of(workdir)
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._begun = 0  # the step of the last save
+        self._under_way: tuple[int, Future[None] | None] | None = None  # None: the first process writes
+        self._pause = Pause()
+        self._items: list[str] = []  # of the checkpoint that is being written
+        self._losses = validation_losses(workdir)
+        self._manager: Any = self._open() if jax.process_index() == 0 else None
+        # the newest step that is written
+        self.saved: int | None = _of_first("the newest checkpoint", lambda: max(steps_in(self._folder), default=None))
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(
+            self._folder,
+            item_handlers={item: _handler(self._items) for item in ITEMS},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Kept(self._config, self._losses),
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+            ),
+        )
+
+    def scored(self, step: int, loss: float) -> None:
+        """Tells the validation loss of a step, by which the best checkpoints are kept."""
+        self._losses[step] = loss
+
+    def save(self, step: int, state: TrainState | None, before: Callable[[], None] = lambda: None) -> None:
+        """Starts to write the state, which may be donated as soon as this returns. Does nothing if the step is saved
+        already, or in the pause after a save that failed.
+
+        Args:
+          state: as `Placement.saved` gives it.
+          before: is called before the checkpoint is written.
+        """
+        self._settle()
+        if step == self.saved or (self._pause.failing and not self._may_try()):
+            return
+        self._begun = step
+        self._under_way = step, None if state is None else self._write(step, state, before)
+
+    def _write(self, step: int, state: TrainState, before: Callable[[], None]) -> Future[None]:
+        on_gpu = jax.default_backend() != "cpu"
+        if not on_gpu and jax.process_count() == 1:
+            # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
+            # ones; from GPUs it takes a copy to the host anyway.
+            state = jax.tree.map(jnp.copy, state)
+        train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard, "loss_mean": state.loss_mean}
+        items = {"params": state.params, "train": train}
+        items |= {name: tree for name, tree in (("ema", state.ema), ("sync", state.sync)) if jax.tree.leaves(tree)}
+        self._items[:] = items
+        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
+
+        def begin() -> Exception | None:
+            try:
+                before()
+                self._manager = self._manager or self._open()
+                self._manager.save(step, args=args, custom_metadata=checksums.PROMISE)
+            except Exception as error:
+                return error
+
+        def end(failed: Exception | None) -> None:
+            if failed:
+                raise failed
+            self._manager.wait_until_finished()
+            sync(self._folder)
+
+        if on_gpu and jax.process_count() == 1:  # begun here: it reads the devices
+            return self._worker.submit(end, begin())
+        return self._worker.submit(lambda: end(begin()))
+
+    def due(self, step: int) -> bool:
+        """Whether a save has failed and it is time to try again. Processes ask the first one after 1, 2, 4 … steps."""
+        since = step - self._begun
+        if self._under_way is None and not self._pause.failing:
+            return False
+        if jax.process_count() > 1 and since & (since - 1) and since % ASKED_EVERY:
+            return False
+        if self._under_way is not None:
+            saving = self._under_way[1]
+            if _of_first("whether a save has ended", lambda: saving is not None and saving.done()):
+                self._settle()
+        return self._pause.failing and self._may_try()
+
+    def _may_try(self) -> bool:
+        return _of_first("whether to save again", lambda: self._pause.over)
+
+    def wait(self) -> int | None:
+        """Waits for a save under way; returns the newest step that is written."""
+        self._settle()
+        return self.saved
+
+    def finish(self, step: int, state: TrainState | None, *args: Any) -> None:
+        """Saves and waits; if that fails, tries again for a while.
+
+        Raises:
+          Unsaved: it cannot be written.
+        """
+
+        def act() -> None:
+            self._settle()
+            self._pause.end()
+            self.save(step, state, *args)
+            if error := self._settle():
+                raise error
+
+        try:
+            insist(act, lambda late: _of_first("whether to give up saving", lambda: late))
+        except Exception as error:
+            raise Unsaved(
+                f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; {self._newest()};"
+                " mend that, and run the same command again"
+            ) from error
+
+    def _settle(self) -> Exception | None:
+        """Waits for a save under way; returns its error, the same on all processes."""
+        if self._under_way is None:
+            return None
+        (step, saving), self._under_way = self._under_way, None
+        error = None if saving is None else saving.exception()
+        if not isinstance(error, Exception | None):
+            raise error
+        reason = _of_first(f"the checkpoint of step {step}", lambda: error and reason_of(error))
+        if reason and error is None:
+            error = OSError(reason)  # that of the first process
+        self._end(step, error)
+        return error
+
+    def _end(self, step: int, error: BaseException | None) -> None:
+        """Records the end of a save; reports a failed one, and has what it left removed."""
+        if error is None:
+            self.saved = step
+            self._pause.end()
+            return
+        self._say(
+            f"the state of step {step} is NOT saved: {reason_of(error)}; the next try is in"
+            f" {self._pause.begin():.0f} s, {self._newest()}"
+        )
+        if self._manager is not None:
+            with suppress(Exception):  # the error that is known already
+                self._manager.close()
+        self._manager = None  # the next one removes what this save left
+
+    def _newest(self) -> str:
+        return "there is no checkpoint yet" if self.saved is None else f"the newest checkpoint is of step {self.saved}"
+
+    def close(self) -> None:
+        """Ends the writing, without the other processes, which may be anywhere in their loops."""
+        if self._under_way is not None and (saving := self._under_way[1]) is not None:
+            self._end(self._under_way[0], saving.exception())  # reports a failure, and hides no other error
+        self._under_way = None
+        self._worker.shutdown()
+        if self._manager is not None:
+            self._manager.close()
+
+
+def _of_first(what: str, value: Callable[[], Any]) -> Any:
+    """What the first process, which writes, finds."""
+    return json.loads(distributed.of_first(what, lambda: json.dumps(value())))
+
+
+def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
+    """Orbax's handler, which also writes the hashes of an item's files before the checkpoint becomes visible.
+
+    Args:
+      items: of the checkpoint that is being written.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    finish = handler.finalize
+
+    def finalize(directory: Any) -> None:
+        finish(directory)
+        checksums.write(Path(directory), items)
+
+    handler.finalize = finalize
+    return handler
+
+
+class _Kept(PreservationPolicy):
+    """The newest, and the best of those whose validation loss is known."""
+
+    def __init__(self, config: CheckpointConfig, losses: dict[int, float]):
+        self._config, self._losses = config, losses
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints]
+        best = sorted((s for s in steps if s in self._losses), key=lambda s: self._losses[s])[: self._config.keep_best]
+        return [s in best or s in steps[-self._config.keep :] for s in steps]

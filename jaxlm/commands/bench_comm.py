@@ -1,0 +1,100 @@
+"""What a step moves between devices: each collective of the compiled program with its bytes and its place, beside what
+the strategy's formula says. Nothing is run.
+
+Bytes are those that a device sends. The last line of output is one JSON object. On CPU, devices are simulated:
+--config.parallel.devices=8.
+"""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from jaxlm.commands.collectives import Collective, collectives
+from jaxlm.config import Config, UserError, cli
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime
+
+AGREE = 1e-3  # formula and program, but for scalars that XLA puts into the same collective
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="jaxlm bench comm", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--vocab_size", type=int, metavar="V", help="instead of that of the configuration's data")
+    args, overrides = parser.parse_known_args(argv)
+    config = cli.load(user_path("--config", args.config), overrides)
+    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.configure_jax(config, 1)
+    if args.vocab_size is not None and args.vocab_size < 2:
+        raise UserError(f"--vocab_size is {args.vocab_size}; allowed: 2 or more")
+    print(json.dumps(report(config, args.vocab_size)))
+    return 0
+
+
+def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
+    """Prints the table; gives the numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    devices = runtime.choose_devices(config)
+    found, formula = measure(config, devices, vocab_size)
+    table = Table("for", "where", "what", "of", "times", "MB sent a step", box=None)
+    rows: dict[tuple[str, ...], float] = defaultdict(float)
+    counts: dict[tuple[str, ...], int] = defaultdict(int)
+    by_purpose: dict[str, float] = defaultdict(float)
+    for c in found:
+        key = (purpose(c), c.where, c.kind, c.dtypes)
+        rows[key] += c.sent * c.times
+        counts[key] += c.times
+        by_purpose[purpose(c)] += c.sent * c.times
+    for key in sorted(rows, key=lambda k: -rows[k]):
+        table.add_row(*key, str(counts[key]), f"{rows[key] / 1e6:.4g}")
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    total = sum(by_purpose.values())
+    console.print(f"in all {total / 1e6:.4g} MB a step and device, on {len(devices)} x {devices[0].device_kind}")
+    gradients = by_purpose["gradients"]
+    agrees = abs(gradients - formula) <= AGREE * formula + 64
+    console.print(
+        f"gradients by {config.parallel.reduce}: {gradients / 1e6:.4g} MB, by its formula {formula / 1e6:.4g} MB"
+        + ("" if agrees else ": they do not agree")
+    )
+    return {
+        "devices": len(devices),
+        "reduce": config.parallel.reduce,
+        "bytes_sent": {k: round(v) for k, v in by_purpose.items()},
+        "gradient_bytes_by_formula": round(formula),
+        "agrees": agrees,
+        "collectives": [c._asdict() for c in found],
+    }
+
+
+def purpose(c: Collective) -> str:
+    from jaxlm.sync.gradients import GRADIENTS
+    from jaxlm.sync.sharing import LAYERS
+    from jaxlm.sync.zero import PARAMETERS
+
+    known = {GRADIENTS: "gradients", PARAMETERS: "parameters", LAYERS: "optimizer"}
+    return next((what for name, what in known.items() if name in c.name), "numbers of the step")
+
+
+def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple[list[Collective], float]:
+    """The collectives of the compiled step, and the bytes that the formula gives for the gradients."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm import data
+    from jaxlm.model import make_model
+    from jaxlm.sync import Group, make_sync
+    from jaxlm.train import train_step
+
+    vocab_size = vocab_size or data.prepare(config).vocab_size
+    model = make_model(config.model, vocab_size, config.seq_len)
+    state = jax.eval_shape(lambda: train_step.init_state(config, model, len(devices)))
+    rows = jax.ShapeDtypeStruct((len(devices), config.batch_size // len(devices), config.seq_len), jnp.int32)
+    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
+    text = step.lower(state, {"inputs": rows, "targets": rows}).compile().as_text()
+    sync = make_sync(config.parallel, Group(train_step.AXIS, len(devices)), state.params)
+    return collectives(text), sync.sent_bytes(state.params)

@@ -1,0 +1,104 @@
+"""What a compiled program moves between devices, read from its text."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
+        "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}  # fmt: skip
+
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+INSTRUCTION = re.compile(r"= (\(.*?\)|\S+) (" + "|".join(KINDS) + r"|while)(?:-start)?\(")
+CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+
+
+class Collective(NamedTuple):
+    kind: str
+    dtypes: str
+    size: int  # devices of a group
+    sent: float  # bytes that a device sends each time, by the algorithm that sends least
+    times: int  # a step
+    where: str  # "loop of the backward pass", "backward pass", "loop", "after it"
+    name: str  # of the operation in the program
+
+
+def collectives(text: str) -> list[Collective]:
+    """Those of a program's text, `compiled.as_text()`.
+
+    An all-reduce of B bytes over n devices sends 2 (n - 1) / n * B from each, a reduce-scatter, all-gather or
+    all-to-all (n - 1) / n of the whole, a permute what it is given.
+    """
+    computations, entry = _computations(text)
+    return list(_walk(computations, entry, 1, False))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    current, entry = "", ""
+    for line in text.splitlines():
+        if match := COMPUTATION.match(line):
+            current = match[1]
+            found[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current:
+            found[current].append(line)
+    return found, entry
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int, looped: bool) -> Iterator[Collective]:
+    for line in computations[name]:
+        match = INSTRUCTION.search(line)
+        if match and match[2] != "while":
+            yield _collective(line, match[1], match[2], times, looped)
+            continue
+        trips = 1
+        if match:
+            count = re.search(r'known_trip_count[^}]*"n":"(\d+)"', line)
+            if count is None:
+                raise ValueError(f"a loop whose number of turns is not known: {line.strip()[:200]}")
+            trips = int(count[1])
+        for called in CALLED.findall(line):
+            if called in computations:
+                yield from _walk(computations, called, times * trips, looped or match is not None)
+
+
+def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> Collective:
+    arrays = [
+        (dtype, [int(n) for n in dims.split(",") if n])
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        if dtype in BITS
+    ]
+    if "-start(" in line and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :]  # operands come first in what an asynchronous one gives
+    total = sum(BITS[dtype] / 8 * math.prod(dims) for dtype, dims in arrays)
+    n = _group_size(line)
+    sent = {
+        "all-reduce": 2 * (n - 1) / n * total,
+        "reduce-scatter": (n - 1) * total,  # its result is a part
+        "all-gather": (n - 1) / n * total,
+        "all-to-all": (n - 1) / n * total,
+        "collective-permute": total,
+    }[kind]
+    name = match[1] if (match := re.search(r'op_name="([^"]*)"', line)) else ""
+    backward = "transpose(" in name
+    where = (
+        ("loop of the backward pass" if backward else "loop") if looped else "backward pass" if backward else "after it"
+    )
+    return Collective(kind, "+".join(sorted({dtype for dtype, _ in arrays})), n, sent, times, where, name)
+
+
+def _group_size(line: str) -> int:
+    """Devices of a group. XLA writes the groups as lists, as [groups, size], or as named axes of a mesh."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'a', or 'a':(before)size, a part of it
+        return math.prod(int(size or sizes[axis]) for axis, size in axes)
+    if "source_target_pairs=" in line:
+        return 2
+    raise ValueError(f"a collective whose groups are not known: {line.strip()[:200]}")

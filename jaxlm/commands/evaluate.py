@@ -1,0 +1,83 @@
+"""Scores a checkpoint on its whole validation set, or on other data; the last line of output is one JSON object."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, flatten, mixture
+from jaxlm.config.paths import user_path
+from jaxlm.config.pretrained import read_step
+from jaxlm.host import runtime
+
+
+def load(workdir: Path, overrides: list[str]) -> Config:
+    """The run's configuration with other keys.
+
+    Other data takes the place of the run's. Of `data.val_path` all is scored, and nothing else is read; of `data.path`
+    alone, what is held out.
+    """
+    config = cli.load_workdir(workdir)
+    asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
+    if asked:
+        if config.data.mixture and not any(a.startswith("--config.data.source") for a in overrides):
+            config.data.source = _source_of(config.data)
+        config.data.mixture = config.data.val_path = ""
+        config.data.path = "-"  # passes the checks; data.val_path alone needs no other
+        if (workdir / "tokenizer").is_dir():
+            config.data.tokenizer_path = str(workdir / "tokenizer")
+    config = cli.apply_overrides(config, overrides)
+    if asked == {"val_path"} and not config.data.val_path:
+        raise UserError("data.val_path is ''; allowed: a file or a folder")
+    if config.data.val_path and "val_path" in asked:
+        config.data.path = ""
+    elif "path" in asked:
+        print(
+            f"scores what is held out of data.path={config.data.path}; --config.data.val_path scores all of it",
+            file=sys.stderr,
+        )
+    return config
+
+
+def _source_of(data: DataConfig) -> Any:
+    """The kind of the files in a mixture, if they are all of one."""
+    names = [name for name, kind in SOURCES.items() if kind.files]
+    kinds = sorted({part.source for _, part in mixture(data)} & {*names})
+    if len(kinds) != 1:
+        raise UserError(
+            f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
+            f"{', '.join(names)}"
+        )
+    return kinds[0]
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="jaxlm evaluate",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="--config.data.val_path=FILE scores all of a file or folder, --config.data.path=FILE what is held out of"
+        " it (data.val_fraction), with the run's tokenizer; data.source says of which kind it is.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
+    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
+    args, overrides = parser.parse_known_args(argv)
+    workdir = user_path("--workdir", args.workdir)
+    trained = flatten(cli.load_workdir(workdir))
+    config = load(workdir, overrides)
+    for key, value in flatten(config).items():
+        if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
+            raise UserError(
+                f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size and"
+                " loss.chunk can be set here"
+            )
+    config.eval.batches = 0
+    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.configure_jax(config, 1)
+
+    from jaxlm.run.open_run import open_run, score
+
+    run = open_run(workdir, read_step("--step", args.step))
+    print(json.dumps({"step": run.step, **score(run, config)}))
+    return 0

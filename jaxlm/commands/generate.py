@@ -1,0 +1,201 @@
+"""Samples text from a checkpoint, and shows it as it comes."""
+
+import argparse
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import MAX_FLOAT, MAX_INT, UserError, cli, show
+from jaxlm.config.paths import user_path
+from jaxlm.config.pretrained import read_step
+from jaxlm.config.validate import MAX_SEED
+from jaxlm.host import runtime
+
+MEMORY = 8  # GB of keys, values and logits
+TEXTS = ("--prompt", "--stop")  # options whose value may begin with a dash
+
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    prompt = _read_prompt(args)
+    runtime.check_environment()
+
+    from jaxlm.data.prompts import Continuation, encode_prompt, make_ending
+    from jaxlm.data.sources.conversations import trains_on_answers
+    from jaxlm.run.open_run import open_run
+
+    run = open_run(user_path("--workdir", args.workdir), read_step("--step", args.step))
+    tokenizer, data, seq_len = run.tokenizer, run.config.data, run.config.seq_len
+    if tokenizer is None:
+        raise UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
+    if args.chat and not trains_on_answers(data):
+        raise UserError(
+            f"--chat: {args.workdir} learned texts, not answers; allowed with data.messages_key or "
+            "data.response_key: --chat, else --prompt alone"
+        )
+    try:
+        ids = encode_prompt(tokenizer, data, prompt, args.chat)
+    except UserError as error:
+        raise UserError(f"--prompt {show(prompt)}: {error}") from error
+    if len(ids) > seq_len:
+        said = f"the prompt has {len(ids)} tokens; the model sees the last {seq_len} of them (seq_len)"
+        print(f"jaxlm: {said}", file=sys.stderr)
+        ids = ids[-seq_len:]
+    _check_memory(args, run, len(ids))
+    import jax
+    import numpy as np
+
+    from jaxlm.model.generate import stream
+
+    blocks = stream(
+        run.model, run.params, np.tile(ids, (args.num_samples, 1)), jax.random.key(args.seed),
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    )  # fmt: skip
+    ending = make_ending(tokenizer, data, args.stop)
+    rows = [Continuation(tokenizer, ids, ending) for _ in range(args.num_samples)]
+    try:
+        _show(blocks, rows, "" if args.chat else prompt)
+    except BrokenPipeError:  # as `| head` leaves; what is not written yet goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
+
+
+def _show(blocks: Iterator[Any], rows: list[Any], prompt: str) -> None:
+    """Writes one sample as it comes; several one after the other, each when it and those before it are done."""
+    num_samples = len(rows)
+    texts, shown = [prompt] * num_samples, 0
+
+    def show_done() -> None:
+        nonlocal shown
+        while num_samples > 1 and shown < num_samples and rows[shown].ended:
+            _write(f"--- sample {shown + 1} ---\n{texts[shown]}\n")
+            shown += 1
+
+    if num_samples == 1:
+        _write(prompt)
+    for block in blocks:
+        for i, row in enumerate(rows):
+            text = row.add(block[i].tolist())
+            texts[i] += text
+            if num_samples == 1:
+                _write(text)
+        show_done()
+        if all(row.ended for row in rows):
+            break
+    for i, row in enumerate(rows):
+        texts[i] += (text := row.finish())
+        if num_samples == 1:
+            _write(text + "\n")
+    show_done()
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text.encode(errors="replace").decode())
+    sys.stdout.flush()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
+    parser.add_argument(
+        "--prompt",
+        help="what the text starts from; - reads it from stdin, as a pipe is too (default: the start of a document)",
+    )
+    parser.add_argument("--prompt_file", metavar="FILE", help="the prompt is the text of a file")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="of a run that learns answers: the prompt is the user's message, which the"
+        " run's template writes; the answer alone is shown",
+    )
+    parser.add_argument("--num_samples", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="less where the text ends (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 = always the most probable token (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all (default: 0)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="sample among the tokens that make up this probability (default: 0.95)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="the text ends before this; may be given again"
+    )
+    joined = []  # --prompt -x is an option and its value, whatever that begins with
+    for argument in argv:
+        if joined and joined[-1] in TEXTS:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    args = parser.parse_args(joined)
+    for name, ok, allowed in (
+        ("num_samples", 1 <= args.num_samples <= MAX_INT, f"1 to {MAX_INT}"),
+        ("max_new_tokens", 1 <= args.max_new_tokens <= MAX_INT, f"1 to {MAX_INT}"),
+        ("temperature", 0 <= args.temperature <= MAX_FLOAT, f"0 to {MAX_FLOAT}"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "more than 0, at most 1"),
+        ("seed", 0 <= args.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
+        ("stop", all(args.stop), "texts that are not empty"),
+    ):
+        if not ok:
+            raise UserError(f"--{name} is {show(getattr(args, name))}; allowed: {allowed}")
+    if args.prompt is not None and args.prompt_file is not None:
+        raise UserError(f"--prompt_file is {show(args.prompt_file)}; allowed: none beside --prompt")
+    return args
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    """Of the command line, a file, or stdin; of the last two without the newline at the end."""
+    piped = args.prompt is None and args.prompt_file is None and _is_piped()
+    if args.prompt != "-" and args.prompt_file is None and not piped:
+        if (args.prompt or "").encode(errors="ignore").decode() != (args.prompt or ""):
+            raise UserError(f"--prompt is {show(args.prompt)}: not UTF-8; allowed: a text")
+        return args.prompt or ""
+    name = "--prompt -" if args.prompt_file is None else f"--prompt_file {args.prompt_file}"
+    if piped:
+        print("jaxlm: the prompt is read from stdin; --prompt TEXT gives another", file=sys.stderr)
+    try:
+        if args.prompt_file is None:
+            content = sys.stdin.buffer.read()
+        else:
+            content = Path(user_path("--prompt_file", args.prompt_file)).read_bytes()
+        return content.decode("utf-8").removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"{name}: unreadable ({error.strerror}); allowed: a file of text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {error.start}; allowed: a text") from None
+
+
+def _is_piped() -> bool:
+    """Whether stdin is a pipe or a file, as in `echo def | jaxlm generate …`."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int) -> None:
+    import jax
+
+    from jaxlm.model.generate import CHUNK
+
+    total = prompt_tokens + args.max_new_tokens
+    length = min(total, run.model.max_positions or total)
+    cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length))
+    logits = 4 * args.num_samples * min(prompt_tokens, CHUNK) * run.vocab_size
+    gigabytes = (sum(x.size * x.dtype.itemsize for x in cache) + logits) / 1e9
+    if gigabytes > MEMORY:
+        raise UserError(
+            f"--num_samples is {args.num_samples} and --max_new_tokens {args.max_new_tokens}, after a prompt of"
+            f" {prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: what needs at most {MEMORY} GB"
+        )

@@ -1,0 +1,169 @@
+"""Bars about a corpus, for a terminal, and a picture of them and of a batch (inspect.py)."""
+
+import itertools
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from jaxlm.data import Corpus, Tokenizer
+from jaxlm.data.inspect import PADDING_EDGES, Documents, InspectedBatch, decoded, visible
+from jaxlm.data.tokenizers import to_bytes
+
+TOP = 20  # most frequent tokens that are shown
+WIDTH, LINE = 1000, 18  # of the picture, in pixels
+MAP_ROWS = 32  # of a batch in the picture, at most
+COLORS = ("#4477aa", "#228833", "#aa3377", "#ee6677", "#ccbb44", "#66ccee")  # Tol's, for colour-blind eyes too
+
+
+class Bar(NamedTuple):
+    label: str
+    share: float  # 0 to 1
+    text: str  # the number, for people
+    color: str = COLORS[0]
+
+
+class Chart(NamedTuple):
+    title: str
+    note: str
+    bars: list[Bar]
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _percent(share: float) -> str:
+    """Tells what is none from what is little."""
+    return "0" if share == 0 else "<0.01%" if share < 5e-5 else f"{share:.2%}"
+
+
+def source_name(name: str) -> str:
+    return visible(to_bytes(name), lines=False)
+
+
+def token_chart(counts: np.ndarray, tokens: int, learned: float, corpus: Corpus) -> Chart:
+    total, order = int(counts.sum()), np.argsort(-counts, kind="stable")[:TOP]
+    sample = f", a sample, evenly spread over {tokens:,}" * (total < tokens)
+    sources = " of all sources, each with all it has" * bool(corpus.shares)
+    note = (
+        f"{np.count_nonzero(counts):,} of {len(counts):,} ids occur; the {TOP} most frequent are"
+        f" {counts[order].sum() / total:.1%} of all" + f"; {learned:.1%} are learned" * (learned < 1)
+    )
+    bars = []
+    for i in order[counts[order] > 0].tolist():
+        label = f"id {i}"
+        if corpus.tokenizer is not None:
+            text, is_text = decoded([i], corpus.tokenizer, lines=False)[0]
+            label = _short(f"'{text}'" if is_text else text)
+        share = float(counts[i] / total)
+        bars.append(Bar(label, share, _percent(share)))
+    return Chart(f"{counted(total, 'token')}{sources}{sample}", note, bars)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:30]}…{text[-9:]}"
+
+
+def document_chart(found: Documents, seq_len: int) -> Chart:
+    """Documents by their length, doubled from bar to bar."""
+    lengths, n = found.lengths, len(found.lengths)
+    if found.total is None:
+        sample = ", the first of the corpus"
+    else:
+        sample = f", a sample, evenly spread over {found.total:,}" * (n < found.total)
+    note = (
+        f"{lengths.min():,} to {lengths.max():,} tokens with bos, half of them up to {int(np.median(lengths)):,};"
+        f" {(lengths > seq_len).mean():.1%} longer than seq_len = {seq_len}"
+    )
+    by_size = np.bincount(np.frexp(lengths)[1] - 1) / n  # 1, 2 to 3, 4 to 7, ...
+    sizes = range(int(np.flatnonzero(by_size)[0]), len(by_size))
+    labels = [f"{2**k:,} to {2 ** (k + 1) - 1:,}" if k else "1" for k in sizes]
+    bars = [Bar(label, float(by_size[k]), _percent(by_size[k])) for label, k in zip(labels, sizes, strict=True)]
+    return Chart(f"{counted(n, 'document')}{sample}", note, bars)
+
+
+def padding_chart(share: float, rows: np.ndarray) -> Chart:
+    labels = ["none", *(f"{a:.0%} to {b:.0%}" for a, b in itertools.pairwise(PADDING_EDGES))]
+    bars = [Bar(label, part, _percent(part)) for label, part in zip(labels, rows.tolist(), strict=True)]
+    return Chart(f"{_percent(share)} of all places are padding", "rows by their share of it", bars)
+
+
+def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:
+    bars = [
+        Bar(source_name(m["source"]), m["batch"], f"{m['batch']:.1%} · so far {m['so_far']:.1%} · wanted"
+            f" {m['wanted']:.1%} · {m['epochs']:.3g} epochs in all", COLORS[k % len(COLORS)])
+        for k, m in enumerate(mixture)
+    ]  # fmt: skip
+    return Chart(f"sources of update {step + 1:,}", f"so far: in it and all before; in all: in {steps:,} updates", bars)
+
+
+def print_chart(console: Console, chart: Chart) -> None:
+    width = max(cell_len(bar.label) for bar in chart.bars)
+    most = max(bar.share for bar in chart.bars) or 1.0
+    console.print(Text(chart.title, "bold"))
+    console.print(Text(chart.note))
+    for bar in chart.bars:
+        size = round(40 * bar.share / most)
+        space = " " * (width - cell_len(bar.label) + 2)
+        console.print(Text.assemble("  ", bar.label, space, ("█" * size, bar.color), " " * (size > 0), bar.text))
+    console.print()
+
+
+def svg(batch: InspectedBatch, title: str, charts: list[Chart], corpus: Corpus) -> str:
+    """A map of the batch and bars, as a picture that browsers show."""
+    parts, y = _svg_map(batch, title, corpus.tokenizer)
+    for chart in charts:
+        most = max(bar.share for bar in chart.bars) or 1.0
+        y += 3 * LINE
+        parts += [_svg_text(16, y - LINE, chart.title, "font-weight='bold'"), _svg_text(16, y, chart.note)]
+        for bar in chart.bars:
+            y += LINE
+            size = 240 * bar.share / most
+            parts += [
+                _svg_text(300, y, _short(bar.label), "text-anchor='end'"),
+                f"<rect x='308' y='{y - 12}' width='{size:.1f}' height='14' fill='{bar.color}'/>",
+                _svg_text(316 + size, y, bar.text, "fill='#555'"),
+            ]
+    height = y + LINE
+    head = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' width='{WIDTH}' height='{height}' viewBox='0 0 {WIDTH} {height}'"
+        " font-family='monospace' font-size='12'>"
+    )
+    return "\n".join([head, "<rect width='100%' height='100%' fill='white'/>", *parts, "</svg>", ""])
+
+
+def _svg_text(x: float, y: float, text: str, style: str = "") -> str:
+    return f"<text x='{x:.1f}' y='{y}' xml:space='preserve' {style}>{escape(text)}</text>"
+
+
+def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> tuple[list[str], int]:
+    """The batch's rows, one below the other: documents in turn dark and light, pale where nothing is learned; and the
+    height of it all.
+    """
+    T, left, y = batch.rows["inputs"].shape[1], 16, 56
+    scale = (WIDTH - 2 * left) / T
+    parts = [
+        _svg_text(left, 24, title, "font-weight='bold' font-size='14'"),
+        _svg_text(left, 42, "documents dark and light in turn · pale: not learned · white: padding"),
+    ]
+    for row in range(min(MAP_ROWS, len(batch.filled))):
+        color = COLORS[(0 if batch.sources is None else int(batch.sources[row])) % len(COLORS)]
+        learned = batch.rows["targets"][row] >= 0
+        for number, piece in enumerate(batch.pieces(row)):
+            start = "".join(text for text, _ in decoded(piece.ids[:40].tolist(), tokenizer, lines=False))
+            parts.append(f"<g><title>{escape(f'{piece.length} tokens: {start}')}</title>")
+            for is_learned, group in itertools.groupby(range(piece.start, piece.start + piece.length), learned.item):
+                places = list(group)
+                opacity = (0.6 if number % 2 else 1) * (1 if is_learned else 0.3)
+                x, size = left + places[0] * scale, len(places) * scale
+                parts.append(
+                    f"<rect x='{x:.1f}' y='{y}' width='{size:.1f}' height='11' fill='{color}'"
+                    f" fill-opacity='{opacity:.2f}'/>"
+                )
+            parts.append("</g>")
+        y += 13
+    return parts, y

@@ -1,0 +1,52 @@
+"""Makes the token store that a configuration names, without training.
+
+    jaxlm prepare --config base [--config.data.vocab_size=4096 ...]
+
+The last line on stdout is one JSON object.
+"""
+
+import json
+from pathlib import Path
+
+from jaxlm.config import cli
+from jaxlm.config.paths import user_path
+from jaxlm.data import Corpus, open_store, prepare
+
+
+def summary(corpus: Corpus) -> dict:
+    """What there is to know about a corpus, as JSON."""
+    result = {
+        "folders": [str(corpus.folder)] if corpus.folder else [],
+        "fingerprint": corpus.fingerprint,
+        "vocab_size": corpus.vocab_size,
+        **corpus.facts,  # of a mixture with the folders of its sources
+    }
+    if not corpus.shares:
+        result["folder"] = str(corpus.folder) if corpus.folder else None
+    for split in ("train", "val"):
+        facts = corpus.facts[split]
+        if facts.get("bytes"):
+            result[f"{split}_bytes_per_token"] = round(facts["bytes"] / (facts["tokens"] - facts["documents"]), 4)
+    return result
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="jaxlm prepare", description="Tokenize a corpus once into the token store.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
+    args, overrides = parser.parse_known_args(argv)
+    corpus = prepare(cli.load(user_path("--config", args.config), overrides))
+    facts = summary(corpus)
+    for folder in facts["folders"]:
+        open_store(Path(folder), verify=True)
+    for split in ("train", "val"):
+        print(f"{split:5} " + "  ".join(f"{k} {v:,}" for k, v in facts[split].items() if isinstance(v, int)))
+    print(f"vocabulary {facts['vocab_size']:,}")
+    for folder in facts["folders"]:
+        print(f"store {folder}")
+    if not facts["folders"]:
+        print(f"no store: {facts['source']} is token ids already")
+    print(json.dumps(facts))
+    return 0

@@ -1,0 +1,41 @@
+"""What each key means, which values fit together, and where they come from: files, command lines, other runs.
+
+Nothing here imports JAX or TensorFlow, so a wrong key is refused before anything slow is imported. Other rooms take the
+names below from here, and `cli`, `paths`, `keys`, `pretrained` as modules.
+
+May import: nothing.
+"""
+
+from jaxlm.config.schema import (
+    BEFORE,
+    MAX_FLOAT,
+    MAX_INT,
+    MIN_FLOAT,
+    OWN,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    OwnFloat,
+    ParallelConfig,
+    UserError,
+    changes,
+    describe,
+    flatten,
+    key_types,
+    mixture,
+    sections,
+    show,
+)
+from jaxlm.config.sources import SOURCES
+
+__all__ = [
+    "BEFORE", "MAX_FLOAT", "MAX_INT", "MIN_FLOAT", "OWN", "SOURCES", "CheckpointConfig", "Config",
+    "DataConfig", "EvalConfig", "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "OwnFloat",
+    "ParallelConfig", "UserError", "changes", "describe", "flatten", "key_types", "mixture", "sections",
+    "show",
+]  # fmt: skip

@@ -1,0 +1,120 @@
+"""Weights of another run to start from (`checkpoint.resume`): they bring its model's keys and its tokenizer.
+
+Nothing here imports jax.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from jaxlm.config import SOURCES, Config, UserError, flatten, key_types, show
+from jaxlm.config.paths import user_path
+
+Step = int | Literal["best"] | None  # of a checkpoint; best by validation loss; None = the newest
+
+# Keys of a model that do not change what its weights compute, but for rounding.
+FREE = r"model\.(dtype|param_dtype|dropout|remat|attention|matmul_precision|scan_unroll|residual_init)"
+
+
+class Weights(NamedTuple):
+    workdir: Path
+    step: Step
+
+
+def named_weights(resume: str) -> Weights | None:
+    """What `checkpoint.resume` names: WORKDIR, WORKDIR@STEP or WORKDIR@best; None for auto and never."""
+    if resume in ("auto", "never", ""):  # the last is refused with the rest of the configuration
+        return None
+    path = user_path("checkpoint.resume", resume)
+    workdir, _, step = resume.rpartition("@")
+    if workdir and re.fullmatch(r"\d+|best", step) and not path.exists():
+        return Weights(user_path("checkpoint.resume", workdir), read_step("checkpoint.resume", step))
+    return Weights(path, None)
+
+
+def read_step(name: str, text: str | None) -> Step:
+    """The step that the option `name` gives. Raises UserError if its text is none."""
+    if text is None or text == "best":
+        return text
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise UserError(f"{name} is {text!r}; allowed: the step of a checkpoint, or best")
+    return int(text)
+
+
+def keys_of(config: Config) -> dict[str, Any]:
+    """The keys of a run that say what its weights compute, and from which token ids."""
+    flat = flatten(config)
+    keys = {k: v for k, v in flat.items() if k.startswith("model.") and not re.fullmatch(FREE, k)}
+    if config.model.position == "learned":  # its table has a row for each place
+        keys["seq_len"] = config.seq_len
+    return keys | {k: flat[k] for k in ("data.tokenizer", "data.tokenizer_path", "data.vocab_size")}
+
+
+def brought_by(workdir: Path, config: Config, vocab_size: int) -> dict[str, Any]:
+    """The keys that weights of the run in a workdir bring to another run.
+
+    Args:
+      config, vocab_size: of that run.
+    """
+    keys = {k: v for k, v in keys_of(config).items() if not k.startswith("data.")} | {"data.vocab_size": vocab_size}
+    folder = workdir / "tokenizer"
+    if not folder.is_dir():
+        return keys
+    return keys | {"data.tokenizer": _kind(folder), "data.tokenizer_path": str(folder)}
+
+
+def _kind(folder: Path) -> str:
+    for name in ("jaxlm_tokenizer.json", "tokenizer.json"):  # older runs have the second alone
+        try:
+            kind = json.loads((folder / name).read_text("utf-8"))["kind"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if kind not in (kinds := get_args(key_types()["data.tokenizer"])):
+            raise UserError(f"{folder / name}: kind is {show(kind)}; allowed: {', '.join(kinds)}")
+        return kind
+    raise UserError(f"{folder}: no tokenizer of a run; allowed: as a run wrote it")
+
+
+def updated(config: Config, keys: dict[str, Any]) -> Config:
+    """A copy with other values."""
+    config = copy.deepcopy(config)
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        holder: Any = config
+        for section in sections:
+            holder = getattr(holder, section)
+        setattr(holder, name, value)
+    return config
+
+
+def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: Config, workdir: Path) -> None:
+    """Raises UserError if a key that was asked for contradicts the weights, or if the data is text and the weights know
+    only bare token ids.
+
+    Args:
+      run: the configuration of the run in `workdir`, whose weights they are.
+    """
+    found = flatten(config)
+    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the files
+        if found[key] not in (brought[key], flatten(run)[key]):
+            raise UserError(
+                f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
+                "checkpoint.resume takes"
+            )
+    d = config.data
+    bare = SOURCES[d.source].ids and not d.mixture
+    if "data.tokenizer_path" not in brought and not d.tokenizer_path and not bare:
+        raise UserError(
+            f"data.source is {d.source!r}; allowed: tokens, synthetic, or a data.tokenizer_path, since "
+            f"{workdir}, whose weights checkpoint.resume takes, has no tokenizer"
+        )
+
+
+def with_own_tokenizer(config: Config, workdir: Path) -> Config:
+    """A run goes on with its own copy of the tokenizer where the one that it was given is gone."""
+    path, own = config.data.tokenizer_path, workdir / "tokenizer"
+    if not path or not own.is_dir() or user_path("data.tokenizer_path", path).exists():
+        return config
+    return updated(config, {"data.tokenizer_path": str(own)})

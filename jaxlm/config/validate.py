@@ -1,0 +1,224 @@
+"""Whether a configuration makes sense: every value, and how they go together. Before any device is touched."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+from jaxlm.config import (
+    MAX_FLOAT,
+    MAX_INT,
+    MIN_FLOAT,
+    SOURCES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    UserError,
+    describe,
+    flatten,
+    key_types,
+    mixture,
+    show,
+)
+from jaxlm.config.own_values import set_own_values
+
+POSITIVE = (
+    "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
+    "model.vocab_multiple", "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps",
+    "checkpoint.keep",
+)  # fmt: skip
+SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
+# More is a slip, and would end in a full memory or in numbers that XLA cannot hold.
+LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
+MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
+BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
+
+
+def _check_type(key: str, value: Any, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        fits = value in get_args(kind)
+    elif kind is float:
+        fits = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise UserError(f"{key} is {show(value)}; allowed: {describe(kind)}")
+
+
+def check_address(key: str, text: str) -> None:
+    """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
+    if _holds_secret(text):
+        raise UserError(
+            f"{key} has an address with credentials in it, which a run would write into its config.json; "
+            "allowed: one without, credentials come from the environment"
+        )
+
+
+def _holds_secret(text: str) -> bool:
+    """Whether an address has user:password@ (before a Git host's it is owner:repository@), on the web any user@, or a
+    secret in its query.
+    """
+    scheme, *addresses = text.lower().split("://")
+    for address in addresses:
+        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # or a user and half a password: Amazon's have slashes
+        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # that would be a port
+        if pair and "@" in address and not scheme.endswith(("git", "github")):
+            return True
+        if "@" in host and scheme.endswith(("http", "https")):
+            return True
+        if any(map(SECRET_NAMES.search, re.findall("(?:^|&)([^=&]*)=", address.partition("?")[2]))):
+            return True
+        scheme = address
+    return False
+
+
+def validate(c: Config) -> Config:
+    """Sets what is OWN to the optimizer's own value, then checks every value and how they go together.
+
+    Returns:
+      The same configuration.
+
+    Raises:
+      UserError: names the key, the value found and what is allowed.
+    """
+    set_own_values(c.optim)
+    types = key_types()
+    for key, value in flatten(c).items():
+        _check_type(key, value, types[key])
+        if types[key] is str:
+            check_address(key, value)
+
+    def require(ok: bool, key: str, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"{key} is {show(flatten(c)[key])}; allowed: {allowed}")
+
+    for key in POSITIVE:
+        require(flatten(c)[key] > 0, key, "more than 0")
+    for key, value in flatten(c).items():
+        if types[key] in (int, float):
+            require(value >= 0, key, "0 or more")
+        if types[key] is int:
+            limit = MAX_SEED if key == "seed" else MAX_INT
+            require(value <= limit, key, f"at most {limit}")
+        if types[key] is float:
+            require(value == 0 or MIN_FLOAT <= value <= MAX_FLOAT, key, f"0, or {MIN_FLOAT} to {MAX_FLOAT}")
+    for key, largest in LARGEST.items():
+        require(flatten(c)[key] <= largest, key, f"at most {largest}")
+    for key in BELOW_ONE:
+        require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
+    for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
+        require(flatten(c)[key] <= 1, key, "0 to 1")
+
+    m, o, d = c.model, c.optim, c.data
+    require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
+    kv_heads = m.num_kv_heads or m.num_heads
+    require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
+    if m.position == "rope":
+        require(
+            (m.d_model // m.num_heads) % 2 == 0,
+            "model.num_heads",
+            f"with position=rope, one that leaves an even head size of d_model = {m.d_model}",
+        )
+    if m.position == "sinusoidal":
+        require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
+    head = m.d_model // m.num_heads
+    require(
+        not m.key_offset or (head >= 4 and head % 2 == 0),
+        "model.num_heads",
+        f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}",
+    )
+    require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
+    if o.name == "muon":
+        require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
+    require(not 0 < o.spike_factor <= 1, "optim.spike_factor", "0, or more than 1")
+    require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
+    require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
+    require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
+    _check_parallel(c.parallel, m, require)
+    _check_data(d, require)
+    require(
+        c.checkpoint.resume != "",
+        "checkpoint.resume",
+        "auto, never, or a workdir, after which @STEP or @best may follow",
+    )
+    return c
+
+
+def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, str, str], None]) -> None:
+    d_ff = m.d_ff or 4 * m.d_model
+    require(p.zero <= 1, "parallel.zero", "0 or 1")
+    require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
+    require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
+    # From there on nothing is smaller than the matrix itself.
+    most = math.ceil(m.d_model * d_ff / (m.d_model + d_ff)) - 1
+    require(
+        0 < p.powersgd_rank <= most or p.reduce != "powersgd",
+        "parallel.powersgd_rank",
+        f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
+    )
+    if p.zero:
+        # They save on gradients what gathering whole parameters would cost again.
+        require(
+            p.reduce not in ("topk", "powersgd"),
+            "parallel.reduce",
+            "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8",
+        )
+
+
+def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
+    parts = [(part, SOURCES[part.source]) for part in ([p for _, p in mixture(d)] if d.mixture else [d])]
+    if d.mixture:
+        require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
+        data_dir = any(kind.splits for _, kind in parts)
+        require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
+    else:
+        with_val_path = [name for name, kind in SOURCES.items() if kind.files]
+        with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
+        for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, with_path)):
+            require(
+                not path or d.source in sources,
+                f"data.{key}",
+                f"none with data.source={d.source}; {', '.join(sources)} have one",
+            )
+    if d.prompt_key or d.response_key:
+        require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
+        require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
+    if d.messages_key or (d.response_key and d.chat_template):
+        fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
+        require(fits, "data.chat_template", "a text with {role}, and with {content} once")
+    # What a shell makes of '...\n', which the model would learn to write.
+    require(
+        "\\n" not in d.chat_template,
+        "data.chat_template",
+        r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'",
+    )
+    if not any(kind.records for _, kind in parts):
+        have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
+        for key in ("response_key", "messages_key"):
+            require(not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; {have_keys} have keys")
+    for part, kind in parts:
+        if kind.records:
+            has_key = bool(d.text_key or d.response_key or d.messages_key)
+            require(has_key, "data.text_key", "the key of a record's text")
+        if kind.files:
+            require(bool(part.path), "data.path", f"a path; data.source={d.source} needs one")
+        if kind.splits:
+            require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
+            require(bool(part.split), "data.split", "the name of a split")
+        if not (part.val_path if kind.files else part.val_split if kind.splits else ""):
+            require(
+                0 < d.val_fraction < 1,
+                "data.val_fraction",
+                "more than 0 and less than 1 when no validation data is named",
+            )
+    if d.tokenizer == "hf":
+        require(
+            bool(d.tokenizer_path),
+            "data.tokenizer_path",
+            "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it",
+        )
+    ids = any(kind.ids for _, kind in parts)
+    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
+        floor = 2 if ids else 300  # 256 bytes, special and some learned pieces
+        require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")

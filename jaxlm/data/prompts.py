@@ -1,0 +1,90 @@
+"""Text around generation: a prompt becomes ids, and new ids become text as they come, up to where it ends."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.config import DataConfig
+from jaxlm.data.sources.conversations import after_answer, question, trains_on_answers
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers.markup import encode_marked, first_special
+
+
+class Ending(NamedTuple):
+    """Where a continuation ends; neither the id nor the text is shown."""
+
+    ids: frozenset[int]
+    texts: tuple[str, ...]
+    tail: str  # what the template writes after an answer; not shown where the text ends with it
+
+
+def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool) -> np.ndarray:
+    """int32 ids [T] to continue, from bos on.
+
+    Args:
+      chat: write the text as a message of the user, and open the answer.
+
+    Raises:
+      UserError: the tokenizer has no ids for it.
+    """
+    if not chat:
+        return np.concatenate([[tokenizer.bos_id], tokenizer.encode([text])[0]]).astype(np.int32)
+    pieces = question(text, data)
+    ids = encode_marked(tokenizer, [piece.text for piece in pieces], [piece.markup for piece in pieces])
+    return np.concatenate([[tokenizer.bos_id], *ids]).astype(np.int32)
+
+
+def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = ()) -> Ending:
+    """Where a run's texts end: with their document, and after an answer if the run learns answers.
+
+    An answer ends at the first special token that the template writes after it or, without one, at what opens the
+    user's next message.
+    """
+    after, opening = after_answer(data) if trains_on_answers(data) else ("", "")
+    special = first_special(tokenizer, after)
+    if special is not None:
+        return Ending(tokenizer.end_ids | {special}, tuple(stops), "")
+    return Ending(tokenizer.end_ids, (*stops, *([after + opening] if opening else [])), after)
+
+
+class Continuation:
+    """The text of one sample."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, ending: Ending):
+        self.ended = False
+        self._decode, self._ending, self._held = tokenizer.decoder(), ending, ""
+        self._decode(prompt.tolist(), True)
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that new ids add; holds back what may be the beginning of an ending."""
+        if self.ended:
+            return ""
+        kept = []
+        for i in ids:
+            if i in self._ending.ids:
+                return self._advance(kept) + self.finish()
+            kept.append(i)
+        return self._advance(kept)
+
+    def finish(self) -> str:
+        """The rest of the text, when no more ids come."""
+        if self.ended:
+            return ""
+        text, self.ended = self._held + self._decode([], True), True
+        return text.removesuffix(self._ending.tail)
+
+    def _advance(self, ids: list[int]) -> str:
+        text = self._held + self._decode(ids, False)
+        found = [(at + len(stop), at) for stop in self._ending.texts if (at := text.find(stop)) >= 0]
+        if found:  # the one that is whole first
+            self.ended = True
+            return text[: min(found)[1]]
+        held = max((_overlap(text, end) for end in (*self._ending.texts, self._ending.tail)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, end: str) -> int:
+    """How many of the last characters of a text are the first of an end."""
+    return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)

@@ -1,0 +1,154 @@
+"""Files of records, such as JSON lines and Parquet: a document a record, a text or a conversation."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.config import DataConfig, UserError, show
+from jaxlm.data.sources.conversations import Spans, TextPiece, conversation
+from jaxlm.data.sources.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.sources.files import grouped, identify, real, unit_bytes
+from jaxlm.data.sources.splits import find_files
+
+
+class RecordPart(NamedTuple):
+    """Of a file, or all of it."""
+
+    name: str
+    path: Path
+    split: Split | None  # None: each record's place decides
+    num_bytes: int
+    start: int = 0  # in bytes, or in row groups
+    stop: int | None = None
+    first_row: int = 0  # of a Parquet file's, counted from 0
+
+
+class NoColumn(UserError):
+    """The key is wrong, not the file."""
+
+
+class Format(NamedTuple):
+    """How a kind of file holds records."""
+
+    unit: str  # what a record is called: a line, a row
+    cut: Callable[[RecordPart, int], list[RecordPart]]  # a file in parts of about so many bytes
+    # Of a part: each record's place in the file, what gives its number, counted from 1, and its bytes or its columns.
+    read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
+
+
+def open_records(data: DataConfig, form: Format) -> Source:
+    """The documents of `data.path` and `data.val_path`.
+
+    Without `data.val_path` a record's file and place in it decide whether it is held out.
+
+    Raises:
+      UserError: there are no files, or, while documents are read, a file is damaged, or a record is no good and
+        `data.on_error` is stop.
+    """
+    files, val, notes = find_files(data)
+    shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *conversation_keys(data))}
+    key = {
+        **shapes,
+        "train": identify(files),
+        "val": identify(val),
+        "val_fraction": None if val else data.val_fraction,
+    }
+
+    def units() -> list[Unit]:
+        whole = [RecordPart(n, p, "train" if val else None, p.stat().st_size) for n, p in files.items()]
+        whole += [RecordPart(n, p, "val", p.stat().st_size) for n, p in val.items()]
+        limit = unit_bytes(sum(part.num_bytes for part in whole))
+        parts = [piece for part in whole for piece in form.cut(part, limit)]
+        return [Unit(partial(_read, group, data, form)) for group in grouped(parts, lambda part: part.num_bytes, limit)]
+
+    return Source(data.path or data.val_path, key, units, 0, masked=bool(conversation_keys(data)),
+                  files=real([*files.values(), *val.values()]), notes=notes)  # fmt: skip
+
+
+def conversation_keys(data: DataConfig) -> tuple[str, ...]:
+    if data.messages_key:
+        return ("messages_key", "chat_template")
+    return ("prompt_key", "response_key", "chat_template") if data.response_key else ()
+
+
+def _read(parts: list[RecordPart], data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+    for part in parts:
+        try:
+            yield from _read_part(part, data, form)
+        except UserError as error:
+            if data.on_error == "stop" or isinstance(error, NoColumn):
+                raise
+            yield Skipped(str(error))  # the rest of a damaged file
+
+
+def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+    for place, number, record in form.read(part, data):
+        split = part.split
+        if split is None:
+            split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
+        try:
+            texts = _texts(record, data)
+        except UserError as error:
+            reason = f"{part.path} {form.unit} {number()}{error}"
+            if data.on_error == "stop":
+                raise UserError(reason) from None
+            yield Skipped(reason)
+            continue
+        first = True
+        for text, learned, markup in texts:
+            at = 0
+            for piece in parts_of(text):
+                yield Document(f"{part.name} {place}", piece, split, first, learned, _within(markup, at, len(piece)))
+                first, at = False, at + len(piece)
+
+
+def _within(spans: Spans, start: int, length: int) -> Spans:
+    """The spans of a text in its part from `start` on."""
+    clipped = [(max(a - start, 0), min(b - start, length)) for a, b in spans]
+    return tuple((a, b) for a, b in clipped if a < b)
+
+
+def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
+    """The pieces of a record. Raises UserError, what comes after the record's name."""
+    value: Any = record
+    if isinstance(record, bytes):
+        try:
+            value = json.loads(record.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f": not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f": no JSON ({error}); allowed: an object a line") from None
+    if data.messages_key:
+        return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, data.chat_template)
+    if data.response_key:
+        asked = _text(value, "prompt_key", data.prompt_key, empty=True) if data.prompt_key else ""
+        answer = _text(value, "response_key", data.response_key)
+        if not data.chat_template:
+            return [TextPiece(asked, False)] * bool(asked) + [TextPiece(answer, True)]
+        turns = [{"role": "user", "content": asked}] if asked else []
+        return conversation([*turns, {"role": "assistant", "content": answer}], "", data.chat_template)
+    return [TextPiece(_text(value, "text_key", data.text_key), True)]
+
+
+def _at(value: Any, name: str, key: str) -> Any:
+    """What is under a key, whose dots lead into objects."""
+    if isinstance(value, dict) and key in value:
+        return value[key]
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            keys = show(list(value)) if isinstance(value, dict) else f"none in {type(value).__name__}"
+            raise UserError(f": no '{key}' (data.{name}); its keys: {keys}")
+        value = value[part]
+    return value
+
+
+def _text(value: Any, name: str, key: str, empty: bool = False) -> str:
+    value = _at(value, name, key)
+    if not isinstance(value, str) or not (value or empty):
+        what = "empty" if value == "" else type(value).__name__
+        raise UserError(f": '{key}' is {what}; allowed: a text")
+    if "\0" in value:
+        raise UserError(f": '{key}' holds a NUL character; allowed: text")
+    return value

@@ -1,0 +1,86 @@
+"""Which files of a path are for training, for validation, or no data, such as a README beside Parquet files."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxlm.config import SOURCES, DataConfig, UserError
+from jaxlm.data.sources.files import is_alone, key_of, list_files, located, named, stat_of, suffix_of
+
+MEANT = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # the source of files that `text` reads as text
+TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
+SHOWN = 3  # names in a note
+
+
+class Files(NamedTuple):
+    train: dict[str, Path]  # by their names
+    val: dict[str, Path]  # empty: a part of `train` is held out
+    notes: tuple[str, ...]  # lines for people
+
+
+def find_files(data: DataConfig) -> Files:
+    """The files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
+
+    Raises:
+      UserError: there are none, one is of another kind than the source, or validation files would be trained on.
+    """
+    kind = SOURCES[data.source]
+    if kind.split_files and not is_alone(data):
+        _check_not_empty([located(key_of(data), data.path) / name for name in kind.split_files])
+    train, left_out = ({}, []) if is_alone(data) else list_files(key_of(data), data.path, kind.suffixes)
+    val, others = list_files("data.val_path", data.val_path, kind.suffixes) if data.val_path else ({}, [])
+    inside = {path.resolve() for path in val.values()}
+    train = {name: path for name, path in train.items() if path.resolve() not in inside}
+    if not train and not is_alone(data):
+        raise UserError(f"data.path {data.path}: every file is in data.val_path too; allowed: other files")
+    if not val and kind.split_files and train.keys() >= {*kind.split_files}:
+        left_out = sorted({*left_out, *train} - {*kind.split_files, *kind.beside})
+        train, val = ({name: train[name]} for name in kind.split_files)
+    if not val and kind.suffixes:  # elsewhere a file is a document, and test_x.txt one as others are
+        _check_names(data, train)
+    notes = [
+        _left_out(named(data), left_out),
+        _left_out(f"data.val_path={data.val_path}", others),
+        _meant(data, [*train, *val]) if not kind.suffixes else "",
+    ]
+    return Files(train, val, tuple(note for note in notes if note))
+
+
+def _check_not_empty(files: list[Path]) -> None:
+    """Raises UserError where both files are there and one is empty: the other would be split instead."""
+    if all(path.is_file() for path in files):
+        for path in files:
+            if not stat_of(path).st_size:
+                raise UserError(f"{path}: empty; allowed: token ids")
+
+
+def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
+    """Raises UserError where files of one path are named as those to train on and those to validate on."""
+    words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
+    train = [name for name in files if words[name] & TRAIN_WORDS]
+    val = [name for name in files if words[name] & VAL_WORDS and name not in train]
+    if train and val:
+        allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
+        raise UserError(
+            f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
+            f"allowed: {allowed}, or globs"
+        )
+
+
+def _left_out(where: str, names: list[str]) -> str:
+    """A line about files that are left out; empty where there are none."""
+    if not names:
+        return ""
+    shown = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
+    what = "a file that is" if len(names) == 1 else f"{len(names)} files that are"
+    return f"{where}: without {what} hidden or of another kind ({shown}); a glob takes all that it matches"
+
+
+def _meant(data: DataConfig, names: list[str]) -> str:
+    """A line where files look like those of another source; empty where none do."""
+    for suffix, source in MEANT.items():
+        count = sum(suffix_of(name) == suffix for name in names)
+        if count:
+            what = f"a {suffix} file is" if count == 1 else f"{count} {suffix} files are"
+            return f"{named(data)}: {what} read as plain text; data.source={source} reads the texts of its records"
+    return ""

@@ -1,0 +1,160 @@
+"""Text files: each a document; of a single one the end is held out."""
+
+import codecs
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.sources.documents import BLOCK, Document, Skipped, Source, Split, Unit, digest, held_out
+from jaxlm.data.sources.files import PACKED, grouped, identify, line_ends, name_of, opened, real, skip, unit_bytes
+from jaxlm.data.sources.splits import find_files
+
+
+def open_text(data: DataConfig) -> Source:
+    """The documents of `data.path` and `data.val_path`.
+
+    Raises:
+      UserError: there are none, or, while documents are read, a file is no text and `data.on_error` is stop.
+    """
+    files, val, notes = find_files(data)
+    if not val:
+        source = _one_file(data, *files.popitem()) if len(files) == 1 else by_name(data, files)
+        return dataclasses.replace(source, notes=notes)
+    parts = [TextPart(n, p, "train") for n, p in files.items()] + [TextPart(n, p, "val") for n, p in val.items()]
+    source = _text_source(data, {"train": identify(files), "val": identify(val)}, parts)
+    return dataclasses.replace(source, notes=notes)
+
+
+def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
+    """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
+    held = {name for name in files if held_out(name, data.val_fraction)}
+    if not held:  # few files: one of them, and again one that its name decides
+        held = {min(files, key=digest)}
+    if len(held) == len(files):
+        held.remove(max(files, key=digest))
+    parts = [TextPart(name, path, "val" if name in held else "train") for name, path in files.items()]
+    return _text_source(data, {"files": identify(files), "val_fraction": data.val_fraction}, parts, skipped)
+
+
+def _one_file(data: DataConfig, name: str, path: Path) -> Source:
+    """The first characters are a training document, the last `val_fraction` of them a validation document."""
+
+    def units() -> list[Unit]:
+        cut = _byte_of_character(path, 1 - data.val_fraction)
+        parts = [TextPart(f"{name} (train)", path, "train", 0, cut), TextPart(f"{name} (val)", path, "val", cut)]
+        return _units([part for part in parts if part.stop != 0], cuts=True)
+
+    key = {"source": data.source, "files": identify({name: path}), "val_fraction": data.val_fraction}
+    return Source(str(path), key, units, _text_size(path), files=real([path]))
+
+
+def _byte_of_character(path: Path, share: float) -> int:
+    """At which byte (of the text, where the file is packed) that share of a file's characters ends."""
+    with opened(path) as file:
+        counts = [int(np.count_nonzero(_opens_character(block))) for block in iter(partial(file.read, BLOCK), b"")]
+    ends = np.cumsum([0, *counts])
+    cut = int(int(ends[-1]) * share)
+    block = int(np.searchsorted(ends, cut, "right")) - 1
+    with opened(path) as file:
+        skip(file, block * BLOCK)
+        opens = np.flatnonzero(_opens_character(file.read(BLOCK)))
+    return block * BLOCK + (int(opens[cut - ends[block]]) if len(opens) else 0)
+
+
+def _opens_character(block: bytes) -> np.ndarray:
+    return (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
+
+
+class TextPart(NamedTuple):
+    """Of a text file, or all of it."""
+
+    name: str
+    path: Path
+    split: Split
+    start: int = 0  # in bytes of the text
+    stop: int | None = None
+    first: bool = True
+
+
+def _text_source(data: DataConfig, key: dict[str, Any], parts: list[TextPart], skipped: int = 0) -> Source:
+    key = {"source": data.source, "on_error": data.on_error} | key
+    skips = data.on_error == "skip"
+    name = name_of(data) or data.val_path or data.source
+    size = _text_size(*(part.path for part in parts))
+    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped,
+                  files=real(part.path for part in parts))  # fmt: skip
+
+
+def _units(parts: list[TextPart], cuts: bool, skips: bool = False) -> list[Unit]:
+    """Parts in units of about the same size; large ones are cut at the ends of lines where `cuts` is set."""
+    limit = unit_bytes(sum(map(_part_size, parts)))
+    pieces: list[TextPart] = []
+    for part in parts:
+        stop, ends = part.start + _part_size(part), []
+        if cuts and stop - part.start > 2 * limit and part.path.suffix not in PACKED:
+            ends = line_ends(part.path, part.start, stop, limit)
+        starts = [part.start, *ends]
+        pieces += [
+            part._replace(start=a, stop=b, first=a == part.start)
+            for a, b in zip(starts, [*ends, part.stop], strict=True)
+        ]
+    return [Unit(partial(_read_text, group, skips)) for group in grouped(pieces, _part_size, limit)]
+
+
+def _part_size(part: TextPart) -> int:
+    return max((part.path.stat().st_size if part.stop is None else part.stop) - part.start, 0)
+
+
+def _text_size(*paths: Path) -> int:
+    """Bytes of the text in files; 0 = unknown."""
+    return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
+
+
+def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skipped]:
+    for part in parts:
+        if skips:  # read before it is used, so that no half of it is
+            try:
+                for _ in read_parts(part.path, part.start, part.stop):
+                    pass
+            except UserError as error:
+                yield Skipped(str(error))
+                continue
+        first = part.first
+        for text in read_parts(part.path, part.start, part.stop):
+            yield Document(part.name, text, part.split, first)
+            first = False
+
+
+def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
+    wherever they can.
+
+    sentencepiece's tokens never cross from a line into the newline after it: its parts are tokenized as the whole.
+
+    Raises:
+      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the text, where the file is
+        packed).
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset, block = "", start, b"-"
+    try:
+        with opened(path) as file:
+            skip(file, start)
+            while block:
+                block = file.read(BLOCK if stop is None else min(BLOCK, stop - offset))
+                if b"\0" in block:
+                    raise UserError(f"{path}: a NUL at byte {offset + block.index(0)}; allowed: text")
+                offset += len(block)
+                text = rest + decoder.decode(block, final=not block)
+                cut = len(text[: text.rfind("\n") + 1].rstrip("\n")) if block else 0
+                part, rest = (text[:cut], text[cut:]) if cut else (text, "")
+                if part:
+                    yield part
+    except UnicodeDecodeError as error:
+        at = offset - len(error.object) + error.start
+        raise UserError(f"{path}: not UTF-8 at byte {at} ({error.reason}); allowed: UTF-8 text") from None

@@ -1,0 +1,70 @@
+"""Files of token ids: .bin of uint16 as nanoGPT writes them, or with llm.c's header; .npy of integers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.config import UserError, show
+from jaxlm.data.sources.documents import BLOCK
+from jaxlm.data.token_file import TokenFile
+
+HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
+MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # its version, and the dtype of tokens
+LOOKED_AT = 100_000  # values at the start of a file without a header, to tell how wide they are
+
+
+def open_array(path: Path, vocab_size: int) -> tuple[Path, TokenFile]:
+    """The ids (below `vocab_size`) of a .bin or .npy file. Raises UserError where it is none."""
+    try:
+        if path.suffix == ".npy":
+            mapped = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives and pickles too
+            if mapped.ndim != 1 or mapped.dtype.kind not in "iu":
+                raise UserError(f"{path}: {mapped.dtype} of shape {mapped.shape}; allowed: one dimension of integers")
+            array = TokenFile(path, mapped.dtype, mapped.offset, len(mapped))
+        elif path.stat().st_size % 2:
+            raise UserError(f"{path}: {path.stat().st_size} bytes; allowed: a .bin of uint16 has an even number")
+        else:
+            array = _without_header(TokenFile(path, np.dtype("<u2"), 0, path.stat().st_size // 2), vocab_size)
+    except UserError:
+        raise
+    except Exception as error:  # a .npy's header is a Python literal, and NumPy raises whatever Python's parser does
+        raise UserError(f"{path}: unreadable ({show(str(error))})") from error
+    return path, array
+
+
+def _without_header(file: TokenFile, vocab_size: int) -> TokenFile:
+    path, size = file.path, 4 * HEADER
+    header = file.read(0, 2 * HEADER).view("<i4") if file.nbytes >= size else np.zeros(3, np.int32)
+    if int(header[0]) not in MAGIC:
+        _check_width(file, vocab_size)
+        return file
+    version, dtype = MAGIC[int(header[0])]
+    tokens = TokenFile(path, dtype, size, (file.nbytes - size) // dtype.itemsize)
+    if header[1] != version or header[2] != len(tokens):
+        raise UserError(
+            f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
+            f"{version} ({dtype.name}), and the {header[2]} tokens that it says"
+        )
+    return tokens
+
+
+def _check_width(file: TokenFile, vocab_size: int) -> None:
+    """Raises UserError where every second of the uint16s could be the upper half of an id."""
+    path, head = file.path, file.read(0, LOOKED_AT)
+    is_pairs = len(file) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
+    if is_pairs and head[::2].max() > (vocab_size - 1) >> 16:
+        raise UserError(
+            f"{path}: looks like ids of 32 bits; allowed: .bin of uint16 without a header, of uint32 with "
+            "llm.c's, or .npy"
+        )
+
+
+def check_ids(file: TokenFile, name: Path, vocab_size: int) -> None:
+    for start in range(0, len(file), BLOCK):
+        block = file.read(start, start + BLOCK)
+        bad = np.flatnonzero((block < 0) | (block >= vocab_size))
+        if bad.size:
+            raise UserError(
+                f"{name}: id {block[bad[0]]} at position {start + bad[0]}; "
+                f"allowed: 0 to {vocab_size - 1}, the ids of the tokenizer or data.vocab_size"
+            )

@@ -1,0 +1,114 @@
+"""Text to token ids and back: the tokenizer that a configuration or a folder names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxlm.config import DataConfig, UserError, show
+from jaxlm.config.paths import user_path
+from jaxlm.data.tokenizers.base import SPEC, ByteTokenizer, CharTokenizer, Texts, Tokenizer, code_points, to_bytes
+from jaxlm.data.tokenizers.hf import FILE as HF_FILE
+from jaxlm.data.tokenizers.hf import HfTokenizer
+from jaxlm.data.tokenizers.sentencepiece import (
+    SentencePieceTokenizer,
+)
+
+__all__ = ["Tokenizer", "code_points", "load_tokenizer", "make_tokenizer", "to_bytes"]
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "sentencepiece": SentencePieceTokenizer,
+    "bytes": ByteTokenizer,
+    "chars": CharTokenizer,
+    "hf": HfTokenizer,
+}
+
+
+def make_tokenizer(
+    data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None] = lambda line: None
+) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, loaded or trained.
+
+    Args:
+      train_texts, all_texts: the corpus without and with its validation documents.
+      say: shows a line to people.
+
+    Raises:
+      UserError: the model cannot be loaded, or the corpus is no good to train one.
+    """
+    if data.tokenizer_path:
+        hf, path = data.tokenizer == "hf", Path(data.tokenizer_path).expanduser()
+        other_file = hf and path.is_file() and path.suffix != ".json"  # which would be read as a sentencepiece model
+        tokenizer = None if other_file else load_tokenizer(data.tokenizer_path)
+        if tokenizer is None or isinstance(tokenizer, HfTokenizer) != hf:
+            found = "no Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
+            allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf takes it"
+            raise UserError(
+                f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
+                f"allowed with data.tokenizer={data.tokenizer}: {allowed}"
+            )
+        return tokenizer
+    return TOKENIZERS[data.tokenizer].make(data, train_texts, all_texts, say)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, a sentencepiece model.
+
+    Raises:
+      UserError: there is none, or it is unusable.
+    """
+    path = user_path("data.tokenizer_path", str(path))
+    if not (path.is_file() or path.is_dir()):  # a pipe would never end
+        found = "not a file" if path.exists() else "no such file"
+        raise UserError(
+            f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
+            "sentencepiece .model file"
+        )
+    if path.name in (*OWN, "sentencepiece.model") and _own_spec(path.parent):
+        path = path.parent
+    try:
+        if path.is_file():
+            content = path.read_bytes()
+            if path.suffix == ".json":
+                return HfTokenizer(content, str(path))
+            return SentencePieceTokenizer(content, lossless=False, name=str(path))
+        return _load_folder(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: no such file; allowed: a tokenizer folder, a Hugging Face "
+            "tokenizer.json or a sentencepiece .model file"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable ({error.strerror})") from error
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    file = _own_spec(folder)
+    if file is None:
+        return HfTokenizer.load(folder, {})
+    try:
+        spec = json.loads(file.read_text("utf-8"))
+        kind = spec["kind"]
+        if kind in TOKENIZERS:
+            return TOKENIZERS[kind].load(folder, spec)
+    except (UserError, OSError):
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: unreadable ({error}); allowed: as jaxlm wrote it") from error
+    raise UserError(f"{file}: kind is {show(kind)}; allowed: {', '.join(sorted(TOKENIZERS))}")
+
+
+OWN = (
+    SPEC,
+    HF_FILE,
+)  # a saved folder's description was called tokenizer.json, before Hugging Face's could be beside it
+
+
+def _own_spec(folder: Path) -> Path | None:
+    """The file in a folder that says what `save` put there; None where that was not jaxlm's."""
+    if (folder / SPEC).is_file():
+        return folder / SPEC
+    try:
+        spec = json.loads((folder / HF_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return folder / HF_FILE if isinstance(spec, dict) and "kind" in spec else None

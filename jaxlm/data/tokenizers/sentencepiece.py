@@ -1,0 +1,246 @@
+"""sentencepiece: models that are trained on the corpus, without loss, and models made elsewhere."""
+
+import importlib.metadata
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxlm.config import DataConfig, UserError
+from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
+
+SAMPLE_CHARACTERS = 20_000_000  # of the training text, to train sentencepiece on
+# A unigram model takes 17 s of a core for each million characters, and needs more of them the more pieces it has: on
+# Python source 1024 pieces give 2.203 bytes a token after two million and 2.206 after four, 8192 pieces 3.65 and 3.81.
+UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE = 2_000_000, 1000
+
+# Newlines lead: a sentence is a line with the newlines before it, so "\n        return" may become one piece, and
+# no piece has a newline after anything else. Text can therefore be cut before newlines without changing its ids.
+SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
+CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
+LINE = re.compile(r"\n*[^\n]+|\n+")
+MAX_LINE = 1000  # characters; longer ones are cut, for the time it takes grows faster than the length
+# sentencepiece writes a space as U+2581, and takes no surrogates: these characters go as bytes.
+AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
+SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
+
+
+def _library() -> Any:
+    """sentencepiece, whose functions are made at run time, where no type checker sees them."""
+    import sentencepiece
+
+    return sentencepiece
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model; lossless where `train_sentencepiece` made it."""
+
+    library = "sentencepiece"
+
+    def __init__(self, model: bytes, lossless: bool, name: str):
+        """`name` is what errors call the model.
+
+        Raises:
+          UserError: it is no sentencepiece model, or has no bos.
+        """
+        try:
+            sp = self._processor = _library().SentencePieceProcessor(model_proto=model)
+            pieces = [_piece_bytes(sp, i) for i in range(sp.vocab_size())]
+            first = pieces[sp.encode("a")[0]]
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            raise UserError(f"{name}: not a sentencepiece model") from error
+        if sp.bos_id() < 0:
+            raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
+        super().__init__(pieces, sp.bos_id())
+        self.end_ids |= {sp.eos_id()} - {-1}
+        self._model = model
+        self._lossless = lossless
+        self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
+        self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
+        # Models made elsewhere mostly put a space before the text; it is no part of it.
+        self._adds_space = not lossless and first.startswith(b" ")
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        if not self._lossless:  # may normalize and add a space, so whole texts only
+            texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
+            encoded = self._processor.encode(texts, num_threads=self.num_threads)
+            return [np.array(ids, np.int32) for ids in encoded]
+        lines: list[str] = []
+        ends = [0]
+        ids: dict[str, list[int]] = {}  # of a line, or of characters that go as bytes
+        for text in texts:
+            if self._as_bytes is AS_BYTES and not _has_any_as_bytes(text):
+                lines += _lines(text)
+            else:
+                for i, part in enumerate(self._as_bytes.split(text)):
+                    if i % 2:
+                        ids[part] = [self._byte_ids[b] for b in to_bytes(part)]
+                        lines.append(part)
+                    else:
+                        lines += _lines(part)
+            ends.append(len(lines))
+        # A third of the lines of code are there twice ("\n        else:"): those are given to the library once.
+        new = dict.fromkeys(lines)
+        if ids or len(new) < 0.8 * len(lines):
+            new = [line for line in new if line not in ids]
+            ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
+            encoded = list(map(ids.__getitem__, lines))
+        else:  # where few are, as in prose, finding them costs more than it saves
+            encoded = self._processor.encode(lines, num_threads=self.num_threads)
+        spans = itertools.pairwise(ends)
+        return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def decoder(self) -> Callable[[Iterable[int], bool], str]:
+        decode, begun = super().decoder(), not self._adds_space
+
+        def part(ids: Iterable[int], final: bool) -> str:
+            nonlocal begun
+            text = decode(ids, final)
+            text, begun = text if begun else text.removeprefix(" "), begun or bool(text)
+            return text
+
+        return part
+
+    def save(self, folder: Path) -> None:
+        (folder / "sentencepiece.model").write_bytes(self._model)
+        write_spec(folder, {"kind": "sentencepiece", "lossless": self._lossless})
+
+    @classmethod
+    def load(cls, folder: Path, spec: dict[str, Any]) -> "SentencePieceTokenizer":
+        model = folder / "sentencepiece.model"
+        return cls(model.read_bytes(), spec["lossless"], str(model))
+
+    @classmethod
+    def corpus_key(cls, data: DataConfig) -> dict[str, Any]:
+        version = importlib.metadata.version("sentencepiece")
+        key = {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
+        if data.sentencepiece == "unigram":  # of BPE, the store's SHAPE has it
+            key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
+        return key
+
+    @classmethod
+    def make(
+        cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]
+    ) -> "SentencePieceTokenizer":
+        limit, unigram = sample_characters(data.sentencepiece, data.vocab_size), data.sentencepiece == "unigram"
+        how_long = f" (unigram: about 10 s for each of up to {limit / 1e6:.0f} MB)" if unigram else ""
+        say(f"training a tokenizer of {data.vocab_size} pieces{how_long}")
+        sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
+        model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
+        tokenizer = cls(model, lossless=True, name="trained model")
+        if tokenizer.vocab_size < data.vocab_size:
+            say(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size}")
+        return tokenizer
+
+
+def _lines(text: str) -> list[str]:
+    """The text cut where that changes no ids, and where lines are too long."""
+    lines = LINE.findall(text)
+    if max(map(len, lines), default=0) <= MAX_LINE:
+        return lines
+    cut: list[str] = []
+    done = 0
+    for i in [i for i, line in enumerate(lines) if len(line) > MAX_LINE]:
+        cut += lines[done:i]
+        cut += [lines[i][k : k + MAX_LINE] for k in range(0, len(lines[i]), MAX_LINE)]
+        done = i + 1
+    return cut + lines[done:]
+
+
+def _has_any_as_bytes(text: str) -> bool:
+    """What AS_BYTES finds, ten times as fast."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a surrogate
+        return True
+    return "\u2581" in text
+
+
+def _piece_bytes(sp: Any, i: int) -> bytes:
+    if sp.is_control(i) or sp.is_unused(i):
+        return b""
+    if sp.is_unknown(i):
+        return UNKNOWN
+    piece = sp.id_to_piece(i)
+    return bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else to_bytes(piece.replace("\u2581", " "))
+
+
+def sample_characters(kind: Literal["bpe", "unigram"], vocab_size: int) -> int:
+    """How many characters of the training text a model is trained on, at most."""
+    if kind == "bpe":
+        return SAMPLE_CHARACTERS
+    return min(max(UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE * vocab_size), SAMPLE_CHARACTERS)
+
+
+def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
+    """Every k-th of the chunks, with k the smallest power of two that keeps them to `limit` characters."""
+    kept: list[str] = []
+    size, k = 0, 1
+    for i, chunk in enumerate(chunks):
+        if i % k == 0:
+            kept.append(chunk)
+            size += len(chunk)
+        while size > limit and len(kept) > 1:
+            kept, k = kept[::2], 2 * k
+            size = sum(map(len, kept))
+    return kept
+
+
+def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
+    """A lossless model with at most `vocab_size` pieces; the same bytes on every machine.
+
+    Pieces may hold several words ("self." or "\\n        return"): on Python source with 2048 pieces that gives 3.23
+    bytes a token with BPE, where splitting at spaces gives 2.90.
+
+    Raises:
+      UserError: the text does not do for a model of that size.
+    """
+    sentencepiece = _library()
+    # Another number of threads gives other unigram pieces, so it is the same whatever the machine has. By default
+    # unigram begins with a million pieces: with 25 for each that stays, 2 MB of code train in 12 s instead of 21.
+    pinned = {"num_threads": 1}
+    if kind == "unigram":
+        pinned = {"num_threads": 16, "seed_sentencepiece_size": min(25 * vocab_size, 1_000_000)}
+
+    def train(texts: Iterable[str], coverage: float) -> bytes:
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(s for text in texts for s in SENTENCE.findall(AS_BYTES.sub("\n", text))),
+            model_writer=model, model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False,
+            character_coverage=coverage, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            split_by_whitespace=False, split_by_unicode_script=False, allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=32, bos_id=0, unk_id=1, eos_id=-1, pad_id=-1,
+            minloglevel=2, **pinned)  # fmt: skip
+        return model.getvalue()
+
+    try:
+        try:
+            return train(texts, coverage=0.9995)  # the rarest characters are left to byte pieces
+        except RuntimeError as error:
+            if "required_chars" not in str(error):
+                raise
+            return train(_without_rare_characters(texts, (vocab_size - 258) // 2), coverage=1.0)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.vocab_size is {vocab_size}: no sentencepiece model of this text ({reason})") from error
+
+
+def _without_rare_characters(texts: list[str], keep: int) -> Iterator[str]:
+    """The texts with all but the `keep` most frequent characters replaced by newlines."""
+    counts = np.zeros(0x110000, np.int64)
+    for text in texts:
+        np.add.at(counts, code_points(text), 1)
+    rare = set(np.flatnonzero(counts)) - set(np.argsort(-counts, kind="stable")[: max(keep, 0)])
+    table = dict.fromkeys(map(int, rare), "\n")
+    return (text.translate(table) for text in texts)

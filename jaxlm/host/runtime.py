@@ -1,0 +1,202 @@
+"""What must be decided before JAX starts: XLA flags, CPU devices; and how a program ends.
+
+Nothing here imports jax at module level: its flags are read when it is imported.
+"""
+
+import atexit
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxlm.config import Config, UserError, show
+from jaxlm.host import distributed, signals
+from jaxlm.host.startup import on_cpu
+from jaxlm.host.stop import LEFT
+
+# XLA's oneDNN aborts a process that drops a compiled program within some milliseconds after its last product: where it
+# multiplies, programs are kept (`kept`), and the end of the process waits (`leave`).
+SETTLE = 0.2  # seconds
+_kept: list[Any] | None = None
+IMPORTER = "tensorflow-import"  # the thread that imports it while the first steps are made
+
+
+def configure_jax(config: Config, processes: int) -> None:
+    """Settings of JAX for a run; before any device is touched.
+
+    On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
+    the batch divides over: for small models that is the largest gain of all.
+    """
+    global _kept
+    check_environment()
+    chosen = cpu_flags(config) if on_cpu() else gpu_flags(config, processes)
+    _kept = [] if rounds_products(config) else None
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *chosen]).strip()
+    import jax
+
+    if config.model.matmul_precision == "highest":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    if not on_cpu():
+        return
+    flags = os.environ["XLA_FLAGS"]
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", config.parallel.devices or _cpu_devices(config, processes))
+
+
+def has_amx() -> bool:
+    """Whether the CPU has tiles for products of bfloat16 matrices (Intel AMX: Xeons since Sapphire Rapids)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
+
+
+def rounds_products(config: Config) -> bool:
+    """Whether float32 products of this run on CPU are of operands rounded to bfloat16."""
+    return on_cpu() and config.model.matmul_precision == "fastest" and has_amx()
+
+
+def cpu_flags(config: Config) -> list[str]:
+    """XLA's flags for this run on CPU, but for those that the environment sets already."""
+    flags = {}
+    if config.parallel.overlap:
+        # Else all exchanges of an unrolled backward pass are joined to one, at its end.
+        flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
+    if rounds_products(config):
+        # XLA's own library computes float32 products in float32, oneDNN rounds their operands to bfloat16 in AMX tiles.
+        dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
+        flags["xla_cpu_use_onednn"] = "true"
+        flags["xla_cpu_experimental_onednn_fusion_type"] = ",".join(dots)
+        flags["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_REDUCE"  # leaves dots to oneDNN
+        os.environ.setdefault("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    return _unset(flags)
+
+
+def kept(program: Any) -> Any:
+    """The program, which is never dropped where that could abort the process."""
+    if _kept is not None:
+        _kept.append(program)
+    return program
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program without the interpreter's shutdown. That one hears no signals, takes a second, and may crash
+    threads by cutting them off inside XLA or TensorFlow's import.
+    """
+    if _kept is not None:
+        time.sleep(SETTLE)
+    left = [thread for thread in threading.enumerate() if thread.name == LEFT]
+    if left and distributed.of_several():
+        left.pop().join()  # the others wait for what JAX does at exit
+    if not left:
+        atexit._run_exitfuncs()
+    signals.settle()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass  # its reader wanted no more
+    except (OSError, ValueError) as error:
+        print(f"jaxlm: what was printed is lost: {error}", file=sys.stderr)
+        code = code or 2
+    os._exit(code)
+
+
+def _unset(flags: dict[str, str]) -> list[str]:
+    own = os.environ.get("XLA_FLAGS", "")
+    return [f"--{flag}={value}" for flag, value in flags.items() if flag not in own]
+
+
+def gpu_flags(config: Config, processes: int) -> list[str]:
+    """XLA's flags for this run on GPUs, but for those that the environment sets already.
+
+    With more than one device: collectives run beside the computation that does not need them (latency hiding), those of
+    a loop over layers beside the next layer's (pipelined), on a stream of the highest priority; and XLA joins small
+    ones up to the size of our buckets, no further.
+    """
+    p, flags = config.parallel, {}
+    if config.deterministic:
+        flags["xla_gpu_deterministic_ops"] = "true"
+    if p.devices != 1 or processes > 1:
+        on = ["xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_highest_priority_async_stream"]
+        kinds = ("all_reduce", "reduce_scatter", "all_gather")
+        if p.overlap:
+            on += [f"xla_gpu_enable_pipelined_{kind}" for kind in kinds]
+        flags |= dict.fromkeys(on, "true")
+        if p.bucket_mb:
+            flags |= {f"xla_gpu_{kind}_combine_threshold_bytes": str(int(p.bucket_mb * 2**20)) for kind in kinds}
+    return _unset(flags)
+
+
+def _cpu_devices(config: Config, processes: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rows = config.batch_size // config.optim.accum_steps
+    return next((n for n in range(cores, 1, -1) if rows % (n * processes) == 0), 1)
+
+
+def check_batch(config: Config, devices: int, processes: int) -> None:
+    """Raises UserError unless every device gets the same number of sequences in every micro-batch."""
+    parts = devices * processes * config.optim.accum_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size is {config.batch_size}; allowed: a multiple of {parts}"
+            f" = {devices} devices * {processes} hosts * {config.optim.accum_steps} optim.accum_steps"
+        )
+
+
+def check_environment() -> None:
+    """Raises UserError where a variable asks for a number of CPU devices that cannot be: JAX would not say which."""
+    found = re.search(r"xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
+    for name, text in (
+        ("JAX_NUM_CPU_DEVICES", os.environ.get("JAX_NUM_CPU_DEVICES")),
+        ("XLA_FLAGS: xla_force_host_platform_device_count", found and found[1]),
+    ):
+        if text is not None and not re.fullmatch("[1-9][0-9]{0,3}", text):
+            raise UserError(f"{name} is {show(text)}; allowed: 1 to 9999")
+
+
+def find_devices() -> list:
+    """JAX's devices. Raises UserError if it has none, as where JAX_PLATFORMS names what this machine lacks."""
+    import jax
+
+    try:
+        return jax.devices()
+    except Exception as error:  # its backends raise anything, an AssertionError without a text too
+        reason = " ".join(str(error).split())[:200] or "this machine has none of that kind"
+        asked = f"JAX_PLATFORMS is {show(os.environ.get('JAX_PLATFORMS', ''))}"
+        raise UserError(
+            f"{asked}: JAX finds no device ({reason}); allowed: cpu, cuda with a GPU, or not set"
+        ) from error
+
+
+def choose_devices(config: Config) -> list:
+    """The devices of the run over all processes, the same number of each; the first call that touches a device.
+
+    All hosts meet here, and connect their devices.
+    """
+    import jax
+
+    from jaxlm.host import together
+
+    together.meet("the prepared data")  # JAX itself waits minutes for the devices of the others, no longer
+    by_process: dict[int, list] = {}
+    for device in find_devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    count = config.parallel.devices or len(by_process[0])
+    for process, found in by_process.items():
+        if count > len(found) or (not config.parallel.devices and count != len(found)):
+            asked = f"parallel.devices is {count}"
+            if not config.parallel.devices:
+                asked = f"{distributed.name(0)} has {count} devices"
+            raise UserError(
+                f"{asked}, and {distributed.name(process)} has {len(found)}; allowed: a parallel.devices that every"
+                " host has, or 0 where all have the same number"
+            )
+    check_batch(config, count, jax.process_count())
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"model.attention is 'cudnn'; allowed on {jax.default_backend()}: auto, xla")
+    devices = [d for process in sorted(by_process) for d in by_process[process][:count]]
+    together.connect(devices)
+    return devices

@@ -1,0 +1,237 @@
+"""The Transformer decoder. Only this file and layers.py know Flax, and neither knows device axes or training.
+
+Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
+H query heads, K key/value heads, C size of a head, V vocabulary, L layers, R rows of any kind.
+
+Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[B, T]`. On CPU that makes the
+gradient of a small model a third faster than `[B, T, D]`, and on GPU it is the same matrix product.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, assert_never
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
+from jaxlm.model.layers import Mlp, dropout, linear, norm, sinusoids
+
+Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
+OnLayer = Callable[[Params], Params]  # of one layer
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for decoding."""
+
+    k: jax.Array  # [L, B, S, K, C]
+    v: jax.Array  # [L, B, S, K, C]
+
+
+# {model.remat: which intermediate results the backward pass keeps; None = those at the borders of layers}
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+class Decoder(nn.Module):
+    """Token and position embedding, L blocks, final norm, output layer.
+
+    With `vocab_multiple`, token tables have more rows than there are tokens, only to give them a convenient shape. The
+    additional rows are never looked up and have no logits.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+    max_len: int
+    on_layer: OnLayer | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        rows = -(-self.vocab_size // c.vocab_multiple) * c.vocab_multiple
+        self.embed = self._table(rows)
+        if c.position == "learned":
+            self.positions = self._table(self.max_len)
+        block: Any = Block
+        unroll = c.scan_unroll or c.num_layers
+        if c.remat != "none":
+            # In an unrolled scan XLA would merge the recomputation with the first computation.
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
+        if self.on_layer is not None:
+            on_layer = self.on_layer
+            block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
+        in_axes: Any = (0, 0, nn.broadcast)  # of layer, cache, shared
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=c.num_layers,
+            unroll=unroll,
+        )(c, self.max_len)
+        self.final_norm = norm(c)
+        if not c.tie_embeddings:
+            self.head = Head(c, rows)
+
+    def _table(self, rows: int) -> nn.Embed:
+        """An embedding table. Unit variance keeps a token's embedding from being lost among what the layers add. If the
+        table is the output layer too, it has GPT-2's small variance, for logits near zero at first.
+        """
+        c = self.config
+        init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
+        # Cast after the look-up, so that the gradients of a token's places add up in the table's dtype: in 16 bits, a
+        # sum of thousands would lose most of what is added.
+        return nn.Embed(rows, c.d_model, dtype=None, param_dtype=c.param_dtype, embedding_init=init)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """States after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
+        c = self.config
+        B, T = tokens_BT.shape
+        tokens_N = tokens_BT.reshape(-1)
+        positions = start + jnp.arange(T) if positions_BT is None else positions_BT
+        x_ND = self.embed(tokens_N).astype(c.dtype)
+        if (table := self._added(positions)) is not None:
+            x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
+        x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
+        shared = LayerInputs(
+            dropout_keys_B,
+            rope_tables(positions, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
+            None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
+            None if cache is None else jnp.asarray(start),
+            (B, T),
+        )
+        x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
+        return self.final_norm(x_ND), cache
+
+    def _added(self, positions: jax.Array) -> jax.Array | None:
+        """What is added to token embeddings for their positions, `[..., D]`, if anything."""
+        match self.config.position:
+            case "rope":
+                return None  # queries and keys are rotated instead
+            case "learned":
+                return self.positions(positions)
+            case "sinusoidal":
+                return sinusoids(positions, self.config.d_model)
+            case other:
+                assert_never(other)
+
+    def unembed(self, x_ND: jax.Array) -> jax.Array:
+        """Logits `[N, V]` in float32."""
+        c = self.config
+        logits_NV = logits_of(x_ND, self.embed.embedding.T.astype(c.dtype)) if c.tie_embeddings else self.head(x_ND)
+        logits_NV = logits_NV[:, : self.vocab_size]
+        if c.logit_softcap:
+            logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
+        return logits_NV
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_ND, _ = self.hidden(tokens_BT)
+        return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
+
+
+class Head(nn.Module):
+    """An output layer that is not the token table. It starts at zero."""
+
+    config: ModelConfig
+    rows: int
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.rows), c.param_dtype)
+        return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
+
+
+@jax.custom_vjp
+def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """The product, accumulated and kept in float32, because 16 bits would make ties of the largest logits. The products
+    of its gradient are in the operands' dtype again.
+    """
+    return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, w_DV = operands
+    g_NV = g_NV.astype(x_ND.dtype)
+    return g_NV @ w_DV.T, x_ND.T @ g_NV
+
+
+logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)
+
+
+class LayerInputs:
+    """Inputs that all layers share; a pytree whose shape (B, T) is static."""
+
+    def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
+        self.dropout_keys_B, self.rope, self.segments_BT, self.start = dropout_keys_B, rope, segments_BT, start
+        self.shape = shape
+
+
+jax.tree_util.register_pytree_node(
+    LayerInputs,
+    lambda s: ((s.dropout_keys_B, s.rope, s.segments_BT, s.start), s.shape),
+    lambda shape, leaves: LayerInputs(*leaves, shape),
+)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); signature of a scan's body."""
+
+    config: ModelConfig
+    window: int  # tokens that a decoded token sees, itself included
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
+        c = self.config
+        a_ND, cache = Attention(c, self.window, name="attention")(norm(c, "attention_norm")(x_ND), cache, shared)
+        x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
+        m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND))
+        x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
+        return x_ND, cache
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; with fewer key/value heads, each serves a group of query heads."""
+
+    config: ModelConfig
+    window: int
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: LayerInputs) -> tuple[jax.Array, Cache | None]:
+        c = self.config
+        B, T = shared.shape
+        head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads
+        q_RC = linear(c, c.num_heads * head, "query")(x_ND).reshape(-1, head)
+        k_RC = linear(c, kv_heads * head, "key")(x_ND).reshape(-1, head)
+        v_BTKC = linear(c, kv_heads * head, "value")(x_ND).reshape(B, T, kv_heads, head)
+        if c.qk_norm:
+            q_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="query_norm")(q_RC)
+            k_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_RC)
+        q_BTHC, k_BTKC = q_RC.reshape(B, T, c.num_heads, head), k_RC.reshape(B, T, kv_heads, head)
+        if shared.rope is not None:
+            q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
+        if cache is None:
+            if c.key_offset:
+                k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
+            kernel = choose_kernel(c.attention, c.dtype, head)
+            o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, kernel)
+        else:
+            at = (0, shared.start, 0, 0)
+            cache = Cache(
+                jax.lax.dynamic_update_slice(cache.k, k_BTKC, at), jax.lax.dynamic_update_slice(cache.v, v_BTKC, at)
+            )
+            age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
+            visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
+            keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
+            o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
+        out = linear(c, c.d_model, "out", residual=True)
+        return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache

@@ -1,0 +1,98 @@
+"""Parts of the decoder: linear layers, MLP, norms, dropout, sinusoids. Shapes are named as in decoder.py."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """Squared ReLU (So et al., Primer)."""
+    return jnp.square(nn.relu(x))
+
+
+# {model.activation: (function, whether it is applied to a second projection that gates the first)}
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    "gelu": (nn.gelu, False),
+    "relu": (nn.relu, False),
+    "relu2": (relu2, False),
+    "swiglu": (nn.silu, True),  # Shazeer, GLU Variants Improve Transformer
+    "geglu": (nn.gelu, True),
+}
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        width = c.d_ff or 4 * c.d_model
+        h_NF = linear(c, width, "up")(x_ND)
+        function, gated = ACTIVATIONS[c.activation]
+        h_NF = h_NF * function(linear(c, width, "gate")(x_ND)) if gated else function(h_NF)
+        return linear(c, c.d_model, "down", residual=True)(h_NF)
+
+
+def linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
+    """A linear layer with standard deviation 1 / sqrt(fan in).
+
+    With `residual`, its output adds to the residual stream: the deviation is divided by sqrt(2L) (GPT-2, section 2.3),
+    or is zero, so that each block is the identity at first.
+    """
+    init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
+    return nn.Dense(
+        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, kernel_init=init
+    )
+
+
+def _fan_in(variance: float) -> Any:
+    return nn.initializers.variance_scaling(variance, "fan_in", "normal")
+
+
+RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
+    "scaled": lambda c: _fan_in(1 / (2 * c.num_layers)),
+    "zero": lambda c: nn.initializers.zeros,
+}
+
+
+def norm(c: ModelConfig, name: str | None = None) -> nn.Module:
+    """A norm over rows `[R, C]`, with statistics in float32 whatever the computation's dtype.
+
+    Two dimensions, because the gradient's sums along rows are seven times slower in XLA's CPU backend with more of them
+    (measured for products of two arrays, jax 0.10.2).
+    """
+    return NORMS[c.norm](c, name)
+
+
+def _layernorm(c: ModelConfig, name: str | None) -> nn.Module:
+    return nn.LayerNorm(
+        epsilon=1e-5, use_bias=c.use_bias, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype, name=name
+    )
+
+
+def _rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
+    return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+
+
+NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": _rmsnorm}
+
+
+def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
+    """Inverted dropout with a key for each sequence, so that the mask does not depend on how the batch is split."""
+    if rate == 0.0 or keys_B is None:
+        return x_ND
+    x_BX = x_ND.reshape(keys_B.shape[0], -1)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BX.shape[1:]))(keys_B)
+    return jnp.where(keep, x_BX / (1 - rate), 0).reshape(x_ND.shape)
+
+
+def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
+    """Vaswani et al., section 3.5: `[..., D]`, sines in the first half, cosines in the second."""
+    angles = positions[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

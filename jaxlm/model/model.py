@@ -1,0 +1,82 @@
+"""The decoder as pure functions, and the cost of a training token. Shapes are named as in decoder.py."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.decoder import Cache, Decoder, OnLayer, Params
+
+
+class Model(NamedTuple):
+    """A decoder as pure functions."""
+
+    init: Callable[[jax.Array], Params]  # (key) -> params
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
+    # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
+    # uses on_layer(its part of params["layers"]), and params["layers"] may hold more than parameters.
+    hidden: Callable[..., jax.Array]
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
+    init_cache: Callable[[int, int], Cache]  # (B, S)
+    # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
+    decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+    vocab_size: int
+    max_positions: int | None  # how many positions there are; None = any number, as with RoPE
+
+
+def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
+    """The functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
+
+    In longer texts a decoded token sees the last `max_len` tokens. Learned positions end at `max_len`.
+    """
+    decoder = Decoder(config, vocab_size, max_len)
+
+    # Flax does not tell type checkers what a method returns.
+    def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
+        return decoder.clone(on_layer=on_layer).apply({"params": params}, *args, method=method)
+
+    def init(key: jax.Array) -> Params:
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return decoder.init(key, tokens_BT)["params"]
+
+    def hidden(
+        params: Params,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> jax.Array:
+        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
+
+    def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
+        return call("unembed", params, x_ND)
+
+    def init_cache(batch: int, length: int) -> Cache:
+        head = config.d_model // config.num_heads
+        shape = (config.num_layers, batch, length, config.num_kv_heads or config.num_heads, head)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
+        return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
+
+    max_positions = None if config.position == "rope" else max_len
+    return Model(init, hidden, unembed, init_cache, decode, vocab_size, max_positions)
+
+
+def num_params(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
+    """Floating-point operations of one training token, forward and backward (PaLM, appendix B).
+
+    6 for each parameter that multiplies, which leaves out embedding look-ups, plus 12 * L * D * T for attention.
+    """
+    lookups = [params["embed"], params.get("positions")]
+    multiplied = num_params(params) - num_params(lookups)
+    if config.tie_embeddings:
+        multiplied += num_params(params["embed"])
+    return 6 * multiplied + 12 * config.num_layers * config.d_model * seq_len

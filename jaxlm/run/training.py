@@ -1,0 +1,226 @@
+"""A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoint import metrics_file, rollback, workdirs
+from jaxlm.checkpoint.replicas import Replicas
+from jaxlm.checkpoint.rollback import Diverged, Trouble
+from jaxlm.checkpoint.writing import Unsaved
+from jaxlm.config import Config
+from jaxlm.host import distributed, runtime
+from jaxlm.host.signals import StopSignal
+from jaxlm.host.startup import STOPPED
+from jaxlm.host.stop import Interrupted, make_stop
+from jaxlm.host.watchdog import Watchdog
+from jaxlm.model import num_params
+from jaxlm.run import metrics
+from jaxlm.run.beside_steps import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
+from jaxlm.run.console import human
+from jaxlm.run.finished import close
+from jaxlm.run.setup import Parts, build, go_back, lr_history, train_batches
+from jaxlm.run.time_budget import fit
+from jaxlm.train import train_step
+from jaxlm.train.loop import train
+
+
+def run(config: Config, workdir: Path, deadline: float | None = None, stop: StopSignal | None = None) -> int:
+    """Trains; returns the exit code.
+
+    Args:
+      deadline: a time of `time.monotonic()`. A new run makes fewer steps if not all of `steps` fit before it.
+      stop: SIGINT and SIGTERM. While there is nothing to save they end the process at once, otherwise the run saves and
+        returns.
+
+    Raises:
+      UserError: data, workdir or devices do not fit the configuration.
+      CheckpointError: there are checkpoints, and none of them can be used.
+      Diverged: training went wrong, and again after it went back to earlier checkpoints.
+      Unsaved: the last state could not be written.
+      Corrupt: devices that should hold the same state do not.
+    """
+    stop, asked = stop or StopSignal(), config.steps
+    if deadline is not None:
+        config = _fitted(config, workdir, deadline)
+    with workdirs.Lock() as lock:
+        return _run(config, workdir, lock, stop, asked)
+
+
+def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, asked: int) -> int:
+    parts, state, start = build(config, workdir, lock)
+    describe(parts, state, start)
+    if config.steps < asked:
+        parts.reporter.say(f"--max_minutes: {config.steps} of {asked} steps fit on this machine")
+    owed = _owes_evaluation(parts, start)
+    if start == config.steps and not owed:  # a finished run: its numbers are written already
+        try:
+            scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
+        except Trouble as trouble:
+            raise Diverged(f"training diverged: {trouble}") from trouble
+    else:
+        while True:
+            try:
+                step, scores = _train(parts, state, start, stop, owed)
+                break
+            except Trouble as error:
+                trouble = Trouble(error.first, error.last, error.why)  # without frames that hold on to the state
+            del state
+            parts, state, start = go_back(parts, trouble)
+            owed = False  # training went on from that checkpoint, so its evaluation was made
+        if step < config.steps or not scores:
+            parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
+            return STOPPED
+        if jax.process_count() == 1:
+            stop.release("stopped after the last step, saved; run the same command again for its scores")
+    close(parts.reporter, config, workdir, parts.corpus, scores)
+    return 0
+
+
+def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
+    """The configuration with the steps that fit before the deadline; a run that has begun keeps its number of steps."""
+    workdirs.check(workdir, config)
+    if workdirs.holds_checkpoints(workdir):
+        return workdirs.with_given_steps(workdir, config)
+    return fit(config, deadline)
+
+
+def _train(
+    parts: Parts, state: train_step.TrainState, start: int, stop: StopSignal, owed: bool
+) -> tuple[int, dict[str, Any]]:
+    """Runs the loop with its hooks; returns the number of updates done, and the last state's scores if it has any.
+
+    Args:
+      owed: whether the evaluation after step `start` is still to be made.
+    """
+    stop.release()  # while the step is compiled there is nothing to save
+    config, saver = parts.config, parts.saver
+    log = make_log(parts, start)
+    watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
+    asked = make_stop(stop, parts.placement.batch)
+    evaluation = make_evaluation(parts, log, watchdog.at, asked)
+    evaluated, scores = -1, {}
+
+    def evaluate(step: int, state: train_step.TrainState) -> None:
+        nonlocal evaluated, scores
+        with suppress(Interrupted):  # the same command makes this evaluation when it goes on
+            evaluated, scores = step, evaluation(step, state)
+            saver.scored(step, scores["eval_loss"])
+
+    save = _make_save(parts, log, start)
+    profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
+    timed = parts.reporter.left.timed
+    hooks = [
+        (profiler.due, profiler),
+        (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
+        (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
+    ]
+    update = _make_step(parts, stop)
+    batches = train_batches(config, parts.order, parts.placement, start)
+    try:
+        watchdog.start()
+        if saver.saved is None:
+            save(0, state)
+        if profiler.due(start):
+            profiler(start, state)
+        parts.reporter.start(start)
+        if owed:
+            evaluate(start, state)
+        state, step = train(
+            state, update, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
+            on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
+        )  # fmt: skip
+        watchdog.stop()
+        save(step, state, saver.finish)
+        try:
+            log.finish()
+        except OSError as error:
+            raise Unsaved(f"{parts.workdir}: the last metrics cannot be written: {error}") from error
+    finally:
+        watchdog.stop()
+        parts.reporter.stop()
+        profiler.close()
+        batches.close()
+        saver.close()
+    return step, scores if step == evaluated else {}
+
+
+def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
+    """The hook that saves a state, if its parameters are finite and all devices hold the same."""
+    replicas = Replicas(parts.config, parts.placement.here)
+
+    def save(step: int, state: train_step.TrainState, act: Callable = parts.saver.save) -> None:
+        # First, since hosts see the numbers of their own devices: after it all find the same.
+        if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
+            replicas.check(step, state)
+        if not all_finite(state.params):
+            raise bad_since(parts, step, f"the parameters after step {step} are not finite")
+        act(step, parts.placement.saved(state), log.sync)
+
+    return save
+
+
+def _make_step(parts: Parts, stop: StopSignal) -> Callable:
+    """The training step on all devices. Its first call compiles it and says so."""
+    step_of_one = train_step.make_train_step(parts.config, parts.model, parts.devices, lr_history(parts))
+    program, compiled = train_step.pmap_train_step(parts.config, step_of_one, parts.devices), False
+
+    def update(state: train_step.TrainState, batch: Any) -> Any:
+        nonlocal compiled
+        with nullcontext() if compiled else parts.reporter.phase("compiling the step", ended="compiled"):
+            made = program(state, batch)
+        compiled = True
+        stop.defer()  # from here on there is something to save
+        return made
+
+    return update
+
+
+def _due(config: Config, period: int) -> Callable[[int], bool]:
+    return lambda step: step == config.steps or (period > 0 and step % period == 0)
+
+
+def _owes_evaluation(parts: Parts, start: int) -> bool:
+    """Whether the run was stopped in the evaluation after the step from which it goes on."""
+    if start == 0 or not _due(parts.config, parts.config.eval.every_steps)(start):
+        return False
+    known = distributed.of_first(
+        "the evaluations so far", lambda: json.dumps(start in metrics_file.validation_losses(parts.workdir))
+    )
+    return not json.loads(known)
+
+
+def describe(parts: Parts, state: train_step.TrainState, start: int) -> None:
+    """The lines of facts at the start."""
+    c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
+    per_step = c.batch_size * c.seq_len
+    epochs = c.steps * per_step / len(parts.corpus.train)
+    say(
+        f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind} · {human(num_params(state.params))} parameters"
+        f" · {human(per_step)} tokens per step · {c.steps} steps = {human(c.steps * per_step)} tokens"
+        f" ({epochs:.2f} epochs) · {parts.workdir}"
+    )
+
+    def size(split: str) -> str:
+        known = [k for k in ("documents", "bytes", "tokens") if k in facts[split]]
+        return f"{split}: " + ", ".join(f"{human(n := facts[split][k])} {k[:-1] if n == 1 else k}" for k in known)
+
+    if jax.default_backend() == "gpu" and os.environ.get("XLA_FLAGS"):
+        say(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    if runtime.on_cpu() and c.model.matmul_precision == "fastest":
+        how = "operands rounded to bfloat16, in AMX tiles" if runtime.has_amx() else "float32, for this CPU has no AMX"
+        say(f"model.matmul_precision=fastest · products: {how}")
+    say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
+    for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
+        say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
+    if (scale := rollback.lr_scale(parts.returns)) < 1:
+        say(
+            f"learning rates: {scale:.3g} times optim.lr, since the run went back to earlier checkpoints (returns.json)"
+        )
+    if start:
+        say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")

@@ -1,0 +1,95 @@
+"""Optax chains. Clipping is the step's: only it knows the global gradient norm.
+
+With ZeRO-1, gradients, states and parameters are a device's own part of each. That makes no difference to an optimizer
+that works number by number; Muon and Adafactor look at whole matrices, and bring these together.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.config import OptimConfig
+from jaxlm.sync.sharing import LayerSharing, alone
+from jaxlm.sync.zero import Zero
+from jaxlm.train.muon import muon
+from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
+
+
+def matrix_mask(params: Any) -> Any:
+    """True for the weights of linear layers and embeddings; by name, since stacked layers add a dimension."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
+    """Scaled down to a root mean square of at most 1: that of each layer, where layers are stacked."""
+    own = tuple(range(int(path[0].key == "layers"), x.ndim))
+    return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
+
+
+def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.GradientTransformation:
+    """`inner` given whole gradients and its whole state, of parts; for states that are small."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        like = jax.eval_shape(inner.init, zero.params)
+        grads = zero.whole(updates)
+        updates, state = inner.update(grads, zero.whole(state, like), grads)  # of parameters only the shapes are read
+        return zero.own(updates), zero.own(state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _decayed(
+    scale: optax.GradientTransformation, c: OptimConfig, steps: int, history: LrHistory
+) -> optax.GradientTransformation:
+    """Scaled gradients, with decoupled weight decay on matrices, times the learning rate."""
+    return optax.chain(
+        scale,
+        optax.add_decayed_weights(c.weight_decay, mask=matrix_mask),
+        optax.scale_by_learning_rate(make_schedule(c, steps, "lr", history)),
+    )
+
+
+def _adamw(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
+    """Loshchilov and Hutter, Decoupled Weight Decay Regularization."""
+    return _decayed(optax.scale_by_adam(c.b1, c.b2, c.eps), c, steps, history)
+
+
+def _lion(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
+    """Chen et al., Symbolic Discovery of Optimization Algorithms."""
+    return _decayed(optax.scale_by_lion(c.b1, c.b2), c, steps, history)
+
+
+def _adafactor(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
+    """Shazeer and Stern, Adafactor, with their constants."""
+    scale = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
+    )
+    return _decayed(scale if sharing.zero is None else _on_whole(scale, sharing.zero), c, steps, history)
+
+
+def _sgd(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
+    return _decayed(optax.trace(c.momentum, nesterov=True), c, steps, history)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, int, LayerSharing, LrHistory], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": muon,
+    "sgd": _sgd,
+}
+
+
+def make_optimizer(
+    c: OptimConfig, steps: int, sharing: LayerSharing | None = None, history: LrHistory = UNTOUCHED
+) -> optax.GradientTransformation:
+    """The optax chain that `optim.name` names, from averaged (and clipped) gradients to updates.
+
+    With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without. `init` is
+    given whole parameters and gives the whole state.
+    """
+    return OPTIMIZERS[c.name](c, steps, sharing or alone(), history)

@@ -1,0 +1,102 @@
+"""What a compiled step moves, read from its text, is what the strategies' formulas say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.commands import bench_comm
+from jaxlm.commands.collectives import _group_size, collectives
+from jaxlm.config.cli import load
+
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
+# Sizes that no number of devices divides; without Muon, whose layers are shared too.
+SMALL = ["batch_size=24", "seq_len=8", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
+         "optim.name=adamw", "model.scan_unroll=1", "parallel.powersgd_rank=2"]  # fmt: skip
+
+
+def report(*overrides: str) -> dict[str, Any]:
+    config = load(CONFIG, [f"--config.{o}" for o in (*SMALL, *overrides)])
+    return json.loads(json.dumps(bench_comm.report(config, 29)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.reduce=pmean", "parallel.devices=3"],
+        ["parallel.reduce=ring", "parallel.devices=4", "parallel.zero=1"],
+        ["parallel.reduce=bf16", "parallel.devices=3", "parallel.overlap=true"],
+        ["parallel.reduce=fp16", "parallel.devices=4"],
+        ["parallel.reduce=int8", "parallel.devices=2"],
+        ["parallel.reduce=topk", "parallel.devices=3"],
+        ["parallel.reduce=int8", "parallel.devices=6", "parallel.overlap=true"],
+        ["parallel.reduce=powersgd", "parallel.devices=4", "parallel.overlap=true"],
+    ],
+    ids=lambda o: "-".join(x.split("=")[1] for x in o),
+)
+def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureFixture[str]):
+    result = report(*overrides)
+    assert result["agrees"], result
+    assert result["bytes_sent"]["gradients"] > 0
+    out = capsys.readouterr().out
+    assert "by its formula" in out and "do not agree" not in out
+    overlapped = "parallel.overlap=true" in overrides
+    inside = [c for c in result["collectives"] if c["where"] == "loop of the backward pass"]
+    assert bool(inside) == overlapped and all(c["times"] == 3 for c in inside)  # once for each of three layers
+    if overlapped:
+        assert sum(c["sent"] * c["times"] for c in inside) > 0.6 * result["bytes_sent"]["gradients"]
+    assert ("parameters" in result["bytes_sent"]) == ("parallel.zero=1" in overrides)
+
+
+def test_bytes_of_each_kind():
+    """Of a program whose numbers are known, loops within loops included."""
+
+    def program(x: jax.Array) -> Any:
+        def body(y: jax.Array, _: None) -> tuple[jax.Array, None]:
+            y, _ = jax.lax.scan(
+                lambda z, _: (jax.lax.ppermute(z, "d", [(0, 1), (1, 2), (2, 3), (3, 0)]), None), y, None, 5
+            )
+            return jax.lax.psum(y, "d"), None
+
+        x, _ = jax.lax.scan(body, x, None, length=3)
+        groups = [[0, 1], [2, 3]]
+        return (
+            jax.lax.all_gather(x, "d"),
+            jax.lax.psum_scatter(x, "d", tiled=True, axis_index_groups=groups),
+            jax.lax.all_to_all(x.astype(jnp.int8), "d", 0, 0, tiled=True),
+        )
+
+    text = jax.pmap(program, axis_name="d", devices=jax.devices()[:4]).lower(jnp.ones((4, 400))).compile().as_text()
+    found = {c.kind: c for c in collectives(text)}
+    assert {k: (c.times, c.size, c.sent, c.dtypes) for k, c in found.items() if k != "collective-permute"} == {
+        "all-reduce": (3, 4, 2 * 3 / 4 * 1600, "f32"),
+        "all-gather": (1, 4, 3 * 1600, "f32"),
+        "reduce-scatter": (1, 2, 800, "f32"),
+        "all-to-all": (1, 4, 300, "s8"),
+    }
+    assert (found["collective-permute"].times, found["collective-permute"].sent) == (15, 1600)
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['d'=8] {'d'}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("replica_groups=mesh['a'=8], device_ids=([8]) {'a':(2)4}", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_size_of_a_group(groups: str, size: int):
+    """As jax 0.10 to 0.12 write it."""
+    assert _group_size(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {groups}, to_apply=%add") == size
+
+
+def test_an_unknown_form_of_groups_is_no_guess():
+    with pytest.raises(ValueError, match="groups are not known"):
+        _group_size("%x = f32[8]{0} all-reduce(%y), replica_groups=other(8), to_apply=%add")

@@ -1,0 +1,49 @@
+"""A value that a key gains is never taken for an old one: each has an entry in its table."""
+
+from collections.abc import Collection
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from jaxlm.config import SOURCES, key_types
+from jaxlm.config.own_values import OWN_VALUES
+from jaxlm.data.sources.opening import IDS, TEXTS
+from jaxlm.data.tokenizers.loading import TOKENIZERS
+from jaxlm.model.decoder import REMAT
+from jaxlm.model.layers import ACTIVATIONS, NORMS, RESIDUAL_INITS
+from jaxlm.sync import REDUCTIONS
+from jaxlm.train.optimizer import OPTIMIZERS
+from jaxlm.train.schedules import SCHEDULES
+
+TABLES: dict[str, list[Collection[str]]] = {
+    "data.source": [SOURCES, [*TEXTS, *IDS]],
+    "data.tokenizer": [TOKENIZERS],
+    "model.activation": [ACTIVATIONS],
+    "model.norm": [NORMS],
+    "model.remat": [["none", *REMAT]],
+    "model.residual_init": [RESIDUAL_INITS],
+    "optim.name": [OPTIMIZERS, OWN_VALUES],
+    "optim.schedule": [SCHEDULES],
+    "parallel.reduce": [REDUCTIONS],
+}
+# Their values are told apart where the type checker or the code itself finds one that is left out.
+BRANCHES = {"model.position", "data.packing", "optim.on_spike"}
+# JAX or sentencepiece are given the value, and refuse one that they do not know.
+PASSED_ON = {"model.dtype", "model.param_dtype", "data.sentencepiece"}
+# Asked for one of their values alone, which is what the others differ from.
+SWITCHES = {"model.attention", "model.matmul_precision", "data.on_error"}
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_each_value_has_an_entry(key: str):
+    for table in TABLES[key]:
+        assert sorted(table) == sorted(get_args(key_types()[key]))
+
+
+def test_every_key_with_choices_is_accounted_for():
+    choices = {key for key, kind in key_types().items() if get_origin(kind) is Literal}
+    assert choices == TABLES.keys() | BRANCHES | PASSED_ON | SWITCHES
+
+
+def test_a_source_is_of_texts_or_of_ids():
+    assert {name for name, kind in SOURCES.items() if kind.ids} == IDS.keys()

@@ -1,0 +1,83 @@
+"""Every file in configs/ loads and takes steps; what is too big is made small, with its features kept."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.config import flatten
+from jaxlm.config.cli import load
+from jaxlm.run import training
+
+FILES = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
+STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later
+SMALL = {
+    "steps": STEPS, "log.every_steps": 1,
+    "batch_size": 8, "seq_len": 16, "model.num_layers": 2, "model.d_model": 32, "model.num_heads": 4,
+    "optim.warmup_steps": 1, "optim.accum_steps": 2, "loss.chunk": 0, "data.source": "synthetic", "data.vocab_size": 64,
+    "parallel.devices": 2, "eval.batches": 1, "log.tensorboard": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_loads(path: Path):
+    config = load(path, some_path(path))
+    assert config.batch_size % config.optim.accum_steps == 0
+    assert path.read_text().startswith('"""')
+
+
+def some_path(path: Path) -> list[str]:
+    """What a configuration of text asks for, and others refuse."""
+    data = importlib.import_module(f"configs.{path.stem}").get_config().data
+    return ["--config.data.path=some/path"] * (data.source == "text")
+
+
+def flatten_of(path: Path) -> dict[str, object]:
+    return flatten(load(path, some_path(path)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_takes_steps(path: Path, tmp_path: Path):
+    full = flatten_of(path)
+    small = dict(SMALL)
+    if full["model.num_kv_heads"]:
+        small["model.num_kv_heads"] = 2
+    if full["model.d_ff"]:
+        small["model.d_ff"] = 48
+    if full["loss.chunk"]:
+        small["loss.chunk"] = 24  # does not divide the 32 tokens of a micro-batch
+    if full["optim.accum_steps"] == 1:
+        small["optim.accum_steps"] = 1
+    if full["data.source"] == "tfds":
+        small |= {"data.val_split": ""}
+    small |= {"data.path": ""} if full["data.path"] else {}  # what is synthetic has none
+    config = load(path, [*some_path(path), *(f"--config.{k}={v}" for k, v in small.items())])
+    kept = {k: v for k, v in flatten(config).items() if k not in small}
+    assert kept.items() <= full.items(), "all else is as in the file"
+    assert training.run(config, tmp_path / "run") == 0
+
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [m["loss"] for m in lines if "loss" in m]
+    # Logits of an untrained model are of size 1 at most, which adds up to half a nat to ln V.
+    assert abs(losses[0] - math.log(64)) < 0.5 and len(losses) == STEPS
+    assert lines[-1]["step"] == STEPS and math.isfinite(lines[-1]["eval_loss"])
+    checkpoints = Checkpoints(tmp_path / "run")
+    before, after = (checkpoints.restore_params(step, ema=False) for step in (0, STEPS))
+    checkpoints.close()
+    for (key, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        assert np.isfinite(b).all() and not np.array_equal(a, b), f"{key} does not learn"
+
+
+def test_these_features_are_among_them():
+    """The small runs above are only worth something if the files differ in what matters."""
+    everything = [flatten_of(path) for path in FILES]
+    for key, at_least in (("model.dtype", 2), ("model.remat", 2), ("loss.chunk", 2), ("optim.name", 2),
+                          ("optim.schedule", 3), ("model.position", 2), ("model.activation", 3),
+                          ("optim.accum_steps", 3), ("model.num_kv_heads", 2), ("data.source", 4)):  # fmt: skip
+        assert len({c[key] for c in everything}) >= at_least, key

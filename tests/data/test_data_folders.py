@@ -1,0 +1,152 @@
+"""Folders as people have them: what in them is data, what is left out, and what is said of it."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxlm.config import Config, UserError
+from jaxlm.data import prepare
+from jaxlm.data.sources.files import identify
+from jaxlm.data.sources.nanogpt import read_meta
+from tests.corpora import LINES, make_config, text, write
+
+RECORDS = "".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60))
+CHARS = "\n !abcxyzé"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return make_config(tmp_path)
+
+
+def opened(config: Config, path: Path | str, capsys: pytest.CaptureFixture[str], **keys: Any) -> tuple[Any, list[str]]:
+    """The corpus and what is said of its files."""
+    config.data.path = str(path)
+    for key, value in keys.items():
+        setattr(config.data, key, value)
+    capsys.readouterr()
+    corpus = prepare(config)
+    return corpus, [line for line in capsys.readouterr().err.splitlines() if not line.startswith("tokenizing")]
+
+
+def test_what_lies_beside_the_data_is_left_out_and_counted(config: Config, tmp_path: Path, capsys: Any):
+    import pyarrow
+    import pyarrow.parquet
+
+    beside = {".gitattributes": "x", ".cache/huggingface/a.parquet": "x", "README.md": "# data", "_SUCCESS": ""}
+    folder = write(tmp_path / "d", beside)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [LINES] * 30}), folder / "0.parquet")
+    corpus, said = opened(config, folder, capsys, source="parquet")
+    assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 30
+    names = ".cache/huggingface/a.parquet, .gitattributes, README.md, …"
+    left_out = f"without 4 files that are hidden or of another kind ({names})"
+    assert said == [f"data.path={folder}: {left_out}; a glob takes all that it matches"]
+    with pytest.raises(UserError, match=r"gitattributes: unreadable as Parquet"):
+        opened(config, f"{folder}/*", capsys)
+
+
+def test_files_of_a_folder_without_known_suffixes_are_all_data(config: Config, tmp_path: Path, capsys: Any):
+    folder = write(tmp_path / "d", {"part-0": RECORDS, "part-1.gz": b"", ".hidden": "x"})
+    corpus, said = opened(config, folder, capsys, source="jsonl")
+    assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 60
+    assert len(said) == 1 and "without a file that is hidden or of another kind (.hidden)" in said[0]
+
+
+def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_path: Path, capsys: Any):
+    folder = write(tmp_path / "d", {"a.txt": LINES, "README.md": LINES.upper(), ".git/config": "no text of mine\0"})
+    corpus, said = opened(config, folder, capsys)
+    assert sorted((text(corpus, "train"), text(corpus, "val"))) == sorted((LINES, LINES.upper()))
+    assert len(said) == 1 and "(.git/config)" in said[0]
+    write(tmp_path / "e", {".a": LINES})
+    with pytest.raises(UserError, match="nothing but hidden files"):
+        opened(config, tmp_path / "e", capsys)
+
+
+def test_records_that_are_read_as_text_are_said(config: Config, tmp_path: Path, capsys: Any):
+    write(tmp_path, {"d/a.jsonl": RECORDS, "d/c.txt": LINES, "e/c.txt": LINES})
+    corpus, said = opened(config, tmp_path / "d", capsys)
+    assert "record" in text(corpus, "train") + text(corpus, "val")
+    assert said == [
+        f"data.path={tmp_path / 'd'}: a .jsonl file is read as plain text; data.source=jsonl reads the "
+        "texts of its records"
+    ]
+    assert opened(config, tmp_path / "e/c.txt", capsys)[1] == []
+
+
+def nanogpt(folder: Path, meta: Any, protocol: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir(exist_ok=True)
+    ids = np.random.default_rng(0).integers(0, len(CHARS), 3000).astype("<u2")
+    for name, part in (("train.bin", ids[:2700]), ("val.bin", ids[2700:])):
+        part.tofile(folder / name)
+    (folder / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta, protocol))
+    return ids[:2700], ids[2700:]
+
+
+def meta_of(chars: str) -> dict[str, Any]:
+    return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_folder_of_nanogpt(config: Config, tmp_path: Path, protocol: int, capsys: Any):
+    train, val = nanogpt(tmp_path / "char", meta_of(CHARS), protocol)
+    corpus, said = opened(config, tmp_path / "char", capsys, source="tokens")
+    np.testing.assert_array_equal(corpus.train, train)
+    np.testing.assert_array_equal(corpus.val, val)
+    assert said == [] and corpus.vocab_size == len(CHARS) + 1
+    assert corpus.tokenizer.decode(train[:50]) == "".join(CHARS[i] for i in train[:50])
+    assert corpus.tokenizer.encode(["abc"])[0].tolist() == [CHARS.index(c) for c in "abc"]
+
+
+def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_path: Path, capsys: Any):
+    nanogpt(tmp_path / "d", {"vocab_size": 50})
+    corpus, said = opened(config, tmp_path / "d", capsys, source="tokens", vocab_size=50)
+    assert corpus.vocab_size == 50 and corpus.tokenizer is None
+    assert len(said) == 1 and "meta.pkl: left alone, not a table of characters" in said[0]
+    (tmp_path / "d/meta.pkl").unlink()
+    assert opened(config, tmp_path / "d", capsys)[1] == []
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_folder_of_nanogpt_with_an_empty_file(name: str, config: Config, tmp_path: Path, capsys: Any):
+    nanogpt(tmp_path / "d", meta_of(CHARS))
+    (tmp_path / "d" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: empty; allowed: token ids"):
+        opened(config, tmp_path / "d", capsys, source="tokens")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"gone\.txt: unreadable"):
+        identify({"gone.txt": tmp_path / "gone.txt"})
+
+
+class Code:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("made by a pickle",)
+
+
+def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor one whose instructions make no sense: such a file says nothing."""
+    monkeypatch.chdir(tmp_path)
+    good = pickle.dumps(meta_of(CHARS))
+    bad = [b"", b"junk", good[:-20], good.replace(b"itos", b"x"), pickle.dumps(Code()), pickle.dumps({"itos": Code()}),
+           pickle.dumps(meta_of("ba")), pickle.dumps({"itos": {0: "ab"}}), pickle.dumps({"itos": {1: "a"}}),
+           pickle.dumps({"itos": ["a"]}), b"\x80\x04u.", b"\x80\x04(u.", b"\x80\x04h\x05.", b"\x80\x04s.",
+           b"\x80\x04\x94.",
+           b"\x80\x04}(h\x00u.", b"\x80\x04}\x94h\x00h\x00s.", b"\x80\x04}X\xff\xff\xff\x7f."]  # fmt: skip
+    path = tmp_path / "meta.pkl"
+    for content in bad:
+        path.write_bytes(content)
+        assert read_meta(path) is None, content
+    for i in range(len(good)):  # damaged anywhere: no other error, and only tables of characters
+        path.write_bytes(good[:i] + bytes([good[i] ^ 0x15]) + good[i + 1 :])
+        found = read_meta(path)
+        assert found is None or all(len(c) == 1 for c in found.alphabet)
+    assert os.listdir(tmp_path) == ["meta.pkl"]
+    path.write_bytes(good)
+    tokenizer = read_meta(path)
+    assert tokenizer and tokenizer.alphabet == sorted(CHARS)

@@ -1,0 +1,64 @@
+"""Hosts made of network namespaces, on a link that is as slow as asked for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import UserError
+from tools import netbench
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--config", str(ROOT / "configs/debug.py"), "--tokens", "16", "--config.seq_len=16",
+        "--config.model.num_layers=1", "--config.model.d_model=128", "--config.optim.name=adamw",
+        "--rounds", "1", "--steps", "2"]  # fmt: skip
+
+
+def can_make_namespaces() -> bool:
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "jaxlmtest"], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", "jaxlmtest"], capture_output=True).returncode == 0
+
+
+def namespaces() -> tuple[set[str], set[Path]]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}, set(Path("/etc/netns").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2, to make network namespaces")
+def test_the_link_is_as_slow_as_asked_for():
+    """Two hosts, each on a core; what a step must send needs its time, and what is left out is not waited for."""
+    command = [sys.executable, str(ROOT / "tools/netbench.py"), *TINY, "--mbit", "4", "--reduce", "pmean,topk"]
+    before = namespaces()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd="/")
+    assert result.returncode == 0, result.stderr
+    seconds = json.loads(result.stdout.splitlines()[-1])["seconds"]
+    sent = 4 * (2 * 65 * 128 + 12 * 128**2)  # an all-reduce of two sends as much as there is
+    at_once = 256e3  # bytes that the link lets through before it limits
+    assert (sent - at_once) * 8 / 4e6 < seconds["jaxlm pmean"] < 2 * sent * 8 / 4e6
+    assert seconds["jaxlm topk"] < seconds["jaxlm pmean"] / 2
+    assert namespaces() == before
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--reduce", "pmean,int7"], ["--reduce", "'int7'", "powersgd"]),
+        (["--hosts", "1"], ["--hosts is 1", "2 to 250"]),
+        (["--mbit", "nan"], ["--mbit is nan", "0.01 to"]),
+        (["--tokens", "100"], ["--tokens is 100", "multiple of seq_len"]),
+        (["--config.batch_size=4"], ["batch_size", "--tokens"]),
+        (["--config.parallel.reduce=int8"], ["parallel.reduce", "--reduce"]),
+    ],
+)
+def test_wrong_arguments(argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["netbench", *argv])
+    with pytest.raises(UserError) as error:
+        netbench.main()
+    assert all(word in str(error.value) for word in words)

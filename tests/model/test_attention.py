@@ -1,0 +1,147 @@
+"""Attention against NumPy, and rows that hold several documents against each document alone."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import cli
+from jaxlm.model import make_model
+from jaxlm.model.attention import causal_attention, choose_kernel, rope_tables, rotate
+from tests import reference
+
+BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+
+
+@pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])
+def test_attention_in_chunks(T: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(T)
+    q_BTHC = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
+    k_BTKC, v_BTKC = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
+    out = jax.jit(causal_attention)(q_BTHC, k_BTKC, v_BTKC)
+    assert out.shape == q_BTHC.shape
+    for b, h in itertools.product(range(2), range(4)):
+        k = h * kv_heads // 4
+        expected = reference.attention(
+            *(x.astype(np.float64) for x in (q_BTHC[b, :, h], k_BTKC[b, :, k], v_BTKC[b, :, k]))
+        )
+        np.testing.assert_allclose(out[b, :, h], expected, rtol=0, atol=3e-6)
+
+
+def test_attention_takes_as_many_chunks_as_fit() -> None:
+    def products(T: int) -> int:
+        q_BTHC = jnp.zeros((1, T, 2, 4))
+        return str(jax.make_jaxpr(causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
+
+    assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
+
+
+def test_scores_may_be_large() -> None:
+    """Of a few thousand, where exp overflows in float32 unless the largest is subtracted."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 40, 2, 8)).astype(np.float32)
+    q *= 1000
+    out, grads = jax.jit(jax.value_and_grad(lambda q: causal_attention(q, k, v).sum()))(q)
+    expected = sum(reference.attention(*(x[0, :, h].astype(np.float64) for x in (q, k, v))).sum() for h in range(2))
+    np.testing.assert_allclose(out, expected, rtol=1e-3)  # scores are exact to 1e-4
+    assert np.isfinite(grads).all()
+
+
+ROUNDED = {"xla_allow_excess_precision": False}  # else XLA leaves roundings to bfloat16 out on CPU
+HALF = 2.0**-8  # what a rounding to bfloat16 changes at most, relative
+
+
+def test_bfloat16_attention_has_scores_and_softmax_in_float32() -> None:
+    """With scores of up to 100, a rounding of them would change the weights by a fifth."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 1, 60, 2, 8)))
+    q *= 16
+    out = jax.jit(causal_attention, compiler_options=ROUNDED)(q, k, v)
+    for h in range(2):
+        expected = reference.attention(*(np.asarray(x[0, :, h], np.float64) for x in (q, k, v)))
+        # The weights and the result are rounded once each.
+        np.testing.assert_allclose(
+            np.asarray(out[0, :, h], np.float64), expected, rtol=0, atol=2 * HALF * np.abs(v).max()
+        )
+
+
+def test_rotation_is_computed_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    x_BTHC = jnp.asarray(rng.standard_normal((1, 50, 2, 8)), jnp.bfloat16)
+    tables = rope_tables(jnp.arange(1000, 1050), 8, 100.0)
+    out = jax.jit(lambda x: rotate(x, rope_tables(jnp.arange(1000, 1050), 8, 100.0)), compiler_options=ROUNDED)(x_BTHC)
+    assert out.dtype == jnp.bfloat16 and {t.dtype for t in tables} == {jnp.dtype("float32")}
+    whole = np.concatenate([np.zeros((1000, 8)), np.asarray(x_BTHC[0, :, 1], np.float64)])
+    expected = reference.rotate(whole, 100.0)[1000:]
+    np.testing.assert_allclose(
+        np.asarray(out[0, :, 1], np.float64), expected, rtol=1.01 * HALF, atol=2e-4
+    )  # of the angle
+
+
+def test_attention_stays_inside_a_segment() -> None:
+    """Also where queries come in chunks of 64, and a segment goes from one into the next."""
+    T, lengths = 256, [10, 54, 1, 100, 91]
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, T, 2, 8)).astype(np.float32)
+    other = np.repeat([7, 7, 8], [20, 70, 166])  # another row, other segments; the numbers themselves mean nothing
+    segments_BT = np.stack([np.repeat(np.arange(5), lengths), other])
+    out = np.asarray(jax.jit(causal_attention)(q, k, v, segments_BT))
+    for b, cuts in enumerate([np.cumsum(lengths)[:-1], [90]]):
+        for span, h in itertools.product(np.split(np.arange(T), cuts), range(2)):
+            expected = reference.attention(*(x[b, span, h].astype(np.float64) for x in (q, k, v)))
+            np.testing.assert_allclose(out[b, span, h], expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal"])
+def test_documents_of_one_row_are_as_if_each_were_alone(position: Any) -> None:
+    """The states of a packed row, and gradients through them, against the documents one by one."""
+    T, V, lengths = 24, 13, [5, 1, 11, 7]
+    c = dataclasses.replace(BASE.model, num_layers=2, d_model=16, num_heads=2, position=position, rope_theta=100.0,
+                            scan_unroll=1, residual_init="scaled", attention="xla")  # fmt: skip
+    model = make_model(c, V, T)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+    tokens, direction_TD = rng.integers(0, V, T).astype(np.int32), rng.standard_normal((T, 16)).astype(np.float32)
+    documents = np.split(np.arange(T), np.cumsum(lengths)[:-1])
+    positions_BT = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])[None]
+
+    def together(params: Any) -> tuple[jax.Array, jax.Array]:
+        x_TD = model.hidden(params, tokens[None], positions_BT=positions_BT)
+        return jnp.sum(x_TD * direction_TD), x_TD
+
+    def alone(params: Any) -> tuple[jax.Array, jax.Array]:
+        x_TD = jnp.concatenate([model.hidden(params, tokens[None, span]) for span in documents])
+        return jnp.sum(x_TD * direction_TD), x_TD
+
+    (got, got_x), (want, want_x) = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (together, alone))
+    np.testing.assert_allclose(got_x, want_x, rtol=0, atol=1e-5)  # of order 1, a few hundred roundings of 6e-8 each
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), got, want)
+    whole_row = model.hidden(params, tokens[None])
+    assert np.abs(whole_row[:5] - want_x[:5]).max() < 1e-5 < 0.1 < np.abs(whole_row[5:] - want_x[5:]).max()
+
+
+@pytest.mark.parametrize(
+    "backend, wanted, dtype, head, kernel",
+    [
+        ("gpu", "auto", "bfloat16", 64, "cudnn"),
+        ("gpu", "auto", "float16", 128, "cudnn"),
+        ("gpu", "auto", "float32", 64, "xla"),
+        ("gpu", "auto", "bfloat16", 136, "xla"),
+        ("gpu", "auto", "bfloat16", 60, "xla"),
+        ("cpu", "auto", "bfloat16", 64, "xla"),
+        ("gpu", "xla", "bfloat16", 64, "xla"),
+        ("cpu", "cudnn", "float32", 60, "cudnn"),  # as asked for
+    ],
+)
+def test_choice_of_the_attention_kernel(
+    monkeypatch: pytest.MonkeyPatch, backend: str, wanted: Any, dtype: str, head: int, kernel: str
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert choose_kernel(wanted, dtype, head) == kernel

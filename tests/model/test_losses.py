@@ -1,0 +1,95 @@
+"""Losses against NumPy, and the chunked output layer against the whole one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import LossConfig
+from jaxlm.model.losses import LossSums, cross_entropy, output_loss
+
+N, D, V = 22, 6, 11
+
+
+def draw(seed: int = 0) -> tuple[Any, Any, Any]:
+    """Final states, an output matrix, and targets of which some are none."""
+    rng = np.random.default_rng(seed)
+    x_ND, w_DV = rng.standard_normal((N, D)).astype(np.float32), rng.standard_normal((D, V)).astype(np.float32)
+    return x_ND, w_DV, np.where(rng.random(N) < 0.6, rng.integers(0, V, N), -1).astype(np.int32)
+
+
+def reference(logits_NV: np.ndarray, targets_N: np.ndarray, c: LossConfig) -> list[float]:
+    """Token by token, from probabilities."""
+    objective = nll = correct = count = 0.0
+    for logits, target in zip(logits_NV.astype(np.float64), targets_N, strict=True):
+        if target == -1:
+            continue
+        z = np.exp(logits).sum()
+        wanted = np.full(V, c.label_smoothing / V)
+        wanted[target] += 1 - c.label_smoothing
+        objective += -(wanted * np.log(np.exp(logits) / z)).sum() + c.z_loss * np.log(z) ** 2
+        nll -= np.log(np.exp(logits[target]) / z)
+        correct += logits.argmax() == target
+        count += 1
+    return [objective, nll, correct, count]
+
+
+SETTINGS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.05)]
+
+
+@pytest.mark.parametrize("smoothing, z_loss", SETTINGS)
+def test_cross_entropy(smoothing: float, z_loss: float) -> None:
+    c = LossConfig(label_smoothing=smoothing, z_loss=z_loss, chunk=0)
+    x_ND, w_DV, targets_N = draw()
+    logits_NV = 2 * x_ND @ w_DV
+    targets_N[:6] = logits_NV[:6].argmax(-1)  # some are right
+    assert (targets_N == -1).any()
+    sums = cross_entropy(jnp.asarray(logits_NV), jnp.asarray(targets_N), c)
+    assert all(s.shape == () and s.dtype == jnp.float32 for s in sums)
+    np.testing.assert_allclose(np.array(sums), reference(logits_NV, targets_N, c), rtol=2e-6)
+    assert 0 < sums.correct < sums.targets
+    assert (sums.objective == sums.nll) == (smoothing == z_loss == 0)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    c = LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0)
+    logits_NV = jnp.array([[1e4, 0.0, -1e4], [-1e30, 5.0, 5.0]])
+    sums = cross_entropy(logits_NV, jnp.array([1, 2]), c)
+    np.testing.assert_allclose(sums.nll, 1e4 + np.log(2), rtol=1e-6)
+
+
+def test_where_there_is_no_target_there_is_no_gradient() -> None:
+    c = LossConfig(label_smoothing=0.1, z_loss=0.1, chunk=0)
+    x_ND, w_DV, targets_N = draw()
+    grad = jax.grad(lambda logits: cross_entropy(logits, targets_N, c).objective)(jnp.asarray(x_ND @ w_DV))
+    np.testing.assert_array_equal(np.abs(grad).max(-1) > 0, targets_N >= 0)
+    assert 0 < (targets_N >= 0).sum() < N
+
+
+@pytest.mark.parametrize("smoothing, z_loss", SETTINGS[::3])
+def test_output_loss_in_chunks(smoothing: float, z_loss: float) -> None:
+    """Values and gradients; 22 tokens in chunks that divide them, that do not, of 1 token, and larger than all."""
+    x_ND, w_DV, targets_N = draw(1)
+
+    def compute(chunk: int) -> tuple[LossSums, Any, int]:
+        c = LossConfig(label_smoothing=smoothing, z_loss=z_loss, chunk=chunk)
+
+        def loss(x_ND: Any, w_DV: Any) -> tuple[jax.Array, LossSums]:
+            sums = output_loss(lambda x: x @ w_DV, x_ND, targets_N, c)
+            return sums.objective, sums
+
+        both = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).trace(x_ND, w_DV)
+        grads, sums = both.lower().compile()(x_ND, w_DV)
+        return sums, grads, f"f32[{N},{V}]" in str(both.jaxpr)
+
+    sums, grads, whole = compute(0)
+    assert whole
+    c = LossConfig(label_smoothing=smoothing, z_loss=z_loss, chunk=0)
+    np.testing.assert_allclose(np.array(sums), reference(x_ND @ w_DV, targets_N, c), rtol=2e-6)
+    for chunk in (11, 5, 1, 50):
+        other_sums, other_grads, other_whole = compute(chunk)
+        assert other_whole == (chunk > N)  # all logits are never there at once
+        np.testing.assert_allclose(np.array(other_sums), np.array(sums), rtol=2e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), other_grads, grads)

@@ -1,0 +1,90 @@
+"""A finished run that is asked for again answers from what it wrote."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlm import main
+from jaxlm.config.cli import load
+from jaxlm.run import finished
+from tests.runs import CONFIG, ROOT, flags, lines
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def closing(shown: str) -> str:
+    """From the last evaluation on, without the time of day."""
+    return re.sub(r"^[\d-]{10} [\d:]{8} ", "", shown, flags=re.M).rpartition("step ")[2]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
+    return path
+
+
+@pytest.fixture
+def keys(text: Path, tmp_path: Path) -> list[str]:
+    return flags(**{
+        "data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
+        "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "eval.sample_prompt": "the ",
+    })  # fmt: skip
+
+
+def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    workdir = tmp_path / "run"
+    argv = ["--config", str(CONFIG), "--workdir", str(workdir), *keys]
+    assert main.run(argv) == 0
+    first = closing(capsys.readouterr().out)
+    assert "this model" in first and "│ the " in first and "next: " in first
+    assert lines(workdir)[-1]["sample"].startswith("the ")
+
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    code = "import sys; from jaxlm import main; print(main.run(sys.argv[1:]), 'jax' in sys.modules)"
+    again = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    *shown, last = again.stdout.splitlines(keepends=True)
+    assert again.stderr == "" and last == "0 False\n"
+    assert "finished: nothing left to train" in shown[0] and closing("".join(shown)).split() == first.split()
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+
+    def answers(*more: str, workdir: Path = workdir, limited: bool = False) -> bool:
+        return finished.answer(load(CONFIG, [*keys, *more]), workdir, limited)
+
+    assert answers() and answers("--config.steps=9", limited=True)  # as --max_minutes gave it fewer
+    assert not answers("--config.steps=9") and not answers("--config.eval.batches=1")
+    assert not answers(workdir=tmp_path / "none")
+
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    *others, score = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(score)["eval_loss"]
+    (copy / "metrics.jsonl").write_text("".join(others))
+    assert not answers(workdir=copy)  # stopped in its last evaluation
+    (copy / "metrics.jsonl").write_text("".join([*others, score]))
+    assert answers(workdir=copy)
+    next(p for p in (copy / "checkpoints/2/params").rglob("*") if p.is_file()).write_text("damaged")
+    assert not answers(workdir=copy)
+
+    text.write_text(text.read_text() + "one more line\n")
+    assert not answers()
+
+
+def test_the_command_of_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By its name if that finds it, else by its shortest path; without an installation, through Python."""
+    folder = tmp_path / "an env/bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "jaxlm"):
+        (folder / name).write_text("")
+        (folder / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert finished.command("generate") == "'an env/bin/jaxlm' generate"
+    monkeypatch.setenv("PATH", str(folder))
+    assert finished.command("generate") == "jaxlm generate"
+    (folder / "jaxlm").unlink()
+    assert finished.command("generate") == "python -m jaxlm generate"

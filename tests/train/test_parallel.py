@@ -1,0 +1,267 @@
+"""The step with every way to share and to overlap, against the plain step on one device: losses, gradient norms,
+parameters, their moving average, and the optimizer's state as a checkpoint has it.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.checkpoint.reading import Checkpoints
+from jaxlm.checkpoint.replicas import Replicas
+from jaxlm.checkpoint.writing import Saver
+from jaxlm.config import Config
+from jaxlm.config.cli import load
+from jaxlm.model import make_model
+from jaxlm.sync import Group
+from jaxlm.sync.sharing import by_parts
+from jaxlm.sync.zero import Zero, joined, spread
+from jaxlm.train import train_step
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.placement import Placement
+
+CONFIG = Path(__file__).parents[2] / "configs/debug.py"
+ROWS, T, VOCAB, STEPS = 24, 8, 29, 3
+RTOL = 1e-5  # float32, some hundred additions in another order
+# Three layers and odd sizes: neither divides over the devices.
+BASE = ["steps=10", f"batch_size={ROWS}", f"seq_len={T}", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
+        "model.scan_unroll=1", "optim.lr=0.01", "optim.eps=1e-3", "optim.clip_norm=0.5", "optim.ema_decay=0.9",
+        "optim.warmup_steps=0", "optim.schedule=constant", "optim.weight_decay=0.1"]  # fmt: skip
+
+
+def make_config(*overrides: str) -> Config:
+    return load(CONFIG, [f"--config.{o}" for o in (*BASE, *overrides)])
+
+
+class Result(NamedTuple):
+    metrics: np.ndarray  # [steps, 2]
+    params: Any
+    ema: Any
+    opt_state: Any  # whole
+    optimizer_bytes: int  # on the fullest device
+    state: train_step.TrainState
+    placement: Placement
+    config: Config
+
+
+def batch(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, VOCAB, (2, ROWS, T), dtype=np.int32)
+    return {"inputs": tokens[0], "targets": np.where(rng.random((ROWS, T)) < 0.7, tokens[1], -1)}
+
+
+def lively(params: Any) -> Any:
+    """An output layer starts at zero, and then no gradient reaches the others."""
+    return {
+        k: {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))} if k == "head" else v
+        for k, v in params.items()
+    }
+
+
+RESULTS: dict[Any, Result] = {}
+
+
+def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
+    if (devices, overrides) not in RESULTS:
+        config = make_config(*overrides)
+        model = make_model(config.model, VOCAB, T)
+        local = jax.devices()[:devices]
+        placement = Placement(config, local)
+        state = placement.initial(model)
+        params = lively(state.params)
+        state = placement.place(state._replace(params=params, ema=jax.tree.map(jnp.copy, params)))
+        step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
+        metrics = []
+        for seed in range(steps_done):
+            rows = {k: x.reshape(devices, -1, T) for k, x in batch(seed).items()}
+            state, m = step(state, jax.device_put(rows, placement.batch))
+            metrics.append([float(m["loss"]), float(m["grad_norm"])])
+        bytes_of = [
+            sum(s.data.nbytes for x in jax.tree.leaves(state.opt_state) for s in x.addressable_shards if s.device == d)
+            for d in local
+        ]
+        saved = jax.device_get(placement.saved(state))
+        RESULTS[devices, overrides] = Result(
+            np.array(metrics), saved.params, saved.ema, saved.opt_state, max(bytes_of), state, placement, config
+        )
+    return RESULTS[devices, overrides]
+
+
+def gap(got: Any, want: Any) -> float:
+    def one(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+    return max(jax.tree.leaves(jax.tree.map(one, got, want)))
+
+
+def assert_same(got: Result, want: Result) -> None:
+    np.testing.assert_allclose(got.metrics, want.metrics, rtol=RTOL / 5)
+    assert gap(got.params, want.params) < 2 * RTOL
+    assert gap(got.ema, want.ema) < 2 * RTOL
+    assert gap(got.opt_state, want.opt_state) < 2 * RTOL
+
+
+@pytest.mark.parametrize(
+    "name, devices, overrides",
+    [
+        ("adamw", 3, ["parallel.reduce=ring", "optim.accum_steps=4"]),
+        ("adamw", 8, []),
+        ("muon", 3, ["parallel.bucket_mb=0.002"]),
+        ("muon", 4, ["parallel.overlap=true", "optim.accum_steps=2"]),
+        ("adafactor", 3, []),
+        ("lion", 2, []),
+        ("sgd", 4, []),
+    ],
+)
+def test_zero_1_is_the_same_training_with_a_part_of_the_state(name: str, devices: int, overrides: list[str]):
+    got = train(devices, f"optim.name={name}", "parallel.zero=1", *overrides)
+    want = train(1, f"optim.name={name}")
+    assert_same(got, want)
+    # Live buffers: 1/N, and at most N numbers more for each tensor of a layer.
+    tensors = sum(x.shape[0] if x.ndim > 1 else 1 for x in jax.tree.leaves(want.opt_state))
+    assert got.optimizer_bytes <= want.optimizer_bytes / devices + 4 * tensors
+    assert want.optimizer_bytes > 8 * 4 * tensors  # so that the bound says something
+
+
+@pytest.mark.parametrize(
+    "devices, overrides",
+    [
+        (3, []),
+        (2, ["model.scan_unroll=0", "model.remat=full"]),
+        (4, ["optim.accum_steps=3", "parallel.bucket_mb=0.001", "parallel.reduce=ring", "model.tie_embeddings=true"]),
+    ],
+)
+def test_overlapped_is_the_same_training(devices: int, overrides: list[str]):
+    model = tuple(o for o in overrides if o.startswith("model.tie"))
+    got = train(devices, "optim.name=adamw", "parallel.overlap=true", *overrides)
+    assert_same(got, train(1, "optim.name=adamw", *model))
+
+
+@pytest.mark.parametrize(
+    "reduce, zero", [("bf16", 0), ("fp16", 0), ("int8", 0), ("topk", 0), ("powersgd", 0), ("int8", 1)]
+)
+def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
+    """One step of plain SGD: parameters without what devices keep are those of the exact mean. Where nothing is kept,
+    they are as near as the strategy promises. And a state with residuals is saved and comes back.
+    """
+    sgd = ("optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_norm=0", "optim.lr=1")
+    want = train(3, *sgd, "parallel.overlap=true", steps_done=1)
+    got = train(3, *sgd, "parallel.overlap=true", "parallel.topk_density=0.1", "parallel.powersgd_rank=2",
+                f"parallel.reduce={reduce}", f"parallel.zero={zero}", steps_done=1)  # fmt: skip
+    lost = gap(got.params, want.params)
+    if reduce in ("bf16", "fp16"):
+        assert RTOL < lost < {"bf16": 2 * 2.0**-8, "fp16": 3 * 2.0**-11}[reduce]
+    else:
+        assert lost > 1e-3
+
+        def without_kept(param: np.ndarray, kept: Any) -> np.ndarray:
+            return param - kept["residual"].mean(axis=0).reshape(param.shape) if kept else param
+
+        sync = jax.device_get(got.state.sync)
+        assert gap(jax.tree.map(without_kept, got.params, sync), want.params) < RTOL / 5
+    check_comes_back(got)
+
+
+def check_comes_back(result: Result) -> None:
+    """And all devices hold the same bits of what is replicated."""
+    Replicas(result.config, result.placement.here).check(1, result.state)
+    saved = result.placement.saved(result.state)
+    assert saved is not None
+    back = result.placement.restored(saved)
+    assert jax.tree.structure(back) == jax.tree.structure(result.state)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(result.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    for a, b in zip(jax.tree.leaves(result.placement.saved_like(result.state)), jax.tree.leaves(saved), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, b.ndim)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_factored_second_moments_of_parts(devices: int):
+    """Matrices of 128 and more, as Adafactor factors them: its rows and columns are sharded too."""
+    config = make_config("optim.name=adafactor")
+    shapes = {"embed": {"embedding": (150, 130)}, "layers": {"mlp": {"kernel": (2, 130, 141), "bias": (2, 141)}}}
+    rng = np.random.default_rng(0)
+
+    def draw() -> Any:
+        return jax.tree.map(
+            lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    params, all_grads = draw(), [draw() for _ in range(3)]
+    plain = make_optimizer(config.optim, config.steps)
+    zero = Zero(Group("d", devices), params)
+    shared = make_optimizer(config.optim, config.steps, by_parts(zero))
+    update = jax.pmap(
+        lambda g, state, p: shared.update(zero.own(g), state, zero.own(p)),
+        axis_name="d",
+        in_axes=(None, 0, None),
+        devices=jax.devices()[:devices],
+    )
+    want_state = plain.init(params)
+    state = spread(want_state, devices)
+    assert {x.shape for x in jax.tree.leaves(want_state)} >= {(2, 130), (2, 141), (150,), (130,)}
+    for grads in all_grads:
+        want, want_state = jax.jit(plain.update)(grads, want_state, params)
+        got, state = update(grads, state, params)
+        assert gap(joined(jax.device_get(got), params), want) < RTOL
+        assert gap(joined(jax.device_get(state), want_state), jax.device_get(want_state)) < RTOL
+
+
+def test_these_gradients_need_the_exchange():
+    """Devices' own gradients differ by far more than the tests above allow."""
+    config = make_config("optim.name=adamw")
+    model = make_model(config.model, VOCAB, T)
+    params = model.init(jax.random.key(0)) | {
+        "head": {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))}
+    }
+
+    def loss(params: Any, rows: slice) -> jax.Array:
+        part = batch(0)
+        x = model.hidden(params, part["inputs"][rows])
+        return jnp.sum(jnp.square(model.unembed(params, x))) / len(part["inputs"][rows])
+
+    grads = [jax.device_get(jax.grad(loss)(params, rows)) for rows in (slice(0, 8), slice(8, 16))]
+    assert gap(grads[0], grads[1]) > 1000 * RTOL
+
+
+def saved_in(workdir: Path, trained: Result) -> Checkpoints:
+    saver = Saver(workdir, make_config().checkpoint)
+    saver.finish(STEPS, trained.placement.saved(trained.state))
+    saver.close()
+    return Checkpoints(workdir)
+
+
+@pytest.mark.parametrize("devices, overrides", [(2, ["parallel.zero=1"]), (4, ["parallel.zero=1"]), (1, [])])
+def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, overrides: list[str], tmp_path: Path):
+    """Saved by three with ZeRO-1 and residuals, restored by others, with and without."""
+    saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
+    config = make_config("optim.name=muon", "parallel.reduce=int8", *overrides)
+    checkpoints = saved_in(tmp_path, saved)
+    placement = Placement(config, jax.devices()[:devices])
+    fresh = placement.initial(make_model(config.model, VOCAB, T))
+    found = checkpoints.restore(STEPS, placement, fresh)
+    checkpoints.close()
+    whole = jax.device_get(placement.saved(found))
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(whole, name), getattr(saved, name))
+    # What was left out of the gradients: its mean over the devices is what it was.
+    for a, b in zip(jax.tree.leaves(whole.sync), jax.tree.leaves(jax.device_get(saved.state.sync)), strict=True):
+        assert len(a) == devices and np.abs(b).max() > 0
+        np.testing.assert_allclose(a.mean(axis=0), b.mean(axis=0), rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+def test_another_reduction_starts_with_nothing_kept(tmp_path: Path):
+    saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
+    checkpoints = saved_in(tmp_path, saved)
+    for reduce, kept in (("pmean", False), ("topk", True)):  # the residual means the same to both lossy ones
+        config = make_config("optim.name=muon", f"parallel.reduce={reduce}")
+        placement = Placement(config, jax.devices()[:3])
+        found = checkpoints.restore(STEPS, placement, placement.initial(make_model(config.model, VOCAB, T)))
+        leaves = jax.tree.leaves(found.sync)
+        assert bool(leaves) == kept and all(np.abs(x).max() > 0 for x in leaves)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.params), saved.params)
+    checkpoints.close()
