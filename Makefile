@@ -37,7 +37,8 @@ test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint
-	@$(BIN)/python -m pytest -q -m "not slow and not peers" tests/test_rooms.py tests/config tests/model tests/sync tests/train
+	@$(BIN)/python -m pytest -q -m "not slow and not peers" tests/test_rooms.py tests/config tests/model tests/sync \
+		tests/train/test_guard.py tests/train/test_schedules.py
 
 lint: $(TEST_STAMP)
 	@$(BIN)/python -m ruff check
