@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from jaxlm.config import UserError, cli, flatten
+from jaxlm.config import UserError, cli, files, flatten
 from jaxlm.config.paths import user_path
 from jaxlm.host import distributed, launcher, runtime, signals
 from jaxlm.host.exit_codes import exit_code
@@ -43,7 +43,7 @@ def parser() -> cli.Parser:
 def _keys(width: int) -> str:
     from jaxlm.config import files, keys
 
-    return keys.listing(flatten(cli.load(files.BASE)), width)
+    return keys.listing(flatten(files.load(files.BASE)), width)
 
 
 def run(argv: list[str]) -> int:
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     if args.workdir is None and file.suffix == ".json":
         raise UserError(f"--workdir is not given; allowed with --config {file}, which is that of a run: a folder")
     workdir = Path("runs") / file.stem if args.workdir is None else user_path("--workdir", args.workdir)
-    config = cli.load(file, overrides, workdir)
+    config = files.load(file, overrides, workdir)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
     processes = launcher.count_processes(args.coordinator, args.num_processes, args.process_id)

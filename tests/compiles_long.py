@@ -7,7 +7,7 @@ from typing import Any
 from jaxlm.host import runtime, startup
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.main import run
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 
 make = train_step.make_train_step
 

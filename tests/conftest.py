@@ -128,7 +128,7 @@ def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, which is not written to."""
-    from jaxlm.config.cli import load
+    from jaxlm.config.files import load
     from jaxlm.run import training
     from tests.exit_codes import flags
     from tests.runs import CONFIG

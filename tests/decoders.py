@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.config import ModelConfig, cli
+from jaxlm.config import ModelConfig, files
 from jaxlm.model import Model, Params
 from tests.runs import ROOT
 
 VOCAB, MAX_LEN = 13, 12
-BASE = cli.load(ROOT / "configs/base.py")
+BASE = files.load(ROOT / "configs/base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,

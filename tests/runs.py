@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from jaxlm.checkpoint.reading import Checkpoints
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.model import make_model
 from jaxlm.run import training
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, cli
+from jaxlm.config import Config, files
 from jaxlm.model import make_model
-from jaxlm.train import guard, train_step
+from jaxlm.train import guard
+from jaxlm.train import step as train_step
 from tests.decoders import logits_of
 
 torch: Any = pytest.importorskip("torch")
@@ -36,7 +37,7 @@ def fast_compile() -> Iterator[None]:
 
 def config(kind: str) -> Config:
     """`gpt` with biases everywhere, `gpt_no_bias` without, `llama` with two key/value heads."""
-    c = cli.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
+    c = files.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
     llama = kind == "llama"
     c.seed, c.steps, c.batch_size, c.seq_len = 0, 10, BATCH, SEQ
     c.model = dataclasses.replace(

@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, cli
+from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import steps_in, user_path
 from jaxlm.host import runtime, signals
 from jaxlm.host.exit_codes import exit_code
@@ -314,7 +314,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args, overrides = parser.parse_known_args()
     file, folder = user_path("--config", args.config), user_path("--workdir", args.workdir)
-    config = cli.load(file, overrides)
+    config = files.load(file, overrides)
     names = [name.strip() for name in args.faults.split(",")]
     if wrong := [name for name in names if name not in FAULTS]:
         raise UserError(f"--faults has {wrong[0]!r}; allowed: {', '.join(FAULTS)}, commas between")

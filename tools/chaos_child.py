@@ -126,7 +126,7 @@ def poison(first: int, last: int) -> None:
     import numpy as np
 
     from jaxlm.data.order import TrainOrder
-    from jaxlm.train import train_step
+    from jaxlm.train import step as train_step
 
     mark, batches, loss = -2, TrainOrder.batches, train_step.output_loss
 
@@ -149,7 +149,7 @@ def flip(number: int) -> None:
     import jax
     import numpy as np
 
-    from jaxlm.train import train_step
+    from jaxlm.train import step as train_step
 
     make = train_step.pmap_train_step
 

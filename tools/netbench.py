@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, cli, flatten
+from jaxlm.config import Config, UserError, cli, files, flatten
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime, signals
 from jaxlm.host.exit_codes import exit_code
@@ -116,7 +116,7 @@ def _config(args: Any, overrides: list[str]) -> Config:
     for override in overrides:
         if override.removeprefix("--config.").startswith(OWN):
             raise UserError(f"{override}: not here; allowed: --tokens, --reduce, and any other key; data is drawn")
-    config = cli.load(user_path("--config", args.config), [*overrides, "--config.data.source=synthetic"])
+    config = files.load(user_path("--config", args.config), [*overrides, "--config.data.source=synthetic"])
     if args.tokens < config.seq_len or args.tokens % config.seq_len:
         raise UserError(f"--tokens is {args.tokens}; allowed: a multiple of seq_len = {config.seq_len}")
     config.batch_size = args.hosts * args.tokens // config.seq_len

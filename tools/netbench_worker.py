@@ -15,15 +15,15 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from jaxlm.config import cli
+    from jaxlm.config import files
     from jaxlm.host import distributed, runtime
     from jaxlm.model import make_model
-    from jaxlm.train import train_step
+    from jaxlm.train import step as train_step
     from jaxlm.train.placement import Placement
 
     def config_of(reduce: str) -> Any:
         flat = json.loads(keys) | {"parallel.reduce": reduce, "parallel.devices": 1}
-        return cli.load(Path(file), [f"--config.{k}={v}" for k, v in flat.items()])
+        return files.load(Path(file), [f"--config.{k}={v}" for k, v in flat.items()])
 
     runtime.configure_jax(config_of("pmean"), int(count))
     distributed.join(coordinator, int(count), int(index))

@@ -1,4 +1,4 @@
-"""Reading checkpoints: which there are, whether they are whole, and a state out of one. saving.py writes them.
+"""Reading checkpoints: which there are, whether they are whole, and a state out of one. writing.py writes them.
 
 A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state, guard and mean
 loss), and `sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number
@@ -27,7 +27,7 @@ from jaxlm.config.paths import steps_in
 from jaxlm.config.pretrained import Step
 from jaxlm.train import guard
 from jaxlm.train.placement import Placement
-from jaxlm.train.train_step import TrainState, float32
+from jaxlm.train.step import TrainState, float32
 
 # Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
 # of its reads or writes fails, it drops the coroutines of the others, and Python warns that they were never awaited.

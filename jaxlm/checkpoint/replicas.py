@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlm.checkpoint.reading import shapes
 from jaxlm.config import Config
 from jaxlm.host import distributed
-from jaxlm.train.train_step import AXIS, TrainState, state_axes
+from jaxlm.train.step import AXIS, TrainState, state_axes
 
 
 class Corrupt(RuntimeError):

@@ -14,11 +14,11 @@ from jaxlm.checkpoint import workdirs
 from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.config import Config, UserError
-from jaxlm.config.cli import load_workdir
+from jaxlm.config.files import load_workdir
 from jaxlm.config.paths import holds_checkpoints
 from jaxlm.config.pretrained import Step, Weights, brought_by, check_asked
 from jaxlm.host import distributed
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 
 
 def check(config: Config, weights: Weights) -> None:

@@ -25,7 +25,7 @@ from jaxlm.config.paths import steps_in
 from jaxlm.host import distributed
 from jaxlm.host.durable import sync
 from jaxlm.host.retry import Pause, insist
-from jaxlm.train.train_step import TrainState
+from jaxlm.train.step import TrainState
 
 ASKED_EVERY = 64  # steps between two questions of the other processes, at most
 

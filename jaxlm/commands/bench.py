@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, cli
+from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime, signals
 from jaxlm.host.temporary import temporary_folder
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load(user_path("--config", args.config), overrides)
+    config = files.load(user_path("--config", args.config), overrides)
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
@@ -106,7 +106,7 @@ class Trainer:
 
         from jaxlm.checkpoint.workdirs import Lock
         from jaxlm.run import beside_steps, setup
-        from jaxlm.train import train_step
+        from jaxlm.train import step as train_step
 
         self.config = config
         self.parts, self.state, _ = setup.build(config, workdir, Lock(), quiet=True)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from jaxlm.commands.collectives import Collective, collectives
-from jaxlm.config import Config, UserError, cli
+from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--vocab_size", type=int, metavar="V", help="instead of that of the configuration's data")
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load(user_path("--config", args.config), overrides)
+    config = files.load(user_path("--config", args.config), overrides)
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
     if args.vocab_size is not None and args.vocab_size < 2:
@@ -88,7 +88,7 @@ def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple
     from jaxlm import data
     from jaxlm.model import make_model
     from jaxlm.sync import Group, make_sync
-    from jaxlm.train import train_step
+    from jaxlm.train import step as train_step
 
     vocab_size = vocab_size or data.prepare(config).vocab_size
     model = make_model(config.model, vocab_size, config.seq_len)

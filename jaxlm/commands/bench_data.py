@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from jaxlm.commands.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
-from jaxlm.config import Config, UserError, cli
+from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, HostBatch
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         "--compute_ms", type=float, default=20.0, metavar="MS", help="a step takes, waiting (default: 20)"
     )
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load(user_path("--config", args.config), overrides)
+    config = files.load(user_path("--config", args.config), overrides)
     for name in ("rounds", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")

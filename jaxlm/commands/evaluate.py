@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, flatten, mixture
+from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, files, flatten, mixture
+from jaxlm.config.overrides import apply_overrides
 from jaxlm.config.paths import user_path
 from jaxlm.config.pretrained import read_step
 from jaxlm.host import runtime
@@ -18,7 +19,7 @@ def load(workdir: Path, overrides: list[str]) -> Config:
     Other data takes the place of the run's. Of `data.val_path` all is scored, and nothing else is read; of `data.path`
     alone, what is held out.
     """
-    config = cli.load_workdir(workdir)
+    config = files.load_workdir(workdir)
     asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
     if asked:
         if config.data.mixture and not any(a.startswith("--config.data.source") for a in overrides):
@@ -27,7 +28,7 @@ def load(workdir: Path, overrides: list[str]) -> Config:
         config.data.path = "-"  # passes the checks; data.val_path alone needs no other
         if (workdir / "tokenizer").is_dir():
             config.data.tokenizer_path = str(workdir / "tokenizer")
-    config = cli.apply_overrides(config, overrides)
+    config = apply_overrides(config, overrides)
     if asked == {"val_path"} and not config.data.val_path:
         raise UserError("data.val_path is ''; allowed: a file or a folder")
     if config.data.val_path and "val_path" in asked:
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
     args, overrides = parser.parse_known_args(argv)
     workdir = user_path("--workdir", args.workdir)
-    trained = flatten(cli.load_workdir(workdir))
+    trained = flatten(files.load_workdir(workdir))
     config = load(workdir, overrides)
     for key, value in flatten(config).items():
         if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):

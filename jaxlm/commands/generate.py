@@ -98,7 +98,7 @@ def _write(text: str) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="jaxlm generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument(
         "--prompt",

@@ -30,7 +30,7 @@ from jaxlm.commands.inspect_charts import (
     svg,
     token_chart,
 )
-from jaxlm.config import Config, UserError, cli, show
+from jaxlm.config import Config, UserError, cli, files, show
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, Tokenizer, prepare
 from jaxlm.data.inspect import InspectedBatch, View, decoded, documents, learned_share, mixture_shares, token_counts
@@ -129,7 +129,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--rows", type=int, metavar="R", help="of the batch that are printed (default: 4)")
     parser.add_argument("-o", "--output", metavar="FILE.svg", help="a picture of the batch and the histograms")
     args, overrides = parser.parse_known_args(argv)
-    config = cli.load(user_path("--config", args.config), overrides)
+    config = files.load(user_path("--config", args.config), overrides)
     check_args(args, config)
     return args, config
 

@@ -8,7 +8,7 @@ The last line on stdout is one JSON object.
 import json
 from pathlib import Path
 
-from jaxlm.config import cli
+from jaxlm.config import cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, open_store, prepare
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args(argv)
-    corpus = prepare(cli.load(user_path("--config", args.config), overrides))
+    corpus = prepare(files.load(user_path("--config", args.config), overrides))
     facts = summary(corpus)
     for folder in facts["folders"]:
         open_store(Path(folder), verify=True)

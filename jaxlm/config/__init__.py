@@ -1,7 +1,7 @@
 """What each key means, which values fit together, and where they come from: files, command lines, other runs.
 
 Nothing here imports JAX or TensorFlow, so a wrong key is refused before anything slow is imported. Other rooms take the
-names below from here, and `cli`, `paths`, `keys`, `pretrained` as modules.
+names below from here, and `cli`, `files`, `paths`, `keys`, `pretrained` as modules.
 
 May import: nothing.
 """

@@ -1,4 +1,4 @@
-"""Configurations in files: Python files, the packaged ones among them, and the config.json of runs."""
+"""Configurations from files: Python files, the packaged ones among them, and the config.json of runs."""
 
 import dataclasses
 import importlib.util
@@ -13,9 +13,63 @@ from typing import Any
 from jaxlm import configs
 from jaxlm.config import BEFORE, MAX_INT, Config, UserError, flatten, key_types, sections, show
 from jaxlm.config.hints import unknown_key
-from jaxlm.config.validate import validate
+from jaxlm.config.overrides import apply_overrides, key_of, with_overrides
+from jaxlm.config.paths import holds_checkpoints
+from jaxlm.config.pretrained import brought_by, check_asked, keys_of, named_weights, updated, with_own_tokenizer
+from jaxlm.config.validate import check_address, validate
 
 BASE = configs.FOLDER / "base.py"
+
+
+def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | None = None) -> Config:
+    """The checked configuration of a file with command-line overrides.
+
+    With weights of another run (`checkpoint.resume`), the model's keys and the tokenizer are that run's, whatever the
+    file says; a line on stderr says which. A run that goes on in `workdir` takes them from there.
+
+    Raises:
+      UserError: an override contradicts the weights, or what `apply_overrides` raises.
+    """
+    file, overrides = load_file(Path(path)), overrides or []
+    config = with_overrides(file, overrides)
+    check_address("checkpoint.resume", config.checkpoint.resume)  # before a message shows it
+    weights = named_weights(config.checkpoint.resume)
+    if weights is None:
+        return validate(config)
+    if workdir is not None and holds_checkpoints(workdir) and (workdir / "config.json").exists():
+        return validate(with_overrides(updated(file, keys_of(load_file(workdir / "config.json"))), overrides))
+    run, brought = _weights_of(weights.workdir, config.checkpoint.resume)
+    asked = {key_of(argument) for argument in overrides if argument.startswith("--")}
+    check_asked(config, brought, asked, run, weights.workdir)
+    before, config = flatten(config), validate(with_overrides(updated(file, brought), overrides))
+    said = {k: v for k, v in flatten(config).items() if k in brought and v != before[k] and not k.startswith("data.")}
+    if said:
+        shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in said.items())
+        print(f"checkpoint.resume: {shown}, as in {weights.workdir}", file=sys.stderr)
+    return config
+
+
+def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run, and the keys that its weights bring."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"checkpoint.resume is '{resume}': no config.json in {workdir}; allowed: auto, never, or the "
+            "workdir of a run, after which @STEP or @best may name a checkpoint"
+        )
+    saved = read_saved(path)
+    check_vocab_size(saved, path)
+    run = from_saved(saved["config"], str(path))[0]
+    return run, brought_by(workdir, run, saved["vocab_size"])
+
+
+def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
+    """The configuration that a run saved in its workdir, with command-line overrides."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
+    config = with_own_tokenizer(read_config(path)[0], path.parent)
+    return apply_overrides(config, overrides or [])
 
 
 def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:

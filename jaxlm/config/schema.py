@@ -1,8 +1,8 @@
 """The configuration: what each key means. `--help` shows the comments beside the keys.
 
-Types and meanings are declared here; the default values are in `configs/base.py`, `validate.py` says whether a whole of
-them makes sense, and `cli.py` reads files and command lines. Nothing here imports jax or the rest of jaxlm, so a wrong
-configuration is refused in milliseconds.
+Types and meanings are declared here. The default values are in `configs/base.py`. `validate.py` checks values and how
+they fit together; `files.py` reads files, and `overrides.py` command lines. Nothing here imports jax or another room,
+so a wrong configuration is refused in milliseconds.
 """
 
 import dataclasses

@@ -1,12 +1,11 @@
 """The decoder as pure functions of its parameters: logits, hidden states, losses, sampling.
 
-Only `decoder.py` and `attention.py` know Flax. Other rooms take the names below from here, and `losses` and `generate`
+Only `decoder.py` and `layers.py` know Flax. Other rooms take the names below from here, and `losses` and `generate`
 as modules.
 
 May import: config.
 """
 
-from jaxlm.model.decoder import Cache, Params
-from jaxlm.model.model import Model, flops_per_token, make_model, num_params
+from jaxlm.model.decoder import Cache, Model, Params, flops_per_token, make_model, num_params
 
 __all__ = ["Cache", "Model", "Params", "flops_per_token", "make_model", "num_params"]

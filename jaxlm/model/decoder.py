@@ -1,4 +1,5 @@
-"""The Transformer decoder. Only this file and layers.py know Flax, and neither knows device axes or training.
+"""The Transformer decoder, and it as pure functions. Only this file and layers.py know Flax; neither knows device axes
+or training.
 
 Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
 H query heads, K key/value heads, C size of a head, V vocabulary, L layers, R rows of any kind.
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
-from jaxlm.model.layers import Mlp, dropout, linear, norm, sinusoids
+from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, sinusoids
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # of one layer
@@ -138,36 +139,6 @@ class Decoder(nn.Module):
         return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
 
 
-class Head(nn.Module):
-    """An output layer that is not the token table. It starts at zero."""
-
-    config: ModelConfig
-    rows: int
-
-    @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
-        c = self.config
-        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.rows), c.param_dtype)
-        return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
-
-
-@jax.custom_vjp
-def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
-    """The product, accumulated and kept in float32, because 16 bits would make ties of the largest logits. The products
-    of its gradient are in the operands' dtype again.
-    """
-    return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
-
-
-def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_ND, w_DV = operands
-    g_NV = g_NV.astype(x_ND.dtype)
-    return g_NV @ w_DV.T, x_ND.T @ g_NV
-
-
-logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)
-
-
 class LayerInputs:
     """Inputs that all layers share; a pytree whose shape (B, T) is static."""
 
@@ -235,3 +206,75 @@ class Attention(nn.Module):
             o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
         out = linear(c, c.d_model, "out", residual=True)
         return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
+
+
+class Model(NamedTuple):
+    """A decoder as pure functions."""
+
+    init: Callable[[jax.Array], Params]  # (key) -> params
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
+    # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
+    # uses on_layer(its part of params["layers"]), and params["layers"] may hold more than parameters.
+    hidden: Callable[..., jax.Array]
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
+    init_cache: Callable[[int, int], Cache]  # (B, S)
+    # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
+    decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+    vocab_size: int
+    max_positions: int | None  # how many positions there are; None = any number, as with RoPE
+
+
+def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
+    """The functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
+
+    In longer texts a decoded token sees the last `max_len` tokens. Learned positions end at `max_len`.
+    """
+    decoder = Decoder(config, vocab_size, max_len)
+
+    # Flax does not tell type checkers what a method returns.
+    def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
+        return decoder.clone(on_layer=on_layer).apply({"params": params}, *args, method=method)
+
+    def init(key: jax.Array) -> Params:
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return decoder.init(key, tokens_BT)["params"]
+
+    def hidden(
+        params: Params,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> jax.Array:
+        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
+
+    def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
+        return call("unembed", params, x_ND)
+
+    def init_cache(batch: int, length: int) -> Cache:
+        head = config.d_model // config.num_heads
+        shape = (config.num_layers, batch, length, config.num_kv_heads or config.num_heads, head)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
+        return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
+
+    max_positions = None if config.position == "rope" else max_len
+    return Model(init, hidden, unembed, init_cache, decode, vocab_size, max_positions)
+
+
+def num_params(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
+    """Floating-point operations of one training token, forward and backward (PaLM, appendix B).
+
+    6 for each parameter that multiplies, which leaves out embedding look-ups, plus 12 * L * D * T for attention.
+    """
+    lookups = [params["embed"], params.get("positions")]
+    multiplied = num_params(params) - num_params(lookups)
+    if config.tie_embeddings:
+        multiplied += num_params(params["embed"])
+    return 6 * multiplied + 12 * config.num_layers * config.d_model * seq_len

@@ -96,3 +96,33 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
     """Vaswani et al., section 3.5: `[..., D]`, sines in the first half, cosines in the second."""
     angles = positions[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Head(nn.Module):
+    """An output layer that is not the token table. It starts at zero."""
+
+    config: ModelConfig
+    rows: int
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.rows), c.param_dtype)
+        return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
+
+
+@jax.custom_vjp
+def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
+    """The product, accumulated and kept in float32, because 16 bits would make ties of the largest logits. The products
+    of its gradient are in the operands' dtype again.
+    """
+    return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_ND, w_DV = operands
+    g_NV = g_NV.astype(x_ND.dtype)
+    return g_NV @ w_DV.T, x_ND.T @ g_NV
+
+
+logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)

@@ -20,7 +20,7 @@ from jaxlm.run.charts import shortened, tensorboard, wandb_writer
 from jaxlm.run.phases import counted
 from jaxlm.run.setup import Parts, eval_batches
 from jaxlm.run.time_left import num_eval_batches
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.evaluate import evaluate
 from jaxlm.train.loop import Done
 from jaxlm.train.loss_mean import is_logged

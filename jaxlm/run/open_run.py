@@ -15,14 +15,13 @@ from jaxlm.checkpoint.metrics_file import validation_losses
 from jaxlm.checkpoint.reading import CheckpointError, Checkpoints, shapes
 from jaxlm.checkpoint.rollback import Diverged
 from jaxlm.config import SOURCES, Config, UserError
-from jaxlm.config.cli import load_workdir
-from jaxlm.config.files import read_config
+from jaxlm.config.files import load_workdir, read_config
 from jaxlm.config.pretrained import Step
 from jaxlm.host import runtime
 from jaxlm.model import Model, Params, make_model
 from jaxlm.run.phases import Phases, counted
 from jaxlm.run.time_left import num_eval_batches
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.evaluate import evaluate
 
 

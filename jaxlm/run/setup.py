@@ -22,10 +22,10 @@ from jaxlm.data.sources.conversations import trains_on_answers
 from jaxlm.host import distributed, runtime
 from jaxlm.model import Model, make_model
 from jaxlm.run.console import Reporter
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 from jaxlm.train.schedules import LrHistory, Rewarm
-from jaxlm.train.train_step import Device
+from jaxlm.train.step import Device
 
 FOLDER_LIMIT = 60  # seconds until a network's file system shows what another host has written
 

@@ -13,7 +13,7 @@ from jaxlm.config.validate import validate
 from jaxlm.host import distributed, runtime
 from jaxlm.model import make_model
 from jaxlm.run.setup import train_batches
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.loop import train
 from jaxlm.train.placement import Placement
 

@@ -26,7 +26,7 @@ from jaxlm.run.console import human
 from jaxlm.run.finished import close
 from jaxlm.run.setup import Parts, build, go_back, lr_history, train_batches
 from jaxlm.run.time_budget import fit
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.loop import train
 
 

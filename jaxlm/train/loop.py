@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxlm.host.stop import NEVER, Stop
-from jaxlm.train.train_step import TrainState
+from jaxlm.train.step import TrainState
 
 Hook = Callable[[int, TrainState], None]  # (updates done, state); may read the state, which the next step donates
 

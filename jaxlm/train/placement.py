@@ -17,7 +17,7 @@ from jaxlm.host import together
 from jaxlm.model import Model, Params
 from jaxlm.sync import zero
 from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.train_step import AXIS, Device, TrainState, float32, init_params, init_rest, state_axes
+from jaxlm.train.step import AXIS, Device, TrainState, float32, init_params, init_rest, state_axes
 
 
 class Placement:

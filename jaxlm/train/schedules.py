@@ -22,7 +22,7 @@ class Rewarm(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A return to an earlier checkpoint (recovery.py)."""
+    """A return to an earlier checkpoint (rollback.py)."""
 
     step: int  # updates done in that checkpoint
     factor: float  # on the learning rates from there on

@@ -13,11 +13,11 @@ from jaxlm import data
 from jaxlm.checkpoint import rollback
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.data.order import TrainOrder
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import beside_steps
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.replicas import _hardware, checksum, checksums_of, difference
 from jaxlm.host.exit_codes import exit_code
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from tests.runs import CHECKPOINT, assert_identical, numbers, run, state_of
 from tools import chaos_child
 

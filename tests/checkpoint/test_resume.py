@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.signals import StopSignal
 from jaxlm.host.stop import LEFT
 from jaxlm.model import make_model
 from jaxlm.run import beside_steps, training
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 from tests.runs import (
     CHECKPOINT,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint.rewarm import between, of_run
-from jaxlm.config import Config, UserError, cli
+from jaxlm.config import Config, UserError, files
 from jaxlm.train.schedules import LEAST_WARMUP, LrHistory, Peak, make_schedule
 from tests.configurations import BASE
 from tests.runs import assert_identical, lines, numbers, run, state_of
@@ -20,7 +20,7 @@ MUON: tuple[Peak, ...] = ("lr", "adam_lr", "embed_lr")
 
 def config(steps: int, **optim: Any) -> Config:
     keys = {"schedule": "wsd", "warmup_steps": 20} | optim
-    return cli.load(BASE, [f"--config.steps={steps}", *(f"--config.optim.{k}={v}" for k, v in keys.items())])
+    return files.load(BASE, [f"--config.steps={steps}", *(f"--config.optim.{k}={v}" for k, v in keys.items())])
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear"])

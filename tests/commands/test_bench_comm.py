@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.commands import bench_comm
 from jaxlm.commands.collectives import _group_size, collectives
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 # Sizes that no number of devices divides; without Muon, whose layers are shared too.

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from jaxlm.commands import inspect as inspect_data
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.data import inspect, prepare
 from tests.corpora import write
 from tests.inspecting import CHAT, CONFIG, ROOT, TWO, call, flags

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli, files, schema
+from jaxlm.config import Config, UserError, files, overrides, schema
 from tests.configurations import BASE, ROOT, refusal
 
 
 @pytest.fixture
 def base() -> Config:
-    return cli.load(BASE)
+    return files.load(BASE)
 
 
 # The files
@@ -26,7 +26,7 @@ def base() -> Config:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_file_loads(path: Path) -> None:
     needs_data = ["--config.data.path=corpus.txt"] if "--config.data.path" in path.read_text() else []
-    assert schema.flatten(cli.load(path, needs_data)).keys() == schema.key_types().keys()
+    assert schema.flatten(files.load(path, needs_data)).keys() == schema.key_types().keys()
 
 
 def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_a_file_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert cli.load("mine/small.py").steps == 55
+    assert files.load("mine/small.py").steps == 55
     assert sys.path == before
 
 
@@ -95,7 +95,7 @@ def test_overrides_of_every_type(base: Config) -> None:
         "--config.eval.sample_prompt=x = 'a b'",
         "--config.data.cache_dir=",
     ]
-    got = cli.load(BASE, args)
+    got = files.load(BASE, args)
     expected = {
         "steps": 77, "batch_size": 16, "optim.lr": 3e-4, "optim.clip_norm": 2.0, "deterministic": True,
         "model.tie_embeddings": True, "model.qk_norm": False, "log.tensorboard": False, "model.activation": "swiglu",
@@ -111,7 +111,7 @@ def test_overrides_of_every_type(base: Config) -> None:
 
 def test_overrides_leave_the_given_configuration_alone(base: Config) -> None:
     before = schema.flatten(base)
-    assert cli.apply_overrides(base, ["--config.optim.lr=0.5"]).optim.lr == 0.5
+    assert overrides.apply_overrides(base, ["--config.optim.lr=0.5"]).optim.lr == 0.5
     assert schema.flatten(base) == before
 
 
@@ -122,7 +122,7 @@ def test_every_choice_can_be_set(base: Config) -> None:
     for key, values in choices.items():
         for value in values:
             path = ["--config.data.path=x"] * (key == "data.source" and value not in ("stdlib", "synthetic"))
-            config = cli.apply_overrides(base, [*extra, *path, f"--config.{key}={value}"])
+            config = overrides.apply_overrides(base, [*extra, *path, f"--config.{key}={value}"])
             assert schema.flatten(config)[key] == value
 
 
@@ -211,7 +211,7 @@ def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
 def test_load_workdir(base: Config, tmp_path: Path) -> None:
     def said() -> str:
         with pytest.raises(UserError) as caught:
-            cli.load_workdir(tmp_path)
+            files.load_workdir(tmp_path)
         return str(caught.value)
 
     assert "no config.json there" in said()
@@ -223,8 +223,8 @@ def test_load_workdir(base: Config, tmp_path: Path) -> None:
     saved.write_text("[]")
     assert "not the configuration of a run" in said()
     saved.write_text(json.dumps({"config": dataclasses.asdict(base), "versions": {}}))
-    assert cli.load_workdir(tmp_path) == base
-    assert cli.load_workdir(tmp_path, ["--config.seed=9"]).seed == 9
+    assert files.load_workdir(tmp_path) == base
+    assert files.load_workdir(tmp_path, ["--config.seed=9"]).seed == 9
 
 
 # Fast to refuse

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config import Config, UserError, cli, files, schema
+from jaxlm.config import Config, UserError, files, schema
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 
 
 @pytest.fixture
 def base() -> Config:
-    return cli.load(BASE)
+    return files.load(BASE)
 
 
 def test_base_names_every_key(base: Config) -> None:
@@ -126,7 +126,7 @@ POSSIBLE = [
 
 @pytest.mark.parametrize("overrides", POSSIBLE)
 def test_a_possible_combination(overrides: str) -> None:
-    config = cli.load(BASE, [f"--config.{o}" for o in overrides.split()])
+    config = files.load(BASE, [f"--config.{o}" for o in overrides.split()])
     flat = schema.flatten(config)
     for override in overrides.split():
         key, value = override.split("=")

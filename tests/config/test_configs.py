@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.config import flatten
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import training
 
 FILES = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from jaxlm.config import Config, UserError, cli, files, flatten, key_types
+from jaxlm.config import Config, UserError, files, flatten, key_types
+from jaxlm.config.overrides import apply_overrides
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 from tests.corpora import write
@@ -58,7 +59,7 @@ def test_overrides(tmp_path: Path):
     argument |= st.sampled_from([f"--config.{key}={value}" for key, value in before.items()])
 
     def read(arguments: list[str]) -> None:
-        found = cli.apply_overrides(base, [word for a in arguments for word in a.split(" ", 1)])
+        found = apply_overrides(base, [word for a in arguments for word in a.split(" ", 1)])
         assert validate(found) is found and flatten(base) == before
 
     fuzz(st.lists(argument, min_size=1, max_size=3), read, 350)
@@ -120,6 +121,6 @@ def test_addresses_with_secrets(config: Config, address: str):
 
 @pytest.mark.parametrize("address", WITHOUT)
 def test_addresses_without(address: str):
-    config = cli.load(BASE, ["--config.data.source=jsonl", f"--config.data.path={address}"])
+    config = files.load(BASE, ["--config.data.source=jsonl", f"--config.data.path={address}"])
     assert config.data.path == address
-    cli.load(BASE, [f"--config.data.mixture=1 jsonl {address}; 1 text user:name@host"])
+    files.load(BASE, [f"--config.data.mixture=1 jsonl {address}; 1 text user:name@host"])

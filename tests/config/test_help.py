@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import main
-from jaxlm.config import UserError, cli, flatten, hints, key_types, keys
+from jaxlm.config import UserError, files, flatten, hints, key_types, keys
 from tests.configurations import BASE, ROOT, refusal
 
 
@@ -29,7 +29,7 @@ def test_help_lists_every_key(width: int, monkeypatch: pytest.MonkeyPatch, capsy
     shown = capsys.readouterr().out
     assert left.value.code == 0 and shown.startswith("usage: jaxlm")
     assert max(map(len, shown.splitlines())) <= width
-    for key, value in flatten(cli.load(BASE)).items():
+    for key, value in flatten(files.load(BASE)).items():
         (line,) = re.findall(rf"^  {re.escape(key)}=(.*)$", shown, flags=re.M)
         if not isinstance(value, (bool, str)):
             assert line.split()[0] == str(value)
@@ -82,4 +82,4 @@ def test_a_name_from_elsewhere_in_a_file(tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.optim.betas = 5\n")
     with pytest.raises(UserError, match=r"unknown key 'optim\.betas'; use optim\.b1 and optim\.b2"):
-        cli.load(path)
+        files.load(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.config import OptimConfig, OwnFloat, cli, flatten
+from jaxlm.config import OptimConfig, OwnFloat, files, flatten
 from jaxlm.config.own_values import OWN_VALUES
 from tests.configurations import BASE, ROOT
 
@@ -22,13 +22,13 @@ def values(optim: OptimConfig) -> dict[str, float]:
 def test_changing_the_optimizer_alone_takes_its_own_values(name: str, tmp_path: Path) -> None:
     wanted = OWN_VALUES[name]
     assert set(wanted) == set(KEYS)
-    assert values(cli.load(BASE, [f"--config.optim.name={name}"]).optim) == wanted
+    assert values(files.load(BASE, [f"--config.optim.name={name}"]).optim) == wanted
     file = tmp_path / "mine.py"
     file.write_text(
         "from configs import base\n"
         f"def get_config():\n    c = base.get_config()\n    c.optim.name = '{name}'\n    return c\n"
     )
-    assert values(cli.load(file).optim) == wanted
+    assert values(files.load(file).optim) == wanted
     assert (wanted["lr"] == MUON["lr"]) == (name == "muon")
     if name == "muon":
         assert wanted == MUON
@@ -36,18 +36,18 @@ def test_changing_the_optimizer_alone_takes_its_own_values(name: str, tmp_path: 
 
 def test_what_is_set_stays() -> None:
     args = ["--config.optim.name=lion", "--config.optim.lr=0.02", "--config.optim.weight_decay=0"]
-    got = cli.load(BASE, args).optim
+    got = files.load(BASE, args).optim
     assert values(got) == OWN_VALUES["lion"] | {"lr": 0.02, "weight_decay": 0.0}
     args += ["--config.optim.lr=none", "--config.optim.weight_decay", "None"]  # and back
-    assert values(cli.load(BASE, args).optim) == OWN_VALUES["lion"]
+    assert values(files.load(BASE, args).optim) == OWN_VALUES["lion"]
 
 
 def test_a_saved_configuration_holds_numbers_and_runs_again(tmp_path: Path) -> None:
-    config = cli.load(BASE, ["--config.optim.name=lion", "--config.optim.b1=0.8"])
+    config = files.load(BASE, ["--config.optim.name=lion", "--config.optim.b1=0.8"])
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"config": dataclasses.asdict(config)}))
-    assert "null" not in saved.read_text() and cli.load(saved) == config
-    assert cli.load(saved, ["--config.optim.b1=none"]).optim.b1 == OWN_VALUES["lion"]["b1"]
+    assert "null" not in saved.read_text() and files.load(saved) == config
+    assert files.load(saved, ["--config.optim.b1=none"]).optim.b1 == OWN_VALUES["lion"]["b1"]
 
 
 SHIPPED = {
@@ -64,6 +64,6 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_configurations_train_with_these_values(name: str) -> None:
     needs_path = name in ("shakespeare_char", "gpt_10m", "gpt2_124m", "llama_1b")
-    flat = flatten(cli.load(ROOT / f"configs/{name}.py", ["--config.data.path=x"] * needs_path))
+    flat = flatten(files.load(ROOT / f"configs/{name}.py", ["--config.data.path=x"] * needs_path))
     got = tuple(flat[f"optim.{key}"] for key in ("name", "lr", "weight_decay", "b1", "b2"))
     assert got == SHIPPED[name] and flat["optim.momentum"] == 0.95

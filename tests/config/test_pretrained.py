@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Config, UserError
-from jaxlm.config.cli import load, load_workdir
+from jaxlm.config.files import load, load_workdir
 from jaxlm.config.pretrained import Weights, brought_by, named_weights
 from jaxlm.data import TrainOrder, prepare
 from jaxlm.run import training

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.data import open_store, prepare
 from jaxlm.data.sources import files as files_lib
 from jaxlm.data.tokens import Tokens, chain

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from tests.runs import ROOT
 from tools import chaos
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import training
 from tests.processes import finish, flags, numbers, start
 from tests.runs import CONFIG, ROOT

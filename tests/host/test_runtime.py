@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.host import runtime
 from jaxlm.host.stop import LEFT
 
@@ -51,7 +51,7 @@ PRODUCTS = """
 import sys
 from pathlib import Path
 from jaxlm.host import runtime
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 runtime.configure_jax(load(Path(sys.argv[1]), [f"--config.model.matmul_precision={sys.argv[2]}"]), 1)
 import jax, numpy as np
 a, b = np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import cli
+from jaxlm.config import files
 from jaxlm.model import make_model
 from jaxlm.model.attention import causal_attention, choose_kernel, rope_tables, rotate
 from tests import reference
 
-BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 
 
 @pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import cli
+from jaxlm.config import files
 from jaxlm.model import Model, Params, make_model
 from jaxlm.model.generate import BLOCK, _read, filter_logits, generate, stream
 from tests.decoders import logits_of
 
 VOCAB, MAX_LEN, NEW = 17, 24, 18
-BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 TINY = dataclasses.replace(
     BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm",
     position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.5, logit_softcap=0.0,

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import Model, Params, make_model
-from jaxlm.model import model as models
+from jaxlm.model import Model, Params, flops_per_token, make_model, num_params
 from tests import reference
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, logits_of, some_tokens, with_
 
@@ -259,5 +258,5 @@ def test_flops_per_token(tied: bool) -> None:
     attention = 8 * 8 + 2 * 8 * 4 + 8 * 8  # query, key and value, out
     layer = attention + 3 * 8 * 12 + 2 * 8  # up, gate, down; two norms
     multiplied = 2 * layer + 8 + 10 * 8  # final norm, output layer; tables of look-ups do not count
-    assert models.num_params(params) == multiplied + 6 * 8 + (0 if tied else 10 * 8)
-    assert models.flops_per_token(c, params, seq_len=5) == 6 * multiplied + 12 * 2 * 8 * 5
+    assert num_params(params) == multiplied + 6 * 8 + (0 if tied else 10 * 8)
+    assert flops_per_token(c, params, seq_len=5) == 6 * multiplied + 12 * 2 * 8 * 5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxlm.config import flatten
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import charts
 from jaxlm.run.metrics import Log
 from tests.runs import CONFIG

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import phases
 from jaxlm.run.console import Reporter
 from jaxlm.run.time_left import TimeLeft, coming

@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm import main
 from jaxlm.commands import generate as generate_command
-from jaxlm.config import cli
+from jaxlm.config import files
 from jaxlm.data.prompts import encode_prompt
 from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
 from jaxlm.host.exit_codes import exit_code
@@ -181,7 +181,7 @@ def test_it_is_shown_as_it_comes(recipe: Path):
 @pytest.mark.parametrize("name", ["animals", "chat", "letters"])
 def test_the_hint_works_as_it_is_printed(name: str, prompt: str, generate: Generate):
     """Whatever the sample's prompt, also where the tokenizer does not know it."""
-    config = cli.load_workdir(f"runs/{name.replace('letters', 'chat')}")
+    config = files.load_workdir(f"runs/{name.replace('letters', 'chat')}")
     config.eval.sample_prompt = prompt
     tokenizer = CharTokenizer(list("<|>\nuserasistant")) if name == "letters" else ByteTokenizer()
     corpus: Any = SimpleNamespace(tokenizer=tokenizer)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import main
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import finished
 from tests.runs import CONFIG, ROOT, flags, lines
 

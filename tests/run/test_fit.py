@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.main import run as main
 from jaxlm.run import training
 from jaxlm.run.time_budget import SHARE, fit, fitting

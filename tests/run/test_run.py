@@ -16,11 +16,11 @@ import pytest
 from jaxlm import main
 from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import UserError
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.config.paths import steps_in
 from jaxlm.data.sources.synthetic import TRAIN as SYNTHETIC_TRAIN
 from jaxlm.model import make_model
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 from tests.exit_codes import tool
 from tests.runs import (

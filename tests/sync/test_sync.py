@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ParallelConfig
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.sync import Group, make_reduction, make_sync
 from jaxlm.sync.base import Reduction
 from jaxlm.sync.int8 import BLOCK

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Config
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.data import eval_batches
 from jaxlm.model import make_model
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.evaluate import evaluate
 from tests.corpora import corpus_of
 from tests.decoders import logits_of

@@ -11,10 +11,11 @@ import pytest
 
 from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.checkpoint.writing import Saver
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.model import make_model
 from jaxlm.sync import Group
-from jaxlm.train import guard, train_step
+from jaxlm.train import guard
+from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 from tests.runs import CONFIG, assert_identical, flags
 

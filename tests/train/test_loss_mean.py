@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.run import training
 from jaxlm.train import loss_mean
 from jaxlm.train.loop import Done

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.train import loss_scale, train_step
+from jaxlm.train import loss_scale
+from jaxlm.train import step as train_step
 from tests.train.test_step import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens

@@ -13,7 +13,7 @@ import optax
 import optax.contrib
 import pytest
 
-from jaxlm.config import OptimConfig, cli
+from jaxlm.config import OptimConfig, files
 from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_host
@@ -22,7 +22,7 @@ from jaxlm.train.optimizer import make_optimizer, matrix_mask
 from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
-DEFAULT = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+DEFAULT = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 BASE = dataclasses.replace(
     DEFAULT.optim, name="adamw", lr=0.1, adam_lr=0.03, embed_lr=0.06, schedule="linear", warmup_steps=3,
     decay_fraction=0.4, min_lr_ratio=0.1, weight_decay=0.2, b1=0.9, b2=0.95, eps=1e-6, momentum=0.8, clip_norm=1.0,

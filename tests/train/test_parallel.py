@@ -14,12 +14,12 @@ from jaxlm.checkpoint.reading import Checkpoints
 from jaxlm.checkpoint.replicas import Replicas
 from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import Config
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
 from jaxlm.sync.zero import Zero, joined, spread
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.config import OptimConfig, cli
+from jaxlm.config import OptimConfig, files
 from jaxlm.train.schedules import make_schedule
 
 STEPS = 40
-BASE = cli.load(Path(__file__).resolve().parents[2] / "configs" / "base.py").optim
+BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py").optim
 
 
 def config(**changes: Any) -> OptimConfig:

@@ -14,9 +14,9 @@ import optax
 import pytest
 
 from jaxlm.config import Config
-from jaxlm.config.cli import load
+from jaxlm.config.files import load
 from jaxlm.model import Model, make_model
-from jaxlm.train import train_step
+from jaxlm.train import step as train_step
 from jaxlm.train.optimizer import make_optimizer, matrix_mask
 from jaxlm.train.placement import Placement
 from tests.decoders import logits_of
@@ -101,7 +101,7 @@ def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> R
 
 @cache
 def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Initial parameters, optimizer state, and an update, without the code of `train_step.py`."""
+    """Initial parameters, optimizer state, and an update, without the code of `step.py`."""
     config = make_config(*optimizer)
     model, c = make(config), config.optim
     if c.name == "adamw":
