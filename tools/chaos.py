@@ -24,122 +24,23 @@ if __name__ == "__main__":  # before the other imports, so that a signal is hear
 
 
 import collections
-import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Config, UserError, cli, files
-from jaxlm.config.paths import steps_in, user_path
-from jaxlm.host import runtime, signals
+from jaxlm.config import UserError, cli, files
+from jaxlm.config.paths import user_path
+from jaxlm.host import runtime
 from jaxlm.host.exit_codes import exit_code
+from tools.chaos_bench import Bench, Broken
 
-CHILD = Path(__file__).with_name("chaos_child.py")
-TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
 FAULTS = ("kill", "term", "damage", "disk", "flip", "nan", "hang")
-LIMIT = 600.0  # seconds, after which a run that does not end is a broken promise
-
-
-class Broken(Exception):
-    """A promise was not kept."""
-
-
-@dataclasses.dataclass
-class Bench:
-    """What the faults share: the command, and the undisturbed run."""
-
-    config: Config
-    command: list[str]
-    folder: Path
-    draw: random.Random
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # file operations of the undisturbed run
-    seconds: float = 0.0  # that it took
-    startup: float = 0.0  # of these, until its first step
-
-    def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
-        workdir, cache = self.folder / name, self.folder / f"{name}-cache"
-        env = os.environ | {
-            "CHAOS": json.dumps(plan),
-            "CHAOS_WORKDIR": str(workdir),
-            "CHAOS_CACHE": str(cache),
-            "CHAOS_LOG": str(self.folder / f"{name}.log"),
-        }
-        command = [sys.executable, str(CHILD), *self.command, "--workdir", str(workdir)]
-        process = subprocess.Popen(
-            [*command, f"--config.data.cache_dir={cache}", *overrides],
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        signals.at_stop(process.kill)
-        return process
-
-    def finish(self, name: str, plan: dict[str, Any], want: int, *overrides: str) -> tuple[str, str]:
-        """Runs it to its end; gives what it wrote to stdout and stderr."""
-        return self.end(self.start(name, plan, *overrides), want)
-
-    def end(self, process: subprocess.Popen[str], *want: int) -> tuple[str, str]:
-        try:
-            out, error = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise Broken(f"did not end within {LIMIT:.0f} s: {process.communicate()[1][-500:]}") from None
-        signals.settle()  # what was killed because of a signal broke no promise
-        if process.returncode not in want:
-            raise Broken(f"exit code {process.returncode} instead of {want}: {error.strip()[-500:]}")
-        return out, error
-
-    def log(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / f"{name}.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def metrics(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-    def checkpoints(self, name: str) -> list[int]:
-        folder = self.folder / name / "checkpoints"
-        return steps_in(folder)
-
-    def wait_for(self, process: subprocess.Popen[str], true: Callable[[], bool]) -> bool:
-        """Whether it became true before the process ended."""
-        deadline = time.monotonic() + LIMIT
-        while process.poll() is None and time.monotonic() < deadline:
-            if true():
-                return True
-            time.sleep(0.005)
-        return False
-
-    def same(self, name: str) -> None:
-        """Raises Broken unless a run gave what the undisturbed one did."""
-        ours, whole = self.metrics(name), self.metrics("whole")
-        if ours != whole:
-            wrong = next(
-                (pair for pair in zip(ours, whole, strict=False) if pair[0] != pair[1]), (len(ours), len(whole))
-            )
-            raise Broken(f"metrics.jsonl differs: {wrong[0]} instead of {wrong[1]}")
-        params = {n: self.state(n) for n in (name, "whole")}
-        if params[name] != params["whole"]:
-            raise Broken("the parameters or the optimizer's state differ")
-
-    def state(self, name: str) -> dict[str, bytes]:
-        """The bytes of every array of the last checkpoint."""
-        from jaxlm.checkpoint.reading import Checkpoints
-
-        checkpoints = Checkpoints(self.folder / name)
-        arrays = checkpoints.restore_arrays(self.config.steps)
-        checkpoints.close()
-        return {key: x.tobytes() for key, x in arrays.items()}
 
 
 def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:

@@ -1,92 +1,33 @@
 """Reductions on drawn gradients, against NumPy: each promises how far from the mean it is, and what it keeps."""
 
-import dataclasses
-import importlib
-import itertools
 import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import ParallelConfig
-from jaxlm.config.files import load
-from jaxlm.sync import Group, make_reduction, make_sync
+from jaxlm.sync import Group, make_reduction
 from jaxlm.sync.base import Reduction
 from jaxlm.sync.int8 import BLOCK
 from jaxlm.sync.packed import pack
-from jaxlm.sync.powersgd import orthonormal, powersgd
-
-AXIS = "d"
-RING = importlib.import_module("jaxlm.sync.ring")  # the module, which has the function's name
-EPS = float(np.finfo(np.float32).eps)
-BASE = load(Path(__file__).parents[2] / "configs/debug.py", []).parallel
-# Parameters as a model has them; sizes that no number of devices divides.
-SHAPES = {
-    "embed": {"embedding": (50, 21)},
-    "final_norm": {"scale": (21,)},
-    "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}},
-}
-EXACT, LOSSY = ("pmean", "ring"), ("bf16", "fp16", "int8", "topk", "powersgd")
-SHARDED = (*EXACT, "bf16", "fp16", "int8")  # those that go with ZeRO-1
-GROUPS = [(2, None), (3, None), (8, None), (2, ((0, 3), (5, 1), (4, 2)))]
-
-
-def parallel(reduce: str, **keys: Any) -> ParallelConfig:
-    return dataclasses.replace(BASE, **{"reduce": reduce, **keys})
-
-
-def draw(devices: int, seed: int, shapes: Any = SHAPES) -> Any:
-    """Gradients of each device, of the sizes that gradients have: tensors differ by orders of magnitude."""
-    rng = np.random.default_rng(seed)
-
-    def one(shape: tuple[int, ...]) -> np.ndarray:
-        return (10.0 ** rng.uniform(-6, 0) * rng.normal(size=(devices, *shape))).astype(np.float32)
-
-    return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, tuple))
-
-
-class Result(NamedTuple):
-    means: Any  # [devices, ...]
-    state: Any
-    norms: np.ndarray
-
-
-COMPILED: dict[Any, Any] = {}
-
-
-def reduce(config: ParallelConfig, group: Group, grads: Any, state: Any = None) -> Result:
-    """What every device has after a reduction, whole."""
-    devices = len(jax.tree.leaves(grads)[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), grads)
-    sync = make_sync(config, group, like)
-    key = (str(config), group, str(like), RING.BOTH_WAYS)
-    if key not in COMPILED:
-
-        def one(grads: Any, state: Any) -> Any:
-            means, state = sync.reduce(grads, state)
-            return sync.whole(means), state, sync.global_norm(means)
-
-        COMPILED[key] = jax.pmap(one, axis_name=AXIS, devices=jax.devices()[:devices])
-    if state is None:
-        state = sync.init(jax.tree.map(lambda x: x[0], grads))
-        state = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), state)
-    return Result(*jax.device_get(COMPILED[key](grads, state)))
-
-
-def groups_of(group: Group, devices: int) -> list[list[int]]:
-    return [list(range(devices))] if group.members is None else [list(m) for m in group.members]
-
-
-def check_same_everywhere(result: Result, group: Group) -> None:
-    """Replicas that differ in one bit drift apart."""
-    for leaf in [*jax.tree.leaves(result.means), result.norms]:
-        for members in groups_of(group, len(leaf)):
-            for device in members:
-                np.testing.assert_array_equal(leaf[device], leaf[members[0]])
+from tests.reducing import (
+    AXIS,
+    EPS,
+    EXACT,
+    GROUPS,
+    LOSSY,
+    RING,
+    SHARDED,
+    add,
+    check_same_everywhere,
+    draw,
+    flat,
+    groups_of,
+    parallel,
+    reduce,
+)
 
 
 @pytest.mark.parametrize("zero", [0, 1])
@@ -160,11 +101,6 @@ def test_fp16_neither_overflows_nor_underflows(scale: float):
         assert (np.abs(got[0] - each.mean(axis=0)).reshape(bound.shape) <= bound).all()
 
 
-def flat(tree: Any) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(k.key) for k in path): np.asarray(x) for path, x in leaves}
-
-
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("size, members", [*GROUPS, (4, None)])
 def test_int8_is_within_half_a_scale_for_each_rounding(size: int, members: Any, zero: int):
@@ -208,69 +144,6 @@ def test_topk_sends_the_largest_of_each_block(size: int):
         assert (np.abs(got[0] - each.astype(np.float64).mean(axis=0)) <= bound).all()  # whole
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_powersgd_gives_back_a_mean_of_low_rank(size: int):
-    """The devices' own matrices are of full rank; their mean is of rank 3, and found after some steps of warm start.
-
-    The first P is a random combination of its columns, so one step is enough for the columns' space.
-    """
-    rng = np.random.default_rng(5)
-    low = rng.normal(size=(2, 30, 3)) @ rng.normal(size=(2, 3, 40))
-    noise = rng.normal(size=(size, 2, 30, 40))
-    each = (low + noise - noise.mean(axis=0)).astype(np.float32)
-    grads = {"layers": {"a": each, "norm": draw(size, 6, (2, 5))}}
-    config = parallel("powersgd", powersgd_rank=3)
-    result = reduce(config, Group(AXIS, size), grads)
-    check_same_everywhere(result, Group(AXIS, size))
-    np.testing.assert_allclose(result.means["layers"]["a"][0], low, rtol=0, atol=1e-5 * np.abs(low).max())
-    # Vectors are averaged as they are.
-    norm = grads["layers"]["norm"].astype(np.float64).mean(axis=0)
-    np.testing.assert_allclose(result.means["layers"]["norm"][0], norm, rtol=0, atol=size * EPS * np.abs(norm).max())
-    assert result.state["layers"]["norm"] == {}
-
-
-def test_powersgd_comes_closer_with_a_warm_start():
-    """The same gradient again, without its residual: the approximation nears the best of that rank, that of the SVD."""
-    each = np.random.default_rng(7).normal(size=(2, 30, 40)).astype(np.float32)
-    grads = {"layers": {"a": np.stack([each[:1], each[:1]])}}
-    config = parallel("powersgd", powersgd_rank=4)
-    u, s, v = np.linalg.svd(each[0].astype(np.float64))
-    best = np.linalg.norm(each[0] - (u[:, :4] * s[:4]) @ v[:4])
-    state, errors = None, []
-    for _ in range(30):
-        result = reduce(config, Group(AXIS, 2), grads, state)
-        errors.append(np.linalg.norm(result.means["layers"]["a"][0, 0] - each[0]))
-        kept = result.state["layers"]["a"]
-        state = {"layers": {"a": kept | {"residual": 0 * kept["residual"]}}}
-    assert errors[0] > 1.05 * best and errors[-1] < 1.01 * best
-    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
-
-
-def test_powersgd_lives_on_after_a_gradient_of_zero():
-    """As that of all layers is in the first step, while the output layer is zero."""
-    grads, config = draw(2, 8, {"layers": {"a": (1, 30, 40)}}), parallel("powersgd")
-    zeros = jax.tree.map(np.zeros_like, grads)
-    state = reduce(config, Group(AXIS, 2), zeros).state
-    result = reduce(config, Group(AXIS, 2), grads, state)
-    mean = result.means["layers"]["a"]
-    assert np.abs(mean).max() > 0
-    fresh = reduce(config, Group(AXIS, 2), grads)  # but for the lengths of its columns, which change no space
-    wanted = fresh.means["layers"]["a"]
-    np.testing.assert_allclose(mean, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-
-
-def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
-    p = np.random.default_rng(9).normal(size=(3, 20, 5)).astype(np.float32)
-    p[1, :, 3] = p[1, :, 0] - 2 * p[1, :, 2]
-    p[2] = 0
-    p *= np.array([1e-30, 1, 1], np.float32)[:, None, None]  # of any size
-    q = np.asarray(orthonormal(jnp.asarray(p)), np.float64)
-    wanted = np.stack([np.eye(5), np.diag([1, 1, 1, 0, 1]), np.zeros((5, 5))])
-    np.testing.assert_allclose(q.swapaxes(1, 2) @ q, wanted, rtol=0, atol=1e-5)
-    largest = np.abs(p).max(axis=(1, 2), keepdims=True)
-    assert (np.abs(q @ (q.swapaxes(1, 2) @ p) - p) <= 1e-5 * largest).all()  # the same space
-
-
 @pytest.mark.parametrize("size, members", [(8, None), (2, ((0, 3), (5, 1), (4, 2)))])
 @pytest.mark.parametrize("name, zero", [("int8", 0), ("int8", 1), ("topk", 0), ("powersgd", 0)])
 def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any):
@@ -298,11 +171,6 @@ def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any)
             error = np.abs(got[m[0]] + residual - total[m].mean(axis=0)).max()
             assert error <= 2 * size * EPS * largest, key
     assert any(np.abs(x).max() > 1000 * EPS * np.abs(flat(wanted)[key]).max() for key, x in kept.items())  # it matters
-
-
-def add(total: Any, tree: Any) -> Any:
-    tree = jax.tree.map(lambda x: x.astype(np.float64), tree)
-    return tree if total is None else jax.tree.map(np.add, total, tree)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -345,11 +213,3 @@ def test_both_ways_of_int8_and_which_is_taken():
     few, many = (make_reduction(parallel("int8"), Group(AXIS, n)) for n in (4, 5))
     assert "psum" in text(few, 4) and "all_to_all" not in text(few, 4)
     assert "psum" not in text(many, 5) and "all_to_all" in text(many, 5)
-
-
-def test_powersgd_compresses_matrices_alone():
-    r = powersgd(Group(AXIS, 2), 4)
-    assert r.init(jnp.zeros((3, 20, 30))).keys() == {"residual", "q"}
-    for shape in ((3, 20), (1, 20), (3, 7, 8), (1, 4, 1000)):  # vectors, and matrices that 4 columns would not shorten
-        assert r.init(jnp.zeros(shape)) == {}
-    assert r.sent_bytes([(3, 20, 30), (3, 20), (3, 7, 8)], False) == 4 * (3 * 4 * 50 + 60 + 3 * 56)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.train import loss_scale
 from jaxlm.train import step as train_step
-from tests.train.test_step import VOCAB, T, make, make_config, split, start
+from tests.stepping import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens
 # An update is minus the gradient.
