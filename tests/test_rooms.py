@@ -61,3 +61,11 @@ def test_the_way_to_read_it_has_the_length_that_is_said():
     assert len(rows) > 10
     for name, said in rows:
         assert lines[name] == pytest.approx(int(said), rel=0.1, abs=10), name
+
+
+def test_comments_name_files_that_exist():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "configs").glob("*.py")]
+    known = {path.name for path in [*files, *(ROOT / "tests").rglob("*.py")]}
+    theirs = {"model.py", "prepare.py", "script.py", "train.py"}  # nanoGPT's, and a user's
+    for path in files:
+        assert set(re.findall(r"\b\w+\.py\b", path.read_text())) <= known | theirs, path

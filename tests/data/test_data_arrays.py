@@ -132,6 +132,21 @@ def test_documents_start_at_each_bos(config: Config, tmp_path: Path):
     np.testing.assert_array_equal(corpus.train.starts, [0, *np.flatnonzero(np.asarray(corpus.train) == 256)])
 
 
+def test_the_vocabulary_may_be_larger_than_the_tokenizer(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    np.save(tmp_path / "a.npy", np.arange(1000) % 257)
+    ByteTokenizer().save(tmp_path)
+    keys = {"tokenizer_path": str(tmp_path), "val_fraction": 0.25}
+    for size, said in ((257, 0), (320, 1)):
+        capsys.readouterr()
+        open_corpus(config, tmp_path / "a.npy", vocab_size=size, **keys)
+        assert prepare(config).vocab_size == 257
+        assert capsys.readouterr().err.count("the tokenizer has 257 ids") == said
+    with pytest.raises(UserError, match=r"data\.vocab_size is 256; allowed with the tokenizer .*: 257 or more"):
+        open_corpus(config, tmp_path / "a.npy", vocab_size=256, **keys)
+
+
 def test_the_cut_is_at_the_end_of_a_document(config: Config, tmp_path: Path):
     """Else one would be in both splits, and the last targets would be those of another."""
     ids = np.array([i for n in range(10) for i in (256, *range(n, n + 20))])

@@ -59,11 +59,17 @@ def _of_files(config: Config, progress: bool = False) -> Corpus:
     notes, tokenizer, vocab_size = [*files.notes], None, data.vocab_size
     if data.tokenizer_path:
         tokenizer = load_tokenizer(data.tokenizer_path)
-        if tokenizer.vocab_size != vocab_size:
+        size = tokenizer.vocab_size
+        if vocab_size < size:
             raise UserError(
-                f"data.vocab_size is {vocab_size}; allowed with the tokenizer {data.tokenizer_path}: "
-                f"{tokenizer.vocab_size} (model.vocab_multiple makes its tables larger)"
+                f"data.vocab_size is {vocab_size}; allowed with the tokenizer {data.tokenizer_path}: {size} or more"
             )
+        if vocab_size > size:
+            notes.append(
+                f"data.vocab_size={vocab_size}: the tokenizer has {size} ids, and the model has logits for these alone;"
+                " model.vocab_multiple pads its tables"
+            )
+        vocab_size = size
     elif meta := _meta(files):
         tokenizer = read_meta(meta)
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
