@@ -105,17 +105,15 @@ class Trainer:
         import jax
 
         from jaxlm.checkpoint.workdirs import Lock
-        from jaxlm.run import beside_steps, setup
-        from jaxlm.train import step as train_step
+        from jaxlm.run.begin import begin
+        from jaxlm.run.step_report import make_log
 
         self.config = config
-        self.parts, self.state, _ = setup.build(config, workdir, Lock(), quiet=True)
+        self.parts, self.state, _ = begin(config, workdir, Lock(), quiet=True)
         self.vocab_size = self.parts.corpus.vocab_size
-        self._write = beside_steps.make_log(self.parts, 0)
-        self._step = train_step.pmap_train_step(
-            config, train_step.make_train_step(config, self.parts.model, self.parts.devices), self.parts.devices
-        )
-        self._stream = setup.train_batches(config, self.parts.order, self.parts.placement, 0)
+        self._write = make_log(self.parts, 0)
+        self._step = self.parts.train_step()
+        self._stream = self.parts.train_batches(self.parts.order, 0)
         self._batch = jax.device_put(next(self._stream), self.parts.placement.batch)
         self._done = 0
         start = time.perf_counter()
@@ -142,7 +140,7 @@ class Trainer:
         """Seconds a step of the whole loop: data, metrics and all."""
         import jax
 
-        from jaxlm.run.beside_steps import make_on_step
+        from jaxlm.run.step_report import make_on_step
         from jaxlm.train.loop import train
 
         on_step = make_on_step(self.parts, self._write, self.state.params, self._done)

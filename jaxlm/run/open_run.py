@@ -1,4 +1,4 @@
-"""A finished or running run, opened to sample from it or to score it."""
+"""Opens a run, finished or not, to sample from it or to score it."""
 
 import math
 import sys
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import data
 from jaxlm.checkpoint import workdirs
@@ -19,35 +17,36 @@ from jaxlm.config.files import load_workdir, read_config
 from jaxlm.config.pretrained import Step
 from jaxlm.host import runtime
 from jaxlm.model import Model, Params, make_model
-from jaxlm.run.phases import Phases, counted
-from jaxlm.run.time_left import num_eval_batches
-from jaxlm.train import step as train_step
-from jaxlm.train.evaluate import evaluate
+from jaxlm.run.evaluation import make_score
+from jaxlm.run.phases import Phases
+from jaxlm.run.setup import set_up
 
 
 class Run(NamedTuple):
+    """A run at one of its checkpoints."""
+
     folder: Path
     config: Config
     step: int
     model: Model
     vocab_size: int
-    params: Params  # the moving average where there is one; NumPy arrays
+    params: Params  # NumPy arrays; the moving average if the run has one
     tokenizer: data.Tokenizer | None
 
 
 def open_run(workdir: Path, step: Step) -> Run:
-    """The run in `workdir` at `step`: a number, the best by validation loss, or the newest if None.
+    """Opens the run in `workdir` at `step`: a number, "best" by validation loss, or None for the newest.
 
     Raises:
-      UserError: it is not a run, or has no such checkpoint.
+      UserError: the folder is not a run, or has no such checkpoint.
       CheckpointError: the checkpoint cannot be read.
     """
     runtime.find_devices()
     config = load_workdir(workdir)
     path = workdir / "config.json"
     if gained := read_config(path)[1]:
-        said = ", ".join(f"{key}={value!r}" for key, value in gained.items())
-        print(f"{path}: of an older jaxlm, without {said}", file=sys.stderr)
+        keys = ", ".join(f"{key}={value!r}" for key, value in gained.items())
+        print(f"{path}: written by an older jaxlm, without {keys}", file=sys.stderr)
     vocab_size = workdirs.read_facts(workdir)["vocab_size"]
     if not workdirs.holds_checkpoints(workdir):
         raise UserError(f"--workdir {workdir}: no checkpoints in it yet")
@@ -77,11 +76,11 @@ def open_run(workdir: Path, step: Step) -> Run:
 
 
 def score(run: Run, config: Config) -> dict[str, Any]:
-    """The scores of a run on the validation data of `config`, tokenized with the run's own tokenizer.
+    """Returns the scores of a run on the validation data of `config`, tokenized with the run's own tokenizer.
 
     Raises:
-      UserError: the data is of another vocabulary.
-      Diverged: the loss is not a number.
+      UserError: the data has another vocabulary.
+      Diverged: the loss is not finite.
     """
     kind = SOURCES[config.data.source]
     ids = kind.ids and kind.files
@@ -90,23 +89,15 @@ def score(run: Run, config: Config) -> dict[str, Any]:
         if ids:
             config.data.vocab_size = run.vocab_size
     corpus = data.prepare(config)
-    bare = ids and corpus.tokenizer is None  # ids that do not say what they stand for
+    bare = ids and corpus.tokenizer is None  # nothing says what these ids stand for
     same = bare or workdirs.holds_tokenizer(run.folder, corpus.tokenizer)
     if corpus.vocab_size != run.vocab_size or not same:
         raise UserError(
-            f"data.source is {config.data.source!r}: {corpus.vocab_size} token ids that are not those of the run, which"
+            f"data.source is {config.data.source!r}: its {corpus.vocab_size} token ids are not those of the run, which"
             f" has {run.vocab_size}; allowed: data in the vocabulary of {run.folder}"
         )
-    devices = runtime.choose_devices(config)
-    mesh = Mesh(np.array(devices), (train_step.AXIS,))
-    params = jax.device_put(run.params, NamedSharding(mesh, PartitionSpec()))
-    batches = data.eval_batches(
-        corpus, config, config.batch_size // config.optim.accum_steps, num_devices=len(devices),
-        process_index=0, process_count=1, limit=config.eval.batches,
-    )  # fmt: skip
-    eval_step = train_step.pmap_eval_step(train_step.make_eval_step(config, run.model), devices)
-    with Phases(stderr=True).phase("evaluating", num_eval_batches(config, len(corpus.val))) as advance:
-        scores = evaluate(eval_step, params, counted(batches, advance), corpus.bytes_per_token)
+    setup = set_up(config, corpus)
+    scores = make_score(setup, Phases(stderr=True))(jax.device_put(run.params, setup.placement.replicated))
     if not math.isfinite(scores["eval_loss"]):
         raise Diverged(f"the validation loss of step {run.step} in {run.folder} is {scores['eval_loss']}")
     return scores

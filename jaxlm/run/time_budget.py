@@ -1,7 +1,7 @@
-"""How many optimizer steps fit into a time on this machine, measured before a run begins.
+"""Measures, before a run begins, how many optimizer steps fit into a time limit on this machine.
 
-The schedule of the learning rate depends on the number of steps, so it has to be known from the first one on: a run
-that is only cut off would end at a high learning rate.
+The learning-rate schedule depends on the number of steps, so the run must know it from the first step on: a run that
+is simply cut off ends at a high learning rate.
 """
 
 import dataclasses
@@ -10,28 +10,25 @@ import time
 from jaxlm import data
 from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
-from jaxlm.host import distributed, runtime
-from jaxlm.model import make_model
-from jaxlm.run.setup import train_batches
-from jaxlm.train import step as train_step
+from jaxlm.host import distributed
+from jaxlm.run.setup import set_up
 from jaxlm.train.loop import train
-from jaxlm.train.placement import Placement
 
-WARM, TIMED = 4, 10  # steps before the clock starts, and steps that are timed
-SHARE = 0.94  # of the time, that is planned for: metrics, progress and checkpoints take some
+WARM, TIMED = 4, 10  # steps before the clock starts, and timed steps
+SHARE = 0.94  # of the time goes to steps; metrics, progress and checkpoints take the rest
 
 
 def fit(config: Config, deadline: float) -> Config:
-    """The configuration with `steps` lowered to what can be trained before `deadline`, if not all of them can.
+    """Returns the configuration, with `steps` lowered if not all of them fit before `deadline`.
 
-    Compiles the step and runs the loop for a few steps on a state that is thrown away; the time of compiling it once
-    more, with the other number of steps in its schedule, is taken off. With several processes the first one decides.
+    Compiles the step and runs the loop for a few steps on a state that is thrown away. With fewer steps the schedule
+    is another, so the step compiles a second time; that time is subtracted. The first process decides for all.
 
     Args:
-      deadline: of `time.monotonic()`.
+      deadline: a time of `time.monotonic()`.
 
     Raises:
-      UserError: too few steps would be left.
+      UserError: too few steps fit.
     """
     compiling, seconds = _measure(config)
     count = fitting(config.steps, deadline - time.monotonic(), compiling, seconds)
@@ -46,9 +43,9 @@ def fit(config: Config, deadline: float) -> Config:
 
 
 def fitting(steps: int, left: float, compiling: float, seconds: float) -> int:
-    """How many of `steps`, of so many seconds each, can be made in the seconds that are left; may be negative.
+    """Returns how many of `steps`, of `seconds` each, fit into the `left` seconds; may be negative.
 
-    The first compilation serves all of them; fewer need another one.
+    If all fit, the step is compiled already; fewer steps need another compilation.
     """
     if steps * seconds <= left * SHARE:
         return steps
@@ -56,21 +53,23 @@ def fitting(steps: int, left: float, compiling: float, seconds: float) -> int:
 
 
 def _measure(config: Config) -> tuple[float, float]:
-    """Seconds to compile the step, and seconds of one."""
-    corpus = data.prepare(config)
-    devices = runtime.choose_devices(config)
-    model = make_model(config.model, corpus.vocab_size, config.seq_len)
-    placement = Placement(config, devices)
-    state = placement.initial(model)
-    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
-    few = dataclasses.replace(config, steps=WARM + TIMED)
-    batches = train_batches(few, data.TrainOrder(corpus, config), placement, 0)
+    """Returns the seconds that compiling the step takes, and the seconds of a step."""
+    setup = set_up(config, data.prepare(config))
+    state, step = setup.placement.initial(setup.model), setup.train_step()
+    few = dataclasses.replace(setup, config=dataclasses.replace(config, steps=WARM + TIMED))
+    batches = few.train_batches(data.TrainOrder(setup.corpus, config), 0)
     ends: list[float] = []
     try:
         train(
-            state, step, batches, start=0, steps=WARM + TIMED, sharding=placement.batch,
-            on_step=lambda done: ends.append(done.seconds), hooks=[],
-        )  # fmt: skip
+            state,
+            step,
+            batches,
+            start=0,
+            steps=WARM + TIMED,
+            sharding=setup.placement.batch,
+            on_step=lambda done: ends.append(done.seconds),
+            hooks=[],
+        )
     finally:
         batches.close()
     return ends[0], (ends[-1] - ends[WARM - 1]) / TIMED

@@ -1,4 +1,4 @@
-"""A run from its configuration to its last line: hangs the hooks on the loop, and says what comes out."""
+"""A run from its configuration to its last line: it attaches the hooks to the loop and prints the results."""
 
 import json
 import os
@@ -21,13 +21,16 @@ from jaxlm.host.stop import Interrupted, make_stop
 from jaxlm.host.watchdog import Watchdog
 from jaxlm.model import num_params
 from jaxlm.run import metrics
-from jaxlm.run.beside_steps import Profiler, all_finite, bad_since, make_evaluation, make_log, make_on_step
+from jaxlm.run.begin import Parts, begin
 from jaxlm.run.console import human
+from jaxlm.run.evaluation import make_evaluation
 from jaxlm.run.finished import close
-from jaxlm.run.setup import Parts, build, go_back, lr_history, train_batches
+from jaxlm.run.go_back import all_finite, bad_since, go_back
+from jaxlm.run.profiler import Profiler
+from jaxlm.run.step_report import make_log, make_on_step
 from jaxlm.run.time_budget import fit
-from jaxlm.train import step as train_step
 from jaxlm.train.loop import train
+from jaxlm.train.step import TrainState
 
 
 def run(config: Config, workdir: Path, deadline: float | None = None, stop: StopSignal | None = None) -> int:
@@ -35,30 +38,30 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
 
     Args:
       deadline: a time of `time.monotonic()`. A new run makes fewer steps if not all of `steps` fit before it.
-      stop: SIGINT and SIGTERM. While there is nothing to save they end the process at once, otherwise the run saves and
+      stop: SIGINT and SIGTERM. While there is nothing to save they end the process at once; later the run saves and
         returns.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
       CheckpointError: there are checkpoints, and none of them can be used.
-      Diverged: training went wrong, and again after it went back to earlier checkpoints.
+      Diverged: training went wrong again after it went back to earlier checkpoints.
       Unsaved: the last state could not be written.
       Corrupt: devices that should hold the same state do not.
     """
-    stop, asked = stop or StopSignal(), config.steps
+    stop, steps_asked = stop or StopSignal(), config.steps
     if deadline is not None:
         config = _fitted(config, workdir, deadline)
     with workdirs.Lock() as lock:
-        return _run(config, workdir, lock, stop, asked)
+        return _run(config, workdir, lock, stop, steps_asked)
 
 
-def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, asked: int) -> int:
-    parts, state, start = build(config, workdir, lock)
+def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, steps_asked: int) -> int:
+    parts, state, start = begin(config, workdir, lock)
     describe(parts, state, start)
-    if config.steps < asked:
-        parts.reporter.say(f"--max_minutes: {config.steps} of {asked} steps fit on this machine")
+    if config.steps < steps_asked:
+        parts.reporter.say(f"--max_minutes: {config.steps} of {steps_asked} steps fit on this machine")
     owed = _owes_evaluation(parts, start)
-    if start == config.steps and not owed:  # a finished run: its numbers are written already
+    if start == config.steps and not owed:  # a finished run, whose numbers are written already
         try:
             scores = make_evaluation(parts, write=lambda metrics: None)(start, state)
         except Trouble as trouble:
@@ -69,10 +72,12 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
                 step, scores = _train(parts, state, start, stop, owed)
                 break
             except Trouble as error:
-                trouble = Trouble(error.first, error.last, error.why)  # without frames that hold on to the state
+                trouble = Trouble(
+                    error.first, error.last, error.why
+                )  # a copy without frames, which would keep the state alive
             del state
             parts, state, start = go_back(parts, trouble)
-            owed = False  # training went on from that checkpoint, so its evaluation was made
+            owed = False  # training has passed that checkpoint before, its evaluation included
         if step < config.steps or not scores:
             parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
             return STOPPED
@@ -83,22 +88,20 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, a
 
 
 def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
-    """The configuration with the steps that fit before the deadline; a run that has begun keeps its number of steps."""
+    """The configuration with the steps that fit before the deadline. A run that has begun keeps its number of steps."""
     workdirs.check(workdir, config)
     if workdirs.holds_checkpoints(workdir):
         return workdirs.with_given_steps(workdir, config)
     return fit(config, deadline)
 
 
-def _train(
-    parts: Parts, state: train_step.TrainState, start: int, stop: StopSignal, owed: bool
-) -> tuple[int, dict[str, Any]]:
-    """Runs the loop with its hooks; returns the number of updates done, and the last state's scores if it has any.
+def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: bool) -> tuple[int, dict[str, Any]]:
+    """Runs the loop with its hooks. Returns the number of updates done, and the scores of the last state, if any.
 
     Args:
-      owed: whether the evaluation after step `start` is still to be made.
+      owed: whether the evaluation after step `start` is still missing.
     """
-    stop.release()  # while the step is compiled there is nothing to save
+    stop.release()  # until the step is compiled there is nothing to save
     config, saver = parts.config, parts.saver
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
@@ -106,9 +109,9 @@ def _train(
     evaluation = make_evaluation(parts, log, watchdog.at, asked)
     evaluated, scores = -1, {}
 
-    def evaluate(step: int, state: train_step.TrainState) -> None:
+    def evaluate(step: int, state: TrainState) -> None:
         nonlocal evaluated, scores
-        with suppress(Interrupted):  # the same command makes this evaluation when it goes on
+        with suppress(Interrupted):  # the resumed run makes this evaluation first
             evaluated, scores = step, evaluation(step, state)
             saver.scored(step, scores["eval_loss"])
 
@@ -121,7 +124,7 @@ def _train(
         (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
     ]
     update = _make_step(parts, stop)
-    batches = train_batches(config, parts.order, parts.placement, start)
+    batches = parts.train_batches(parts.order, start)
     try:
         watchdog.start()
         if saver.saved is None:
@@ -132,9 +135,17 @@ def _train(
         if owed:
             evaluate(start, state)
         state, step = train(
-            state, update, batches, start=start, steps=config.steps, sharding=parts.placement.batch,
-            on_step=make_on_step(parts, log, state.params, start), hooks=hooks, stop=asked, at=watchdog.at,
-        )  # fmt: skip
+            state,
+            update,
+            batches,
+            start=start,
+            steps=config.steps,
+            sharding=parts.placement.batch,
+            on_step=make_on_step(parts, log, state.params, start),
+            hooks=hooks,
+            stop=asked,
+            at=watchdog.at,
+        )
         watchdog.stop()
         save(step, state, saver.finish)
         try:
@@ -151,11 +162,11 @@ def _train(
 
 
 def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
-    """The hook that saves a state, if its parameters are finite and all devices hold the same."""
+    """Returns the hook that saves a state, after checking that it is finite and the same on all devices."""
     replicas = Replicas(parts.config, parts.placement.here)
 
-    def save(step: int, state: train_step.TrainState, act: Callable = parts.saver.save) -> None:
-        # First, since hosts see the numbers of their own devices: after it all find the same.
+    def save(step: int, state: TrainState, act: Callable = parts.saver.save) -> None:
+        # First: `all_finite` reads this host's devices alone, and all hosts must come to the same result.
         if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
         if not all_finite(state.params):
@@ -166,17 +177,16 @@ def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
 
 
 def _make_step(parts: Parts, stop: StopSignal) -> Callable:
-    """The training step on all devices. Its first call compiles it and says so."""
-    step_of_one = train_step.make_train_step(parts.config, parts.model, parts.devices, lr_history(parts))
-    program, compiled = train_step.pmap_train_step(parts.config, step_of_one, parts.devices), False
+    """Returns the training step on all devices; its first call shows that it compiles."""
+    program, compiled = parts.train_step(parts.lr_history()), False
 
-    def update(state: train_step.TrainState, batch: Any) -> Any:
+    def update(state: TrainState, batch: Any) -> Any:
         nonlocal compiled
         with nullcontext() if compiled else parts.reporter.phase("compiling the step", ended="compiled"):
-            made = program(state, batch)
+            result = program(state, batch)
         compiled = True
         stop.defer()  # from here on there is something to save
-        return made
+        return result
 
     return update
 
@@ -186,7 +196,7 @@ def _due(config: Config, period: int) -> Callable[[int], bool]:
 
 
 def _owes_evaluation(parts: Parts, start: int) -> bool:
-    """Whether the run was stopped in the evaluation after the step from which it goes on."""
+    """Whether the run was stopped during the evaluation after step `start`, from which it continues."""
     if start == 0 or not _due(parts.config, parts.config.eval.every_steps)(start):
         return False
     known = distributed.of_first(
@@ -195,8 +205,8 @@ def _owes_evaluation(parts: Parts, start: int) -> bool:
     return not json.loads(known)
 
 
-def describe(parts: Parts, state: train_step.TrainState, start: int) -> None:
-    """The lines of facts at the start."""
+def describe(parts: Parts, state: TrainState, start: int) -> None:
+    """Prints the facts of the run at its start."""
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
     per_step = c.batch_size * c.seq_len
     epochs = c.steps * per_step / len(parts.corpus.train)

@@ -33,6 +33,7 @@ class Placement:
         self._gather = together.compiled(jax.jit(lambda x: x, out_shardings=everywhere), "an array as a whole")
         self._row = together.compiled(jax.jit(lambda x, i: x[i], out_shardings=everywhere), "a row of an array")
         self.batch = NamedSharding(self.here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
+        self.replicated = NamedSharding(self.here, PartitionSpec())
 
     def initial(self, model: Model) -> TrainState:
         """The initial state, on the devices."""
@@ -51,7 +52,7 @@ class Placement:
         # Made in its place: a state that fits only when it is sharded is never whole on one device.
         like = jax.eval_shape(rest, params)
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
-        return state._replace(params=jax.device_put(params, NamedSharding(self.here, PartitionSpec())))
+        return state._replace(params=jax.device_put(params, self.replicated))
 
     def place(self, state: TrainState) -> TrainState:
         """Puts this process's part of a state on its devices as the step keeps it, so that it can be donated."""

@@ -16,7 +16,7 @@ from jaxlm.config import UserError
 from jaxlm.config.files import load
 from jaxlm.data.order import TrainOrder
 from jaxlm.host.exit_codes import exit_code
-from jaxlm.run import beside_steps
+from jaxlm.run import evaluation
 from jaxlm.train import step as train_step
 from jaxlm.train.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
@@ -142,14 +142,14 @@ def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch
     shutil.rmtree(copy / "checkpoints/0")
     found = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if "eval_loss" not in line]
     (copy / "metrics.jsonl").write_text("".join(found))
-    evaluate, calls = beside_steps.evaluate, 0
+    evaluate, calls = evaluation.evaluate, 0
 
     def first_is_none(*args: Any) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         return evaluate(*args) | ({"eval_loss": float("nan")} if calls == 1 else {})
 
-    monkeypatch.setattr(beside_steps, "evaluate", first_is_none)
+    monkeypatch.setattr(evaluation, "evaluate", first_is_none)
     assert run(copy, **{"steps": CHECKPOINT + 2, "eval.every_steps": 50}) == 0
     returns = [(r.to, r.first, r.last) for r in rollback.read(copy)]
     assert returns == [(CHECKPOINT, CHECKPOINT + 1, CHECKPOINT + 1)]

@@ -17,7 +17,8 @@ from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.signals import StopSignal
 from jaxlm.host.stop import LEFT
 from jaxlm.model import make_model
-from jaxlm.run import beside_steps, training
+from jaxlm.run import evaluation, training
+from jaxlm.run.setup import Setup
 from jaxlm.train import step as train_step
 from jaxlm.train.placement import Placement
 from tests.runs import (
@@ -112,8 +113,8 @@ def test_signal_while_it_compiles_or_evaluates(
     stop, end = InProcess(), threading.Event()
     places: dict[str, tuple[Any, str]] = {
         "compile": (train_step, "make_train_step"),
-        "sample": (beside_steps, "sample_text"),
-        "cut sample": (beside_steps, "sample_text"),
+        "sample": (evaluation, "sample_text"),
+        "cut sample": (evaluation, "sample_text"),
         "at the end": (training, "close"),
     }
     module, name = places.get(when, (train_step, "make_eval_step"))
@@ -169,7 +170,7 @@ def test_signal_while_it_compiles_or_evaluates(
 
 
 def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    train_batches = training.train_batches
+    train_batches = Setup.train_batches
 
     class Broken:
         """Real batches, of which the fourth cannot be read."""
@@ -189,7 +190,7 @@ def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest
         def close(self) -> None:
             self.inner.close()
 
-    monkeypatch.setattr(training, "train_batches", Broken)
+    monkeypatch.setattr(Setup, "train_batches", lambda *args: Broken(*args))
     before = set(threading.enumerate())
     with pytest.raises(OSError, match="the disk is gone"):
         run(tmp_path / "run")

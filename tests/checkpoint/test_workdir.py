@@ -108,7 +108,7 @@ def test_data_of_another_vocabulary_is_not_scored(text: dict[str, Any], tmp_path
     for vocab_size in (5000, 257):  # the second as large as the run's, and still something else
         config = open_run(tmp_path / "run", None).config
         config.data.source, config.data.vocab_size = "synthetic", vocab_size
-        with pytest.raises(UserError, match=r"data\.source is 'synthetic': .* token ids that are not those of the run"):
+        with pytest.raises(UserError, match=r"data\.source is 'synthetic': .* token ids are not those of the run"):
             score(opened, config)
 
 

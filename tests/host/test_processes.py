@@ -240,8 +240,8 @@ def test_what_hosts_do_not_agree_on(more: dict[int, list[str]], devices: Any, wo
 IMPATIENT = """
 import sys
 from jaxlm import main
-from jaxlm.run import setup
-setup.FOLDER_LIMIT = 2
+from jaxlm.run import begin
+begin.FOLDER_LIMIT = 2
 sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))
 """
 

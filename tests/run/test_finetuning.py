@@ -20,7 +20,7 @@ from jaxlm.data.prompts import encode_prompt
 from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import finished
-from jaxlm.run.beside_steps import sample_text
+from jaxlm.run.evaluation import sample_text
 from jaxlm.run.open_run import open_run
 from tests.runs import ROOT
 
