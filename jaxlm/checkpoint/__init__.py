@@ -1,5 +1,5 @@
-"""What a run leaves behind and goes on from: checkpoints and their checksums, returns to earlier ones, the files of a
-workdir, and weights of other runs.
+"""What a run writes and resumes from: checkpoints and their checksums, returns to earlier ones, the files of a workdir,
+and weights from other runs.
 
 Each module is imported by its own name.
 

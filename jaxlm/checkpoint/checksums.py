@@ -1,8 +1,8 @@
-"""Hashes of a checkpoint's files, written before it becomes visible, and compared before anything is taken from it.
+"""Hashes of a checkpoint's files, written before the checkpoint becomes visible and compared before it is restored.
 
-Each item of a checkpoint (a folder, such as `params`) holds them in a file of its own, which also names the items that
-belong together: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`. Orbax's own file about the
-checkpoint promises these files: a checkpoint that has lost all of them is damaged, not an older version's.
+Each item of a checkpoint (a folder, such as `params`) has a `checksums.json`, which also names the items of the
+checkpoint: `{"items": ["params", "train"], "files": {"d/3fe1…": [bytes, sha256], …}}`. Orbax's metadata file says that
+these files exist: a checkpoint that has lost all of them is damaged, and not one of an older version without hashes.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from pathlib import Path
 from jaxlm.host.durable import sync
 
 NAME = "checksums.json"
-ABOUT = "_CHECKPOINT_METADATA"  # Orbax's, which has what `CheckpointManager.save` was given as custom_metadata
+ABOUT = "_CHECKPOINT_METADATA"  # Orbax's file; it holds the custom_metadata given to `CheckpointManager.save`
 PROMISE = {"checksums": True}
 
 
 def write(item: Path, items: Sequence[str]) -> None:
-    """Adds the hashes of an item's files and makes all durable, since the checkpoint before it is deleted next."""
+    """Adds the hashes of an item's files and flushes all to disk, because an older checkpoint is deleted next."""
     files = {str(p.relative_to(item)): p for p in sorted(item.rglob("*")) if p.is_file()}
     found = {name: [path.stat().st_size, _sha256(path)] for name, path in files.items()}
     (item / NAME).write_text(json.dumps({"items": list(items), "files": found}))
@@ -27,12 +27,12 @@ def write(item: Path, items: Sequence[str]) -> None:
 
 
 def damage(step: Path) -> str | None:
-    """What is wrong with the checkpoint in a folder, naming the file; None if it is whole.
+    """Returns what is wrong with the checkpoint in a folder, naming the file; None if it is whole.
 
-    One that was written before there were hashes has none in any item and does not promise any: it counts as whole.
+    A checkpoint of an older version, without hashes and without the promise of any, counts as whole.
 
     Raises:
-      OSError: it cannot be read now, which says nothing of it.
+      OSError: the checkpoint cannot be read at present, which does not mean that it is damaged.
     """
     items = [p for p in step.iterdir() if (p / NAME).exists()] if step.is_dir() else []
     if not items:
@@ -58,7 +58,7 @@ def damage(step: Path) -> str | None:
 
 
 def _broken_promise(step: Path) -> str | None:
-    """What is wrong with a checkpoint without hashes; None if it is of a version that wrote none."""
+    """Returns what is wrong with a checkpoint without hashes; None if an older version wrote it."""
     try:
         about = json.loads((step / ABOUT).read_text())
         promised = about["custom_metadata"].get("checksums") if "custom_metadata" in about else None

@@ -1,4 +1,4 @@
-"""metrics.jsonl: lines are added, those that a resumed run repeats are dropped, and scores are read from it."""
+"""metrics.jsonl: appends lines, drops those that a resumed run will repeat, and reads scores."""
 
 import json
 import math
@@ -15,7 +15,7 @@ Metrics = dict[str, Any]
 
 
 class JsonLines:
-    """Appends one object a line to metrics.jsonl; what a resumed run is going to repeat is dropped first."""
+    """Appends one object a line to metrics.jsonl, after dropping the lines that a resumed run will repeat."""
 
     def __init__(self, path: Path, resume_step: int):
         if path.exists():
@@ -34,7 +34,7 @@ class JsonLines:
 
 
 def check(workdir: Path) -> None:
-    """Raises UserError if metrics.jsonl holds something else than a run's lines, the last of which may be half."""
+    """Raises UserError if metrics.jsonl holds anything but a run's lines; the last one may be incomplete."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return
@@ -48,33 +48,35 @@ def check(workdir: Path) -> None:
         except (ValueError, KeyError, TypeError, RecursionError):
             known = False
         if not known:
-            raise UserError(f"{path}: line {number} is none of a run's; allowed: the metrics of a run, or no file")
+            raise UserError(
+                f"{path}: line {number} was not written by a run; allowed: the metrics of a run, or no file"
+            )
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a killed run did not finish
+        return float("inf")  # incomplete: the run was killed while it wrote it
 
 
 def _objects(workdir: Path) -> Iterator[Metrics]:
-    """The lines of metrics.jsonl that are JSON objects."""
+    """Yields the lines of metrics.jsonl that are JSON objects."""
     path = workdir / "metrics.jsonl"
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, RecursionError):  # half a line
+        with suppress(ValueError, RecursionError):  # an incomplete line
             if isinstance(found := json.loads(line), dict):
                 yield found
 
 
 def evaluations(workdir: Path) -> dict[int, Metrics]:
-    """{step: its line in metrics.jsonl} of the evaluations so far, without those that lack a score."""
+    """Returns {step: its line in metrics.jsonl} of the evaluations so far; leaves out lines that lack a score."""
     found = {}
     for m in _objects(workdir):
-        with suppress(ValueError, KeyError, TypeError, OverflowError):  # of training, or changed by somebody
+        with suppress(ValueError, KeyError, TypeError, OverflowError):  # a training line, or one changed by hand
             bits, sample = m["eval_bits_per_byte"], m.get("sample")
             if isinstance(sample, str | None) and isinstance(bits, int | float | None):
-                # JSON has no infinity, for which `JsonLines` writes null.
+                # JSON has no infinity; `JsonLines` writes null instead.
                 perplexity = math.inf if m["eval_perplexity"] is None else float(m["eval_perplexity"])
                 numbers = {k: float(m[k]) for k in ("eval_loss", "eval_accuracy")}
                 found[int(m["step"])] = m | numbers | {"eval_perplexity": perplexity}
@@ -82,7 +84,7 @@ def evaluations(workdir: Path) -> dict[int, Metrics]:
 
 
 def validation_losses(workdir: Path) -> dict[int, float]:
-    """{step: loss} of the evaluations so far."""
+    """Returns {step: validation loss} of the evaluations so far."""
     found = {}
     for m in _objects(workdir):
         with suppress(ValueError, KeyError, TypeError, OverflowError):

@@ -1,9 +1,9 @@
-"""Reading checkpoints: which there are, whether they are whole, and a state out of one. writing.py writes them.
+"""Reads checkpoints: lists them, checks that they are whole, and restores a state. writing.py writes them.
 
-A checkpoint is up to four items: `params`, `ema` (where there is one), `train` (step, optimizer state, guard and mean
-loss), and `sync` (what a lossy reduction of gradients keeps, a row for each device). It does not depend on the number
-of devices, but for those rows. The place in the data needs no saving: batch N is a function of the configuration and N.
-Each item has the hashes of its files, which are compared before anything is restored (checksums.py).
+A checkpoint has up to four items: `params`; `ema`, if the run keeps a moving average; `train` (step, optimizer state,
+guard and mean loss); and `sync`, the residuals of a lossy reduction of gradients, one row per device. Only these rows
+depend on the number of devices. The place in the data is not saved, because batch N is a function of the configuration
+and N. Each item lists the hashes of its files, which are compared before anything is restored (checksums.py).
 """
 
 import logging as std_logging
@@ -29,8 +29,9 @@ from jaxlm.train import guard
 from jaxlm.train.placement import Placement
 from jaxlm.train.step import TrainState, float32
 
-# Orbax warns of a read-only folder, and of every item that it was not asked for; its errors are raised too. Where one
-# of its reads or writes fails, it drops the coroutines of the others, and Python warns that they were never awaited.
+# Orbax warns about a read-only folder, and about every item that it was not asked for; it raises its errors besides
+# logging them. If one of its reads or writes fails, it drops the coroutines of the others, and Python warns that they
+# were never awaited.
 logging.set_verbosity(logging.FATAL)
 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
@@ -60,10 +61,10 @@ class Checkpoints:
         return steps_in(self.folder)
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a step; None if it is whole.
+        """Returns what is wrong with the files of a step; None if the checkpoint is whole.
 
         Raises:
-          UserError: they cannot be read now.
+          UserError: the files cannot be read at present.
         """
         try:
             return checksums.damage(self.folder / str(step))
@@ -74,8 +75,8 @@ class Checkpoints:
         """Raises UserError if there is no such checkpoint.
 
         Args:
-          asked: the option with its value, for the message.
-          losses: on the validation data, by step.
+          asked: the option and its value, for the message.
+          losses: {step: validation loss}.
         """
         there = self.steps()
         if isinstance(step, int) and step not in there:
@@ -90,7 +91,10 @@ class Checkpoints:
             )
 
     def find_whole(self, step: Step, losses: dict[int, float]) -> tuple[int | None, dict[int, str]]:
-        """The newest or best step whose files are whole, or the one named, and the damage of those tried before."""
+        """Returns the newest (`step` None) or best whole step, or the step given, and the damage of those tried before.
+
+        The step is None if no candidate is whole.
+        """
         damage: dict[int, str] = {}
         there = self.steps()[::-1]
         if step is not None:
@@ -103,19 +107,19 @@ class Checkpoints:
         return None, damage
 
     def restore(self, step: int, placement: Placement, fresh: TrainState) -> TrainState:
-        """The state of a step, on the devices.
+        """Restores the state of a step onto the devices.
 
         Args:
-          fresh: that of step 0 there, whose shapes and types are wanted.
+          fresh: the initial state there; the restored one gets its shapes and dtypes.
 
         Raises:
-          CheckpointError: it is damaged, or of another model or optimizer.
+          CheckpointError: the checkpoint is damaged, or belongs to another model or optimizer.
         """
         like, there = placement.saved_like(fresh), self._items(step)
         train = {"step": like.step, "opt_state": like.opt_state}
         saved = self._shapes(step, "train")
         newer = [name for name in ("guard", "loss_mean") if any(key.startswith(f"{name}/") for key in saved)]
-        train |= {name: getattr(like, name) for name in newer}  # an older jaxlm had none
+        train |= {name: getattr(like, name) for name in newer}  # older versions saved neither
         if "guard/norms" in saved:
             train["guard"] = guard.old(like.guard)
         wanted = {"params": like.params, "train": train}
@@ -139,18 +143,18 @@ class Checkpoints:
         return placement.restored(state._replace(**train, params=found["params"], ema=ema, sync=sync))
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
-        """The parameters of a step as NumPy arrays; their moving average where there is one and `ema` is set."""
+        """Returns the parameters of a step as NumPy arrays; with `ema`, their moving average if there is one."""
         return self._on_host(step, "ema" if ema and "ema" in self._items(step) else "params")
 
     def restore_arrays(self, step: int) -> dict[str, np.ndarray]:
-        """All that a step holds, by name: {'train/step': …}"""
+        """Returns all arrays of a step by name: {'train/step': …}"""
         items = [item for item in ITEMS if item in self._items(step)]
         return {
             f"{item}/{name}": np.asarray(x) for item in items for name, x in _named(self._on_host(step, item)).items()
         }
 
     def _on_host(self, step: int, item: str) -> Any:
-        """As NumPy arrays, read by way of a device of this process, since those that saved it need not be here."""
+        """Returns an item as NumPy arrays, read through a device of this process: those that saved it may not be here."""
         here = SingleDeviceSharding(_host())
         with self._damage(step):
             meta = self._manager.item_metadata(step)[item]
@@ -169,26 +173,26 @@ class Checkpoints:
 
     @contextmanager
     def _damage(self, step: int) -> Iterator[None]:
-        """Makes an error in reading a step a CheckpointError, without the tracebacks of reads that it cuts off."""
+        """Turns an error in reading a step into a CheckpointError; hides the tracebacks of the reads it cuts off."""
         before = hide_cut_off()
         try:
             yield
-        except Exception as error:  # of many kinds: every one means that this checkpoint is of no use here
+        except Exception as error:  # whatever it is, this checkpoint cannot be used here
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.folder / str(step)}: cannot be restored: {reason}") from error
-        sys.unraisablehook = before  # not after an error: those reads end later
+        sys.unraisablehook = before  # kept after an error, because the other reads end later
 
     def close(self) -> None:
         self._manager.close()
 
 
 def reason_of(error: BaseException) -> str:
-    """In a line."""
+    """Returns the reason of an error in one line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:300]
 
 
 def hide_cut_off() -> Any:
-    """Keeps what an error cuts off in Orbax's background from writing tracebacks of its own; gives the hook before."""
+    """Hides the tracebacks of background work in Orbax that an error cuts off. Returns the previous hook."""
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     before = sys.unraisablehook
     sys.unraisablehook = lambda e: None if str(e.exc_value) == "Event loop is closed" else before(e)
@@ -209,7 +213,7 @@ def _name(path: Any) -> str:
 
 
 def _host() -> Any:
-    """The CPU as a device; where JAX is told to have none (JAX_PLATFORMS=cuda), the first device."""
+    """Returns the CPU as a device; the first device if JAX has no CPU (JAX_PLATFORMS=cuda)."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -217,8 +221,10 @@ def _host() -> Any:
 
 
 def _adapted(saved: Any, fresh: Any) -> Any:
-    """What a reduction kept, for other devices or another reduction: each gets the mean of all rows, so that the mean
-    over the devices, which is what the next step adds to the gradient, stays the same. What is new starts afresh.
+    """Adapts a reduction's saved state to other devices or another reduction.
+
+    Each device gets the mean of all rows. That keeps the mean over the devices, which is what the next step adds to the
+    gradient. Arrays that were not saved keep their fresh values.
     """
     old = _named(saved)
 

@@ -1,9 +1,9 @@
-"""Whether all devices hold the same state, bit for bit. Failing memory or a failing chip can change one copy silently.
+"""Checks that all devices hold the same state, bit for bit. Failing memory or a failing chip changes one copy silently.
 
 Every device has a copy of the parameters, and of all other state that is not split over the devices. Before a
-checkpoint each device sums the bits of each array of its copy, and the hosts compare the sums. A single changed word
-always changes its sum, because each word is multiplied by an odd number that depends on its place. Only hosts of the
-same hardware are compared, since processors of different kinds round differently.
+checkpoint, each device computes a checksum of each array of its copy, and the hosts compare them. A single changed word
+always changes the checksum, because each word is multiplied by an odd number that depends on its place. Only hosts with
+the same hardware are compared, because processors of different kinds round differently.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class Corrupt(RuntimeError):
 
 
 class Replicas:
-    """Compares the state on all devices. `mesh` has those of this process."""
+    """Compares the state on all devices. `mesh` holds the devices of this process."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self._axes, self._mesh = state_axes(config), mesh
@@ -55,13 +55,13 @@ class Replicas:
         for sums in by_hardware.values():
             if wrong := difference(names, sums):
                 raise Corrupt(
-                    f"step {step}: {wrong}; nothing of it was saved, and the same command goes on from the newest"
-                    " checkpoint, which is good; where this comes again, take that device out of use"
+                    f"step {step}: {wrong}; this state is not saved, and the same command resumes from the newest"
+                    " checkpoint, which is good; if this happens again, take that device out of use"
                 )
 
 
 def checksums_of(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """Compiles (a tree of L arrays that each device of the mesh has a copy of) -> sums of the bits, uint32 [D, L]."""
+    """Compiles (tree of L arrays, a copy on each device of the mesh) -> their checksums, uint32 [D, L]."""
 
     def one(tree: Any) -> jax.Array:
         return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])[None]
@@ -72,16 +72,20 @@ def checksums_of(mesh: Mesh) -> Callable[[Any], jax.Array]:
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """uint32: the sum of the array's words, each times an odd number of its place, modulo 2^32."""
+    """Returns the sum of an array's words, each times an odd number that depends on its place, modulo 2^32; uint32."""
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).reshape(-1)
     place = jax.lax.iota(jnp.uint32, words.size)
     return jnp.sum(words.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
 
 
 def difference(names: list[str], sums: dict[str, list[int]]) -> str | None:
-    """What differs between devices (name -> a sum for each of `names`), in words; None if nothing does.
+    """Says in words which arrays differ between devices; None if none does.
 
-    Where more than half agree, the others are at fault; else all are named.
+    If more than half of the devices agree, the others are at fault; otherwise all are named.
+
+    Args:
+      names: of the arrays.
+      sums: {device: checksum of each array}.
     """
     (usual, count), *_ = Counter(map(tuple, sums.values())).most_common(1)
     others = [device for device, s in sums.items() if tuple(s) != usual]
@@ -100,8 +104,8 @@ def _few(arrays: list[str]) -> str:
 
 
 def _hardware(device_kind: str) -> str:
-    """A hash of what decides how a host rounds: its accelerators, or its processor and over how many threads XLA cuts a
-    product (as many as there are cores for this process, or devices).
+    """Returns a hash of what determines how a host rounds: its accelerators; on CPU its processor, and the numbers of
+    cores and devices, which decide how XLA splits a product among threads.
     """
     facts = [device_kind, platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")

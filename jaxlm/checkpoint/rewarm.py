@@ -1,7 +1,8 @@
-"""A second warmup: a finished run that is given more steps would jump from its lowest learning rate to the peak.
+"""The second warmup of a run that continues at a higher learning rate.
 
-The rate rises instead, from the last one to that of the new schedule. Where it began, and from which rates, is kept in
-the workdir's config.json, so that a run that is stopped after that goes on with the same schedule.
+A finished run that is given more steps would otherwise jump from its lowest rate to the peak. Instead, the rate rises
+from its last value to the new schedule's. The workdir's config.json records where the rise began and from which rates,
+so that a run that is stopped and resumed follows the same schedule.
 """
 
 from pathlib import Path
@@ -12,11 +13,11 @@ from jaxlm.config import Config, OptimConfig, UserError, show
 from jaxlm.config.files import from_saved
 from jaxlm.train.schedules import LEAST_WARMUP, Cut, LrHistory, Peak, Rewarm, make_schedule
 
-RAISED = 1.01  # a smaller rise is no jump: a longer cosine is a little higher everywhere
+RAISED = 1.01  # a smaller rise is not a jump: a longer cosine is slightly higher everywhere
 
 
 def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> tuple[Rewarm | None, str | None]:
-    """How the learning rate rises again after `start` updates, and what there is to say about it."""
+    """Returns the second warmup of a run that continues after `start` updates, and a line to print; None for none."""
     path = workdir / "config.json"
     if not path.exists() or not workdirs.holds_checkpoints(workdir):
         return None, None
@@ -35,19 +36,20 @@ def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> 
 
 
 def _peaks(c: OptimConfig) -> tuple[Peak, ...]:
-    """The keys of the rates that the optimizer uses."""
+    """Returns the keys of the peak rates that the optimizer uses."""
     return ("lr", "adam_lr", "embed_lr") if c.name == "muon" else ("lr",)
 
 
 def between(old: Config, before: Rewarm | None, new: Config, step: int, cuts: tuple[Cut, ...] = ()) -> Rewarm | None:
-    """The second warmup of a run that goes on after `step` updates with another configuration.
+    """Returns the second warmup of a run that continues after `step` updates with another configuration.
 
-    There is a new one where a rate would be higher than the old schedule's was and would be. Lower rates hold at once.
+    A new one begins if a rate is higher than the old schedule's, both in the last step and in the next one. Lower rates
+    apply at once.
 
     Args:
-      before: that of the run so far.
+      before: the second warmup of the run so far.
     """
-    if not step:  # it has had no rate yet; one that went back to the beginning keeps what it went on with
+    if not step:  # no update has been made; a run that went back to step 0 keeps the warmup that it has
         return before
     last, raised = {}, False
     for key in _peaks(new.optim):
@@ -58,7 +60,7 @@ def between(old: Config, before: Rewarm | None, new: Config, step: int, cuts: tu
 
 
 def _read(saved: dict[str, Any], c: OptimConfig, where: str) -> Rewarm | None:
-    """The second warmup in the content of a config.json; raises UserError if a run did not write it so."""
+    """Returns the second warmup in the content of a config.json. Raises UserError if no run can have written it."""
     found = saved.get("rewarm")
     if found is None:
         return None

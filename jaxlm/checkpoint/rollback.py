@@ -1,11 +1,11 @@
-"""Training that goes wrong: a run goes back to a good checkpoint, and steps over the batches that were bad.
+"""Returns to a good checkpoint after training went wrong; the run then leaves out the bad batches.
 
-A second try differs in more than its batches: the learning rates warm up again, to a lower peak if one return soon
+The second try differs in more than its batches: the learning rates warm up again, to a lower peak if one return soon
 follows another. PaLM's authors restarted without the batches around a spike (Chowdhery et al., 2022, section 5.1),
 OPT's with a lower rate (Zhang et al., 2022, section 2.5).
 
-`returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …, "lr": factor}`. It is
-written before the run goes on, so that a run that is killed later repeats the same returns.
+`returns.json` in the workdir lists each return, `{"to": step, "batches": [first, last], "why": …, "lr": factor}`. The
+run writes it before it continues, so that a run that is killed later makes the same returns again.
 """
 
 import json
@@ -20,7 +20,7 @@ from jaxlm.host.durable import beside, write_whole
 from jaxlm.train.schedules import Cut
 
 NAME = "returns.json"
-SOON = 1000  # steps: a run that goes back again within so many did not recover
+SOON = 1000  # steps; a run that goes back again within so many has not recovered
 
 
 class Diverged(RuntimeError):
@@ -37,14 +37,14 @@ class Trouble(RuntimeError):
 
 class Return(NamedTuple):
     to: int  # the step of the checkpoint
-    first: int  # numbers of the batches that are stepped over, counted from 1
-    last: int
+    first: int  # number of the first batch that is left out, counted from 1
+    last: int  # number of the last one
     why: str
-    lr: float = 1.0  # factor on the learning rates from here on; older files have none
+    lr: float = 1.0  # factor on the learning rates from here on; missing in older files
 
 
 def read(workdir: Path) -> list[Return]:
-    """Raises UserError if the file is not as `write` made it."""
+    """Returns the returns of the run so far. Raises UserError if the file is not as `write` made it."""
     path = workdir / NAME
     if not path.exists():
         return []
@@ -67,25 +67,27 @@ def write(workdir: Path, returns: Sequence[Return]) -> None:
 
 
 def lr_scale(returns: Sequence[Return]) -> float:
-    """The factor on the learning rates after these returns."""
+    """Returns the factor on the learning rates after these returns."""
     return math.prod(r.lr for r in returns)
 
 
 def lr_cuts(returns: Sequence[Return]) -> tuple[Cut, ...]:
-    """The cuts that these returns make in the schedule. If a later return goes back further, an earlier one takes
-    effect at that later return's checkpoint: the factors of both apply there at once, and the rates warm up only once.
+    """Returns the cuts that these returns make in the schedule.
+
+    If a later return goes back further than an earlier one, both cuts take effect at the later return's checkpoint:
+    both factors apply there at once, and the rates warm up only once.
     """
     return tuple(Cut(min(later.to for later in returns[i:]), r.lr) for i, r in enumerate(returns))
 
 
 def recent(returns: Sequence[Return], to: int) -> list[Return]:
-    """The returns of at most SOON steps before step `to`: those from which the run did not recover."""
+    """The returns to checkpoints less than SOON steps before step `to`; the run has not recovered from them."""
     return [r for r in returns if r.to > to - SOON]
 
 
 def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:
-    """The checkpoint to go back to: the newest before the first bad step; where the last return brought no good step,
-    one before that.
+    """Returns the checkpoint to go back to: the newest before the first bad step. If no step was good since the last
+    return, it is older than the checkpoint of that return.
     """
     if returns and first <= returns[-1].to + 1:
         first = returns[-1].to
@@ -93,7 +95,7 @@ def target(steps: Sequence[int], first: int, returns: Sequence[Return]) -> int:
 
 
 def remove(checkpoints: Path, steps: Sequence[int]) -> None:
-    """Removes checkpoints; a kill in between leaves none that looks whole."""
+    """Removes checkpoints. Each is hidden first, so that a kill leaves no part of one that looks whole."""
     for step in sorted(steps, reverse=True):
         hidden = beside(checkpoints / str(step))
         (checkpoints / str(step)).rename(hidden)

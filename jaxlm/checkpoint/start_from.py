@@ -1,4 +1,4 @@
-"""A state that begins with the weights of another run, and whether they fit the configuration and its data."""
+"""Starts a run from the weights of another one, after checking that they fit the configuration and its data."""
 
 import json
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def check(config: Config, weights: Weights) -> None:
 
 
 def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> None:
-    """Raises UserError if the ids of the corpus are not those that the weights know."""
+    """Raises UserError if the token ids of the corpus are not those that the weights were trained on."""
     vocab_size = workdirs.read_facts(weights.workdir)["vocab_size"]
     either_bare = corpus.tokenizer is None or not (weights.workdir / "tokenizer").is_dir()
     if corpus.vocab_size != vocab_size or not (
@@ -52,8 +52,8 @@ def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> N
 
 
 def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tuple[train_step.TrainState, list[str]]:
-    """The fresh state with the parameters (their moving average, where there is one) of a checkpoint, and what there is
-    to say about it.
+    """Returns the fresh state with the parameters of a checkpoint, or their moving average if it has one, and lines to
+    print.
     """
     resume = config.checkpoint.resume
     with opened(weights.workdir) as checkpoints:
@@ -71,17 +71,17 @@ def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tup
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
     params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
     ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
-    said = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
-    return fresh._replace(params=params, ema=ema), said
+    lines = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
+    return fresh._replace(params=params, ema=ema), lines
 
 
 def find_whole(
     checkpoints: Checkpoints, step: Step = None, losses: dict[int, float] | None = None
 ) -> tuple[int, dict[int, str]]:
-    """What `Checkpoints.find_whole` finds on the first process, the same on all.
+    """Returns on all processes what `Checkpoints.find_whole` finds on the first one.
 
     Raises:
-      CheckpointError: none is whole.
+      CheckpointError: no checkpoint is whole.
     """
     found = distributed.of_first("a whole checkpoint", lambda: json.dumps(checkpoints.find_whole(step, losses or {})))
     whole, damage = json.loads(found)
@@ -92,7 +92,7 @@ def find_whole(
 
 @contextmanager
 def opened(workdir: Path) -> Iterator[Checkpoints | None]:
-    """The checkpoints of a workdir, to be read; None where there are none."""
+    """Opens a workdir's checkpoints for reading; yields None if there are none."""
     if not holds_checkpoints(workdir):
         yield None
         return

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, and whether a command may go on in it."""
+"""The folder of a run: config.json, the lock, the tokenizer, and whether a configuration may continue in it."""
 
 import dataclasses
 import errno
@@ -26,20 +26,20 @@ from jaxlm.data.order import VERSION, VERSIONS
 from jaxlm.host.durable import beside, write_whole
 from jaxlm.host.temporary import temporary_folder
 
-# All that a run writes in its workdir; config.json is the first, and says that the others are a run's.
+# All that a run writes in its workdir. It writes config.json first, which marks the folder as a run's.
 FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
 FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "profile", "wandb")
 LOCK = ".lock"
 
 
 class Lock:
-    """Held while a run writes in its workdir; the system frees it when the process ends, however it does."""
+    """Held while a run writes in its workdir. The system frees it when the process ends, even by a crash."""
 
     def __init__(self) -> None:
         self._file: int | None = None
 
     def take(self, workdir: Path) -> None:
-        """Raises UserError if another run holds it, or the folder cannot be written."""
+        """Raises UserError if another run holds the lock, or the folder is not writable."""
         if self._file is not None:
             return
         with _writing(workdir):
@@ -53,7 +53,7 @@ class Lock:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                 os.close(file)
                 raise UserError(f"--workdir {workdir}: {LOCK} cannot be locked ({error.strerror})") from error
-            # a file system that knows no locks
+            # otherwise the file system has no locks
         self._file = file
 
     def free(self) -> None:
@@ -69,18 +69,18 @@ class Lock:
 
 
 def begun(workdir: Path) -> bool:
-    """Whether the folder is a run's."""
+    """Whether the folder belongs to a run."""
     return (workdir / "config.json").exists()
 
 
 def check(workdir: Path, config: Config) -> str | None:
-    """Whether this configuration may run in this folder. Writes nothing.
+    """Checks that this configuration may run in this folder. Writes nothing.
 
     Returns:
-      What changed since the last run in it, as a line; None if nothing did, or there was none.
+      What changed since the last run in the folder, as one line; None if nothing did, or there was no run.
 
     Raises:
-      UserError: it cannot be written, is not a workdir, or holds a run that this configuration would contradict.
+      UserError: the folder is not writable, is not a workdir, or holds a run that this configuration contradicts.
     """
     existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if not existing.is_dir():
@@ -111,16 +111,16 @@ def check(workdir: Path, config: Config) -> str | None:
 
 
 def with_given_steps(workdir: Path, config: Config) -> Config:
-    """The configuration with no more steps than the run in a workdir was given."""
+    """Returns the configuration with at most as many steps as the run in the workdir was given."""
     given = read_config(workdir / "config.json")[0].steps
     return dataclasses.replace(config, steps=min(config.steps, given))
 
 
 def _check_foreign(workdir: Path) -> None:
-    """Raises UserError if a folder that is no workdir holds something that a run would write over."""
+    """Raises UserError if a folder that is not a workdir holds something that a run would overwrite."""
     for name in (*FILES, *FOLDERS, LOCK):
         path = workdir / name
-        ours = name == LOCK and path.is_file() and not path.stat().st_size  # of a run that was killed at once
+        ours = name == LOCK and path.is_file() and not path.stat().st_size  # left by a run that was killed at its start
         if os.path.lexists(path) and not ours:
             raise UserError(
                 f"--workdir {workdir}: holds {name} but no config.json of a run; allowed: a new folder or a run's own"
@@ -128,7 +128,7 @@ def _check_foreign(workdir: Path) -> None:
 
 
 def _check_obstacles(workdir: Path) -> None:
-    """Raises UserError if something in a workdir is not what a run wrote there."""
+    """Raises UserError if a workdir has a file where a run writes a folder, or the reverse."""
     checkpoints = workdir / "checkpoints"
     steps = [checkpoints / str(step) for step in steps_in(checkpoints)]
     for path in (*(workdir / name for name in FOLDERS), *steps):
@@ -136,14 +136,14 @@ def _check_obstacles(workdir: Path) -> None:
             raise UserError(f"{path}: is a file; allowed: a folder, as a run makes it, or nothing")
     for path in (workdir / name for name in FILES):
         if os.path.lexists(path) and not path.is_file():
-            raise UserError(f"{path}: is no file; allowed: a file, as a run makes it, or nothing")
+            raise UserError(f"{path}: is not a file; allowed: a file, as a run makes it, or nothing")
 
 
 def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | None, lock: Lock) -> None:
     """Makes the folder, locks it, and writes config.json in it.
 
     Raises:
-      UserError: the folder cannot be made or written, or another run has begun in it meanwhile.
+      UserError: the folder cannot be made or written, or another run has just begun in it.
     """
     path = workdir / "config.json"
     history = read_facts(workdir)["history"] if path.exists() else []
@@ -160,8 +160,9 @@ def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | N
 
 
 def put_aside(workdir: Path, damaged: Sequence[int]) -> None:
-    """Renames damaged checkpoints to `<step>.damaged`: their steps are going to be saved again. A file about returns
-    that is left of a run without checkpoints goes too.
+    """Renames damaged checkpoints to `<step>.damaged`, because their steps will be saved again.
+
+    Also removes what a killed run left half deleted, and the returns.json of a run without checkpoints.
     """
     with _writing(workdir):
         for step in damaged:
@@ -169,17 +170,17 @@ def put_aside(workdir: Path, damaged: Sequence[int]) -> None:
             names = (path.with_name(f"{step}.damaged{i or ''}") for i in itertools.count())
             path.rename(next(name for name in names if not name.exists()))
         for path in (workdir / "checkpoints").glob(".*"):
-            if re.fullmatch(r"\.\d+\.[0-9a-f]{16}", path.name):  # one that was being removed
+            if re.fullmatch(r"\.\d+\.[0-9a-f]{16}", path.name):  # a killed run was deleting it
                 shutil.rmtree(path)
         if not holds_checkpoints(workdir):
             (workdir / "returns.json").unlink(missing_ok=True)
 
 
 def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
-    """Puts the tokenizer (or none) in a workdir, in place of one that a run without a checkpoint left there.
+    """Saves the tokenizer, if any, in a workdir. Replaces the one that a run without checkpoints left there.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the folder is not writable.
     """
     folder = workdir / "tokenizer"
     with _writing(workdir):
@@ -194,7 +195,7 @@ def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
 
 
 def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
-    """Whether the tokenizer in a workdir is this one: the same files."""
+    """Whether the tokenizer in a workdir has the same files as this one."""
     folder = workdir / "tokenizer"
     if tokenizer is None:
         return not folder.exists()
@@ -203,7 +204,7 @@ def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
         names = os.listdir(saved)
         renamed = folder / "jaxlm_tokenizer.json"
         if renamed.name in names and not renamed.exists() and "tokenizer.json" not in names:
-            (saved / renamed.name).rename(saved / "tokenizer.json")  # as older versions called it
+            (saved / renamed.name).rename(saved / "tokenizer.json")  # the name in older versions
             names = os.listdir(saved)
         return filecmp.cmpfiles(saved, folder, names, shallow=False)[0] == names
 
@@ -217,10 +218,10 @@ def _writing(workdir: Path) -> Iterator[None]:
 
 
 def read_facts(workdir: Path) -> dict[str, Any]:
-    """The content of config.json, facts of the data included.
+    """Returns the content of config.json, including the facts about the data.
 
     Raises:
-      UserError: it is not as `claim` wrote it.
+      UserError: the file is not as `claim` wrote it.
     """
     path = workdir / "config.json"
     content = read_saved(path)
@@ -232,14 +233,14 @@ def read_facts(workdir: Path) -> dict[str, Any]:
 
 
 def order_version(workdir: Path) -> int:
-    """The version of the data's order: that of the run in this folder, the newest for a new run.
+    """Returns the version of the data order: for a new run the newest, otherwise the one that the run began with.
 
     Raises:
-      UserError: this jaxlm does not know it.
+      UserError: this jaxlm does not know the version.
     """
     if not holds_checkpoints(workdir):
         return VERSION
-    found = read_facts(workdir).get("order", 1)  # older runs do not say
+    found = read_facts(workdir).get("order", 1)  # older runs do not record it
     if found not in VERSIONS:
         raise UserError(f"{workdir / 'config.json'}: order is {found!r}; allowed: {', '.join(map(str, VERSIONS))}")
     return found
@@ -252,7 +253,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git_commit() -> str | None:
-    """Of the checkout that this file is in, with `-dirty` where it was changed; None where it is in none."""
+    """Returns the commit of jaxlm's checkout, with `-dirty` if it has changes; None if this file is in no checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

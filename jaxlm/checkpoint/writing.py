@@ -1,7 +1,7 @@
-"""Writing checkpoints with Orbax: in the background, visible only when whole; the newest and the best are kept.
+"""Writes checkpoints with Orbax: in the background, visible only when whole; keeps the newest and the best.
 
-A save that fails is reported, and tried again later with the state of that time: training goes on. Of several
-processes only the first one writes, and it tells the others how the save went. All of them begin a save at the same
+Training continues after a failed save; the failure is reported, and a later save tries again with the state of that
+time. Only the first process writes, and it tells the others how the save went. All processes begin a save at the same
 step, because they gather the state for it together.
 """
 
@@ -27,27 +27,29 @@ from jaxlm.host.durable import sync
 from jaxlm.host.retry import Pause, insist
 from jaxlm.train.step import TrainState
 
-ASKED_EVERY = 64  # steps between two questions of the other processes, at most
+ASKED_EVERY = 64  # the other processes ask how a save went at least once in so many steps
 
 
 class Unsaved(OSError):
-    """The last state or metrics of a run could not be written, after all retries: exit code 2."""
+    """The last state or metrics of a run could not be written in spite of all retries: exit code 2."""
 
 
 class Saver:
-    """Writes the `checkpoints` folder of a workdir. All processes call all of it at the same steps."""
+    """Writes the `checkpoints` folder of a workdir. All processes call its methods at the same steps."""
 
     def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
         hide_cut_off()
         self._config, self._say, self._folder = config, say, folder_of(workdir)
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._begun = 0  # the step of the last save
-        self._under_way: tuple[int, Future[None] | None] | None = None  # None: the first process writes
+        self._under_way: tuple[int, Future[None] | None] | None = (
+            None  # future None: the first process writes, not this one
+        )
         self._pause = Pause()
-        self._items: list[str] = []  # of the checkpoint that is being written
+        self._items: list[str] = []  # of the checkpoint being written
         self._losses = validation_losses(workdir)
         self._manager: Any = self._open() if jax.process_index() == 0 else None
-        # the newest step that is written
+        # the newest step written
         self.saved: int | None = _of_first("the newest checkpoint", lambda: max(steps_in(self._folder), default=None))
 
     def _open(self) -> ocp.CheckpointManager:
@@ -64,16 +66,16 @@ class Saver:
         )
 
     def scored(self, step: int, loss: float) -> None:
-        """Tells the validation loss of a step, by which the best checkpoints are kept."""
+        """Records the validation loss of a step, which decides which checkpoints are the best."""
         self._losses[step] = loss
 
     def save(self, step: int, state: TrainState | None, before: Callable[[], None] = lambda: None) -> None:
-        """Starts to write the state, which may be donated as soon as this returns. Does nothing if the step is saved
-        already, or in the pause after a save that failed.
+        """Starts to write the state; the caller may donate it as soon as this returns. Does nothing if the step is
+        saved already, or during the pause after a failed save.
 
         Args:
-          state: as `Placement.saved` gives it.
-          before: is called before the checkpoint is written.
+          state: as `Placement.saved` returns it.
+          before: called before the checkpoint is written.
         """
         self._settle()
         if step == self.saved or (self._pause.failing and not self._may_try()):
@@ -84,8 +86,8 @@ class Saver:
     def _write(self, step: int, state: TrainState, before: Callable[[], None]) -> Future[None]:
         on_gpu = jax.default_backend() != "cpu"
         if not on_gpu and jax.process_count() == 1:
-            # There Orbax reads the arrays themselves while the loop goes on, and the next step writes over donated
-            # ones; from GPUs it takes a copy to the host anyway.
+            # On CPU, Orbax reads the arrays themselves while the loop continues, and the next step overwrites donated
+            # ones. From GPUs it copies to the host anyway.
             state = jax.tree.map(jnp.copy, state)
         train = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard, "loss_mean": state.loss_mean}
         items = {"params": state.params, "train": train}
@@ -107,12 +109,15 @@ class Saver:
             self._manager.wait_until_finished()
             sync(self._folder)
 
-        if on_gpu and jax.process_count() == 1:  # begun here: it reads the devices
+        if on_gpu and jax.process_count() == 1:  # starts in this thread, because it reads the devices
             return self._worker.submit(end, begin())
         return self._worker.submit(lambda: end(begin()))
 
     def due(self, step: int) -> bool:
-        """Whether a save has failed and it is time to try again. Processes ask the first one after 1, 2, 4 … steps."""
+        """Whether a save has failed and it is time to try again.
+
+        The other processes ask the first one after 1, 2, 4 … steps, then every ASKED_EVERY steps.
+        """
         since = step - self._begun
         if self._under_way is None and not self._pause.failing:
             return False
@@ -128,7 +133,7 @@ class Saver:
         return _of_first("whether to save again", lambda: self._pause.over)
 
     def wait(self) -> int | None:
-        """Waits for a save under way; returns the newest step that is written."""
+        """Waits for a save under way. Returns the newest step written."""
         self._settle()
         return self.saved
 
@@ -136,7 +141,7 @@ class Saver:
         """Saves and waits; if that fails, tries again for a while.
 
         Raises:
-          Unsaved: it cannot be written.
+          Unsaved: the state cannot be written.
         """
 
         def act() -> None:
@@ -151,11 +156,11 @@ class Saver:
         except Exception as error:
             raise Unsaved(
                 f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; {self._newest()};"
-                " mend that, and run the same command again"
+                " fix that, and run the same command again"
             ) from error
 
     def _settle(self) -> Exception | None:
-        """Waits for a save under way; returns its error, the same on all processes."""
+        """Waits for a save under way. Returns its error, the same on all processes."""
         if self._under_way is None:
             return None
         (step, saving), self._under_way = self._under_way, None
@@ -164,12 +169,12 @@ class Saver:
             raise error
         reason = _of_first(f"the checkpoint of step {step}", lambda: error and reason_of(error))
         if reason and error is None:
-            error = OSError(reason)  # that of the first process
+            error = OSError(reason)  # the first process's error
         self._end(step, error)
         return error
 
     def _end(self, step: int, error: BaseException | None) -> None:
-        """Records the end of a save; reports a failed one, and has what it left removed."""
+        """Records the end of a save. After a failure it reports it, and reopens Orbax, which removes what is left."""
         if error is None:
             self.saved = step
             self._pause.end()
@@ -179,17 +184,17 @@ class Saver:
             f" {self._pause.begin():.0f} s, {self._newest()}"
         )
         if self._manager is not None:
-            with suppress(Exception):  # the error that is known already
+            with suppress(Exception):  # the same error again
                 self._manager.close()
-        self._manager = None  # the next one removes what this save left
+        self._manager = None  # the next manager removes what this save left
 
     def _newest(self) -> str:
         return "there is no checkpoint yet" if self.saved is None else f"the newest checkpoint is of step {self.saved}"
 
     def close(self) -> None:
-        """Ends the writing, without the other processes, which may be anywhere in their loops."""
+        """Ends the writing. The other processes take no part, because they may be anywhere in their loops."""
         if self._under_way is not None and (saving := self._under_way[1]) is not None:
-            self._end(self._under_way[0], saving.exception())  # reports a failure, and hides no other error
+            self._end(self._under_way[0], saving.exception())  # reports a failure without hiding another error
         self._under_way = None
         self._worker.shutdown()
         if self._manager is not None:
@@ -197,15 +202,15 @@ class Saver:
 
 
 def _of_first(what: str, value: Callable[[], Any]) -> Any:
-    """What the first process, which writes, finds."""
+    """Returns the value that the first process computes; it is the one that writes."""
     return json.loads(distributed.of_first(what, lambda: json.dumps(value())))
 
 
 def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
-    """Orbax's handler, which also writes the hashes of an item's files before the checkpoint becomes visible.
+    """Returns an Orbax handler that also writes the hashes of an item's files before the checkpoint becomes visible.
 
     Args:
-      items: of the checkpoint that is being written.
+      items: the items of the checkpoint being written.
     """
     handler = ocp.StandardCheckpointHandler()
     finish = handler.finalize
@@ -219,7 +224,7 @@ def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
 
 
 class _Kept(PreservationPolicy):
-    """The newest, and the best of those whose validation loss is known."""
+    """Keeps the newest checkpoints, and the best of those with a validation loss."""
 
     def __init__(self, config: CheckpointConfig, losses: dict[int, float]):
         self._config, self._losses = config, losses

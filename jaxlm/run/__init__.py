@@ -1,5 +1,6 @@
-"""A run from its configuration to its last line: how its parts are made, what happens beside its steps, what people
-see of it. `open_run` opens a finished one for the commands that read it.
+"""A run from its configuration to its last line: setting up, evaluation, going back, metrics and the console.
+
+`training` is the whole of it; `open_run` opens a run for the commands that read one.
 
 Each module is imported by its own name.
 

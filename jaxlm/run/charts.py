@@ -21,9 +21,10 @@ ENDINGS = r"(\.(txt|md|jsonl?|parquet|npy|bin|gz|bz2|xz|zst))+$"
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """A short name for each source of a mixture: "text books/*.txt" is "books".
+    """Returns a short name for each source of a mixture: "text books/*.txt" becomes "books".
 
-    That is the last word of its path without a wildcard. If two are equal, all get more words, and at last numbers.
+    The short name is the last word of the path without a wildcard. If two are equal, all names get more words; if that
+    does not help, they get numbers.
     """
 
     def words(name: str) -> list[str]:
@@ -41,7 +42,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def shortened(writer: Writer, names: Sequence[str]) -> Writer:
-    """A writer that passes metrics on under short names: `epochs/books` for `epochs/text /home/me/books/*.txt`."""
+    """Returns a writer that renames the metrics of sources: `epochs/text /home/me/books/*.txt` to `epochs/books`."""
     short = short_names(names)
 
     def rename(key: str) -> str:
@@ -52,9 +53,9 @@ def shortened(writer: Writer, names: Sequence[str]) -> Writer:
 
 
 def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
-    """Event files in `folder`; TensorBoard hides what an earlier run wrote after the step that this one starts from."""
-    # Its messages and records alone: TensorBoard's own EventFileWriter imports TensorFlow. The messages' classes are
-    # made when they are imported, where no type checker sees them.
+    """Writes event files in `folder`. TensorBoard hides what an earlier run wrote after the resumed step."""
+    # Only the messages and records: TensorBoard's own EventFileWriter imports TensorFlow. protobuf creates the message
+    # classes at import, so no type checker sees them.
     from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
     from tensorboard.plugins.text.metadata import create_summary_metadata
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -87,7 +88,7 @@ def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
         values = []
         for key, value in metrics.items():
             tag = f"{group}/{key.removeprefix('eval_')}"
-            if isinstance(value, str):  # indented, because Markdown shows that as it is
+            if isinstance(value, str):  # indented, because Markdown shows indented text verbatim
                 values.append(text(tag, "\n".join("    " + line for line in value.split("\n"))))
             elif isinstance(value, (int, float)) and key not in ("step", "time"):
                 values.append(Summary.Value(tag=tag, simple_value=value))
@@ -97,22 +98,27 @@ def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
 
 
 def _table(config: Config) -> str:
-    """The configuration in Markdown."""
+    """Returns the configuration as a Markdown table."""
     rows = [f"| {key} | `{value!r}` |".replace("\n", "\\n") for key, value in flatten(config).items()]
     return "\n".join(["| key | value |", "| --- | --- |", *rows])
 
 
 def wandb_writer(config: Config, workdir: Path) -> Writer:
-    """Weights & Biases; the id is kept in the workdir, so that a resumed run goes on in the same chart."""
+    """Writes to Weights & Biases. The workdir keeps the id, so that a resumed run continues the same charts."""
     wandb = importlib.import_module("wandb")  # optional, so no type checker sees it
 
     id_file = workdir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(8))
     run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "jaxlm"), name=workdir.name, id=id_file.read_text(), resume="allow",
-        dir=workdir, config=flatten(config), allow_val_change=True,  # a run may go on with other values
-    )  # fmt: skip
+        project=os.environ.get("WANDB_PROJECT", "jaxlm"),
+        name=workdir.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=workdir,
+        config=flatten(config),
+        allow_val_change=True,  # a run may continue with other values
+    )
 
     def write(metrics: Metrics) -> None:
         shown = {k: v for k, v in metrics.items() if k not in ("step", "time")}

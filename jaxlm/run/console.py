@@ -1,4 +1,4 @@
-"""What a person sees: a line of facts, progress, evaluations, the comparison at the end."""
+"""The console of a run: training lines, progress, evaluations, and the comparison at the end."""
 
 import time
 from typing import Any
@@ -9,11 +9,11 @@ from jaxlm.config import Config
 from jaxlm.run.phases import Phases
 from jaxlm.run.time_left import TimeLeft
 
-PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
+PLAIN_SECONDS = 5.0  # between two training lines if there is no terminal
 
 
 class Reporter(Phases):
-    """Shows a run. A process that is not the first one says nothing."""
+    """Shows a run. Only the first process prints."""
 
     def __init__(self, config: Config, quiet: bool = False):
         super().__init__(quiet)
@@ -22,7 +22,7 @@ class Reporter(Phases):
         self._task = self.bar.add_task("", total=config.steps, text="", visible=False)
 
     def start(self, step: int) -> None:
-        """Shows the bar of the steps, at the number of those done."""
+        """Shows the progress bar of the steps, of which `step` are done."""
         self.bar.update(self._task, visible=True)
         self.progress(step)
         if self.live:
@@ -37,9 +37,11 @@ class Reporter(Phases):
             self.bar.update(self._task, completed=step, description=f"step {step:,}/{self._steps:,}")
 
     def train(self, m: dict[str, Any]) -> None:
-        """A training line. The loss is the mean since the last one in metrics.jsonl."""
+        """Shows a training line. Its loss is the mean since the previous line of metrics.jsonl."""
         mfu = "" if m["mfu"] is None else f" · MFU {m['mfu']:.1%}"
-        rate = f" · {human(m['tokens_per_second'])} tokens/s{mfu}" if m["step"] > 1 else ""  # the first is compilation
+        rate = (
+            f" · {human(m['tokens_per_second'])} tokens/s{mfu}" if m["step"] > 1 else ""
+        )  # the first step includes compilation
         text, timed = f"loss {m['loss_mean']:.4f}{rate}", m["step"] not in (1, self._steps)
         left = self.left.after(m["step"], m["step_seconds"])
         if self.live:
@@ -53,7 +55,7 @@ class Reporter(Phases):
             self.say(f"{m['step_seconds'] * 1e3:.3g} ms a step: about {left}")
 
     def evaluation(self, m: dict[str, Any]) -> None:
-        """The scores of an evaluation, and its sample of text where there is one."""
+        """Shows the scores of an evaluation, and its sample of text if there is one."""
         bits, sample = m["eval_bits_per_byte"], m.get("sample")
         score = "" if bits is None else f" · {bits:.4f} bits per byte"
         self.say(
@@ -65,7 +67,7 @@ class Reporter(Phases):
             self.say("\n".join("    │ " + line for line in lines), clock=False)
 
     def comparison(self, baselines: dict[str, float], bits: float) -> None:
-        """How many bits each needs for a byte of the held-out text."""
+        """Shows how many bits the model and the compressors need for a byte of the held-out text."""
         table = Table("on the same held-out bytes", "bits per byte", box=None)
         for name, value in sorted([*baselines.items(), ("this model", bits)], key=lambda row: -row[1]):
             table.add_row(name, f"{value:.3f}", style="bold" if name == "this model" else None)

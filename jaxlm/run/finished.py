@@ -1,4 +1,4 @@
-"""The closing lines of a run, also when a finished run is asked for again. Nothing here imports jax."""
+"""The closing lines of a run, and the answer to a command whose run is finished. Nothing here imports jax."""
 
 import os
 import shlex
@@ -17,13 +17,13 @@ from jaxlm.run.console import Reporter
 
 
 def answer(config: Config, workdir: Path, limited: bool = False) -> bool:
-    """Prints the closing lines of a finished run from what it wrote; False where anything is left to do or to refuse.
+    """Prints the closing lines of a finished run from its files; returns False if anything is left to train or check.
 
     Args:
-      limited: whether --max_minutes is given, with which the run may have got fewer steps.
+      limited: whether --max_minutes is given, which may have given the run fewer steps.
 
     Raises:
-      UserError: workdir or data do not fit the configuration, or another run is at work there.
+      UserError: workdir or data do not fit the configuration, or another run is at work in the workdir.
     """
     if not workdirs.holds_checkpoints(workdir):
         return False
@@ -47,7 +47,7 @@ def answer(config: Config, workdir: Path, limited: bool = False) -> bool:
 
 
 def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """The scores after the last step, if the run is finished, whole, and of this very configuration."""
+    """Returns the scores after the last step; None unless the run is finished, whole, and has this configuration."""
     if workdirs.check(workdir, config) is not None:
         return None
     metrics_file.check(workdir)
@@ -62,9 +62,9 @@ def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus, scores: dict[str, Any]) -> None:
-    """Shows the score beside those of compressors, and what to type next."""
+    """Shows the score beside those of compressors, and the command to type next."""
     bits = scores["eval_bits_per_byte"]
-    whole = not config.eval.batches  # otherwise the compressors would get other bytes than the model
+    whole = not config.eval.batches  # otherwise compressors and model would see different bytes
     if bits is not None and whole and config.eval.baselines and not reporter.console.quiet:
         baselines = data.compression_baselines(corpus)
         if baselines:
@@ -73,14 +73,14 @@ def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus
 
 
 def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
-    """A command to try the model with."""
+    """Returns a command that tries the model."""
     if corpus.tokenizer is None:
         return f"{command('evaluate')} --workdir {workdir}"
     chat = trains_on_answers(config.data)
     prompt = next(iter(config.eval.sample_prompt.splitlines()), "")
     try:
         encode_prompt(corpus.tokenizer, config.data, prompt, chat)
-    except UserError:  # of another alphabet
+    except UserError:  # the prompt has characters outside the tokenizer's alphabet
         prompt = ""
     if prompt == "-" or not prompt.isprintable():  # "-" means stdin
         prompt = ""
@@ -88,7 +88,7 @@ def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
 
 
 def command(name: str) -> str:
-    """The command line that starts a command of jaxlm's from the current folder with this Python."""
+    """Returns the command line that starts a jaxlm command from the current folder with this Python."""
     script = Path(sys.executable).with_name("jaxlm")
     if not script.is_file():  # not installed
         return f"{shlex.quote(_nearby(sys.executable, 'python'))} -m jaxlm {name}"
@@ -96,7 +96,7 @@ def command(name: str) -> str:
 
 
 def _nearby(path: str, name: str) -> str:
-    """A program as it is called from the current folder: by its name, if that finds it, else by its shortest path."""
+    """Returns how to call a program from the current folder: its name if PATH finds it, else its shortest path."""
     if shutil.which(name) == path:
         return name
     return path if os.path.relpath(path).startswith("..") else os.path.relpath(path)

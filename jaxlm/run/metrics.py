@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl here, charts.py for the rest; and what a device could do at most."""
+"""Sends metrics to their writers: metrics.jsonl, and those of charts.py. Also knows the peak FLOP/s of devices."""
 
 import re
 import threading
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from jaxlm.checkpoint.metrics_file import JsonLines, Metrics
 from jaxlm.host.retry import Pause, insist
 
-Writer = Callable[[Metrics], None]  # each is given {'step': N, ..., 'time': seconds since the epoch}
+Writer = Callable[[Metrics], None]  # called with {'step': N, ..., 'time': seconds since the epoch}
 
-# Dense 16-bit FLOP/s of one device, from the makers' data sheets; the key is whole words of JAX's device_kind.
-# What says more comes first.
+# Dense 16-bit FLOP/s of one device, from the makers' data sheets. Keys are whole words of JAX's device_kind; the first
+# match counts, so longer names come first.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
@@ -20,13 +20,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of the 16-bit matrix units; None where it is not known (all CPUs)."""
+    """Returns the FLOP/s of the 16-bit matrix units; None if unknown (all CPUs)."""
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 class Log:
-    """Sends metrics to writers. If one cannot write now (a full disk, a network that is away), a line says so, training
-    goes on, and the writer gets the same metrics again later, in order.
+    """Sends metrics to writers. If one cannot write (a full disk, a lost network), a line says so, training continues,
+    and the writer gets the same metrics again later, in order.
     """
 
     def __init__(self, writers: list[Writer], say: Callable[[str], None]):
@@ -49,15 +49,15 @@ class Log:
         for writer, queue in self._queues:
             try:
                 _drain(writer, queue)
-            except OSError as error:  # the others do not wait for it
+            except OSError as error:  # the other writers do not wait
                 errors.append(error)
         if errors:
             raise errors[0]
         self._pause.end()
 
     def sync(self) -> None:
-        """Returns when all lines of metrics.jsonl are on disk. Call it before a checkpoint: lines before one are never
-        written again. Raises OSError if they cannot be written.
+        """Returns when all lines of metrics.jsonl are on disk. Call it before writing a checkpoint, because a resumed run
+        never writes the lines before its checkpoint again. Raises OSError if they cannot be written.
         """
         with self._lock:
             for writer, queue in self._queues:
@@ -66,7 +66,7 @@ class Log:
                     writer.sync()
 
     def finish(self) -> None:
-        """Writes what is left, trying for a while. Raises OSError where it cannot be."""
+        """Writes what is left, with retries. Raises OSError if that fails."""
 
         def act() -> None:
             self.sync()

@@ -1,4 +1,4 @@
-"""Progress of a run on the console: bars on a terminal; elsewhere lines with the time of day."""
+"""Progress on the console: bars on a terminal, elsewhere lines that begin with date and time."""
 
 import threading
 import time
@@ -11,31 +11,36 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxlm.run.time_left import duration
 
-LONG = 10.0  # seconds after which a phase is worth a line where there is no terminal
+LONG = 10.0  # seconds after which a phase gets a line if there is no terminal
 
 
 class Phases:
-    """Says lines, and shows what goes on beside the steps."""
+    """Prints lines, and shows phases such as compiling and evaluating."""
 
     def __init__(self, quiet: bool = False, stderr: bool = False):
         self.console = Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
         self.live = self.console.is_terminal and not quiet
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
-            console=self.console, disable=not self.live, transient=True,
-            refresh_per_second=4,  # drawing takes time from the step on a CPU
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.live,
+            transient=True,
+            refresh_per_second=4,  # on a CPU, drawing takes time from the step
+        )
 
     def say(self, text: str, clock: bool = True) -> None:
-        """Prints lines; with the time of day where they go into a file."""
+        """Prints lines, with date and time if they go into a file."""
         now = time.strftime("%Y-%m-%d %H:%M:%S ") if clock and not self.console.is_terminal else ""
         self.console.print(now + text, markup=False)
 
     @contextmanager
     def phase(self, what: str, total: int | None = None, ended: str = "") -> Iterator[Callable[[], None]]:
-        """Shows a phase while it lasts; yields a function to call after each of its `total` parts.
+        """Shows a phase while it lasts. Yields a function to call after each of its `total` parts.
 
-        Without a terminal, a phase has lines only if it takes long, or if `ended`, a word for its end, is given.
+        Without a terminal, a phase gets lines only if it takes long, or if `ended`, a word for its end, is given.
         """
         began, done, over = time.monotonic(), 0, threading.Event()
 
@@ -80,7 +85,7 @@ class Phases:
 
 
 def counted(items: Iterable[Any], advance: Callable[[], None]) -> Iterator[Any]:
-    """The items; each is counted when the next one is asked for."""
+    """Yields the items, and calls `advance` when the next one is requested."""
     for item in items:
         yield item
         advance()

@@ -1,4 +1,4 @@
-"""How long a run still takes: its steps, and the evaluations and saves between them."""
+"""Estimates the remaining time of a run: its steps, and the evaluations and saves between them."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from jaxlm.config import Config
 
 
 class TimeLeft:
-    """Counts each coming evaluation and save as long as the last one took."""
+    """Expects each coming evaluation and save to take as long as the last one."""
 
     def __init__(self, config: Config):
         self._steps = config.steps
@@ -18,7 +18,7 @@ class TimeLeft:
         self._seconds: dict[str, float] = {}
 
     def timed(self, what: str, act: Callable[[int, Any], None]) -> Callable[[int, Any], None]:
-        """The hook, measured as an "evaluation" or a "save"."""
+        """Returns the hook with its time measured; `what` is "evaluation" or "save"."""
 
         def measured(step: int, state: Any) -> None:
             began = time.monotonic()
@@ -28,7 +28,7 @@ class TimeLeft:
         return measured
 
     def after(self, step: int, step_seconds: float) -> str:
-        """In words. What an evaluation takes is unknown before the first one."""
+        """Returns the time left after `step`, in words. Before the first evaluation, its duration is unknown."""
         seconds = (self._steps - step) * step_seconds
         for what, period in self._periods.items():
             seconds += self._seconds.get(what, 0.0) * coming(step, self._steps, period)
@@ -37,14 +37,14 @@ class TimeLeft:
 
 
 def coming(step: int, steps: int, period: int) -> int:
-    """How often something is due after `step`: every `period` steps (0 = never), and after the last of `steps`."""
+    """Returns how often a hook is still due after `step`: every `period` steps (0 = never), and after the last step."""
     if step >= steps:
         return 0
     return 1 + ((steps - 1) // period - step // period if period else 0)
 
 
 def num_eval_batches(config: Config, num_tokens: int) -> int:
-    """How many batches an evaluation on so many tokens has: about, where documents are packed."""
+    """Returns the number of batches in an evaluation on `num_tokens`; approximate if documents are packed."""
     count = math.ceil((num_tokens - 1) / config.seq_len * config.optim.accum_steps / config.batch_size)
     return min(count, config.eval.batches or count)
 

@@ -79,7 +79,7 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, s
             parts, state, start = go_back(parts, trouble)
             owed = False  # training has passed that checkpoint before, its evaluation included
         if step < config.steps or not scores:
-            parts.reporter.say(f"stopped after step {step}, saved; run the same command again to go on")
+            parts.reporter.say(f"stopped after step {step}, saved; run the same command again to resume")
             return STOPPED
         if jax.process_count() == 1:
             stop.release("stopped after the last step, saved; run the same command again for its scores")
@@ -233,4 +233,4 @@ def describe(parts: Parts, state: TrainState, start: int) -> None:
             f"learning rates: {scale:.3g} times optim.lr, since the run went back to earlier checkpoints (returns.json)"
         )
     if start:
-        say("finished: nothing left to train" if start == c.steps else f"goes on after step {start}")
+        say("finished: nothing left to train" if start == c.steps else f"resumes after step {start}")

@@ -140,7 +140,7 @@ def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Pa
     wait_for(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"))
     text = log.read_text()
     assert state() == "COMPLETED", text
-    assert "restart 1" in text and "goes on after step" in text, text
+    assert "restart 1" in text and "resumes after step" in text, text
     steps = [m["step"] for m in lines(workdir) if "loss" in m]
     assert steps == sorted(set(steps)) and steps[-1] == 1500
 

@@ -91,7 +91,7 @@ def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[i
     more = f"steps={stopped + 20}"
     again = finish(start(workdir, 2, more, "checkpoint.every_steps=100000", "eval.every_steps=0"))
     assert [code for code, *_ in again] == [0, 0], again
-    assert f"goes on after step {stopped}" in again[0][1]
+    assert f"resumes after step {stopped}" in again[0][1]
     steps = [m["step"] for m in lines(workdir) if "loss" in m]
     assert steps == sorted({1, *range(5, stopped + 21, 5), stopped + 20})
     reference, found = ({m["step"]: m["loss"] for m in numbers(w) if "loss" in m} for w in (two[0], workdir))
