@@ -1,7 +1,7 @@
 """What a run writes and resumes from: checkpoints and their checksums, returns to earlier ones, the files of a workdir,
 and weights from other runs.
 
-Each module is imported by its own name.
+Import each module by its own name.
 
 May import: config, host, data, train.
 """

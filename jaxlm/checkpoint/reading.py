@@ -154,7 +154,7 @@ class Checkpoints:
         }
 
     def _on_host(self, step: int, item: str) -> Any:
-        """Returns an item as NumPy arrays, read through a device of this process: those that saved it may not be here."""
+        """Returns an item as NumPy arrays, read through a local device: those that saved it may not be here."""
         here = SingleDeviceSharding(_host())
         with self._damage(step):
             meta = self._manager.item_metadata(step)[item]

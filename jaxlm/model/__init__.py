@@ -1,6 +1,6 @@
-"""The decoder as pure functions of its parameters: logits, hidden states, losses, sampling.
+"""The decoder as pure functions of its parameters: hidden states, logits, losses, sampling.
 
-Only `decoder.py` and `layers.py` know Flax. Other rooms take the names below from here, and `losses` and `generate`
+Only `decoder.py` and `layers.py` know Flax. Other rooms import the names below from here, and `losses` and `generate`
 as modules.
 
 May import: config.

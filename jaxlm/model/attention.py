@@ -21,7 +21,7 @@ def rope_tables(positions: jax.Array, head: int, theta: float) -> tuple[jax.Arra
 def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates pairs of channels (Su et al., RoFormer). Pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
 
-    It rolls the halves, because concatenating them takes XLA a tenth of a small model's step on CPU.
+    The halves are swapped by a roll: on CPU, concatenating them would take a tenth of a small model's step.
     """
     cos, sin = rope
     x = x_BTHC.astype(jnp.float32)
@@ -29,12 +29,12 @@ def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
-    """Replaces half of each key's channels by those of the key before, or by zeros at the start of a document.
+    """Replaces half of each key's channels by those of the previous key, or by zeros at the start of a document.
 
-    A query can then find the token that followed one like its own within one layer. Plain attention needs two: one to
-    copy the previous token to each place, and one to look for it (Olsson et al., In-context Learning and Induction
-    Heads; Jordan et al., modded-nanogpt, "partial key offset"). The channels are those that RoPE rotates slowly, and
-    which carry least about positions.
+    A query can then find, within one layer, the token that followed an earlier occurrence of its own. Plain attention
+    needs two layers: one copies the previous token to each position, the next one looks for it (Olsson et al.,
+    In-context Learning and Induction Heads; Jordan et al., modded-nanogpt, "partial key offset"). The channels are
+    those that RoPE rotates slowly, which carry the least information about positions.
     """
     C = k_BSKC.shape[-1]
     before_BSKC = jnp.pad(k_BSKC, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
@@ -48,7 +48,7 @@ Kernel = Literal["xla", "cudnn"]
 
 
 def choose_kernel(wanted: Literal["auto", "xla", "cudnn"], dtype: str, head: int) -> Kernel:
-    """Resolves `auto`: cuDNN's fused attention where it exists (GPU, 16 bits, heads of at most 128), else XLA's."""
+    """Resolves `auto`: cuDNN's fused attention where it exists (GPU, 16 bits, heads of at most 128), else XLA."""
     if wanted != "auto":
         return wanted
     fused = jax.default_backend() == "gpu" and dtype != "float32" and head % 8 == 0 and head <= 128
@@ -64,8 +64,8 @@ def causal_attention(
 ) -> jax.Array:
     """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K.
 
-    With `xla`, queries come in up to four chunks, and each chunk sees only the keys up to its own end. Of four chunks,
-    three eighths of the scores are never computed, all of them masked.
+    With `xla`, the queries are cut into up to four chunks, and each chunk reads only the keys up to its own end. Four
+    chunks save three eighths of the scores, all of which would be masked.
     """
     if kernel == "cudnn":
         s_BT = segments_BT
@@ -89,9 +89,9 @@ def causal_attention(
 def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax.Array) -> jax.Array:
     """Attention with scores and softmax in float32. Each key/value head serves G = H / K query heads.
 
-    `visible` is `[T, S]`, or `[B, T, S]` if rows differ. Every query must see a key.
+    `visible` is `[T, S]`, or `[B, T, S]` if sequences differ. Every query must see at least one key.
 
-    The softmax's denominator divides the sum of values, not the weights (Dao et al., FlashAttention, section 3.1), so
+    The softmax's denominator divides the sum of values, not each weight (Dao et al., FlashAttention, section 3.1), so
     that its gradient is a sum over C instead of S.
     """
     B, T, H, C = q_BTHC.shape

@@ -1,11 +1,12 @@
-"""The Transformer decoder, and it as pure functions. Only this file and layers.py know Flax; neither knows device axes
-or training.
+"""The Transformer decoder, as a Flax module and as pure functions.
+
+Only this file and layers.py know Flax; neither knows device axes or training.
 
 Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
 H query heads, K key/value heads, C size of a head, V vocabulary, L layers, R rows of any kind.
 
-Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[B, T]`. On CPU that makes the
-gradient of a small model a third faster than `[B, T, D]`, and on GPU it is the same matrix product.
+Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[B, T]`. On CPU this makes the gradient
+of a small model a third faster than `[B, T, D]`; on GPU it is the same matrix product.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from jaxlm.model.attention import attend, causal_attention, choose_kernel, offse
 from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, sinusoids
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
-OnLayer = Callable[[Params], Params]  # of one layer
+OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
 
 
 class Cache(NamedTuple):
@@ -30,7 +31,7 @@ class Cache(NamedTuple):
     v: jax.Array  # [L, B, S, K, C]
 
 
-# {model.remat: which intermediate results the backward pass keeps; None = those at the borders of layers}
+# {model.remat: policy that says which intermediate results are kept for the backward pass; None = layer inputs only}
 REMAT: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
@@ -40,8 +41,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 class Decoder(nn.Module):
     """Token and position embedding, L blocks, final norm, output layer.
 
-    With `vocab_multiple`, token tables have more rows than there are tokens, only to give them a convenient shape. The
-    additional rows are never looked up and have no logits.
+    With `vocab_multiple`, token tables have more rows than there are tokens, for a convenient shape. The extra rows are
+    never looked up and have no logits.
     """
 
     config: ModelConfig
@@ -58,12 +59,12 @@ class Decoder(nn.Module):
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers
         if c.remat != "none":
-            # In an unrolled scan XLA would merge the recomputation with the first computation.
+            # In an unrolled scan, XLA would merge the recomputation with the first computation.
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
         if self.on_layer is not None:
             on_layer = self.on_layer
             block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
-        in_axes: Any = (0, 0, nn.broadcast)  # of layer, cache, shared
+        in_axes: Any = (0, 0, nn.broadcast)  # for layer, cache, shared
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -77,13 +78,13 @@ class Decoder(nn.Module):
             self.head = Head(c, rows)
 
     def _table(self, rows: int) -> nn.Embed:
-        """An embedding table. Unit variance keeps a token's embedding from being lost among what the layers add. If the
-        table is the output layer too, it has GPT-2's small variance, for logits near zero at first.
+        """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. A table that is
+        also the output layer starts with GPT-2's small variance, so that logits start near zero.
         """
         c = self.config
         init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
-        # Cast after the look-up, so that the gradients of a token's places add up in the table's dtype: in 16 bits, a
-        # sum of thousands would lose most of what is added.
+        # The cast to c.dtype follows the look-up, so that a token's gradients add up in the table's dtype: in 16 bits,
+        # a sum of thousands would lose most of its terms.
         return nn.Embed(rows, c.d_model, dtype=None, param_dtype=c.param_dtype, embedding_init=init)
 
     def hidden(
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
-        """States after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
+        """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
         c = self.config
         B, T = tokens_BT.shape
         tokens_N = tokens_BT.reshape(-1)
@@ -114,10 +115,10 @@ class Decoder(nn.Module):
         return self.final_norm(x_ND), cache
 
     def _added(self, positions: jax.Array) -> jax.Array | None:
-        """What is added to token embeddings for their positions, `[..., D]`, if anything."""
+        """Position embeddings to add to token embeddings, `[..., D]`; None for RoPE, which rotates queries and keys."""
         match self.config.position:
             case "rope":
-                return None  # queries and keys are rotated instead
+                return None
             case "learned":
                 return self.positions(positions)
             case "sinusoidal":
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
                 assert_never(other)
 
     def unembed(self, x_ND: jax.Array) -> jax.Array:
-        """Logits `[N, V]` in float32."""
+        """Returns logits `[N, V]` in float32."""
         c = self.config
         logits_NV = logits_of(x_ND, self.embed.embedding.T.astype(c.dtype)) if c.tie_embeddings else self.head(x_ND)
         logits_NV = logits_NV[:, : self.vocab_size]
@@ -140,7 +141,7 @@ class Decoder(nn.Module):
 
 
 class LayerInputs:
-    """Inputs that all layers share; a pytree whose shape (B, T) is static."""
+    """Inputs that all layers share, as a pytree; its shape (B, T) is static."""
 
     def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
         self.dropout_keys_B, self.rope, self.segments_BT, self.start = dropout_keys_B, rope, segments_BT, start
@@ -155,10 +156,10 @@ jax.tree_util.register_pytree_node(
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); signature of a scan's body."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with the signature of a scan's body."""
 
     config: ModelConfig
-    window: int  # tokens that a decoded token sees, itself included
+    window: int  # number of tokens that a decoded token sees, itself included
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
@@ -171,7 +172,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; with fewer key/value heads, each serves a group of query heads."""
+    """Causal multi-head self-attention. With fewer key/value heads, each serves a group of query heads."""
 
     config: ModelConfig
     window: int
@@ -201,7 +202,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(cache.k, k_BTKC, at), jax.lax.dynamic_update_slice(cache.v, v_BTKC, at)
             )
             age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
-            visible_TS = (age_TS >= 0) & (age_TS < self.window)  # no farther back than in training
+            visible_TS = (age_TS >= 0) & (age_TS < self.window)  # as far back as in training
             keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
             o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
         out = linear(c, c.d_model, "out", residual=True)
@@ -209,23 +210,23 @@ class Attention(nn.Module):
 
 
 class Model(NamedTuple):
-    """A decoder as pure functions."""
+    """A decoder as pure functions of its parameters."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
     # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
     # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
-    # uses on_layer(its part of params["layers"]), and params["layers"] may hold more than parameters.
+    # uses on_layer(its slice of params["layers"]), which may then hold more than parameters.
     hidden: Callable[..., jax.Array]
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
     init_cache: Callable[[int, int], Cache]  # (B, S)
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
     vocab_size: int
-    max_positions: int | None  # how many positions there are; None = any number, as with RoPE
+    max_positions: int | None  # number of positions; None = unlimited (RoPE)
 
 
 def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
-    """The functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
+    """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
     In longer texts a decoded token sees the last `max_len` tokens. Learned positions end at `max_len`.
     """
@@ -269,9 +270,9 @@ def num_params(params: Params) -> int:
 
 
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
-    """Floating-point operations of one training token, forward and backward (PaLM, appendix B).
+    """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter that multiplies, which leaves out embedding look-ups, plus 12 * L * D * T for attention.
+    6 for each parameter in a matrix product, which excludes embedding look-ups, plus 12 * L * D * T for attention.
     """
     lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxlm.model import Cache, Model, Params
 
-CHUNK = 512  # tokens of a prompt that are read at once: attention's memory grows with their number times the context
-BLOCK = 16  # tokens drawn in one call: enough to hide the call's overhead, few enough for a text to flow
+CHUNK = 512  # prompt tokens read at once; attention's memory grows with chunk times context
+BLOCK = 16  # tokens drawn in one call: enough to hide its overhead, few enough to show the text as it grows
 
 
 class Sampling(NamedTuple):
@@ -39,15 +39,14 @@ def stream(
 
     Row i depends only on the key and i, not on the number of rows.
 
-    If positions end at `model.max_positions`, a longer text goes on from its last `max_positions` tokens, which are
-    read again for each new one.
+    If the model has `max_positions`, a longer text continues from its last `max_positions` tokens alone, and the model
+    reads them again for each new token.
 
     Args:
-      model: functions of the decoder.
-      prompt_BT: at least one token each, at most `model.max_positions`.
+      prompt_BT: each row has at least one token, and at most `model.max_positions`.
       temperature: 0 takes the most probable token.
-      top_k: samples among the k most probable; 0 = all.
-      top_p: samples among the most probable that together have this probability (Holtzman et al.).
+      top_k: samples among the k most probable tokens; 0 = all.
+      top_p: samples among the most probable tokens that together have this probability (Holtzman et al.).
       stop: called before each block; True ends the text.
     """
     assert prompt_BT.shape[1] <= (model.max_positions or prompt_BT.shape[1])
@@ -58,7 +57,7 @@ def stream(
     blocks = [np.asarray(first_B)[:, None]]
     yield blocks[0]
 
-    done = 1  # new tokens; the last of them has not been read yet
+    done = 1  # new tokens; the model has not read the last one yet
     while (count := min(BLOCK, max_new_tokens - done, length - T - done + 1)) > 0 and not stop():
         block_BN, cache = _with_cache(model, params, cache, blocks[-1][:, -1], T + done - 1, done, count, keys_B, how)
         blocks.append(np.asarray(block_BN)[:, :count])
@@ -90,7 +89,7 @@ def generate(
 def _read(
     model: Model, params: Params, prompt_BT: jax.Array, keys_B: jax.Array, how: Sampling, length: int
 ) -> tuple[jax.Array, Cache]:
-    """The first new token, and a cache for `length` tokens with those of the prompt in it."""
+    """Returns the first new token of each row, and a cache for `length` tokens that holds the prompt's."""
     B, T = prompt_BT.shape
     cache = model.init_cache(B, length)
 
@@ -98,14 +97,14 @@ def _read(
         chunk_BT = jax.lax.dynamic_slice(prompt_BT, (0, i * CHUNK), (B, CHUNK))
         return model.decode(params, chunk_BT, cache, i * CHUNK)[1], None
 
-    chunks = (T - 1) // CHUNK  # whole ones; one token at least is left, whose logits begin the text
+    chunks = (T - 1) // CHUNK  # whole chunks; at least one token is left, whose logits give the first new token
     if chunks:
         cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
     logits_BTV, cache = model.decode(params, prompt_BT[:, chunks * CHUNK :], cache, jnp.int32(chunks * CHUNK))
     return _pick(logits_BTV[:, -1], jnp.int32(0), keys_B, how), cache
 
 
-# The number of tokens is not part of the compiled program, so that one serves a text's last block too.
+# `count` is traced, so that one compiled program also serves the last block of a text.
 
 
 @partial(jax.jit, static_argnames=("model", "how"), donate_argnames="cache")
@@ -120,7 +119,7 @@ def _with_cache(
     keys_B: jax.Array,
     how: Sampling,
 ) -> tuple[jax.Array, Cache]:
-    """The next `count` tokens, `[B, BLOCK]`, after `last_B`, which stands at `position` and is new token done - 1."""
+    """Returns the next `count` tokens, `[B, BLOCK]`, after `last_B`, which is new token done - 1 and has `position`."""
 
     def one(i, carry):
         token_B, block_BN, cache = carry
@@ -143,7 +142,7 @@ def _with_window(
     keys_B: jax.Array,
     how: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-    """The next `count` tokens, `[B, BLOCK]`, each after the last T alone, and the window after them."""
+    """Returns the next `count` tokens, `[B, BLOCK]`, each from the last T tokens alone, and the new window."""
     B, T = window_BT.shape
 
     def one(i, carry):
@@ -157,7 +156,7 @@ def _with_window(
 
 
 def _pick(logits_BV: jax.Array, n: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
-    """New token n of each row, int32 `[B]`."""
+    """Draws new token n of each row, int32 `[B]`."""
     logits_BV = filter_logits(logits_BV, *how)
     if how.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -166,9 +165,9 @@ def _pick(logits_BV: jax.Array, n: jax.Array, keys_B: jax.Array, how: Sampling) 
 
 
 def filter_logits(logits_BV: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Logits over the temperature, with those outside top-k and top-p at minus infinity."""
+    """Divides logits by the temperature, and sets those outside top-k and top-p to minus infinity."""
     if temperature > 0:
-        # From the largest on, and by no less than float32 can divide by: near 0 only the most probable token is left.
+        # Relative to the largest, and divided by at least 1e-30, which float32 can hold: no overflow near 0.
         logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / max(temperature, 1e-30)
     vocab = logits_BV.shape[-1]
     if 0 < top_k < vocab:
@@ -178,7 +177,7 @@ def filter_logits(logits_BV: jax.Array, temperature: float, top_k: int, top_p: f
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-        kept_BV = (before_BV < top_p).at[:, 0].set(True)  # the first one stays, even where top_p is 0 in float32
+        kept_BV = (before_BV < top_p).at[:, 0].set(True)  # the first token stays, even if top_p rounds to 0 in float32
         least = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
     return logits_BV

@@ -1,4 +1,4 @@
-"""Parts of the decoder: linear layers, MLP, norms, dropout, sinusoids. Shapes are named as in decoder.py."""
+"""Layers of the decoder: linear layers, MLP, norms, dropout, sinusoids, output layer. Shape names as in decoder.py."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def relu2(x: jax.Array) -> jax.Array:
     return jnp.square(nn.relu(x))
 
 
-# {model.activation: (function, whether it is applied to a second projection that gates the first)}
+# {model.activation: (function, gated)}; if gated, the function of a second projection multiplies the first one
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "gelu": (nn.gelu, False),
     "relu": (nn.relu, False),
@@ -40,10 +40,10 @@ class Mlp(nn.Module):
 
 
 def linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
-    """A linear layer with standard deviation 1 / sqrt(fan in).
+    """A linear layer; its weights start with standard deviation 1 / sqrt(fan in).
 
-    With `residual`, its output adds to the residual stream: the deviation is divided by sqrt(2L) (GPT-2, section 2.3),
-    or is zero, so that each block is the identity at first.
+    With `residual`, its output is added to the residual stream: its weights start smaller by sqrt(2L) (GPT-2, section
+    2.3), or at zero, so that each block starts as the identity.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
     return nn.Dense(
@@ -62,10 +62,10 @@ RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
 
 
 def norm(c: ModelConfig, name: str | None = None) -> nn.Module:
-    """A norm over rows `[R, C]`, with statistics in float32 whatever the computation's dtype.
+    """A norm over rows `[R, C]`; its statistics are float32, whatever the dtype of the computation.
 
-    Two dimensions, because the gradient's sums along rows are seven times slower in XLA's CPU backend with more of them
-    (measured for products of two arrays, jax 0.10.2).
+    Inputs have two dimensions, because with more of them XLA's CPU backend computes the gradient's sums along rows
+    seven times slower (measured for products of two arrays, jax 0.10.2).
     """
     return NORMS[c.norm](c, name)
 
@@ -84,7 +84,10 @@ NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm":
 
 
 def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
-    """Inverted dropout with a key for each sequence, so that the mask does not depend on how the batch is split."""
+    """Inverted dropout with one key per sequence, so that masks do not depend on how the batch is split.
+
+    `site` numbers the places in the model where dropout is applied.
+    """
     if rate == 0.0 or keys_B is None:
         return x_ND
     x_BX = x_ND.reshape(keys_B.shape[0], -1)
@@ -93,13 +96,13 @@ def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Ar
 
 
 def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
-    """Vaswani et al., section 3.5: `[..., D]`, sines in the first half, cosines in the second."""
+    """Sinusoidal position embeddings `[..., D]` (Vaswani et al., section 3.5): sines, then cosines."""
     angles = positions[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(0, dim, 2) / dim)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class Head(nn.Module):
-    """An output layer that is not the token table. It starts at zero."""
+    """An output layer of its own, for untied embeddings. It starts at zero."""
 
     config: ModelConfig
     rows: int
@@ -113,8 +116,9 @@ class Head(nn.Module):
 
 @jax.custom_vjp
 def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
-    """The product, accumulated and kept in float32, because 16 bits would make ties of the largest logits. The products
-    of its gradient are in the operands' dtype again.
+    """Logits `[N, V]`, accumulated and returned in float32, because 16 bits would make ties among the largest logits.
+
+    The backward pass multiplies in the operands' dtype.
     """
     return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
 

@@ -1,5 +1,6 @@
-"""Cross-entropy over tokens, as sums: a mean needs the number of targets in the global batch, known only to the step.
-A negative target means that nothing is predicted there.
+"""Cross-entropy as sums over tokens. A mean needs the number of targets in the global batch, which only the step knows.
+
+Negative targets do not count.
 
 Shapes: N flat tokens, D d_model, V vocabulary.
 """
@@ -18,12 +19,12 @@ class LossSums(NamedTuple):
 
     objective: jax.Array  # what is minimized: with label smoothing and z-loss
     nll: jax.Array  # plain negative log-likelihood, nats
-    correct: jax.Array  # targets that have the largest logit
+    correct: jax.Array  # number of targets with the largest logit
     targets: jax.Array  # number of target tokens
 
 
 def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig) -> LossSums:
-    """Sums of the token losses.
+    """Returns the sums of the token losses.
 
     The smoothed target is (1 - s) * one_hot + s / V (Szegedy et al., section 7); z-loss adds
     z * log(Z)^2 for each token (PaLM, section 5).
@@ -50,9 +51,9 @@ def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig
 def output_loss(
     unembed: Callable[[jax.Array], jax.Array], x_ND: jax.Array, targets_N: jax.Array, config: LossConfig
 ) -> LossSums:
-    """Sums of the token losses of final states, which `unembed` turns into logits.
+    """Returns the sums of the token losses, for final states that `unembed` turns into logits.
 
-    With `config.chunk`, the logits of only that many tokens exist at a time. The backward pass computes them again.
+    With `config.chunk`, the logits of only that many tokens exist at a time, and the backward pass recomputes them.
     """
     if not config.chunk or config.chunk >= x_ND.shape[0]:
         return cross_entropy(unembed(x_ND), targets_N, config)

@@ -56,8 +56,8 @@ class Log:
         self._pause.end()
 
     def sync(self) -> None:
-        """Returns when all lines of metrics.jsonl are on disk. Call it before writing a checkpoint, because a resumed run
-        never writes the lines before its checkpoint again. Raises OSError if they cannot be written.
+        """Returns when all lines of metrics.jsonl are on disk. Call it before writing a checkpoint: a resumed run never
+        writes the lines before its checkpoint again. Raises OSError if they cannot be written.
         """
         with self._lock:
             for writer, queue in self._queues:

@@ -1,7 +1,7 @@
-"""One optimizer step, as one device sees it, and the loop around it: optimizers, schedules, the guard against bad
-numbers, where a state lives on the devices, evaluation.
+"""The optimizer step of one device and the loop around it: optimizers, schedules, the guard against bad numbers, the
+placement of a state on the devices, evaluation.
 
-With `sync`, the only room that names the pmap axis. Each module is imported by its own name.
+Only this room and `sync` name the pmap axis. Import each module by its own name.
 
 May import: config, host, model, sync, data.
 """

@@ -20,24 +20,24 @@ def evaluate(
     bytes_per_token: np.ndarray | None,
     stop: Stop = NEVER,
 ) -> dict[str, Any]:
-    """Scores of the parameters over the batches.
+    """Scores the parameters on the batches.
 
-    If only some rows of a source are scored, its sums are multiplied by its rows and divided by these. The scores then
+    If only some rows of a source are scored, its sums are scaled by (all rows) / (scored rows). The scores then
     estimate those of the whole validation set, in which every target weighs the same.
 
     Args:
       eval_step: from `train_step.pmap_eval_step`.
-      batches: of `[local_devices, B, T]`; where nothing is predicted, the target is -1.
-      bytes_per_token: UTF-8 bytes of text behind each token, `[V]`; None where there is no text.
+      batches: arrays `[local_devices, B, T]`; a target of -1 does not count.
+      bytes_per_token: number of UTF-8 bytes that each token stands for, `[V]`; None if tokens are not text.
 
     Returns:
-      `eval_loss` in nats per target token, `eval_perplexity`, `eval_bits_per_byte` (None where there is no text),
-      `eval_accuracy`, `eval_tokens` (that were scored), and for each source of a mixture `eval_loss/<name>` (None where
-      nothing is predicted).
+      `eval_loss` in nats per target token, `eval_perplexity`, `eval_bits_per_byte` (None if tokens are not text),
+      `eval_accuracy`, `eval_tokens` (targets scored), and `eval_loss/<name>` for each source of a mixture (None if it
+      has no target).
 
     Raises:
-      UserError: nothing is predicted.
-      Interrupted: it was to stop.
+      UserError: the batches have no target.
+      Interrupted: `stop` asked to stop.
     """
     table = np.zeros(0, np.int32) if bytes_per_token is None else bytes_per_token
     found: list[tuple[str, float, Any]] = []  # source, weight, sums
@@ -49,11 +49,11 @@ def evaluate(
         sums = eval_step(params, stop.tell(batch | {"bytes": counted.astype(np.float32)}))
         found.append((source, weight, sums))
         if len(found) > 2:
-            stop.hear(jax.block_until_ready(found[-2][2]))  # batches do not pile up on the devices
+            stop.hear(jax.block_until_ready(found[-2][2]))  # so that batches do not pile up on the devices
     total = {k: sum(weight * float(sums[k]) for _, weight, sums in found) for k in found[0][2]}  # in float64
     if not total["targets"]:
         raise UserError(
-            "the validation data has no target that is learned; allowed: more of it (data.val_fraction, "
+            "the validation data has no target that counts towards the loss; allowed: more of it (data.val_fraction, "
             "data.val_path), or more eval.batches"
         )
     loss = total["nll"] / total["targets"]
@@ -67,6 +67,6 @@ def evaluate(
 
 
 def _loss(name: str, found: list[tuple[str, float, Any]]) -> float | None:
-    """The loss of one source."""
+    """The loss of one source; None if it has no target."""
     nll, targets = (sum(float(sums[k]) for source, _, sums in found if source == name) for k in ("nll", "targets"))
     return nll / targets if targets else None

@@ -11,23 +11,23 @@ from jax.sharding import NamedSharding
 from jaxlm.host.stop import NEVER, Stop
 from jaxlm.train.step import TrainState
 
-Hook = Callable[[int, TrainState], None]  # (updates done, state); may read the state, which the next step donates
+Hook = Callable[[int, TrainState], None]  # (updates done, state); must not keep the state, which the next step donates
 
 
 class Done(NamedTuple):
-    """A step whose numbers have arrived."""
+    """A finished step, whose metrics have arrived."""
 
     step: int
-    metrics: dict[str, jax.Array]  # of train_step.make_train_step
-    seconds: float  # since the loop began, without the hooks' time
+    metrics: dict[str, jax.Array]  # from train_step.make_train_step
+    seconds: float  # since the loop began, without the time of hooks
 
 
-GROUP, GROUP_BYTES = 16, 2**20  # batches put on the devices at once, at most
+GROUP, GROUP_BYTES = 16, 2**20  # most batches, and most bytes of them, put on the devices at once
 
 
 def on_devices(batches: Iterator[Any], count: int, sharding: NamedSharding) -> Iterator[Any]:
-    """The next `count` batches, on the devices. Small ones are put there several at a time, because a call costs the
-    host half a millisecond beside a computation that has driven the call's code out of the caches.
+    """Yields the next `count` batches, on the devices. Small ones are transferred several at a time, because each call
+    costs the host half a millisecond when a computation has evicted its code from the caches.
     """
     size = 1
     while group := list(itertools.islice(batches, min(size, count))):
@@ -49,11 +49,11 @@ def train(
     stop: Stop = NEVER,
     at: Callable[[int, str], None] = lambda step, doing: None,
 ) -> tuple[TrainState, int]:
-    """Runs steps `start` to `steps`, or until a stop is asked for. Returns the state and the number of updates done.
+    """Runs steps `start` to `steps`, or until `stop`. Returns the state and the number of updates done.
 
     While the devices compute step n, the host prepares the batch of step n + 1 and reports step n - 1. It never waits
     for the step just dispatched, and is never more than one step ahead. A hook runs if its condition holds for the
-    number of updates done; the loop waits for it. `at` is told where the loop is.
+    number of updates done; the loop waits for it. `at` is called with the step and what the loop does.
     """
     began, in_hooks = time.perf_counter(), 0.0
     pending: tuple[int, dict[str, jax.Array]] | None = None

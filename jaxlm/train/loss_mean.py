@@ -1,6 +1,6 @@
 """The mean loss of the steps since the last training line of metrics.jsonl.
 
-The mean is part of the train state: a run that stopped between two lines writes the same next line as one that never
+It is part of the train state, so that a run resumed between two lines writes the same next line as one that never
 stopped.
 """
 
@@ -13,7 +13,7 @@ from jaxlm.config import Config
 
 
 class LossMean(NamedTuple):
-    """The same on all devices."""
+    """Scalars, the same on all devices."""
 
     value: jax.Array  # float32, nats
     count: jax.Array  # int32, steps in it
@@ -29,9 +29,10 @@ def is_logged(step: Any, config: Config) -> Any:
 
 
 def push(mean: LossMean, loss: jax.Array, step: jax.Array, config: Config) -> tuple[jax.Array, LossMean]:
-    """The mean with the loss of one more step (NaN where no loss was finite), and the mean to go on with.
+    """Adds the loss of one step. Returns the mean so far (NaN if no loss was finite) and the mean to keep in the state,
+    which starts afresh after a training line.
 
-    A loss that is NaN, as of a batch without targets, is left out.
+    A loss that is not finite, such as that of a batch without targets, is left out.
 
     Args:
       step: updates done, this one included.

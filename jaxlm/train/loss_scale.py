@@ -1,10 +1,11 @@
-"""Gradients in float16, which holds numbers from 6e-8 to 65504.
+"""Loss scaling for float16, which holds numbers from 6e-8 to 65504.
 
-In the gradient of a mean, each token's part shrinks with their number, and most parts of a large batch round to zero.
-So the sum over tokens is differentiated instead, times a scale; float32 gradients of parameters are divided by both.
+In the gradient of a mean over tokens, each token's part shrinks with the number of tokens, and in a large batch most
+parts round to zero. So the step differentiates the sum over tokens times a scale, and divides the float32 gradients of
+the parameters by the scale and the number of tokens.
 
-Where a gradient overflows, the step computes it again with a smaller scale. No batch is left out for it, and the result
-is a function of the batch alone: there is no state.
+If a gradient overflows, the step computes it again with a smaller scale. No batch is left out, and the result depends
+on the batch alone, because there is no state.
 """
 
 from collections.abc import Callable
@@ -13,17 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROOM = 2**18  # the first scale lets a mean gradient be 1/4; but a token's part is never scaled down at first
-FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, which round nothing
+ROOM = 2**18  # the first scale leaves room for a mean gradient of 1/4, and is at least 1
+FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, so that scaling rounds nothing
 
 
 def first_scale(tokens: int) -> float:
-    """The scale to try first, for a sum over so many tokens."""
+    """The first scale to try, for a sum over `tokens` tokens."""
     return 2.0 ** (max(1, ROOM // tokens).bit_length() - 1)
 
 
 def unscaled(params: Any, on_layer: Callable[[Any], Any] | None, factor: jax.Array) -> tuple[Any, Callable[[Any], Any]]:
-    """Parameters whose gradients come multiplied by `factor`, and the function that does the same for a layer's."""
+    """Returns parameters whose gradients come out multiplied by `factor`, and an `on_layer` that does the same for a
+    layer's parameters.
+    """
     outer = {key: _times(x, factor) for key, x in params.items() if key != "layers"}
     return outer | {"layers": params["layers"]}, lambda x: _times(on_layer(x) if on_layer else x, factor)
 
@@ -40,10 +43,10 @@ _times.defvjp(
 
 
 def until_finite(gradients: Callable[[jax.Array], Any], finite: Callable[[Any], jax.Array], scale: float) -> Any:
-    """`gradients(scale)`, or that of the largest smaller scale whose result is finite.
+    """Returns `gradients(scale)` if it is finite, else the result of the largest smaller scale whose result is finite.
 
     Args:
-      finite: whether a result is; the same on all devices, which therefore try as often.
+      finite: whether a result is finite; the same on all devices, so that all try equally often.
     """
 
     def again(tried: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:

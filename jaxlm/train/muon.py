@@ -1,6 +1,6 @@
 """Muon for the hidden matrices, AdamW for the rest (Jordan et al., https://kellerjordan.github.io/posts/muon).
 
-Muon orthogonalizes every hidden matrix, which on a small model costs a third of a step: devices share that work
+Muon orthogonalizes every hidden matrix. On a small model that takes a third of a step, so devices share the work
 (sync/sharing.py).
 """
 
@@ -18,7 +18,9 @@ from jaxlm.train.schedules import LrHistory, Schedule, make_schedule
 
 
 def _groups(params: Any) -> Any:
-    """'muon' for the stacked matrices of the layers, 'table' for embeddings that are look-ups alone, else 'adamw'."""
+    """Labels the parameters: 'muon' for the stacked matrices of the layers, 'table' for embeddings that are only looked
+    up, 'adamw' for the rest.
+    """
     tied = "head" not in params
 
     def label(path: Any, _: Any) -> str:
@@ -29,12 +31,15 @@ def _groups(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-# Five steps of Newton-Schulz, the coefficients of Jordan et al., https://kellerjordan.github.io/posts/muon
+# Coefficients of a Newton-Schulz step (Jordan et al., https://kellerjordan.github.io/posts/muon)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(x: jax.Array) -> jax.Array:
-    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2. `[..., in, out]`"""
+    """Approximates the nearest (semi-)orthogonal matrix: singular values between 0.7 and 1.2. `[..., in, out]`
+
+    Five Newton-Schulz steps.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else jnp.swapaxes(x, -1, -2)
@@ -46,7 +51,7 @@ def orthogonalize(x: jax.Array) -> jax.Array:
 
 
 def _orthogonalized(sharing: LayerSharing) -> optax.GradientTransformation:
-    """Orthogonal updates of the size that suits their shape, sqrt(max(1, out / in)), from momenta `[L, in, out]`."""
+    """Turns momenta `[L, in, out]` into orthogonal updates, scaled by sqrt(max(1, out / in))."""
 
     def act(x_LIO: jax.Array) -> jax.Array:
         return orthogonalize(x_LIO) * math.sqrt(max(1, x_LIO.shape[-1] / x_LIO.shape[-2]))
@@ -58,7 +63,7 @@ def _orthogonalized(sharing: LayerSharing) -> optax.GradientTransformation:
 
 
 def muon(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
-    """Jordan et al., https://kellerjordan.github.io/posts/muon, with Nesterov momentum; AdamW for the rest."""
+    """Muon with Nesterov momentum for the matrices of the layers, AdamW for the rest."""
     adam_rate, embed_rate = (make_schedule(c, steps, key, history) for key in ("adam_lr", "embed_lr"))
     muon = optax.chain(
         optax.trace(c.momentum, nesterov=True),
@@ -68,7 +73,7 @@ def muon(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) 
     )
 
     def table_rate(path: Any) -> Schedule:
-        # Most rows of a token table have a gradient in few steps; those of a position table have one in every step.
+        # Most rows of a token table get a gradient in few steps; every row of a position table gets one in each step.
         return adam_rate if path[0].key == "positions" else embed_rate
 
     def adamw(rate_of: Callable[[Any], Schedule]) -> optax.GradientTransformation:
@@ -78,7 +83,7 @@ def muon(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) 
 
 
 def _scale_by_rates(rate_of: Callable[[Any], Schedule]) -> optax.GradientTransformation:
-    """optax.scale_by_learning_rate with a schedule for each path, and the same state."""
+    """optax.scale_by_learning_rate with a schedule for each path; the state is the same."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates = jax.tree_util.tree_map_with_path(lambda path, x: -rate_of(path)(state.count) * x, updates)

@@ -1,7 +1,7 @@
-"""Optax chains. Clipping is the step's: only it knows the global gradient norm.
+"""Optax chains, one for each optimizer. Clipping belongs to the step, which alone knows the global gradient norm.
 
-With ZeRO-1, gradients, states and parameters are a device's own part of each. That makes no difference to an optimizer
-that works number by number; Muon and Adafactor look at whole matrices, and bring these together.
+With ZeRO-1, a device holds its own part of gradients, optimizer state and parameters. Elementwise optimizers need no
+more. Muon and Adafactor look at whole matrices, and gather them.
 """
 
 from collections.abc import Callable
@@ -24,18 +24,20 @@ def matrix_mask(params: Any) -> Any:
 
 
 def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
-    """Scaled down to a root mean square of at most 1: that of each layer, where layers are stacked."""
+    """Scales each array, or each layer of a stacked one, down to a root mean square of at most 1."""
     own = tuple(range(int(path[0].key == "layers"), x.ndim))
     return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
 
 
 def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.GradientTransformation:
-    """`inner` given whole gradients and its whole state, of parts; for states that are small."""
+    """Applies `inner` to whole gradients and its whole state, gathered from the parts; for small states."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         like = jax.eval_shape(inner.init, zero.params)
         grads = zero.whole(updates)
-        updates, state = inner.update(grads, zero.whole(state, like), grads)  # of parameters only the shapes are read
+        updates, state = inner.update(
+            grads, zero.whole(state, like), grads
+        )  # `inner` reads only the shapes of its parameters
         return zero.own(updates), zero.own(state)
 
     return optax.GradientTransformation(inner.init, update)
@@ -44,7 +46,7 @@ def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.Gradient
 def _decayed(
     scale: optax.GradientTransformation, c: OptimConfig, steps: int, history: LrHistory
 ) -> optax.GradientTransformation:
-    """Scaled gradients, with decoupled weight decay on matrices, times the learning rate."""
+    """`scale`, then decoupled weight decay on matrices, then the learning rate."""
     return optax.chain(
         scale,
         optax.add_decayed_weights(c.weight_decay, mask=matrix_mask),
@@ -87,9 +89,9 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, int, LayerSharing, LrHistory], opta
 def make_optimizer(
     c: OptimConfig, steps: int, sharing: LayerSharing | None = None, history: LrHistory = UNTOUCHED
 ) -> optax.GradientTransformation:
-    """The optax chain that `optim.name` names, from averaged (and clipped) gradients to updates.
+    """Returns the optax chain that `optim.name` names, from averaged and clipped gradients to updates.
 
-    With `sharing`, its update must run in a step mapped over that axis; the numbers are the same without. `init` is
-    given whole parameters and gives the whole state.
+    `init` takes whole parameters and returns the whole state. With `sharing`, `update` must run inside the mapped step;
+    the results are the same without it.
     """
     return OPTIMIZERS[c.name](c, steps, sharing or alone(), history)

@@ -1,7 +1,7 @@
-"""Moves a state between the form of the step and the form of a checkpoint, which any number of devices can read.
+"""Converts a state between the form of the step and the form of a checkpoint, which any number of devices can read.
 
-The step takes arrays of this process's devices, as pmap does; a checkpoint holds arrays of all processes. In a
-checkpoint the optimizer's state is whole, with ZeRO-1 too, and a reduction's state has one row for each device.
+The step takes arrays on this process's devices, as pmap does; a checkpoint holds arrays of all processes. In a
+checkpoint the optimizer state is whole, even with ZeRO-1, and the state of a reduction has one row per device.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from jaxlm.train.step import AXIS, Device, TrainState, float32, init_params, ini
 
 
 class Placement:
-    """The placement on `devices`, which are those of all processes."""
+    """The placement of a state on `devices`, which are those of all processes."""
 
     def __init__(self, config: Config, devices: list[Device]):
         self._config, self._devices = config, devices
         self._zero = config.parallel.zero == 1
-        self._join: Callable | None = None  # compiled, from an optimizer's parts to the whole
+        self._join: Callable | None = None  # compiled: parts of the optimizer state -> the whole
         self.local = [d for d in devices if d.process_index == jax.process_index()]
         self._mesh, self.here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
         everywhere = NamedSharding(self._mesh, PartitionSpec())
@@ -36,7 +36,7 @@ class Placement:
         self.replicated = NamedSharding(self.here, PartitionSpec())
 
     def initial(self, model: Model) -> TrainState:
-        """The initial state, on the devices."""
+        """Makes the initial state, on the devices."""
         params = init_params(self._config, model)
         first = self._devices.index(self.local[0])
 
@@ -49,29 +49,29 @@ class Placement:
             ]
             return TrainState(*parts)
 
-        # Made in its place: a state that fits only when it is sharded is never whole on one device.
+        # The state is made where it belongs: one that fits only sharded is never whole on one device.
         like = jax.eval_shape(rest, params)
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
         return state._replace(params=jax.device_put(params, self.replicated))
 
     def place(self, state: TrainState) -> TrainState:
-        """Puts this process's part of a state on its devices as the step keeps it, so that it can be donated."""
+        """Puts this process's part of a state on its devices, sharded as the step expects, so that it can donate it."""
         return jax.device_put(state, self._shardings(state, self.here))
 
     def everywhere(self, state: TrainState) -> TrainState:
-        """The state as arrays of all processes."""
+        """Returns the state as arrays of all processes."""
         if jax.process_count() == 1:
             return state
         specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
         return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
 
     def saved(self, state: TrainState) -> TrainState | None:
-        """The state as a checkpoint holds it. All processes call this. If there are several, the first one gets the
-        whole state as NumPy arrays, and the others get None.
+        """Returns the state as a checkpoint holds it. All processes call this. If there are several, the first one gets
+        the whole state as NumPy arrays, and the others get None.
         """
         state = self.everywhere(state)
         if self._zero:
-            if self._join is None:  # once, not at every save
+            if self._join is None:  # compiled once, not at every save
                 like = self._opt_state_like(state.params)
                 join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
                 self._join = together.compiled(join, "the optimizer's state as a whole")
@@ -79,15 +79,18 @@ class Placement:
         return state if jax.process_count() == 1 else self._gathered(state)
 
     def _gathered(self, state: TrainState) -> TrainState | None:
-        """A state of all processes as NumPy arrays on the first one. The arrays come one by one, so that no device
-        holds much more than its part.
+        """Gathers a state of all processes as NumPy arrays on the first one; the others get None.
+
+        It gathers one array at a time, so that no device holds much more than its part.
         """
         first = jax.process_index() == 0
 
         def here(x: jax.Array) -> np.ndarray:
             x = x if x.is_fully_replicated else self._gather(x)
-            jax.block_until_ready(x)  # of two programs at once, hosts might run the exchanges in different orders
-            return np.array(x.addressable_data(0)) if first else np.empty(0)  # a copy: the next step writes over it
+            jax.block_until_ready(x)  # with two programs at once, hosts might exchange in different orders
+            return (
+                np.array(x.addressable_data(0)) if first else np.empty(0)
+            )  # a copy, because the next step overwrites it
 
         def rows(x: jax.Array) -> np.ndarray:
             return np.stack([here(self._row(x, np.int32(i))) for i in range(x.shape[0])])
@@ -97,7 +100,7 @@ class Placement:
         return rest._replace(sync=sync) if first else None
 
     def saved_like(self, state: TrainState) -> TrainState:
-        """The shapes, types and places of `saved(state)`."""
+        """Returns the shapes, dtypes and shardings of `saved(state)`."""
         counts = {None: 1, 0: jax.process_count()}
         axes, shardings = state_axes(self._config), self._shardings(state, self._mesh)
 

@@ -10,22 +10,22 @@ import jax.numpy as jnp
 from jaxlm.config import OptimConfig
 
 Schedule = Callable[[Any], Any]  # updates done -> learning rate
-Peak = Literal["lr", "adam_lr", "embed_lr"]  # the keys of peak rates; all optimizers but muon read `lr` alone
+Peak = Literal["lr", "adam_lr", "embed_lr"]  # keys of the peak rates; only muon reads more than `lr`
 
 
 class Rewarm(NamedTuple):
     """A second warmup (rewarm.py)."""
 
-    step: int  # updates done when the run went on
-    updates: int  # after which the rate is that of the schedule
-    rates: dict[Peak, float]  # from which it rises: those of the last update before
+    step: int  # updates done when it begins
+    updates: int  # its length; afterwards the rate is the schedule's
+    rates: dict[Peak, float]  # at its beginning: the rates of the last update before
 
 
 class Cut(NamedTuple):
     """A return to an earlier checkpoint (rollback.py)."""
 
-    step: int  # updates done in that checkpoint
-    factor: float  # on the learning rates from there on
+    step: int  # of that checkpoint
+    factor: float  # on all later learning rates
 
 
 class LrHistory(NamedTuple):
@@ -36,7 +36,7 @@ class LrHistory(NamedTuple):
 
 
 UNTOUCHED = LrHistory()
-LEAST_WARMUP = 10  # updates of a second warmup, where optim.warmup_steps is less
+LEAST_WARMUP = 10  # updates; a second warmup is at least this long, even if optim.warmup_steps is less
 
 
 def _constant(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
@@ -65,11 +65,11 @@ def _wsd(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
 
 
 def _progress(c: OptimConfig, steps: int, n: jax.Array) -> jax.Array:
-    """The share of the updates after warmup that are done."""
+    """The share of the updates after warmup that are done, 0 to 1."""
     return jnp.clip((n - c.warmup_steps) / max(steps - c.warmup_steps, 1), 0, 1)
 
 
-# {optim.schedule: factor on the peak rate of the update after `n` of `steps` updates}
+# {optim.schedule: (config, steps, n) -> factor on the peak rate, for the update after `n` of `steps` updates}
 SCHEDULES: dict[str, Callable[[OptimConfig, int, jax.Array], jax.Array]] = {
     "constant": _constant,
     "linear": _linear,
@@ -80,10 +80,10 @@ SCHEDULES: dict[str, Callable[[OptimConfig, int, jax.Array], jax.Array]] = {
 
 
 def make_schedule(c: OptimConfig, steps: int, key: Peak = "lr", history: LrHistory = UNTOUCHED) -> Schedule:
-    """Learning rate of the update after `n` updates, n = 0 ... steps - 1.
+    """Returns the schedule: n -> learning rate of the update after `n` updates, n = 0 ... steps - 1.
 
-    Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Then, with p the share of the remaining updates
-    that are done, and r = min_lr_ratio, the peak is multiplied by
+    Warmup rises linearly and reaches the peak at n = warmup_steps - 1. Afterwards, with p the share of the remaining
+    updates that are done, and r = min_lr_ratio, the peak is multiplied by
 
     - constant: 1
     - linear: 1 - (1 - r) p
@@ -91,9 +91,9 @@ def make_schedule(c: OptimConfig, steps: int, key: Peak = "lr", history: LrHisto
     - rsqrt: sqrt(max(warmup, 1) / (n + 1)), at least r
     - wsd: 1, then linearly to r over the last `decay_fraction` of all steps
 
-    From each of `history.cuts` on, the rate is multiplied by a factor, and warms up again from 0. With `history.rewarm`
-    it rises linearly from the one there to that of the schedule; a run that goes back to a checkpoint before that stays
-    at the low rate until then.
+    Each of `history.cuts` multiplies all later rates by a factor, and the rate warms up again from 0. With
+    `history.rewarm` the rate rises linearly from the one given there to the schedule's. A run that goes back to a
+    checkpoint before that rise stays at the low rate until the rise begins.
     """
     peak = (c.embed_lr or c.adam_lr) if key == "embed_lr" else getattr(c, key)
     warmup = c.warmup_steps
