@@ -1,7 +1,7 @@
-"""From files to batches: sources give documents, tokenizers turn them into ids, the store keeps these, the order
-says which of them are batch N, the stream makes batches ahead of the devices.
+"""From files to batches: sources give documents, tokenizers turn them into ids, the store keeps the ids, the order
+decides which ids are in batch N, and the stream makes batches before the devices need them.
 
-Importing this room imports none of tensorflow, tensorflow_datasets, sentencepiece and jax. Other rooms take the names
+Importing this room does not import tensorflow, tensorflow_datasets, sentencepiece or jax. Other rooms import the names
 below from here, and `prompts` and `sources.conversations` as modules.
 
 May import: config, host.

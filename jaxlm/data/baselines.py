@@ -1,4 +1,4 @@
-"""What compressors that everyone has make of the held-out text, in bits per byte: a scale for the model's."""
+"""Bits per byte of common compressors on the validation text: a scale for the bits per byte of the model."""
 
 import gzip
 import json
@@ -13,15 +13,16 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.tokenizers import Tokenizer, to_bytes
 from jaxlm.data.tokens import Tokens
 
-MAX_TRAIN_BYTES = 64 << 20  # xz -9 looks no further back
+MAX_TRAIN_BYTES = 64 << 20  # the window of xz -9: it finds no matches further back
 
 
 def compression_baselines(corpus: Corpus) -> dict[str, float]:
-    """{name: bits per byte of the validation text}; empty where there is no text, or too much of it.
+    """Returns {name: bits per byte of the validation text}; empty if there is no text or too much of it.
 
-    Takes about 10 s for 12 MB on two cores, once for each token store.
+    Takes about 10 s for 12 MB on two cores, once for each token store, which caches the result. Empty too for
+    fine-tuning records, where the model is scored on a part of the text only.
     """
-    masked = corpus.val.masks is not None  # the model is judged on a part of the text
+    masked = corpus.val.masks is not None
     if corpus.tokenizer is None or masked or len(corpus.train) > MAX_TRAIN_BYTES:
         return {}
     if corpus.facts["train"].get("bytes", 0) > MAX_TRAIN_BYTES:
@@ -51,20 +52,20 @@ def compression_baselines(corpus: Corpus) -> dict[str, float]:
 
 
 def text_of(tokens: Tokens, tokenizer: Tokenizer) -> bytes:
-    """The documents that tokens [n] hold, one after the other, as UTF-8."""
+    """Returns the text of the documents in tokens [n], concatenated, as UTF-8."""
     whole = np.asarray(tokens)
     ends = np.flatnonzero(whole == tokenizer.bos_id)
     return b"".join(to_bytes(tokenizer.decode(ids[1:])) for ids in np.split(whole, ends) if ids.size)
 
 
 def _unigram_bytes(train: bytes, val: bytes) -> float:
-    """Bytes needed for `val` with the byte frequencies of `train`, each counted once more."""
-    seen, told = (np.bincount(np.frombuffer(data, np.uint8), minlength=256) for data in (train, val))
-    return float(-(told * np.log2((seen + 1) / (seen + 1).sum())).sum() / 8)
+    """Returns the bytes needed to encode `val` with the byte frequencies of `train`, with add-one smoothing."""
+    train_counts, val_counts = (np.bincount(np.frombuffer(data, np.uint8), minlength=256) for data in (train, val))
+    return float(-(val_counts * np.log2((train_counts + 1) / (train_counts + 1).sum())).sum() / 8)
 
 
 def _write(temporary: Path, path: Path, text: str) -> None:
-    """Whole or not at all; a store that cannot be written goes without."""
+    """Writes a file atomically. Does nothing if the folder cannot be written: the cache is optional."""
     try:
         temporary.write_text(text + "\n")
         os.replace(temporary, path)

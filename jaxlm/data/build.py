@@ -1,6 +1,6 @@
-"""Making the shards of a token store: units of a corpus are read and tokenized by processes, side by side.
+"""Makes the shards of a token store: parallel processes read and tokenize the units of a corpus.
 
-A shard is whole once its .json is there; what a run that was stopped left whole is not made again.
+A shard is complete once its .json exists. Shards that a stopped run completed are not made again.
 """
 
 import contextlib
@@ -24,23 +24,24 @@ from jaxlm.data.tokenizers.markup import encode_marked
 from jaxlm.host.workers import deaf, no_main, workers
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-BATCH_CHARACTERS = 1 << 22  # tokenized at a time
-REASONS = 100  # of what is skipped in a unit, that are kept
+BATCH_CHARACTERS = 1 << 22  # about how many are tokenized in one call
+REASONS = 100  # how many reasons for skipping are kept for each unit
 
 
 class Unfinished(UserError):
-    """What is done is worth keeping: another run may get further."""
+    """Tokenizing failed, but the finished shards are worth keeping: another run may get further."""
 
 
 def num_processes() -> int:
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: bool, bar: Progress) -> list[dict]:
-    """Writes a shard for each unit into a folder that has the tokenizer; gives their facts.
+    """Writes a shard for each unit into a folder that already holds the tokenizer; returns their facts, by unit.
 
     Raises:
-      UserError: a document is no good, or the memory was not enough.
+      UserError: a document is unusable, or memory ran out.
       OSError: a file cannot be written.
     """
     for split in SPLITS:
@@ -50,7 +51,7 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
         bar.advance(_num_bytes(found))
     left = [i for i in range(len(units)) if i not in facts]
     if len(left) <= 1 or num_processes() == 1:
-        for i in left:  # encodes with all cores
+        for i in left:  # here, the tokenizer itself uses all cores
             facts[i] = _make_shard(folder, i, units[i], tokenizer, masked)
             bar.advance(_num_bytes(facts[i]))
     else:
@@ -63,14 +64,14 @@ def make_shards(folder: Path, units: list[Unit], tokenizer: Tokenizer, masked: b
                     bar.advance(_num_bytes(future.result()))
         except BrokenProcessPool as error:
             raise Unfinished(
-                f"{folder}: a process that tokenizes was killed, as it is when memory runs out; what is done is kept,"
-                " run it again with more memory, or fewer cores (taskset)"
+                f"{folder}: a tokenizing process was killed, as happens when memory runs out; finished shards are kept;"
+                " run again with more memory or fewer cores (taskset)"
             ) from error
     return [facts[i] for i in range(len(units))]
 
 
 def _whole(folder: Path, index: int, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The facts of a shard that an earlier run left whole; None where it did not."""
+    """Returns the facts of a shard that an earlier run completed, if its files have the right sizes; otherwise None."""
     try:
         facts = json.loads(_facts(folder, index).read_text())
         for split in SPLITS:
@@ -86,6 +87,7 @@ def _whole(folder: Path, index: int, tokenizer: Tokenizer) -> dict[str, Any] | N
 
 
 def _num_bytes(facts: dict) -> int:
+    """Returns the bytes of text in a shard, over all splits."""
     return sum(facts[split]["bytes"] for split in SPLITS)
 
 
@@ -93,7 +95,7 @@ _tokenizer: Tokenizer
 
 
 def _begin(folder: Path) -> None:
-    """Prepares a process that works."""
+    """Prepares a worker process."""
     global _tokenizer
     _tokenizer = load_tokenizer(folder / "tokenizer")
     _tokenizer.num_threads = 1
@@ -104,11 +106,12 @@ def _work(folder: Path, index: int, unit: Unit, masked: bool) -> dict[str, Any]:
 
 
 def _facts(folder: Path, index: int) -> Path:
+    """Returns the path of a shard's .json file."""
     return folder / f"{index:05}.json"
 
 
 def _make_shard(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, masked: bool) -> dict[str, Any]:
-    """Tokenizes a unit into a shard of each split; gives their numbers of documents, bytes and tokens, and hashes."""
+    """Tokenizes a unit into one shard per split; returns their facts (see `_Shard.facts`) and what was skipped."""
     skipped: list[str] = []
     count = 0
     with contextlib.ExitStack() as stack:
@@ -132,12 +135,17 @@ def _make_shard(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, mask
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the dtype of a store's token ids: uint16 if all ids fit, otherwise uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 @dataclasses.dataclass
 class _Shard:
-    """Files that grow: ids (.bin), where documents start (.starts, uint64), and what is learned (.mask)."""
+    """The files of a shard, written document by document.
+
+    They hold token ids (.bin), the index of each document's first token (.starts, uint64) and, if `masked`, whether
+    each id counts towards the loss as a target (.mask, one byte).
+    """
 
     path: Path
     tokenizer: Tokenizer
@@ -166,14 +174,14 @@ class _Shard:
             self._write("starts", np.array([self.tokens], "<u8").tobytes())
         self._write("bin", (self.bos if document.first else b"") + ids.astype(self.dtype).tobytes())
         if self.masked:
-            # A bos is learned: it ends the document before it, and every one ends with what is learned.
+            # A bos counts towards the loss: it ends the document before it, which ends with an answer.
             self._write("mask", b"\1" * document.first + bytes([document.predicted]) * len(ids))
         self.documents += document.first
         self.bytes += self._text_bytes(document, ids)
         self.tokens += document.first + len(ids)
 
     def _text_bytes(self, document: Document, ids: np.ndarray) -> int:
-        if document.markup and self.tokenizer.specials:  # some of which may stand for no text
+        if document.markup and self.tokenizer.specials:  # special tokens may stand for no text
             return sum(len(self.tokenizer.pieces[i]) for i in ids)
         return len(document.text) if document.text.isascii() else len(to_bytes(document.text))
 
@@ -182,12 +190,13 @@ class _Shard:
         self.digests[suffix].update(data)
 
     def facts(self) -> dict[str, Any]:
+        """Returns the numbers of documents, bytes of text and tokens, and the sha256 of each file by its suffix."""
         sha256 = {suffix: digest.hexdigest() for suffix, digest in self.digests.items()}
         return {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens, "sha256": sha256}
 
 
 def _batches(items: Iterator[Document | Skipped]) -> Iterator[list[Document | Skipped]]:
-    """What is read in lists of about BATCH_CHARACTERS."""
+    """Groups items into lists of about BATCH_CHARACTERS."""
     batch, size = [], 0
     for item in items:
         batch.append(item)

@@ -1,4 +1,4 @@
-"""What a run trains and is judged on: token ids and what they mean."""
+"""The tokens that a run trains on and is evaluated on, and what their ids mean."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ class MixtureSource(NamedTuple):
     """A source of a mixture."""
 
     name: str
-    weight: float  # of the training samples; all shares add up to 1
+    weight: float  # its share of the training samples; all weights add up to 1
     train: Tokens
     val: Tokens
 
@@ -28,26 +28,26 @@ class Corpus:
     train: Tokens
     val: Tokens
     vocab_size: int
-    tokenizer: Tokenizer | None  # None: ids without a text
-    bytes_per_token: np.ndarray | None  # int32 [vocab_size], UTF-8 bytes each id stands for; None: ids without a text
-    fingerprint: str  # of the shards of ids: another where they are others
-    folder: Path | None  # of the token store; None: no store
-    facts: dict[str, Any]  # documents, bytes and tokens of each split, files and records skipped
-    shares: tuple[MixtureSource, ...] = ()  # of a mixture, whose tokens are those of all sources, one after the other
+    tokenizer: Tokenizer | None  # None if the ids stand for no known text
+    bytes_per_token: np.ndarray | None  # int32 [vocab_size], UTF-8 bytes of text behind each id; None without tokenizer
+    fingerprint: str  # hash of the token shards; differs if their contents differ
+    folder: Path | None  # folder of the token store; None without a store
+    facts: dict[str, Any]  # documents, bytes and tokens of each split; number of files and records skipped
+    shares: tuple[MixtureSource, ...] = ()  # sources of a mixture; train and val then concatenate their tokens
 
     @property
     def parts(self) -> tuple[MixtureSource, ...]:
-        """Its sources: the shares of a mixture, else one without a name."""
+        """The sources of a mixture; without a mixture, the whole corpus as one source named ""."""
         return self.shares or (MixtureSource("", 1.0, self.train, self.val),)
 
 
 def fingerprint(vocab_size: int, *digests: Any) -> str:
-    """A short name of ids."""
+    """Returns a short hash that identifies token ids by their vocabulary size and the digests of their shards."""
     return hashlib.sha256(json.dumps([vocab_size, *digests]).encode()).hexdigest()[:16]
 
 
 def check_lengths(data: DataConfig, seq_len: int, num_train: int, num_val: int) -> None:
-    """Raises UserError where a source is too short for one training sequence or one validation target."""
+    """Raises UserError if a source is too short for one training sequence or one validation target."""
     where = named(data)
     if num_train < seq_len + 1 and not is_alone(data):
         raise UserError(f"{where}: {num_train} training tokens; allowed: at least seq_len + 1 = {seq_len + 1}")

@@ -1,6 +1,7 @@
-"""What the model is shown, taken apart: batches by documents, what of them is learned, and what a corpus is made of.
+"""Analyzes what the model sees: the documents in a batch, which targets count towards the loss, and corpus statistics.
 
-Numbers only; `jaxlm inspect` shows them. Of a large corpus a sample is counted that is the same each time.
+This module computes numbers; `jaxlm inspect` shows them. Statistics of a large corpus come from a sample, which is the
+same each time. "Learned" ids are those that count towards the loss as targets.
 """
 
 import dataclasses
@@ -17,16 +18,19 @@ from jaxlm.data.sources.documents import Split
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
 
-SAMPLE_TOKENS, BLOCK = 10_000_000, 1 << 16  # tokens that are counted at most, so many side by side
-SAMPLE_DOCUMENTS = 1_000_000  # whose lengths are looked at, at most
-MARKS = "⟨⟩‹›"  # around what is no text, and around what is not learned
-PADDING_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the histogram of rows by their share of padding
+SAMPLE_TOKENS, BLOCK = 10_000_000, 1 << 16  # tokens counted at most, in contiguous blocks of BLOCK
+SAMPLE_DOCUMENTS = 1_000_000  # documents whose lengths are used, at most
+MARKS = "⟨⟩‹›"  # ⟨⟩ enclose ids that are not text, ‹› enclose text that is not learned
+PADDING_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)  # bins of the histogram of rows by their share of padding
 
 
 def visible(data: bytes, lines: bool = True) -> str:
-    """Bytes as text that moves no cursor: what is no UTF-8, cannot be printed, or is a mark is written \\x1b, \\u27e8.
+    """Returns bytes as text that is safe to print on a terminal.
 
-    `lines` keeps newlines.
+    Invalid UTF-8, unprintable characters and MARKS become escapes such as \\x1b and \\u27e8.
+
+    Args:
+      lines: whether to keep newlines.
     """
     kept = "\n" if lines else ""
     text = data.decode("utf-8", "backslashreplace")
@@ -37,7 +41,7 @@ def visible(data: bytes, lines: bool = True) -> str:
 
 
 def decoded(ids: list[int], tokenizer: Tokenizer | None, lines: bool = True) -> list[tuple[str, bool]]:
-    """What ids stand for, and whether that is text; ids that stand for no text are marks."""
+    """Returns pieces (string, whether it is text) that ids stand for. Ids without text become names such as ⟨bos⟩."""
     if tokenizer is None:
         return [(" ".join(map(str, ids)) + " ", True)]
     marks = {i: f"⟨{visible(name.encode())}⟩" for name, i in tokenizer.specials.items()} | {tokenizer.bos_id: "⟨bos⟩"}
@@ -51,27 +55,28 @@ def decoded(ids: list[int], tokenizer: Tokenizer | None, lines: bool = True) -> 
 
 
 class DocumentPart(NamedTuple):
-    """What a row has of one document."""
+    """The part of a document that is in a row."""
 
-    start: int  # its place in the row
-    length: int  # places of the row
-    opens: bool | None  # whether the document starts here; None: ids without a text do not say
-    ids: np.ndarray  # int32 [n]: all that is read, and a last target that is only predicted
-    learned: np.ndarray  # bool [n]: whether it is predicted
+    start: int  # its first place in the row
+    length: int  # number of its places in the row
+    opens: bool | None  # whether the document starts here; None if unknown, without a tokenizer
+    ids: np.ndarray  # int32 [n]: the inputs, then the last target if it counts and no other part shows it
+    learned: np.ndarray  # bool [n]: whether each id counts towards the loss as a target
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectedBatch:
-    """Rows [R, T] of one update, or of validation in order."""
+    """A batch of training or validation: rows [R, T]."""
 
     rows: Rows
-    filled: np.ndarray  # int64 [R]: the places of a row that are not padding
-    sources: np.ndarray | None  # int64 [R]: which of the corpus's shares a row is of; None: no mixture
-    bos_id: int | None
+    filled: np.ndarray  # int64 [R]: number of places in each row that are not padding
+    sources: np.ndarray | None  # int64 [R]: index of each row's source in the corpus's shares; None without a mixture
+    bos_id: int | None  # None without a tokenizer
 
     def pieces(self, row: int) -> Iterator[DocumentPart]:
+        """Yields the parts of documents in a row."""
         inputs, targets, filled = self.rows["inputs"][row], self.rows["targets"][row], int(self.filled[row])
-        alone = "positions" in self.rows  # packed documents see nothing of each other, nor predict each other
+        alone = "positions" in self.rows  # packed documents neither attend to nor predict each other
         if not filled:
             return
         if alone:
@@ -87,33 +92,42 @@ class InspectedBatch:
             yield DocumentPart(a, b - a, opens, ids, learned[: len(ids)])
 
     def counts(self, rows: slice = slice(None)) -> dict[str, Any]:
-        """The targets of some rows by what becomes of them, and their (parts of) documents; None where not known."""
+        """Counts the targets of some rows by kind, and the documents or parts of documents (None if unknown)."""
         targets, filled = self.rows["targets"][rows], int(self.filled[rows].sum())
         learned, picked = int((targets >= 0).sum()), range(len(self.filled))[rows]
         found = None if self.bos_id is None else sum(1 for row in picked for _ in self.pieces(row))
-        return {"rows": len(picked), "targets": targets.size, "learned": learned, "masked": filled - learned,
-                "padding": targets.size - filled, "documents": found}  # fmt: skip
+        return {
+            "rows": len(picked),
+            "targets": targets.size,
+            "learned": learned,
+            "masked": filled - learned,
+            "padding": targets.size - filled,
+            "documents": found,
+        }
 
 
 class View:
-    """The batches of a split, and the rows that they are taken from."""
+    """The batches of a split, and statistics of its rows."""
 
     def __init__(self, corpus: Corpus, config: Config, split: Split):
         self.corpus, self.config = corpus, config
         self.order = TrainOrder(corpus, config) if split == "train" else None
         if self.order:
-            self._mixed = self.order.mixed  # has what no batch says: which source a row is of
+            self._mixed = self.order.mixed  # tells the source of a row, which batches do not
             self.parts, self.num_batches = self._mixed.parts, config.steps
             self._weights = [share.weight for share in corpus.shares] or [1.0]
         else:
             self.parts = [make_order(share.val, config) for share in corpus.parts]
             rows = np.array([part.count for part in self.parts])
             self._weights = (rows / rows.sum()).tolist()
-            self._ends = np.cumsum(-(-rows // config.batch_size))  # of each source's batches
+            self._ends = np.cumsum(-(-rows // config.batch_size))  # number of the batch after each source's last
             self.num_batches = int(self._ends[-1])
 
     def batch(self, n: int) -> InspectedBatch:
-        """That of update n + 1, or the n-th of validation, where the last one of each source may have fewer rows."""
+        """Returns the training batch of step n + 1, or validation batch n (counted from 0).
+
+        The last validation batch of each source may have fewer rows.
+        """
         tokenizer, size, sources = self.corpus.tokenizer, self.config.batch_size, None
         if self.order:
             rows = {name: batches[0] for name, batches in self.order.batches(n, 1).items()}
@@ -131,26 +145,28 @@ class View:
         return InspectedBatch(rows, filled, sources, tokenizer and tokenizer.bos_id)
 
     def _targets(self, k: int) -> int:
-        """The number of targets in a source's validation set, where documents run on."""
+        """Returns the number of targets in a source's validation set, with concatenated documents."""
         return len(self.corpus.parts[k].val) - 1
 
     def _filled(self, rows: Rows, left: np.ndarray) -> np.ndarray:
-        """int64 [R]: the places of each row that are not padding.
+        """Returns the number of places in each row that are not padding, int64 [R].
 
         Args:
-          left: int64 [R], the targets from each row on to the end; read where documents run on.
+          left: int64 [R], targets from the start of each row to the end of the data; unused with packed documents.
         """
         T = rows["inputs"].shape[1]
         if "positions" not in rows:
             return np.minimum(left, T)
-        # What starts at a place, does not go on, and has nothing to learn, is padding.
+        # Padding: a document would start here, the next place does not continue it, and the target does not count.
         stops = np.pad(rows["positions"][:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
         return T - ((rows["positions"] == 0) & stops & (rows["targets"] < 0)).sum(1)
 
     def padding(self) -> tuple[float, np.ndarray]:
-        """The share of padding in all places of the split, and the share of its rows (float64 [7]) that have none of
-        it, and those up to each further one of PADDING_EDGES. Sources of a mixture count with their weights, in
-        validation with their rows.
+        """Returns the share of padding in all places of the split, and a histogram of its rows (float64 [7]).
+
+        Bin 0 is the share of rows without padding. Bin i is the share of rows with more than PADDING_EDGES[i - 1] and
+        at most PADDING_EDGES[i] padding. Sources of a mixture count with their weights; in validation, with their
+        numbers of rows.
         """
         total, rows = 0.0, np.zeros(len(PADDING_EDGES))
         for k, weight in enumerate(self._weights):
@@ -161,7 +177,7 @@ class View:
         return total, rows
 
     def _padding(self, k: int) -> np.ndarray:
-        """float64 [rows]: the padding's share of each row of a source; of rows without any, one stands for all."""
+        """Returns the share of padding in each row of a source, float64 [rows]; if no row has any, one 0 for all."""
         part, T = self.parts[k], self.config.seq_len
         if isinstance(part, Packed):
             return 1 - np.add.reduceat(part.packing.lengths, part.packing.rows[:-1]) / T
@@ -171,32 +187,39 @@ class View:
 
 
 def mixture_shares(view: View, batch: InspectedBatch, n: int) -> list[dict[str, Any]]:
-    """The share of the rows that each source has in batch n, in those up to it, and wanted; epochs of the whole run."""
+    """Returns each source's share of the rows in batch n (counted from 0) and in all batches up to it, its weight
+    ("wanted"), and its epochs in the whole run. Returns [] for validation and without a mixture.
+    """
     if batch.sources is None or view.order is None:
         return []
     found = np.bincount(batch.sources, minlength=len(view.corpus.shares)) / len(batch.sources)
     places = (n + 1) * view.config.batch_size * view.config.seq_len
     so_far, run = view.order.consumed(n + 1), view.order.consumed(view.num_batches)
     return [
-        {"source": share.name, "batch": here, "so_far": before.tokens / places, "wanted": share.weight,
-         "epochs": whole.epochs}
+        {
+            "source": share.name,
+            "batch": here,
+            "so_far": before.tokens / places,
+            "wanted": share.weight,
+            "epochs": whole.epochs,
+        }
         for share, here, before, whole in zip(view.corpus.shares, found.tolist(), so_far, run, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """int64: `count` of the numbers 0 ... total - 1, evenly spaced; all where there are no more."""
+    """Returns `count` of the numbers 0 ... total - 1, evenly spaced (int64), or all if there are not more."""
     return np.arange(total) if total <= count else np.arange(count) * total // count
 
 
 def _blocks(tokens: Tokens) -> Iterator[np.ndarray]:
-    """All tokens, or blocks of them that are evenly spaced, SAMPLE_TOKENS at most."""
+    """Yields all tokens, or evenly spaced blocks of them with at most SAMPLE_TOKENS in total."""
     for block in spread(-(-len(tokens) // BLOCK), max(1, SAMPLE_TOKENS // BLOCK)).tolist():
         yield from map(np.asarray, tokens.parts(block * BLOCK, (block + 1) * BLOCK))
 
 
 def token_counts(tokens: Tokens, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: how often each id is in the sample."""
+    """Returns how often each id occurs in the sample, int64 [vocab_size]."""
     counts = np.zeros(vocab_size, np.int64)
     for block in _blocks(tokens):
         counts += np.bincount(block.astype(np.int64), minlength=vocab_size)
@@ -204,31 +227,37 @@ def token_counts(tokens: Tokens, vocab_size: int) -> np.ndarray:
 
 
 def learned_share(tokens: Tokens) -> float:
-    """Of the tokens in the sample."""
+    """Returns the share of the sampled tokens that count towards the loss as targets."""
     if tokens.masks is None:
         return 1.0
     return float(np.concatenate([*_blocks(Tokens(tokens.masks))]).mean())
 
 
 class Documents(NamedTuple):
-    lengths: np.ndarray  # int64 [n], in tokens with bos
-    total: int | None  # documents there are; None: not counted, these are the first
+    lengths: np.ndarray  # int64 [n], in tokens, bos included
+    total: int | None  # number of documents in the split; None if not counted, `lengths` are then of the first ones
 
     def summary(self, seq_len: int) -> dict[str, Any]:
-        """As JSON."""
+        """Returns statistics of the lengths as a JSON object."""
         lengths = self.lengths
-        return {"total": self.total, "counted": len(lengths), "mean": float(lengths.mean()),
-                "median": float(np.median(lengths)), "min": int(lengths.min()), "max": int(lengths.max()),
-                "longer_than_seq_len": float((lengths > seq_len).mean())}  # fmt: skip
+        return {
+            "total": self.total,
+            "counted": len(lengths),
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+            "longer_than_seq_len": float((lengths > seq_len).mean()),
+        }
 
 
 def documents(corpus: Corpus, split: Split) -> Documents | None:
-    """Lengths of the documents of a split, or of some that are evenly spaced; None where nobody knows them."""
+    """Returns the lengths of a split's documents, or of an evenly spaced sample; None if unknown."""
     tokens: Tokens = getattr(corpus, split)
     if corpus.tokenizer is None:
         return None
     if "documents" not in corpus.facts[split] and len(tokens) > SAMPLE_TOKENS:
-        # Of files of bare tokens nobody knows where documents start but who reads all of them.
+        # In files of bare tokens, only reading all of them would find all document starts: read the beginning.
         begin = np.concatenate(tokens.parts(0, SAMPLE_TOKENS))
         starts = np.union1d(0, np.flatnonzero(begin == corpus.tokenizer.bos_id))
         lengths = np.diff(starts)  # without the last, which is cut

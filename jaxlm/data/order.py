@@ -1,10 +1,10 @@
-"""Which tokens are in batch N: a pure function of the corpus, the configuration and N.
+"""Decides which tokens are in batch N. The answer is a pure function of the corpus, the configuration and N.
 
-The training tokens are cut into W windows of T inputs, each with the T tokens one further on as targets. Sample i of
-the run is window p(i mod W) of epoch i // W, where p is a keyed permutation that is computed, not stored; a run can
-therefore go on at any batch at once. An epoch holds every target once, except for T - 1 to 2 T - 2 that are left over:
-with these to spare, each epoch begins to cut at another token, and so cuts other windows. Where documents are packed,
-the windows are the rows of the packing. In a mixture, each source has an order of its own.
+The training tokens are cut into W windows of T inputs; the targets are the T tokens shifted by one. Sample i of the run
+is window p(i mod W) of epoch i // W. The keyed permutation p is computed, not stored, so a run can resume at any batch
+at once. An epoch holds every target once, except for T - 1 to 2 T - 2 left-over targets. They let each epoch start
+cutting at a different token, and so use different windows. With packed documents, the rows of the packing take the
+place of the windows. In a mixture, each source has its own order.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ from jaxlm.data.packing import pack
 from jaxlm.data.tokens import Tokens
 
 ROUNDS = 8
-CHUNK = 2048  # samples whose places are made at once
-WEIGHT_BITS = 32  # of a mixture's weights
-# A run keeps the order that it began with. 1: fewer than T targets are left over; if none is, all epochs have the same
-# windows. 2: T - 1 or more are left over.
+CHUNK = 2048  # samples that are shuffled and cached together
+WEIGHT_BITS = 32  # fractional bits of a mixture's weights (fixed point)
+# A run keeps the version it began with. Version 1 leaves fewer than T targets over; if it leaves none, all epochs have
+# the same windows. Version 2 leaves T - 1 or more over.
 VERSION, VERSIONS = 2, (1, 2)
 
-# inputs, targets (-1: nothing is learned), and of packed documents positions: int32 [R, T].
+# inputs, targets (-1 does not count towards the loss) and, with packed documents, positions: int32 [R, T].
 Rows = dict[str, np.ndarray]
 
 
 def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Places of `index` (int64, in [0, size)) in a permutation of range(size) that `keys` (uint64 [ROUNDS]) choose.
+    """Maps `index` (int64, in [0, size)) through the permutation of range(size) that `keys` (uint64 [ROUNDS]) select.
 
-    A Feistel network permutes the next power of four; what falls outside goes through it again until it is inside
-    ("cycle walking", Black and Rogaway 2002), at most four times on average.
+    A Feistel network permutes range(P), where P is the next power of four. A result that is not below `size` goes
+    through the network again until it is ("cycle walking", Black and Rogaway 2002), at most four times on average.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     out = index.astype(np.uint64)
@@ -45,6 +45,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """Permutes the numbers of 2 * half bits with a balanced Feistel network, one round per key."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask
     for key in keys:
@@ -53,7 +54,7 @@ def _feistel(x: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    """Applies the finalizer of SplitMix64 (Steele et al. 2014): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -61,13 +62,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _epoch_keys(seed: int, epoch: int) -> tuple[np.ndarray, int]:
+    """Returns the permutation keys (uint64 [ROUNDS]) and a random 64-bit number of an epoch."""
     state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(ROUNDS + 1, np.uint64)
     return state[:ROUNDS], int(state[ROUNDS])
 
 
 @lru_cache(maxsize=64)
 def _shuffled_chunk(chunk: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`shuffled` for the samples chunk * CHUNK ... (chunk + 1) * CHUNK - 1."""
+    """Computes `shuffled` for the samples chunk * CHUNK ... (chunk + 1) * CHUNK - 1."""
     sample = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=np.int64)
     epochs, places = np.divmod(sample, count)
     found, drawn = np.empty_like(places), np.empty(len(places), np.uint64)
@@ -79,10 +81,10 @@ def _shuffled_chunk(chunk: int, count: int, seed: int) -> tuple[np.ndarray, np.n
 
 
 def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` things each sample of the run (int64 [n], counted from 0) is, and the number drawn for its epoch
-    (uint64 [n]).
+    """Returns which of `count` items each sample of the run (int64 [n], counted from 0) is (int64 [n]), and the random
+    number of its epoch (uint64 [n]).
 
-    Made for many samples at once and kept: a few cost as much as a thousand.
+    Whole chunks of samples are computed and cached, so one sample costs as much as CHUNK of them.
     """
     found, drawn = np.empty(len(sample), np.int64), np.empty(len(sample), np.uint64)
     chunks = sample // CHUNK
@@ -95,12 +97,12 @@ def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def num_windows(num_tokens: int, seq_len: int, version: int = VERSION) -> int:
-    """Training samples in an epoch."""
+    """Returns the number of training samples in an epoch."""
     return (num_tokens - 1) // seq_len if version == 1 else max(1, (num_tokens - seq_len) // seq_len)
 
 
 def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int, version: int = VERSION) -> np.ndarray:
-    """int64 [n]: where the window of each sample of the run (int64 [n], counted from 0) starts among the tokens."""
+    """Returns the token index (int64 [n]) at which the window of each sample (int64 [n], counted from 0) starts."""
     windows = num_windows(num_tokens, seq_len, version)
     spare = num_tokens - 1 - windows * seq_len
     places, drawn = shuffled(sample, windows, seed)
@@ -108,24 +110,25 @@ def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int, 
 
 
 class Order(Protocol):
-    """The rows of a run, in the order in which they are trained on, and those of an evaluation."""
+    """Gives the rows of training, shuffled, and the rows of an evaluation, in the order of the corpus."""
 
-    per_epoch: int  # rows of an epoch of training
-    count: int  # rows of an epoch in order
+    per_epoch: int  # rows in an epoch of training
+    count: int  # rows in an evaluation of all targets
 
     def rows(self, sample: np.ndarray) -> Rows:
-        """Those of the samples of a run (int64 [R], counted from 0)."""
+        """Returns the training rows of some samples of the run (int64 [R], counted from 0)."""
         ...
 
     def in_order(self, places: np.ndarray) -> Rows:
-        """Those at some places (int64 [R], rising) of an epoch that holds every target once; beyond its end nothing is
-        learned.
+        """Returns the evaluation rows at `places` (int64 [R], rising).
+
+        Rows 0 ... count - 1 hold every target once. All targets of later rows are -1.
         """
         ...
 
 
 class Windows:
-    """Documents run on, one after the other."""
+    """Rows cut from the concatenated documents."""
 
     def __init__(self, tokens: Tokens, T: int, seed: int, version: int = VERSION):
         self.tokens, self.T, self.seed, self.version = tokens, T, seed, version
@@ -135,7 +138,7 @@ class Windows:
         return self._at(window_starts(sample, len(self.tokens), self.T, self.seed, self.version))
 
     def _at(self, starts: np.ndarray) -> Rows:
-        if self.tokens.masks is None:  # one read for both
+        if self.tokens.masks is None:  # one read gives inputs and targets
             ids = self.tokens.windows(starts, self.T + 1)
             return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}
         return {"inputs": self.tokens.windows(starts, self.T), "targets": self.tokens.targets(starts + 1, self.T)}
@@ -147,7 +150,7 @@ class Windows:
         if full:
             for name, found in self._at(places[:full] * self.T).items():
                 out[name][:full] = found
-        if rest and full < len(places) and places[full] == whole:  # the last row is not full
+        if rest and full < len(places) and places[full] == whole:  # the last row is only partly filled
             start = np.array([whole * self.T])
             out["inputs"][full, :rest] = self.tokens.windows(start, rest)[0]
             out["targets"][full, :rest] = self.tokens.targets(start + 1, rest)[0]
@@ -155,7 +158,7 @@ class Windows:
 
 
 class Packed:
-    """Whole documents side by side, each of which sees itself alone: `positions` start at 0 with each."""
+    """Rows of whole documents. Each document attends only to itself, and its `positions` start at 0."""
 
     def __init__(self, tokens: Tokens, T: int, seed: int):
         self.tokens, self.T, self.seed = tokens, T, seed
@@ -180,23 +183,26 @@ class Packed:
 
 
 def _empty(num_rows: int, T: int) -> Rows:
+    """Returns rows of padding."""
     return {"inputs": np.zeros((num_rows, T), np.int32), "targets": np.full((num_rows, T), -1, np.int32)}
 
 
 class Mixed:
-    """Each sample is of one of several sources: at any time, each has had its share of the samples to within one per
-    source, and every sample is of it with the probability of its weight (over seeds).
+    """An order that draws each sample from one of several sources.
+
+    After any number of samples, the count of each source differs from its share by less than the number of sources.
+    Over random seeds, the probability that a sample comes from a source is the weight of that source.
     """
 
     def __init__(self, parts: Sequence[Order], weights: list[float], seed: int):
         self.parts = parts
-        # Source k takes its share of what the sources before it leave.
+        # Source k takes its share of the samples that sources 0 ... k - 1 leave.
         left = np.cumsum(weights[::-1])[::-1]
         self._shares = [max(1, round(w / rest * 2**WEIGHT_BITS)) for w, rest in zip(weights, left, strict=True)]
         self._phases = np.random.SeedSequence([seed % 2**64, 2**64 - 1]).generate_state(len(parts)).tolist()
 
     def taken(self, sample: int) -> list[int]:
-        """How many of the samples before this one are of each source."""
+        """Returns how many of the samples 0 ... sample - 1 come from each source."""
         counts = []
         for share, phase in zip(self._shares, self._phases, strict=True):
             counts.append(int(_share_of(np.int64(sample), share, phase)))
@@ -204,9 +210,9 @@ class Mixed:
         return counts
 
     def split(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sample, and how many samples that source has had before it."""
+        """Returns the source of each sample, and how many earlier samples came from that source."""
         source = np.full(len(sample), -1)
-        place = sample.copy()  # among those that the sources so far leave
+        place = sample.copy()  # index among the samples that the previous sources leave
         for k, (share, phase) in enumerate(zip(self._shares, self._phases, strict=True)):
             left = source < 0
             before = _share_of(place, share, phase)
@@ -227,13 +233,18 @@ class Mixed:
 
 
 def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
-    """floor(number * share / 2^32 + phase / 2^32), without overflow for numbers below 2^50."""
+    """Returns floor((number * share + phase) / 2^32), without overflow for numbers below 2^50."""
     high, low = (number >> 20) * share, (number & 0xFFFFF) * share
     return (high >> 12) + ((((high & 0xFFF) << 20) + low + phase) >> WEIGHT_BITS)
 
 
 def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = VERSION) -> Windows | Packed:
-    """`number` is that of the source in a mixture: each has an order of its own."""
+    """Returns the order of one source.
+
+    Args:
+      number: index of the source in a mixture; each source is shuffled with its own seed.
+      version: one of VERSIONS; packed documents have only one.
+    """
     seed = config.seed + number * 2**32
     match config.data.packing:
         case "document":
@@ -245,7 +256,7 @@ def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = V
 
 
 class Consumed(NamedTuple):
-    """What a run has had of a source."""
+    """How much of a source a run has trained on."""
 
     name: str
     tokens: int
@@ -253,7 +264,7 @@ class Consumed(NamedTuple):
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The numbers of these ranges (first, last), in ranges that rise and do not overlap."""
+    """Returns the union of ranges (first, last) as ranges that rise and do not overlap."""
     found: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if found and first <= found[-1][1]:
@@ -263,10 +274,10 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 class TrainOrder:
-    """The rows that a run trains on.
+    """The order of a run's training rows, over all sources.
 
     Args:
-      left_out: numbers of batches, counted from 1, that are stepped over: (first, last) of each range.
+      left_out: ranges (first, last), both included, of batches to skip; batches are counted from 1.
       version: one of VERSIONS.
     """
 
@@ -283,22 +294,26 @@ class TrainOrder:
         self._T, self._batch_size = config.seq_len, config.batch_size
         ranges = _merged(left_out)
         counts = np.cumsum([0, *(last - first + 1 for first, last in ranges)])
-        # For each range, how many batches before it are trained on; and how many are left out before the next range.
+        # _trained_before[k]: batches trained on before range k; _left_out[k]: batches in ranges 0 ... k - 1.
         self._trained_before = np.array([first - 1 for first, _ in ranges], np.int64) - counts[:-1]
         self._left_out = counts.astype(np.int64)
 
     def number(self, step: np.ndarray | int) -> Any:
-        """The number of the batch of a step, both counted from 1: the step's own, where none is left out."""
+        """Returns the number of the batch that a step trains on, both counted from 1; equal if none is left out."""
         return step + self._left_out[np.searchsorted(self._trained_before, np.asarray(step) - 1, side="right")]
 
     def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
-        """Rows of the global batches of updates first + 1 ... first + count (counted from 0), [count, R, T]."""
+        """Returns the rows [count, R, T] of the batches of steps first + 1 ... first + count (counted from 1).
+
+        Args:
+          rows: which rows of each global batch.
+        """
         n = self.number(np.arange(first + 1, first + count + 1, dtype=np.int64))[:, None] - 1
         sample = n * self._batch_size + np.arange(self._batch_size)[rows]
         return {k: v.reshape(*sample.shape, -1) for k, v in self.mixed.rows(sample.reshape(-1)).items()}
 
     def consumed(self, steps: int) -> list[Consumed]:
-        """Tokens and epochs of each source after so many updates; one without a name where there is no mixture."""
+        """Returns the tokens and epochs of each source after `steps` updates; without a mixture, of one named ""."""
         taken = self.mixed.taken(int(self.number(steps)) * self._batch_size if steps else 0)
         parts = zip(self._names, taken, self.mixed.parts, strict=True)
         return [Consumed(name, count * self._T, count / part.per_epoch) for name, count, part in parts]

@@ -1,4 +1,4 @@
-"""From `data.*` to the corpus that it names: one source, or a mixture of several under one tokenizer."""
+"""Makes or opens the corpus that `data.*` names: one source, or a mixture of several with one tokenizer."""
 
 import dataclasses
 import itertools
@@ -16,10 +16,10 @@ from jaxlm.data.tokens import chain
 
 
 def prepare(config: Config, *, progress: bool = True) -> Corpus:
-    """The corpus that `config.data` names: opened where a store of it exists, else made.
+    """Returns the corpus that `config.data` names: opens its token store, and makes the store first if needed.
 
-    Any number of processes may call this at once; one of them makes the store, the others wait. `progress` shows it
-    on stderr.
+    Any number of processes may call this at once; one of them makes the store, the others wait. With `progress`, shows
+    notes and progress on stderr.
 
     Raises:
       UserError: the data is missing, unreadable, too short or does not fit the configuration.
@@ -35,6 +35,7 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
 
 
 def _opened(data: DataConfig, progress: bool) -> Source:
+    """Returns the source of documents that `data` names; prints its notes if `progress`."""
     source = open_source(data)
     for note in source.notes if progress else ():
         say_once(note)
@@ -42,6 +43,7 @@ def _opened(data: DataConfig, progress: bool) -> Source:
 
 
 def _mixed(config: Config, progress: bool) -> Corpus:
+    """Returns the corpus of a mixture."""
     weights, parts = zip(*((weight, part) for weight, part in mixture(config.data)), strict=True)
     sources = {i: _opened(part, progress) for i, part in enumerate(parts) if not SOURCES[part.source].ids}
     _check_distinct(list(sources.values()))
@@ -53,8 +55,8 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     for i, (_, own) in ids.items():
         if own.pieces != tokenizer.pieces:
             raise UserError(
-                f"data.mixture: {parts[i].path} has other token ids than the rest; allowed: tokens of the "
-                "same tokenizer (data.tokenizer_path)"
+                f"data.mixture: {parts[i].path} has token ids of another tokenizer; allowed: the same tokenizer "
+                "for all sources (data.tokenizer_path)"
             )
     corpora = [
         ids[i][0] if i in ids else stored(part, sources[i], tokenizer, name, config.seq_len, progress)
@@ -70,20 +72,28 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     ]
     facts = {s: _totals([corpus.facts[s] for corpus in corpora]) for s in ("train", "val")}
     return Corpus(
-        train=chain([c.train for c in corpora]), val=chain([c.val for c in corpora]),
-        vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, bytes_per_token=tokenizer.bytes_per_token(),
-        fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)), folder=None,
-        facts={"source": "mixture", "folders": list(dict.fromkeys(str(c.folder) for c in corpora if c.folder)),
-               "skipped": sum(c.facts.get("skipped", 0) for c in corpora)} | facts,
+        train=chain([c.train for c in corpora]),
+        val=chain([c.val for c in corpora]),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        bytes_per_token=tokenizer.bytes_per_token(),
+        fingerprint=fingerprint(tokenizer.vocab_size, *(c.fingerprint for c in corpora)),
+        folder=None,
+        facts={
+            "source": "mixture",
+            "folders": list(dict.fromkeys(str(c.folder) for c in corpora if c.folder)),
+            "skipped": sum(c.facts.get("skipped", 0) for c in corpora),
+        }
+        | facts,
         shares=tuple(shares),
-    )  # fmt: skip
+    )
 
 
 def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus, Tokenizer]:
-    """The token ids of a mixture's part, and what gives them a text."""
+    """Returns the corpus of a mixture's part that is token ids, and the tokenizer of these ids."""
     own = dataclasses.replace(config, data=part)
     corpus = _checked(open_ids(own, progress), own)
-    if corpus.tokenizer is None:  # whatever tokenizer the others have, nobody knows that it made these
+    if corpus.tokenizer is None:  # the tokenizer of the other parts need not have made these ids
         raise UserError(
             f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
             "or a token store"
@@ -92,7 +102,7 @@ def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus
 
 
 def _check_distinct(sources: list[Source]) -> None:
-    """Raises UserError where a file is in two sources that hold out differently: one would train on what the other
+    """Raises UserError if a file is in two sources with different splits: one would train on documents that the other
     validates on.
     """
     for a, b in itertools.combinations(sources, 2):
@@ -104,17 +114,18 @@ def _check_distinct(sources: list[Source]) -> None:
 
 
 def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:
-    """The sums of what is known of all."""
+    """Returns the sums of the counts that all facts have."""
     known = [k for k in ("documents", "bytes", "tokens") if all(k in found for found in facts)]
     return {k: sum(found[k] for found in facts) for k in known}
 
 
 def _checked(corpus: Corpus, config: Config) -> Corpus:
+    """Returns the corpus; raises UserError if it does not fit the configuration."""
     check_lengths(config.data, config.seq_len, len(corpus.train), len(corpus.val))
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
         raise UserError(
-            f"data.packing is 'document', and nobody knows where documents start in {named(config.data)};"
-            " allowed with files of token ids: packing=concat, or data.tokenizer_path, whose bos opens"
-            " them"
+            f"data.packing is 'document', but it is unknown where documents start in {named(config.data)};"
+            " allowed with files of token ids: data.packing=concat, or data.tokenizer_path, whose bos opens"
+            " documents"
         )
     return corpus

@@ -1,4 +1,4 @@
-"""Progress of a long job on stderr: a bar on a terminal, else a line at its start and its end."""
+"""Shows the progress of a long job on stderr: a bar on a terminal, otherwise a line at its start and at its end."""
 
 import sys
 import time
@@ -10,25 +10,30 @@ from typing import NamedTuple
 
 @cache
 def say_once(line: str) -> None:
-    """A line on stderr; a program may prepare its data several times."""
+    """Prints a line on stderr once per process: a program may prepare its data several times."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Progress(NamedTuple):
-    advance: Callable[[int], None]  # by a number of bytes
+    advance: Callable[[int], None]  # takes the number of bytes done since the last call
 
 
 @contextmanager
 def track(what: str, num_bytes: int, show: bool) -> Iterator[Progress]:
-    """Shows how much of `num_bytes` (0 = unknown) is done."""
+    """Shows how much of `num_bytes` (0 if unknown) is done."""
     if not show:
         yield Progress(lambda n: None)
     elif sys.stderr.isatty():
         import rich.console
         import rich.progress as rp
 
-        columns = (rp.TextColumn(what), rp.BarColumn(), rp.DownloadColumn(), rp.TransferSpeedColumn(),
-                   rp.TimeRemainingColumn())  # fmt: skip
+        columns = (
+            rp.TextColumn(what),
+            rp.BarColumn(),
+            rp.DownloadColumn(),
+            rp.TransferSpeedColumn(),
+            rp.TimeRemainingColumn(),
+        )
         with rp.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
             task = bar.add_task(what, total=num_bytes or None)
             yield Progress(lambda n: bar.update(task, advance=n))

@@ -1,4 +1,4 @@
-"""Text around generation: a prompt becomes ids, and new ids become text as they come, up to where it ends."""
+"""Turns prompts into ids and generated ids into text, piece by piece, up to where the text ends."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,21 +12,21 @@ from jaxlm.data.tokenizers.markup import encode_marked, first_special
 
 
 class Ending(NamedTuple):
-    """Where a continuation ends; neither the id nor the text is shown."""
+    """Where a continuation ends: at the first of these ids or texts, which is not shown."""
 
     ids: frozenset[int]
     texts: tuple[str, ...]
-    tail: str  # what the template writes after an answer; not shown where the text ends with it
+    tail: str  # text of the template after an answer; removed if the continuation ends with it
 
 
 def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool) -> np.ndarray:
-    """int32 ids [T] to continue, from bos on.
+    """Returns the ids (int32 [T]) to continue, the first of which is bos.
 
     Args:
-      chat: write the text as a message of the user, and open the answer.
+      chat: whether to write the text as a message of the user, followed by the opening of the answer.
 
     Raises:
-      UserError: the tokenizer has no ids for it.
+      UserError: the tokenizer has no ids for the text.
     """
     if not chat:
         return np.concatenate([[tokenizer.bos_id], tokenizer.encode([text])[0]]).astype(np.int32)
@@ -36,10 +36,11 @@ def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool)
 
 
 def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = ()) -> Ending:
-    """Where a run's texts end: with their document, and after an answer if the run learns answers.
+    """Returns where a run's continuations end: at the end of the document, at `stops`, and, if the run trains on
+    answers, after an answer.
 
-    An answer ends at the first special token that the template writes after it or, without one, at what opens the
-    user's next message.
+    An answer ends at the first special token that the template writes after it. Without one, it ends where the user's
+    next message opens.
     """
     after, opening = after_answer(data) if trains_on_answers(data) else ("", "")
     special = first_special(tokenizer, after)
@@ -49,7 +50,7 @@ def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = (
 
 
 class Continuation:
-    """The text of one sample."""
+    """Decodes the text of one sample, piece by piece."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, ending: Ending):
         self.ended = False
@@ -57,7 +58,7 @@ class Continuation:
         self._decode(prompt.tolist(), True)
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that new ids add; holds back what may be the beginning of an ending."""
+        """Returns the text that new ids add. Text that may begin an ending is held back until it is decided."""
         if self.ended:
             return ""
         kept = []
@@ -68,7 +69,7 @@ class Continuation:
         return self._advance(kept)
 
     def finish(self) -> str:
-        """The rest of the text, when no more ids come."""
+        """Returns the rest of the text, when no more ids follow."""
         if self.ended:
             return ""
         text, self.ended = self._held + self._decode([], True), True
@@ -77,7 +78,7 @@ class Continuation:
     def _advance(self, ids: list[int]) -> str:
         text = self._held + self._decode(ids, False)
         found = [(at + len(stop), at) for stop in self._ending.texts if (at := text.find(stop)) >= 0]
-        if found:  # the one that is whole first
+        if found:  # the one that is complete first
             self.ended = True
             return text[: min(found)[1]]
         held = max((_overlap(text, end) for end in (*self._ending.texts, self._ending.tail)), default=0)
@@ -86,5 +87,5 @@ class Continuation:
 
 
 def _overlap(text: str, end: str) -> int:
-    """How many of the last characters of a text are the first of an end."""
+    """Returns the length of the longest suffix of `text` that is a prefix of `end`."""
     return next((n for n in range(min(len(text), len(end)), 0, -1) if text.endswith(end[:n])), 0)

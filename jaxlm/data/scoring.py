@@ -1,7 +1,7 @@
-"""The batches of an evaluation: all of the validation set, or some that are spread evenly over it.
+"""Makes the batches of an evaluation: the whole validation set, or a part that is spread evenly over it.
 
-Every target (all but the first id of a source) is in one row; where packed documents see themselves alone, the bos that
-ends the last one is a target too. Each batch is of one source of a mixture, so that sources have scores of their own.
+Every target (all ids of a source but the first) is in exactly one row. With packed documents, the bos that ends the
+last document is a target too. Each batch belongs to one source of a mixture, so that each source has its own score.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from jaxlm.data.stream import HostBatch, local_rows, shard
 
 
 class Scored(NamedTuple):
-    """A batch, and what its sums stand for."""
+    """A batch, with its source and how much its sums count."""
 
-    source: str  # the name of the mixture's share; "" without a mixture
-    weight: float  # rows of that source / rows of it that are scored; 1 where all are
+    source: str  # name of the mixture's source; "" without a mixture
+    weight: float  # rows of the source / scored rows of the source; 1 if all are scored
     batch: HostBatch
 
 
@@ -33,17 +33,17 @@ def eval_batches(
     process_count: int = 1,
     limit: int = 0,
 ) -> Iterator[Scored]:
-    """This process's part of the validation set, source after source, in the order of its rows.
+    """Returns this process's part of the validation batches, source after source, rows in the order of the corpus.
 
-    What is missing from the last row and the last batch of a source is filled with targets of -1, which do not count,
-    so that all batches have one shape and all processes the same number of them.
+    The last row and the last batch of a source are padded with targets of -1, which do not count. All batches therefore
+    have the same shape, and all processes the same number of batches.
 
     Args:
-      rows_per_batch: sequences over all processes and devices.
-      limit: about how many batches, spread over all sources by their sizes, at least one of each; 0 = all.
+      rows_per_batch: rows of a batch over all processes and devices.
+      limit: about how many batches to score, split among the sources by their sizes, at least one each; 0 for all.
 
     Raises:
-      UserError: rows_per_batch does not divide over the devices.
+      UserError: rows_per_batch does not divide evenly over the devices.
     """
     here = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
     orders = [make_order(share.val, config) for share in corpus.parts]
@@ -51,7 +51,9 @@ def eval_batches(
 
     def batches() -> Iterator[Scored]:
         for share, order, places in zip(corpus.parts, orders, picked, strict=True):
-            padded = np.full(-(-len(places) // rows_per_batch) * rows_per_batch, order.count)  # beyond the end
+            padded = np.full(
+                -(-len(places) // rows_per_batch) * rows_per_batch, order.count
+            )  # rows beyond the end are padding
             padded[: len(places)] = places
             for rows in padded.reshape(-1, rows_per_batch):
                 yield Scored(share.name, order.count / len(places), shard(order.in_order(rows[here]), num_devices))
@@ -60,7 +62,12 @@ def eval_batches(
 
 
 def scored_rows(counts: list[int], rows_per_batch: int, limit: int) -> list[np.ndarray]:
-    """The rows (int64, rising) of each source that are scored, of as many as `counts` says."""
+    """Returns which rows (int64, rising) of each source are scored.
+
+    Args:
+      counts: number of rows of each source.
+      limit: as in `eval_batches`.
+    """
     whole = [-(-count // rows_per_batch) for count in counts]
     if not limit or limit >= sum(whole):
         return [np.arange(count) for count in counts]

@@ -1,11 +1,12 @@
-"""Makes the token store: a corpus tokenized once, in a folder named after all that shaped it.
+"""Makes the token store: a corpus, tokenized once, in a folder whose name is a hash of everything that shaped it.
 
     <cache_dir>/<key>/              manifest.json, train/00000.bin and .starts (.mask), ..., val/, tokenizer/
-    <cache_dir>/<key>.building/     one that is being made, renamed when whole; goes on where it was stopped
-    <cache_dir>/tokenizer-<key>/    one that was made of a corpus
+    <cache_dir>/<key>.building/     a store in progress; renamed when complete, resumed if it was interrupted
+    <cache_dir>/tokenizer-<key>/    a tokenizer made from a corpus
 
-The .bin files are token ids, uint16 or uint32, little-endian; each document is bos and its tokens, and .starts says at
-which tokens of its shard documents start. The manifest has counts and the sha256 of every file.
+The .bin files hold token ids, uint16 or uint32, little-endian; each document is bos and its tokens. The .starts files
+hold the index, within the shard, of each document's first token. The manifest holds the counts of every shard and the
+sha256 of every shard file.
 """
 
 import functools
@@ -37,26 +38,27 @@ from jaxlm.data.tokenizers.sentencepiece import SAMPLE_CHARACTERS
 from jaxlm.host import signals
 from jaxlm.host.temporary import temporary_folder
 
-MARKUP = 1  # how special tokens of a chat template are encoded
+MARKUP = 1  # version of how special tokens of a chat template are encoded
 LOCK_LIMIT = 12 * 3600  # seconds to wait for the process that makes a store
-SHOWN_REASONS = 5  # of what is skipped, that are printed
-SAMPLE_BYTES = 1 << 29  # of a corpus that are read to train a tokenizer on
-# Beside the source and the tokenizer, what decides which tokens are in which shard, and what a tokenizer is trained on.
+SHOWN_REASONS = 5  # how many reasons for skipping are printed
+SAMPLE_BYTES = 1 << 29  # about how many characters of a corpus are read to train a tokenizer on
+# Together with the source and the tokenizer, these decide which tokens are in which shard and which text a tokenizer is
+# trained on.
 SHAPE = [FORMAT, UNIT_BYTES, MAX_UNITS, LINE_BYTES, BLOCK, SAMPLE_BYTES, SAMPLE_CHARACTERS]
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where token stores are kept."""
+    """Returns the folder of all token stores."""
     if data.cache_dir:
         return user_path("data.cache_dir", data.cache_dir).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "jaxlm"
 
 
 def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) -> tuple[Tokenizer, str]:
-    """The tokenizer of a configuration, made where there is none yet, and what names it among others.
+    """Returns the tokenizer of a configuration, made first if it does not exist yet, and a hash that identifies it.
 
     Raises:
-      UserError: it cannot be loaded, or the corpus is no good to train one.
+      UserError: the tokenizer cannot be loaded, or cannot be trained on this corpus.
     """
     if data.tokenizer_path or TOKENIZERS[data.tokenizer].corpus_key(data) is None:
         tokenizer = make_tokenizer(data, _no_texts, _no_texts)
@@ -79,9 +81,12 @@ def stored_tokenizer(data: DataConfig, sources: list[Source], progress: bool) ->
 
 
 def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, seq_len: int, progress: bool) -> Corpus:
-    """The corpus of a source: opened where a store of it exists, else made.
+    """Returns the corpus of a source: opens its token store, and makes the store first if it does not exist.
 
     Any number of processes may call this at once; one of them makes the store, the others wait.
+
+    Args:
+      name: the hash that identifies the tokenizer.
 
     Raises:
       UserError: the data is unreadable or too short, or the store cannot be written.
@@ -101,17 +106,18 @@ def stored(data: DataConfig, source: Source, tokenizer: Tokenizer, name: str, se
 
 
 def _short(key: dict[str, Any]) -> str:
+    """Returns a hash of a JSON object, 16 hex digits."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tokenizer_key(data: DataConfig, sources: list[Source]) -> dict[str, Any]:
-    """All that shapes a tokenizer that is made of a corpus."""
+    """Returns everything that shapes a tokenizer made from a corpus."""
     key = {"shape": SHAPE, "kind": data.tokenizer, "sources": [source.key for source in sources]}
     return key | (TOKENIZERS[data.tokenizer].corpus_key(data) or {})
 
 
 def _saved_hash(tokenizer: Tokenizer) -> str:
-    """What names a tokenizer: all that it saves, and the library that reads it."""
+    """Returns a hash of the files that a tokenizer saves and of the version of the library that reads them."""
     with temporary_folder() as folder:
         tokenizer.save(folder)
         files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
@@ -124,7 +130,10 @@ def _no_texts() -> Iterator[str]:
 
 
 def _texts(units: list[Unit], splits: tuple[Split, ...], limit: int | None = None) -> Iterator[str]:
-    """The texts of all units; the first of each where all together have more than `limit` characters."""
+    """Yields the texts of all units.
+
+    With `limit`, each unit stops after the document that reaches max(limit // len(units), 2^20) characters.
+    """
     for unit in units:
         left = None if limit is None else max(limit // len(units), 1 << 20)
         for item in unit.read():
@@ -135,7 +144,7 @@ def _texts(units: list[Unit], splits: tuple[Split, ...], limit: int | None = Non
 
 
 def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path], bool], progress: bool) -> None:
-    """Has `make` fill a folder beside its final place and moves it there, unless it is there."""
+    """Makes a folder unless `whole` says that it is complete: `make` fills <folder>.building, which is then renamed."""
     if whole(folder):
         return
     cache, temporary = folder.parent, folder.with_name(f"{folder.name}.building")
@@ -145,7 +154,9 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
             if whole(folder):
                 return
             if folder.exists():
-                raise UserError(f"{folder}: not a whole token store, and not made by jaxlm as it is; move it away")
+                raise UserError(
+                    f"{folder}: not a complete token store; allowed: a complete one, or nothing there (move it away)"
+                )
             temporary.mkdir(exist_ok=True)
             tidy = functools.partial(_remove_empty, temporary)
             signals.at_stop(tidy)
@@ -155,7 +166,7 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
                 os.rename(temporary, folder)
                 _sync_folder(cache)
             except BaseException as error:
-                # Bad data stays bad, so nothing of it is kept. After other errors, as after a signal, the rest is.
+                # Bad data stays bad: remove its shards. After other errors or a signal, finished shards are kept.
                 if isinstance(error, UserError) and not isinstance(error, Unfinished):
                     shutil.rmtree(temporary, ignore_errors=True)
                 tidy()
@@ -163,32 +174,33 @@ def _made_once(folder: Path, make: Callable[[Path], None], whole: Callable[[Path
             finally:
                 signals.forget(tidy)
     except OSError as error:
-        kept = f"; what is done is kept in {temporary}" if temporary.exists() else ""
+        kept = f"; finished shards are kept in {temporary}" if temporary.exists() else ""
         raise UserError(f"data.cache_dir {cache}: cannot be written ({error.strerror or error}){kept}") from error
 
 
 def _remove_empty(temporary: Path) -> None:
-    """Removes a folder without a finished shard."""
+    """Removes a folder that holds no finished shard."""
     if not any(temporary.glob("?????.json")):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def _locked(path: Path, progress: bool) -> Iterator[None]:
+    """Holds a lock file; waits up to LOCK_LIMIT seconds for another process to release it."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         if progress:
             print(
-                f"waiting for the process that makes {path.with_suffix('')}, {LOCK_LIMIT // 3600} h at most",
+                f"waiting for the process that makes {path.with_suffix('')} (at most {LOCK_LIMIT // 3600} h)",
                 file=sys.stderr,
             )
         try:
             lock.acquire(timeout=LOCK_LIMIT)
         except filelock.Timeout:
             raise UserError(
-                f"{path}: another process has held it for {LOCK_LIMIT // 3600} h, end that one or wait again"
+                f"{path}: another process has held this lock for {LOCK_LIMIT // 3600} h; end that one or wait again"
             ) from None
     try:
         yield
@@ -197,6 +209,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 
 
 def _fill(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, seq_len: int, progress: bool) -> None:
+    """Writes a token store into `folder`; keeps the shards that an earlier run finished there."""
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
     try:
@@ -208,8 +221,8 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, 
     totals = {s: {k: sum(shard[s][k] for shard in shards) for k in COUNTS} for s in SPLITS}
     skipped = source.skipped + sum(shard["skipped"] for shard in shards)
     if skipped and progress:
-        what = "file or record that is" if skipped == 1 else "files or records that are"
-        print(f"skipped {skipped} {what} no good", file=sys.stderr)
+        what = "file or record" if skipped == 1 else "files or records"
+        print(f"skipped {skipped} unusable {what}", file=sys.stderr)
         reasons = [reason for shard in shards for reason in shard["reasons"]][:SHOWN_REASONS]
         if reasons and skipped > len(reasons):
             reasons.append(f"... and {skipped - len(reasons)} more")
@@ -217,16 +230,21 @@ def _fill(folder: Path, source: Source, tokenizer: Tokenizer, data: DataConfig, 
             print(f"  {reason}", file=sys.stderr)
     check_lengths(data, seq_len, totals["train"]["tokens"], totals["val"]["tokens"])
     manifest = {
-        "format": FORMAT, "dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size,
-        "source": source.name, "masked": source.masked, "skipped": skipped, "shards": shards,
-    }  # fmt: skip
+        "format": FORMAT,
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        "vocab_size": tokenizer.vocab_size,
+        "source": source.name,
+        "masked": source.masked,
+        "skipped": skipped,
+        "shards": shards,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     for file in folder.glob("?????.json"):
         file.unlink()
 
 
 def _sync(folder: Path) -> None:
-    """Makes the files of a folder durable; those of shards are already."""
+    """Makes all files and names in a folder durable (fsync); the files of shards already are."""
     for path in (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".bin", ".starts", ".mask")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -235,7 +253,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes the names in a folder durable (fsync)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Opens a token store that store.py made: compares it with its manifest, and gives the corpus whose tokens it holds."""
+"""Opens a token store that store.py made: checks it against its manifest and returns its corpus."""
 
 import contextlib
 import hashlib
@@ -17,19 +17,19 @@ from jaxlm.data.token_file import Shard, TokenFile
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.data.tokens import Tokens
 
-FORMAT = 2  # of a manifest
-COUNTS = ("documents", "bytes", "tokens")  # of a shard
-CHECKED_BYTES = 1 << 28  # a store of at most this size is compared with its hashes whenever it is opened
+FORMAT = 2  # version of the manifest
+COUNTS = ("documents", "bytes", "tokens")  # of each split of a shard
+CHECKED_BYTES = 1 << 28  # the hashes of stores up to this size are checked whenever they are opened
 
 
 def open_store(folder: Path, verify: bool = False) -> Corpus:
-    """The corpus of a store, whose tokens are read when they are asked for.
+    """Returns the corpus of a store. Tokens are read from the files only when they are needed.
 
     Args:
-      verify: compare every file with its hash, of large stores too.
+      verify: whether to check the hash of every file in a large store, too.
 
     Raises:
-      UserError: a file is missing or is not what the manifest says.
+      UserError: a file is missing or does not match the manifest.
     """
     path = folder / "manifest.json"
     try:
@@ -43,7 +43,7 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
         names = ([shard[s]["sha256"] for shard in shards if shard[s]["tokens"]] for s in SPLITS)
         name = fingerprint(vocab_size, *names)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; allowed: a whole token store (remove {folder})") from None
+        raise UserError(f"{error.filename}: no such file; allowed: a complete token store (remove {folder})") from None
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -61,23 +61,30 @@ def open_store(folder: Path, verify: bool = False) -> Corpus:
     _allow_open_files()
     train, val = (_open_split(folder / s, [shard[s] for shard in shards], tokenizer, verify) for s in SPLITS)
     return Corpus(
-        train=train, val=val, vocab_size=vocab_size, tokenizer=tokenizer,
-        bytes_per_token=tokenizer.bytes_per_token(), fingerprint=name, folder=folder, facts=facts,
-    )  # fmt: skip
+        train=train,
+        val=val,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        bytes_per_token=tokenizer.bytes_per_token(),
+        fingerprint=name,
+        folder=folder,
+        facts=facts,
+    )
 
 
 def _check_shards(shards: Any, masked: bool) -> None:
-    """Raises ValueError (or what Python raises where things are of other types) if they are not as `make_shards` gives
-    them.
+    """Raises ValueError unless the shards look as `make_shards` returns them.
+
+    For wrong types, raises whatever Python raises, such as TypeError.
     """
     suffixes = {"bin", "starts", "mask"} if masked else {"bin", "starts"}
     for shard in [shard[s] for shard in shards for s in SPLITS]:
         if any(type(shard[k]) is not int or shard[k] < 0 for k in COUNTS) or shard["sha256"].keys() != suffixes:
-            raise ValueError(f"{show(shard)} is no shard")
+            raise ValueError(f"{show(shard)} is not a shard")
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets this process have: each file of tokens holds one, and at first 1024 are allowed."""
+    """Raises this process's limit of open files, usually 1024, as far as allowed: each token file stays open."""
     most = 1 << 16
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -87,6 +94,7 @@ def _allow_open_files() -> None:
 
 
 def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer, verify: bool) -> Tokens:
+    """Opens the files of a split; checks their sizes and, with `verify`, their contents."""
     dtypes = {"bin": token_dtype(tokenizer.vocab_size), "starts": np.dtype("<u8"), "mask": np.dtype(bool)}
     found: dict[str, list[Shard]] = {"bin": [], "mask": []}
     for index, shard in enumerate(shards):
@@ -95,13 +103,13 @@ def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
             file = _open_file(path, dtypes[suffix], shard["documents" if suffix == "starts" else "tokens"])
             array = np.asarray(file) if verify else file
             if verify and hashlib.sha256(cast(Any, array)).hexdigest() != digest:
-                raise UserError(f"{path}: not the content that its manifest says; remove {folder.parent}")
+                raise UserError(f"{path}: content does not match its manifest; remove {folder.parent}")
             largest = np.max(array, initial=0) if verify and suffix == "bin" else 0
             if largest >= tokenizer.vocab_size:
                 raise UserError(
                     f"{path}: id {largest}; allowed: 0 to {tokenizer.vocab_size - 1}; remove {folder.parent}"
                 )
-            if suffix in found:  # the others are opened when they are needed
+            if suffix in found:  # .starts files are opened again when they are needed
                 found[suffix].append(file)
     offsets = [0, *itertools.accumulate(map(len, found["bin"]))]
 
@@ -109,19 +117,20 @@ def _open_split(folder: Path, shards: list[dict[str, Any]], tokenizer: Tokenizer
         parts = [np.fromfile(folder / f"{i:05}.starts", "<u8").astype(np.int64) for i in range(len(shards))]
         bounds = np.concatenate([[-1], *map(np.add, parts, offsets), [offsets[-1]]])
         if (bounds[1:] <= bounds[:-1]).any() or (offsets[-1] and bounds[1]):
-            raise UserError(f"{folder}: its .starts are not where documents start; remove {folder.parent}")
+            raise UserError(f"{folder}: its .starts files hold invalid document starts; remove {folder.parent}")
         return bounds[1:-1]
 
     return Tokens(found["bin"], found["mask"] or None, starts, tokenizer.bos_id)
 
 
 def _open_file(path: Path, dtype: np.dtype, length: int) -> TokenFile:
+    """Opens a file of `length` numbers; raises UserError if it is missing, unreadable or of another size."""
     try:
         found, wanted = path.stat().st_size, length * dtype.itemsize
         if found == wanted:
             return TokenFile(path, dtype, 0, length)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; allowed: a whole token store (remove {path.parents[1]})") from None
+        raise UserError(f"{path}: no such file; allowed: a complete token store (remove {path.parents[1]})") from None
     except OSError as error:
         raise UserError(f"{path}: unreadable ({error.strerror})") from error
     raise UserError(f"{path}: {found} bytes; allowed: {wanted}, as its manifest says (remove {path.parents[1]})")

@@ -1,8 +1,8 @@
 """Makes training batches ahead of time, in a tf.data pipeline.
 
-order.py decides what is in a batch; here it is made and shaped [local devices, sequences of one device, T]. TensorFlow
-takes seconds to import, so a thread imports it while the first batches are made on demand. Without TensorFlow a thread
-makes batches ahead.
+order.py decides which tokens are in a batch; this module makes the batch, shaped [local devices, sequences per device,
+T]. Importing TensorFlow takes seconds, so a thread imports it while the first batches are made on demand. Without
+TensorFlow, a Python thread makes batches ahead.
 """
 
 import contextlib
@@ -18,19 +18,23 @@ from jaxlm.data.order import TrainOrder
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.host.runtime import IMPORTER
 
-HostBatch = dict[str, np.ndarray]  # inputs, targets, with packed documents positions: int32 [devices, B, T]
+HostBatch = dict[str, np.ndarray]  # inputs, targets and, with packed documents, positions: int32 [devices, B, T]
 MakeBatches = Callable[[int, int], HostBatch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
 
-AHEAD = 4  # batches made before they are asked for
-BLOCK, BLOCK_BYTES = 16, 2**20  # batches that are made at a time, at most
-PATIENCE = 64  # batches served before tensorflow is imported: a short run need not pay for it
+AHEAD = 4  # batches ready before they are asked for
+BLOCK, BLOCK_BYTES = 16, 2**20  # limits of the batches made in one call: their number, and their size in bytes
+PATIENCE = 64  # batches served before the import of TensorFlow starts: a short run need not pay for it
 
 
 def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that one process reads.
+    """Returns the rows of a global batch that one process reads.
+
+    Args:
+      key: name of `num_rows` in the error message.
+      num_devices: devices of one process.
 
     Raises:
-      UserError: the batch does not divide over the devices.
+      UserError: the rows do not divide evenly over all devices.
     """
     if num_rows % (num_devices * process_count):
         raise UserError(f"{key} is {num_rows}; allowed: a multiple of {num_devices} devices x {process_count} hosts")
@@ -39,7 +43,7 @@ def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, pr
 
 
 def shard(rows: HostBatch, num_devices: int) -> HostBatch:
-    """[..., R, T] -> [..., devices, B, T]"""
+    """Splits rows over devices: [..., R, T] -> [..., devices, B, T]."""
     return {k: v.reshape(*v.shape[:-2], num_devices, -1, v.shape[-1]) for k, v in rows.items()}
 
 
@@ -53,14 +57,15 @@ def train_stream(
     process_count: int = 1,
     backend: Literal["auto", "tf", "thread"] = "auto",
 ) -> "TrainStream":
-    """This process's part of the batches of updates start_step + 1 … config.steps.
+    """Returns this process's part of the batches of steps start_step + 1 … config.steps.
 
     Args:
-      num_devices: of this process; all processes have the same number.
-      backend: what makes batches ahead; the batches are the same.
+      num_devices: devices of this process; all processes have the same number.
+      backend: what makes batches ahead: tf.data, a thread, or tf.data where it can be imported ("auto"). The batches
+        do not depend on it.
 
     Raises:
-      UserError: batch_size does not divide over the devices.
+      UserError: batch_size does not divide evenly over the devices.
     """
     rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
     return TrainStream(
@@ -69,7 +74,7 @@ def train_stream(
 
 
 class TrainStream:
-    """An iterator of batches; `close` ends its background work. An error while a batch is made is raised by `next`."""
+    """An iterator over batches. `next` raises the errors of making a batch; `close` ends the background work."""
 
     def __init__(self, make: MakeBatches, start: int, stop: int, backend: str = "auto"):
         self._make, self._next, self._stop = make, start, stop
@@ -81,12 +86,13 @@ class TrainStream:
             self._choose(backend)
 
     def _choose(self, backend: str) -> None:
+        """Sets what makes further batches; imports TensorFlow unless `backend` is "thread"."""
         if backend != "thread":
             try:
                 import_tensorflow()
                 self._open = _tf_batches
                 return
-            except Exception:  # absent or broken; the thread needs no TensorFlow
+            except Exception:  # TensorFlow is absent or broken; a thread does without it
                 if backend == "tf":
                     raise
         self._open = _thread_batches
@@ -109,12 +115,12 @@ class TrainStream:
         return batch
 
     def settle(self) -> None:
-        """Waits until it is decided what makes further batches; for measurements."""
+        """Waits for an import of TensorFlow in progress to end; for measurements."""
         if self._importer.is_alive():
             self._importer.join()
 
     def close(self) -> None:
-        """Ends the background work; there are no batches after it."""
+        """Ends the background work; the iterator gives no further batches."""
         self._stop = self._next
         if self._ahead is not None:
             self._ahead.close()
@@ -122,18 +128,20 @@ class TrainStream:
 
 
 def _one(make: MakeBatches, n: int) -> HostBatch:
+    """Makes batch n alone."""
     return {name: batches[0] for name, batches in make(n, 1).items()}
 
 
 def _block(probe: HostBatch) -> int:
-    """How many batches are made at a time: however small a batch is, it costs tf.data most of a millisecond, and the
-    order a quarter of one.
+    """Returns how many batches to make in one call.
+
+    However small, each call costs tf.data most of a millisecond and the order a quarter of one.
     """
     return max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
 
 
 def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch, None, None]:
-    """The batches by tf.data: steps → blocks of whole batches, in order → made ahead."""
+    """Yields batches from tf.data, which maps step numbers to blocks of whole batches and prefetches them in order."""
     tf = import_tensorflow()
     probe = _one(make, start)
     size = _block(probe)
@@ -142,7 +150,7 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch
         batches = make(int(first), min(size, stop - int(first)))
         return [batches[name] for name in probe]
 
-    @tf.autograph.experimental.do_not_convert  # a signal would leave AutoGraph's temporary file behind
+    @tf.autograph.experimental.do_not_convert  # a signal would leave a temporary file of AutoGraph behind
     def to_block(first: Any) -> dict[str, Any]:
         arrays = tf.numpy_function(load, [first], [x.dtype for x in probe.values()])
         return {name: tf.ensure_shape(a, (None, *probe[name].shape)) for name, a in zip(probe, arrays, strict=True)}
@@ -157,7 +165,7 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch
         for first in range(start, stop, size):
             try:
                 block = next(blocks)
-            except tf.errors.OpError:  # made here, the batch that failed fails again, with its own error
+            except tf.errors.OpError:  # make the batches here: the failing one raises its own error, not TensorFlow's
                 yield from (_one(make, n) for n in range(first, min(first + size, stop)))
                 raise
             yield from ({name: block[name][i] for name in probe} for i in range(min(size, stop - first)))
@@ -166,8 +174,8 @@ def _tf_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch
 
 
 def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostBatch, None, None]:
-    """The batches by a thread that keeps a short queue full."""
-    ready: queue.Queue[HostBatch | Exception] = queue.Queue(maxsize=max(AHEAD, BLOCK))  # the loop may take many at once
+    """Yields batches from a thread that keeps a short queue full."""
+    ready: queue.Queue[HostBatch | Exception] = queue.Queue(maxsize=max(AHEAD, BLOCK))  # the loop may take several
     closed = threading.Event()
 
     def put(item: HostBatch | Exception) -> None:
@@ -185,7 +193,7 @@ def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostB
                 try:
                     block = make(first, count)
                     batches: Iterable[HostBatch] = [{k: v[i] for k, v in block.items()} for i in range(count)]
-                except Exception:  # made alone, the batch that failed fails again, after those before it
+                except Exception:  # make the batches one by one: serve those before the failing one, which fails again
                     batches = (_one(make, n) for n in range(first, first + count))
                 for batch in batches:
                     put(batch)
@@ -202,7 +210,7 @@ def _thread_batches(make: MakeBatches, start: int, stop: int) -> Generator[HostB
                     item = ready.get(timeout=1)
                 except queue.Empty:
                     if not thread.is_alive() and ready.empty():
-                        raise RuntimeError("the thread that makes batches has ended without an error") from None
+                        raise RuntimeError("the thread that makes batches ended without an error") from None
             if isinstance(item, Exception):
                 raise item
             yield item

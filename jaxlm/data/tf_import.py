@@ -1,4 +1,4 @@
-"""TensorFlow, for its tf.data alone: imported late (it takes 4–6 s), quietly, and kept off the accelerators."""
+"""Imports TensorFlow for tf.data only: late (the import takes 4–6 s), quietly, and without the GPUs."""
 
 import contextlib
 import logging
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def import_tensorflow() -> Any:
-    """The tensorflow module.
+    """Returns the tensorflow module.
 
     Raises:
-      ImportError: it is not installed.
+      ImportError: TensorFlow is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    with contextlib.suppress(RuntimeError):  # someone else has started tensorflow already
-        tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    with contextlib.suppress(RuntimeError):  # the program has already initialized TensorFlow's devices
+        tf.config.set_visible_devices([], "GPU")  # the GPUs belong to JAX
     return tf

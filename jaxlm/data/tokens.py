@@ -1,4 +1,4 @@
-"""Token ids in many files, read as one array."""
+"""Reads token ids in many files as one array."""
 
 import bisect
 import itertools
@@ -12,7 +12,7 @@ from jaxlm.data.token_file import Shard, TokenFile
 
 
 class Tokens:
-    """Ids [num_tokens] of unsigned integers, in the order of their shards."""
+    """Token ids [num_tokens], unsigned integers: the concatenation of shards."""
 
     def __init__(
         self,
@@ -23,13 +23,13 @@ class Tokens:
     ):
         """
         Args:
-          shards: ids [n] each, all of one dtype.
-          masks: bool [n] each, whether an id is learned as a target; None: all are.
-          starts: gives int64 [documents], where each document opens with its bos; None: nobody knows.
-          end: what ends the last document, a bos; -1: nothing.
+          shards: ids [n] each, all of the same dtype.
+          masks: bool [n] each, whether an id counts towards the loss as a target; None if all do.
+          starts: returns the index of each document's bos, int64 [documents]; None if unknown.
+          end: the id that ends the last document, a bos; -1 for none.
         """
         self.end = end
-        self.packings: dict[int, Any] = {}  # made of these, by T
+        self.packings: dict[int, Any] = {}  # cached packings of these tokens (packing.py), by T
         self.shards = [shard for shard in shards if shard.size]
         self.masks = None if masks is None else [mask for mask in masks if mask.size]
         self._starts = starts
@@ -46,23 +46,24 @@ class Tokens:
 
     @cached_property
     def starts(self) -> np.ndarray | None:
-        """int64 [documents], where each document opens with its bos; None: nobody knows."""
+        """The index of each document's bos, int64 [documents]; None if unknown."""
         return None if self._starts is None else self._starts()
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """int32 [n, length]: the ids from each of `starts` (int64 [n]) on."""
+        """Returns `length` ids from each of `starts` (int64 [n]) on: int32 [n, length]."""
         return self._gather(self.shards, starts, length, np.dtype(np.int32))
 
     def targets(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """int32 [n, length]: the same with -1 where an id is not learned."""
+        """Returns the same as `windows`, with -1 for each id that does not count towards the loss."""
         ids = self.windows(starts, length)
         if self.masks is not None:
             ids[~self._gather(self.masks, starts, length, np.dtype(bool))] = -1
         return ids
 
     def copy(self, start: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Fills inputs [n] with the ids from `start` on, and targets [n] with those one further on, -1 where an id is
-        not learned.
+        """Fills inputs [n] with the ids from `start` on, and targets [n] with the ids from `start` + 1 on.
+
+        A target that does not count towards the loss is -1. The target of the very last id is `end`.
         """
         n = len(inputs)
         ids = self._read(self.shards, start, n + 1)
@@ -75,11 +76,12 @@ class Tokens:
             targets[: len(learned)][~learned] = -1
 
     def parts(self, start: int, stop: int) -> list[Shard]:
-        """The shards of a part, as views or parts of files."""
+        """Returns the ids start ... stop - 1 as parts of shards, which are not read yet."""
         spans = zip(self.shards, self._ends, strict=False)
-        return [shard[max(start - end, 0) : max(stop - end, 0)] for shard, end in spans if start - end < len(shard)]
+        return [shard[max(start - at, 0) : max(stop - at, 0)] for shard, at in spans if start - at < len(shard)]
 
     def _gather(self, shards: list[Shard], starts: np.ndarray, length: int, dtype: np.dtype) -> np.ndarray:
+        """Returns `length` values from each of `starts` on: [n, length] of `dtype`."""
         if len(shards) == 1 and isinstance(shards[0], np.ndarray):
             return np.lib.stride_tricks.sliding_window_view(shards[0], length)[starts].astype(dtype, order="C")
         out = np.empty((len(starts), length), dtype)
@@ -88,7 +90,7 @@ class Tokens:
         return out
 
     def _read(self, shards: list[Shard], start: int, length: int) -> np.ndarray:
-        """A view where it lies in one array."""
+        """Returns `length` values from `start` on, fewer at the end; a view if they lie in one array."""
         first = bisect.bisect_right(self._ends, start) - 1
         start -= self._ends[first]
         part = _slice(shards[first], start, start + length)
@@ -102,11 +104,12 @@ class Tokens:
 
 
 def _slice(shard: Shard, start: int, stop: int) -> np.ndarray:
+    """Returns a part of a shard; reads it if the shard is a file."""
     return shard.read(start, stop) if isinstance(shard, TokenFile) else shard[start:stop]
 
 
 def chain(parts: Sequence[Tokens]) -> Tokens:
-    """Several as one, in their order."""
+    """Concatenates tokens."""
     masks = None
     if any(part.masks is not None for part in parts):
         masks = [m for p in parts for m in (p.masks or [np.ones(len(shard), bool) for shard in p.shards])]

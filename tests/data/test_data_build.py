@@ -178,11 +178,11 @@ def killed_later(folder: Path, index: int, *rest: Any) -> Any:
 
 def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build_lib, "_work", killed)
-    with pytest.raises(UserError, match="killed, as it is when memory runs out"):
+    with pytest.raises(UserError, match="killed, as happens when memory runs out"):
         open_corpus(config, shards_of(config, tmp_path, monkeypatch))
     folder = shards_of(config, tmp_path, monkeypatch)
     monkeypatch.setattr(build_lib, "_work", killed_later)
-    with pytest.raises(UserError, match="what is done is kept"):
+    with pytest.raises(UserError, match="finished shards are kept"):
         open_corpus(config, folder)
     assert list(Path(config.data.cache_dir).glob("*.building/00000.json"))
 

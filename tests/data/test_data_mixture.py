@@ -118,7 +118,7 @@ def test_one_tokenizer_is_trained_on_all(folder: Path, tmp_path: Path):
     single = open_corpus(config, folder / "a", mixture="", source="text")
     assert single.folder and single.tokenizer and single.tokenizer.pieces != store.pieces
     config.data.path, config.data.mixture = "", f"1 jsonl {folder / 'b.jsonl'}; 1 tokens {single.folder}"
-    with pytest.raises(UserError, match=r"data\.mixture: .* has other token ids"):
+    with pytest.raises(UserError, match=r"data\.mixture: .* has token ids of another tokenizer"):
         prepare(validate(config), progress=False)
     config.data.tokenizer = "bytes"
     made = open_corpus(config, folder / "a", mixture="", source="text")

@@ -186,7 +186,7 @@ def test_what_packing_needs(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.arange(1000) % 50)
     config = make_config(tmp_path)
     config.data.source, config.data.vocab_size, config.data.packing = "tokens", 50, "document"
-    with pytest.raises(UserError, match=r"data\.packing is 'document', and nobody knows where documents start"):
+    with pytest.raises(UserError, match=r"data\.packing is 'document', but it is unknown where documents start"):
         open_corpus(config, tmp_path / "a.npy")
 
 

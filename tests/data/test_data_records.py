@@ -131,8 +131,8 @@ def test_what_is_skipped_and_not_named_is_counted(config: Config, tmp_path: Path
     config.data.path, config.data.source, config.data.on_error = str(tmp_path / "a.jsonl"), "jsonl", "skip"
     prepare(config)
     first, *named = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("tokenizing")]
-    what = "file or record that is" if bad == 1 else "files or records that are"
-    assert first == f"skipped {bad} {what} no good"
+    what = "file or record" if bad == 1 else "files or records"
+    assert first == f"skipped {bad} unusable {what}"
     assert len(named) == {1: 1, 5: 5, 8: 6}[bad] and all("'doc.text'" in line for line in named[:5])
     assert named[5:] == ["  ... and 3 more"] * (bad == 8)
 

@@ -86,7 +86,7 @@ def test_a_folder_of_others_is_left_alone(config: Config, tmp_path: Path):
     assert folder
     shutil.rmtree(folder)
     write(folder, {"precious.txt": "theirs"})
-    with pytest.raises(UserError, match=f"{folder.name}: not a whole token store"):
+    with pytest.raises(UserError, match=f"{folder.name}: not a complete token store"):
         open_corpus(config, path)
     assert (folder / "precious.txt").read_text() == "theirs"
 
@@ -115,11 +115,11 @@ def test_damaged_stores_are_named(config: Config, tmp_path: Path, monkeypatch):
     with pytest.raises(UserError, match=rf"val/00000\.bin: {len(content) - 2} bytes; allowed: {len(content)}"):
         prepare(config)
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
+    with pytest.raises(UserError, match=r"val/00000\.bin: content does not match its manifest"):
         prepare(config)
     monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)  # as for a large one
     prepare(config)
-    with pytest.raises(UserError, match=r"val/00000\.bin: not the content that its manifest says"):
+    with pytest.raises(UserError, match=r"val/00000\.bin: content does not match its manifest"):
         open_store(folder, verify=True)
     shard.unlink()
     with pytest.raises(UserError, match=r"val/00000\.bin: no such file"):
@@ -207,7 +207,7 @@ def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
     damaged = Path(mixed["folders"][1], "train/00000.bin")
     damaged.write_bytes(bytes(damaged.stat().st_size))
     monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)
-    with pytest.raises(UserError, match="not the content that its manifest says"):
+    with pytest.raises(UserError, match="content does not match its manifest"):
         call(mixture, "--config.seq_len=16")
 
 

@@ -91,11 +91,11 @@ def test_stores(config: Config, store: Path, tmp_path: Path):
 
 
 STORES = {
-    "another suffix": (lambda m: m["shards"][0]["train"]["sha256"].update({"../../x": ""}), "is no shard"),
-    "no files": (lambda m: m["shards"][0]["train"].update(sha256={}), "is no shard"),
+    "another suffix": (lambda m: m["shards"][0]["train"]["sha256"].update({"../../x": ""}), "is not a shard"),
+    "no files": (lambda m: m["shards"][0]["train"].update(sha256={}), "is not a shard"),
     "a list of files": (lambda m: m["shards"][0]["train"].update(sha256=[]), "not the manifest"),
-    "masks for some": (lambda m: m["shards"][0]["val"]["sha256"].pop("mask"), "is no shard"),
-    "fewer than none": (lambda m: m["shards"][0]["val"].update(bytes=-1), "is no shard"),
+    "masks for some": (lambda m: m["shards"][0]["val"]["sha256"].pop("mask"), "is not a shard"),
+    "fewer than none": (lambda m: m["shards"][0]["val"].update(bytes=-1), "is not a shard"),
     "a float": (lambda m: m.update(vocab_size=float(m["vocab_size"])), "vocab_size"),
 }
 
@@ -114,10 +114,10 @@ def test_manifests(config: Config, store: Path, change: Callable[[dict], object]
     "name, at, value, said",
     [
         ("bin", 8, b"\xff\xff", r"00000\.bin: id 65535; allowed: 0 to"),
-        ("starts", 0, b"\1", r"\.starts are not where documents start"),
-        ("starts", 8, b"\0", r"\.starts are not where documents start"),
-        ("starts", 23, b"\x80", r"\.starts are not where documents start"),
-        ("starts", -8, b"\xff" * 7, r"\.starts are not where documents start"),
+        ("starts", 0, b"\1", r"\.starts files hold invalid document starts"),
+        ("starts", 8, b"\0", r"\.starts files hold invalid document starts"),
+        ("starts", 23, b"\x80", r"\.starts files hold invalid document starts"),
+        ("starts", -8, b"\xff" * 7, r"\.starts files hold invalid document starts"),
     ],
 )
 def test_stores_whose_manifest_says_that_they_are_right(
