@@ -13,10 +13,24 @@ Writer = Callable[[Metrics], None]  # called with {'step': N, ..., 'time': secon
 # Dense 16-bit FLOP/s of one device, from the makers' data sheets. Keys are whole words of JAX's device_kind; the first
 # match counts, so longer names come first.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
-    "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12,
-}  # fmt: skip
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 155e12,
+}
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -107,13 +107,12 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
     asked = make_stop(stop, parts.placement.batch)
     evaluation = make_evaluation(parts, log, watchdog.at, asked)
-    evaluated, scores = -1, {}
+    scores: dict[int, dict[str, Any]] = {}  # of each evaluated step
 
     def evaluate(step: int, state: TrainState) -> None:
-        nonlocal evaluated, scores
         with suppress(Interrupted):  # the resumed run makes this evaluation first
-            evaluated, scores = step, evaluation(step, state)
-            saver.scored(step, scores["eval_loss"])
+            scores[step] = evaluation(step, state)
+            saver.scored(step, scores[step]["eval_loss"])
 
     save = _make_save(parts, log, start)
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
@@ -148,17 +147,21 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
         )
         watchdog.stop()
         save(step, state, saver.finish)
-        try:
-            log.finish()
-        except OSError as error:
-            raise Unsaved(f"{parts.workdir}: the last metrics cannot be written: {error}") from error
+        _finish(log, parts.workdir)
     finally:
         watchdog.stop()
         parts.reporter.stop()
         profiler.close()
         batches.close()
         saver.close()
-    return step, scores if step == evaluated else {}
+    return step, scores.get(step, {})
+
+
+def _finish(log: metrics.Log, workdir: Path) -> None:
+    try:
+        log.finish()
+    except OSError as error:
+        raise Unsaved(f"{workdir}: the last metrics cannot be written: {error}") from error
 
 
 def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:

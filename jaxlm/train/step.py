@@ -41,9 +41,9 @@ class TrainState(NamedTuple):
 
 def state_axes(config: Config) -> TrainState:
     """Per-field pmap axes: None = replicated, 0 = one slice for each device."""
-    opt_state = 0 if config.parallel.zero else None
-    axes: dict[str, Any] = {"step": None, "params": None, "opt_state": opt_state, "ema": None, "sync": 0, "guard": None,
-                            "loss_mean": None}  # fmt: skip
+    axes: dict[str, Any] = dict.fromkeys(TrainState._fields) | {"sync": 0}
+    if config.parallel.zero:
+        axes["opt_state"] = 0
     return TrainState(**axes)
 
 
