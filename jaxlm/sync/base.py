@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 
 Arrays = list[jax.Array]
-State = dict[str, jax.Array]  # of one array, leaves [l, ...]: {"residual": ...}
+State = dict[str, jax.Array]  # state for one array, leaves [l, ...], such as {"residual": ...}
 Shape = tuple[int, ...]
 
 
 class Reduction(NamedTuple):
-    # array -> initial state, which is kept from step to step; the same on all devices at first
+    # array -> initial state, the same on all devices; it is carried from step to step
     init: Callable[[jax.Array], State]
     # (arrays, states) -> (their means, the same on all devices; states)
     mean: Callable[[Arrays, list[State]], tuple[Arrays, list[State]]]
-    # The same, but each device gets only its own parts [l, c] of the means; None if that would save nothing.
+    # The same, but each device gets only its own parts [l, c] of the means. None if that would save nothing.
     mean_parts: Callable[[Arrays, list[State]], tuple[Arrays, list[State]]] | None
-    # (shapes of arrays that are reduced together, whether by `mean_parts`) -> bytes that a device sends for them
+    # (shapes of arrays reduced together, True for `mean_parts`) -> bytes that a device sends for them
     sent_bytes: Callable[[Sequence[Shape], bool], float]
 
 

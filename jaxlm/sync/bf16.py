@@ -5,7 +5,7 @@ mean and sends it to all. That rounds twice, whatever the number of devices; an 
 every addition. The numbers travel as 16-bit integers, because XLA on CPU would widen bfloat16 to float32.
 
 Bytes: 2 (N - 1) / N * 2 for each number, half of pmean's. Error of an element: at most 2^-8 of the mean of its absolute
-values, and 2^-8 of the mean (8 bits of precision, rounded to nearest). Too small and too even to be worth a residual.
+values, plus 2^-8 of the mean (8 bits of precision, rounded to nearest). That needs no error feedback.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Applies a reduction to the gradients of a model: to all, or to those of some parameters or of one layer."""
+"""Applies a reduction to gradients: of the whole model, of some parameters, or of one layer."""
 
 from typing import Any
 
@@ -11,18 +11,19 @@ from jaxlm.sync.buckets import in_buckets, piece_shapes, plan
 from jaxlm.sync.group import Group
 from jaxlm.sync.zero import Zero, batch, batch_shape
 
-GRADIENTS = "reduce_gradients"  # the name of its collectives in a compiled program
+GRADIENTS = "reduce_gradients"  # names its collectives in a compiled program
 
 
 def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: ParallelConfig) -> GradSync:
-    """The synchronization that the step calls, in buckets of `bucket_mb`; with `zero`, each device gets its own parts.
+    """Returns the synchronization that the step calls, in buckets of `bucket_mb`. With `zero`, each device gets only its
+    own parts.
 
     Args:
       params: the shapes of all parameters.
     """
     zero, limit = config.zero == 1, max(1, int(config.bucket_mb * 2**20)) if config.bucket_mb else None
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
-    assert reduce_bucket is not None  # validate.py refuses such a configuration
+    assert reduce_bucket is not None  # validate.py refuses zero with the others
 
     @jax.named_scope(GRADIENTS)
     def reduce(grads: Any, state: Any) -> tuple[Any, Any]:
@@ -36,7 +37,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         shapes = {path: batch_shape(path, x) for path, x in leaves}
         together = [list(shapes.values())]
-        if config.overlap:  # those of a layer, and those under each other key
+        if config.overlap:  # one call for each layer, and one for each other key
             together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key != "layers"]
             layers = [s for path, s in shapes.items() if path[0].key == "layers"]
             together += [[(1, *s[1:]) for s in layers]] * layers[0][0]

@@ -13,14 +13,14 @@ from jax.flatten_util import ravel_pytree
 
 
 def over_gloo() -> bool:
-    """Whether devices are CPUs of several processes."""
+    """Whether collectives go over Gloo: devices are CPUs of several processes."""
     return jax.default_backend() == "cpu" and jax.process_count() > 1
 
 
 class Group(NamedTuple):
     axis: str  # of the mapped step
-    size: int  # devices of a group
-    members: tuple[tuple[int, ...], ...] | None = None  # their indices on the axis; None = one group of all
+    size: int  # devices in each group
+    members: tuple[tuple[int, ...], ...] | None = None  # each group's indices on the axis; None = one group of all
 
     @property
     def _index_groups(self) -> list[list[int]] | None:
@@ -44,7 +44,7 @@ class Group(NamedTuple):
 
         if not over_gloo():
             return one(tree)
-        flat, back = ravel_pytree(tree)  # as one array: Gloo takes milliseconds more for each
+        flat, back = ravel_pytree(tree)  # one array, because Gloo takes milliseconds for each
         return back(one(flat))
 
     def mean(self, tree: Any) -> Any:

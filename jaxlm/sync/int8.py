@@ -1,14 +1,14 @@
-"""The mean with 8 bits for each number. What rounding loses is added to the next step's gradient.
+"""The mean with 8 bits per number. The rounding error is added to the next step's gradient.
 
-A block of 256 numbers shares a scale, its largest absolute value over the largest integer. Numbers are rounded to the
-nearest multiple of it. There are two ways:
+A block of 256 numbers shares a scale, its largest absolute value divided by the largest integer. Numbers are rounded to
+the nearest multiple of the scale. There are two ways:
 
 - two phases, for any N (as in Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015, with the phases of
   a ring): each device sends to every other device the part that the other owns, in 8 bits, with its own scale for each
   block. The owner adds up in float32, quantizes the sum and sends it to all. 127 levels each way.
 - a sum of integers by an all-reduce: devices first agree on the scales (a small all-reduce of maxima), and use only
-  127 // N levels each way, so that sums fit 8 bits. That suits few devices whose backend is near the speed of the wire
-  in all-reduces alone: Gloo, between CPUs.
+  127 // N levels each way, so that sums fit 8 bits. That suits few devices on a backend whose all-reduce alone comes
+  near the speed of the wire: Gloo, between CPUs.
 
 Error feedback (Seide et al., 1-Bit SGD, 2014; Karimireddy et al., Error Feedback Fixes SignSGD, 2019): a device adds
 the rounding error of its numbers to its next gradient. The owner adds the error of its second rounding to its own
@@ -32,7 +32,7 @@ LEVELS = 127
 
 
 def int8(group: Group, integer_sum: bool) -> Reduction:
-    """With `integer_sum` by an all-reduce of integers, else in two phases."""
+    """With `integer_sum`, by an all-reduce of integers; otherwise in two phases."""
     n = group.size
 
     def init(array: jax.Array) -> State:
@@ -76,7 +76,7 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
 
 
 def block_scales(x: jax.Array, levels: int, group: Group | None = None) -> jax.Array:
-    """[..., C] -> [..., C / 256]: a block's largest absolute value over `levels`; with a group, of all its devices."""
+    """[..., C] -> [..., C / 256]: each block's largest absolute value, over all devices if a group is given, / levels."""
     largest = jnp.max(sizes(x).reshape(*x.shape[:-1], -1, BLOCK), axis=-1)
     return (largest if group is None else group.max(largest)) / levels
 

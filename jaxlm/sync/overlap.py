@@ -21,9 +21,9 @@ SLOTS = "slots"  # the key of a layer's slots beside its parameters
 
 
 class Slots(NamedTuple):
-    mean: Any  # any content, with the shapes of the result
+    mean: Any  # shapes of the reduced gradient; the content is ignored
     state: Any  # of the reduction
-    before: Any | None  # gradient of earlier micro-batches, which is added
+    before: Any | None  # gradient of earlier micro-batches, which is added before the reduction
 
 
 def gradients(

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jaxlm.sync.group import Group
 from jaxlm.sync.zero import Zero
 
-LAYERS = "share_layers"  # the name of its collectives in a compiled program
+LAYERS = "share_layers"  # names its collectives in a compiled program
 
 
 class LayerSharing(NamedTuple):
-    # (path of a parameter, its layers or this device's parts of them, function of whole layers) -> the results alike
+    # (path of a parameter, its layers or this device's parts of them, function of whole layers) -> results, cut alike
     on_layers: Callable[[Any, jax.Array, Callable[[jax.Array], jax.Array]], jax.Array]
     zero: Zero | None = None
 
@@ -30,7 +30,7 @@ def alone() -> LayerSharing:
 
 
 def by_host(host: Group) -> LayerSharing:
-    """For whole arrays that are the same on every device of the group."""
+    """Sharing of whole arrays that are the same on every device of the group."""
     n = host.size
 
     @jax.named_scope(LAYERS)
@@ -45,7 +45,7 @@ def by_host(host: Group) -> LayerSharing:
 
 
 def by_parts(zero: Zero) -> LayerSharing:
-    """For arrays of this device's parts, [L, c]."""
+    """Sharing of arrays of which each device has its parts, [L, c]."""
     n, group = zero.group.size, zero.group
     shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
 

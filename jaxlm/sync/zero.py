@@ -21,11 +21,11 @@ from jaxlm.sync.buckets import in_buckets
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import join, split
 
-PARAMETERS = "gather_parameters"  # the name of its collectives in a compiled program
+PARAMETERS = "gather_parameters"  # names its collectives in a compiled program
 
 
 def is_stacked(path: Any) -> bool:
-    """Whether the leaf at this path, of parameters or of state kept for each of them, has a leading layer dimension."""
+    """Whether the leaf at this path, a parameter or its optimizer state, has a leading layer dimension."""
     return any(getattr(key, "key", None) == "layers" for key in path)
 
 
@@ -39,7 +39,7 @@ def batch(path: Any, x: jax.Array) -> jax.Array:
 
 
 def spread(tree: Any, n: int) -> Any:
-    """The parts of all n devices, leaves [n, l, c], of parameters or optimizer state; of a scalar n copies, [n]."""
+    """Cuts parameters or optimizer state into parts for n devices, leaves [n, l, c]; a scalar becomes n copies, [n]."""
 
     def parts(path: Any, x: jax.Array) -> jax.Array:
         return split(batch(path, x), n) if x.ndim else jnp.broadcast_to(x, (n,))
@@ -48,7 +48,7 @@ def spread(tree: Any, n: int) -> Any:
 
 
 def joined(parts: Any, like: Any) -> Any:
-    """The inverse of `spread`; `like` has the shapes."""
+    """The inverse of `spread`; `like` gives the shapes."""
 
     def whole(path: Any, x: Any, parts: jax.Array) -> jax.Array:
         return join(parts, batch_shape(path, x)).reshape(x.shape) if x.ndim else parts[0]
@@ -57,27 +57,27 @@ def joined(parts: Any, like: Any) -> Any:
 
 
 class Zero:
-    """The parts of one device, inside the mapped step."""
+    """Cuts and joins parts inside the mapped step, as one device sees them."""
 
     def __init__(self, group: Group, params: Any, limit: int | None = None):
-        """`params` are the shapes of all parameters; at most `limit` bytes are gathered at once, None = all."""
+        """Args: params: the shapes of all parameters; limit: most bytes gathered at once, None = all."""
         self.group, self.params, self._limit = group, params, limit
 
     def own(self, tree: Any) -> Any:
-        """This device's parts of a tree of whole leaves."""
+        """Returns this device's parts of a tree of whole leaves."""
         everyones, me = spread(tree, self.group.size), self.group.index()
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, me, keepdims=False), everyones)
 
     @jax.named_scope(PARAMETERS)
     def whole(self, parts: Any, like: Any = None) -> Any:
-        """The inverse of `own`, from the parts of all devices; `like` are the shapes, by default the parameters'."""
+        """The inverse of `own`, a gather over all devices; `like` gives the shapes, by default the parameters'."""
         flat, tree = jax.tree.flatten(parts)
         leaves = [x for x in flat if x.ndim]
 
         def gather(arrays: Arrays, states: list[Any]) -> tuple[Arrays, list[Any]]:
             row_C = jnp.concatenate([x.reshape(-1) for x in arrays])
             all_NC, at, got = self.group.gather(row_C), 0, []
-            for x in arrays:  # with l first, as `in_buckets` wants it
+            for x in arrays:  # with l first, as `in_buckets` requires
                 got.append(all_NC[:, at : at + x.size].reshape(-1, *x.shape).swapaxes(0, 1))
                 at += x.size
             return got, states
