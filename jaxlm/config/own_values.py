@@ -2,7 +2,7 @@
 
 from jaxlm.config import OptimConfig
 
-# Every optimizer sets these, even those it does not read, because config.json has a value for every key.
+# Every optimizer sets these, even those it does not read, because config.json has a value forevery key.
 _COMMON = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.95, "momentum": 0.95}
 OWN_VALUES: dict[str, dict[str, float]] = {
     "muon": _COMMON | {"lr": 0.02},  # docs/recipe.md
