@@ -1,7 +1,7 @@
-"""Every key with its default: a small model of Python source that trains in minutes on a laptop's CPU.
+"""Every key with its default: a small model of Python source code that trains in minutes on a laptop's CPU.
 
-`jaxlm/config/schema.py` says what each key may be. Other configurations import this one and change a few lines.
-How this recipe was found: docs/recipe.md.
+`jaxlm/config/schema.py` says what each key means and which values it takes. Other configurations import this one and
+change a few lines. docs/recipe.md says how this recipe was found.
 """
 
 from jaxlm.config import (
@@ -20,43 +20,43 @@ from jaxlm.config import (
 
 def get_config() -> Config:
     return Config(
-        seed=0,  # of initial weights, data order and dropout
-        deterministic=False,  # CPU is always deterministic
+        seed=0,
+        deterministic=False,  # matters on GPUs only
         steps=1750,  # 1.1 epochs; four and a half minutes on two cores
         batch_size=8,
         seq_len=256,
         model=ModelConfig(
             num_layers=4,
             d_model=192,
-            num_heads=3,  # heads of 64
+            num_heads=3,  # each of size 64
             num_kv_heads=0,  # as many as query heads
             d_ff=0,  # 4 * d_model
-            activation="relu2",  # cheapest on CPU, and better than GELU here
+            activation="relu2",  # the cheapest on CPU, and better than GELU here
             norm="rmsnorm",
             position="rope",
             rope_theta=10_000.0,
             use_bias=False,
             tie_embeddings=False,
-            dropout=0.0,  # a small model and few epochs: nothing to regularize
-            logit_softcap=0.0,
+            dropout=0.0,  # a small model and few epochs need no regularization
+            logit_softcap=0.0,  # off
             qk_norm=True,
-            key_offset=True,  # a layer alone finds what followed the last time: 1.42 -> 1.31 bits per byte at 800 steps
-            vocab_multiple=1,  # on GPUs, 64 or 128 makes products with the output layer faster
+            key_offset=True,  # one layer can find what followed a token before: 1.42 -> 1.31 bits per byte at 800 steps
+            vocab_multiple=1,  # on GPUs, 64 or 128 speeds up the output layer
             residual_init="zero",
-            dtype="float32",  # bfloat16 is for GPUs; on CPU it is no faster
+            dtype="float32",  # use bfloat16 on GPUs; on CPU it is no faster
             param_dtype="float32",
             matmul_precision="default",
-            attention="auto",  # cudnn where it can, else xla
+            attention="auto",
             remat="none",
-            scan_unroll=0,  # unrolled runs fastest, a rolled loop (1) compiles fastest
+            scan_unroll=0,  # all layers unrolled, which runs fastest; 1 compiles fastest
         ),
         loss=LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0),
         optim=OptimConfig(
             name="muon",
-            lr=OWN,  # like every OWN below, the optimizer's own value: jaxlm/config/own_values.py
-            adam_lr=0.004,  # muon's, of all but the hidden matrices
-            embed_lr=0.1,  # muon's, of token embeddings; most tokens are rare, so their rows have few updates
-            schedule="wsd",  # flat, then linear to min_lr_ratio
+            lr=OWN,  # OWN, here and below, is the optimizer's own value in jaxlm/config/own_values.py
+            adam_lr=0.004,
+            embed_lr=0.1,  # high, because most tokens are rare: their rows get few updates
+            schedule="wsd",  # warmup, stable, decay: constant, then linear to min_lr_ratio of the peak
             warmup_steps=20,
             decay_fraction=0.4,
             min_lr_ratio=0.0,
@@ -67,22 +67,22 @@ def get_config() -> Config:
             momentum=OWN,
             clip_norm=1.0,
             accum_steps=1,
-            ema_decay=0.0,
-            spike_factor=10.0,
+            ema_decay=0.0,  # off
+            spike_factor=10.0,  # the guard: docs/reliability.md
             on_spike="scale",
             max_skipped=5,
             max_returns=3,
             return_lr=0.5,
         ),
         data=DataConfig(
-            source="stdlib",  # the source of the running Python's standard library
-            path="",
+            source="stdlib",  # the source code of the running Python's standard library
+            path="",  # for your own text: source="text" and a file, folder or glob here
             val_path="",
-            mixture="",
+            mixture="",  # for several sources at once: docs/data.md
             text_key="text",
             prompt_key="",
             response_key="",
-            messages_key="",
+            messages_key="",  # to train on conversations: docs/finetuning.md
             chat_template="<|{role}|>\n{content}\n",
             on_error="stop",
             tfds_name="",
@@ -90,18 +90,18 @@ def get_config() -> Config:
             val_split="",
             val_fraction=0.05,  # of the files
             tokenizer="sentencepiece",
-            tokenizer_path="",  # trained on the corpus
-            sentencepiece="bpe",  # trains 20 times as fast as unigram; code gets as short
+            tokenizer_path="",  # train one on the corpus
+            sentencepiece="bpe",  # trains 20 times as fast as unigram, and encodes code in as few tokens
             vocab_size=2048,
             cache_dir="",  # ~/.cache/jaxlm
-            packing="concat",
+            packing="concat",  # documents follow each other; "document" keeps them apart
         ),
         parallel=ParallelConfig(
             devices=0,  # all
-            reduce="pmean",  # an all-reduce, NCCL's on GPUs; which of the others when: docs/communication.md
+            reduce="pmean",  # an all-reduce, NCCL's on GPUs; docs/communication.md says when another is better
             overlap=False,
-            bucket_mb=0.0,
-            zero=0,
+            bucket_mb=0.0,  # all at once
+            zero=0,  # off
             topk_density=0.1,
             powersgd_rank=16,
         ),

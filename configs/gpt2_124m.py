@@ -1,7 +1,7 @@
-"""GPT-2's smallest model (124M parameters) on a text of your own: --config.data.path=FILE_OR_FOLDER.
+"""GPT-2's smallest model (124M parameters) on your own text: --config.data.path=FILE_OR_FOLDER.
 
-Sizes, position embedding, norm and activation are GPT-2's; batch, schedule and AdamW's values are those of nanoGPT's
-reproduction, half a million tokens a step.
+Sizes, position embedding, norm and activation are GPT-2's. Batch (half a million tokens per step), schedule and AdamW's
+values are from nanoGPT's reproduction.
 """
 
 from configs import base

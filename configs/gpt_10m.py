@@ -1,6 +1,6 @@
-"""nanoGPT's larger character model, 10.7 M parameters: 6 layers of 384, 64 sequences of 256 characters.
+"""nanoGPT's larger character model (10.7M parameters): 6 layers of width 384, batches of 64 x 256 characters.
 
-The model that exchanging gradients is measured with (tools/netbench.py). Its text as in shakespeare_char.py:
+tools/netbench.py measures the exchange of gradients with this model. It trains on any text, like shakespeare_char.py:
 --config.data.path=input.txt.
 """
 
@@ -19,7 +19,7 @@ def get_config() -> Config:
     c.model.activation = "gelu"
     c.model.qk_norm = False
     c.model.key_offset = False
-    c.parallel.powersgd_rank = 4  # that of the comparison in docs/communication.md
+    c.parallel.powersgd_rank = 4  # as in the comparison in docs/communication.md
     o = c.optim
     o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 1e-3, 0.9, 0.95, 0.0
     return c

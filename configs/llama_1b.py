@@ -1,7 +1,7 @@
-"""A Llama-shaped model of 1.1 billion parameters (TinyLlama's sizes): --config.data.path=FILE_OR_FOLDER.
+"""A Llama-like model of 1.1 billion parameters (TinyLlama's sizes) on your own text: --config.data.path=FILE_OR_FOLDER.
 
-22 layers of 2048, 32 query and 4 key/value heads, SwiGLU, RMSNorm, RoPE, no biases. Masters and AdamW's moments are
-float32 on every device: 16 bytes a parameter with the gradient, so devices of 40 GB and more.
+22 layers of width 2048, 32 query and 4 key/value heads, SwiGLU, RMSNorm, RoPE, no biases. Every device holds master
+weights, gradient and AdamW's two moments in float32: 16 bytes per parameter, so it needs 40 GB of memory or more.
 """
 
 from configs import base

@@ -1,6 +1,6 @@
-"""One billion words (Chelba et al.) from TFDS: --config.data.path=DATA_DIR where it is prepared already.
+"""The One Billion Word Benchmark (Chelba et al.) from TFDS; --config.data.path=DATA_DIR names a prepared copy.
 
-A decoder the size of the flax lm1b example's: 6 layers of 512.
+The decoder has the size of Flax's lm1b example: 6 layers of width 512.
 """
 
 from configs import base

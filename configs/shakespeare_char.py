@@ -1,6 +1,6 @@
-"""Characters of one text, with nanoGPT's CPU budget: 4 layers of 128, 2000 steps of 12 x 64 characters.
+"""A character model of one text, with nanoGPT's CPU budget: 4 layers of width 128, 2000 steps of 12 x 64 characters.
 
-Its text is tiny Shakespeare; any other will do: --config.data.path=input.txt. The last tenth is held out.
+Meant for tiny Shakespeare, but any text will do: --config.data.path=input.txt. The last tenth is held out.
 """
 
 from configs import base

@@ -1,4 +1,4 @@
-"""`jaxlm COMMAND`, or `python -m jaxlm COMMAND`."""
+"""The program `jaxlm COMMAND`, or `python -m jaxlm COMMAND`: starts the command that the command line names."""
 
 import sys
 from typing import NamedTuple, NoReturn
@@ -7,25 +7,25 @@ from jaxlm.host import startup
 
 
 class Command(NamedTuple):
-    module: str  # whose `main`, or for training `run`, is given the arguments
-    does: str
+    module: str  # `main` in it, or `run` for training, takes the arguments
+    does: str  # one line of `jaxlm --help`
 
 
 COMMANDS = {
-    "train": Command("jaxlm.main", "train a configuration, or go on with a run"),
+    "train": Command("jaxlm.main", "train a configuration, or resume a run"),
     "generate": Command("jaxlm.commands.generate", "sample text from a run"),
     "evaluate": Command("jaxlm.commands.evaluate", "score a run on its validation data, or on other data"),
-    "prepare": Command("jaxlm.commands.prepare", "tokenize a configuration's data, without training"),
-    "inspect": Command("jaxlm.commands.inspect", "print what the model sees of the data"),
+    "prepare": Command("jaxlm.commands.prepare", "tokenize the data of a configuration, without training"),
+    "inspect": Command("jaxlm.commands.inspect", "print the data as the model sees it"),
     "bench": Command(
-        "jaxlm.commands.bench", "measure the step; `bench data` the data, `bench comm` what devices exchange"
+        "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),
 }
-FAST = ("train", "evaluate", "bench")  # gain by huge pages, for which a program starts itself again
+FAST = ("train", "evaluate", "bench")  # gain from huge pages, for which the program starts itself again
 
 
 def main(*before: str) -> NoReturn:
-    """Runs the command that `before` and the command line name, and ends the process with its exit code."""
+    """Runs a command and ends the process with its exit code. Its arguments are `before` and the command line's."""
     arguments = [*before, *sys.argv[1:]]
     name, argv = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "train":
@@ -48,7 +48,7 @@ def main(*before: str) -> NoReturn:
 
 
 def _without_command(name: str) -> int:
-    """Help, the version, or a line about a wrong command."""
+    """Prints the help or the version and returns 0. Raises UserError if `name` is none of these."""
     from difflib import get_close_matches
 
     import jaxlm

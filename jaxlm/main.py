@@ -1,6 +1,9 @@
-"""`python -m jaxlm.main --config configs/base.py`, or `jaxlm train`: flags, and checks before any device is touched."""
+"""Training's command line: `jaxlm train --config FILE`, or `python -m jaxlm.main --config FILE`.
 
-if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+Parses the flags, loads and checks the configuration before any device is touched, joins other hosts, and trains.
+"""
+
+if __name__ == "__main__":  # before the other imports, which take seconds, so that signals are handled meanwhile
     from jaxlm.host import startup
 
     startup.trainer()
@@ -19,39 +22,52 @@ def parser() -> cli.Parser:
     parser = cli.Parser(
         prog="jaxlm train",
         allow_abbrev=False,
-        description="Trains a Transformer decoder; goes on by itself when the workdir holds a checkpoint.",
+        description="Train a Transformer decoder. If the workdir holds a checkpoint, the run resumes from it.",
         epilog="Any key can be set: --config.optim.lr=3e-4.",
         more=_keys,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration, e.g. configs/base.py, or a run's config.json"
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a configuration file or name, e.g. base, or a run's config.json",
     )
-    parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default: runs/<config name>)")
+    parser.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/<config name>)")
     parser.add_argument(
         "--max_minutes",
         type=float,
         metavar="M",
-        help="train for about so long, counted from now: where not all steps fit, by what some of them take on this"
-        " machine, fewer are made, and the learning rate's schedule is that of the smaller number",
+        help="train for about M minutes, counted from now: a few steps are timed first, and if not all steps fit, the"
+        " run gets fewer, with a learning-rate schedule for that number",
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="many hosts, by hand: the first host's address")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="many hosts, by hand: how many")
-    parser.add_argument("--process_id", type=int, metavar="I", help="many hosts, by hand: which one this is, from 0")
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="several hosts without a launcher: address of the first"
+    )
+    parser.add_argument("--num_processes", type=int, metavar="N", help="several hosts without a launcher: how many")
+    parser.add_argument(
+        "--process_id", type=int, metavar="I", help="several hosts without a launcher: which one this is, from 0"
+    )
     return parser
 
 
 def _keys(width: int) -> str:
+    """The list of all keys, with the defaults of configs/base.py, for `--help`."""
     from jaxlm.config import files, keys
 
     return keys.listing(flatten(files.load(files.BASE)), width)
 
 
 def run(argv: list[str]) -> int:
+    """Trains as the arguments say, and returns the exit code.
+
+    Raises:
+      UserError: an argument or a key is wrong.
+    """
     began = time.monotonic()
     args, overrides = parser().parse_known_args(argv)
     file = user_path("--config", args.config)
     if args.workdir is None and file.suffix == ".json":
-        raise UserError(f"--workdir is not given; allowed with --config {file}, which is that of a run: a folder")
+        raise UserError(f"--workdir is not given; allowed with --config {file}, the config.json of a run: a folder")
     workdir = Path("runs") / file.stem if args.workdir is None else user_path("--workdir", args.workdir)
     config = files.load(file, overrides, workdir)
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):

@@ -1,7 +1,7 @@
-"""What each key means, which values fit together, and where they come from: files, command lines, other runs.
+"""What each key means, which values fit together, and where values come from: files, command lines, other runs.
 
-Nothing here imports JAX or TensorFlow, so a wrong key is refused before anything slow is imported. Other rooms take the
-names below from here, and `cli`, `files`, `paths`, `keys`, `pretrained` as modules.
+Nothing here imports JAX or TensorFlow, so a wrong key is refused before anything slow is imported. Other rooms import
+the names below from this package, and `cli`, `files`, `paths`, `keys` and `pretrained` as modules.
 
 May import: nothing.
 """
@@ -34,8 +34,28 @@ from jaxlm.config.schema import (
 from jaxlm.config.sources import SOURCES
 
 __all__ = [
-    "BEFORE", "MAX_FLOAT", "MAX_INT", "MIN_FLOAT", "OWN", "SOURCES", "CheckpointConfig", "Config",
-    "DataConfig", "EvalConfig", "LogConfig", "LossConfig", "ModelConfig", "OptimConfig", "OwnFloat",
-    "ParallelConfig", "UserError", "changes", "describe", "flatten", "key_types", "mixture", "sections",
+    "BEFORE",
+    "MAX_FLOAT",
+    "MAX_INT",
+    "MIN_FLOAT",
+    "OWN",
+    "SOURCES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OwnFloat",
+    "ParallelConfig",
+    "UserError",
+    "changes",
+    "describe",
+    "flatten",
+    "key_types",
+    "mixture",
+    "sections",
     "show",
-]  # fmt: skip
+]

@@ -1,4 +1,4 @@
-"""How command lines are parsed, and how they refuse."""
+"""The parser of all command lines."""
 
 import argparse
 import os
@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2.
+    """An argument parser that reports an error in one line, without the usage, and ends with exit code 2.
 
     Args:
-      more: gives the rest of the help, from the width of the terminal.
+      more: returns text to append to the help, for lines of a given width.
     """
 
     def __init__(self, *args: Any, more: Callable[[int], str] | None = None, **keys: Any):
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         try:
             super().print_help(file)
             sys.stdout.flush()
-        except BrokenPipeError:  # `--help | head`: nothing is left for the interpreter to write at its end
+        except BrokenPipeError:  # `--help | head`: the interpreter flushes stdout once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def error(self, message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Configurations from files: Python files, the packaged ones among them, and the config.json of runs."""
+"""Loads configurations from files: Python files, packaged configurations, and the config.json of a run."""
 
 import dataclasses
 import importlib.util
@@ -22,17 +22,18 @@ BASE = configs.FOLDER / "base.py"
 
 
 def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | None = None) -> Config:
-    """The checked configuration of a file with command-line overrides.
+    """Returns the checked configuration of a file with command-line overrides.
 
-    With weights of another run (`checkpoint.resume`), the model's keys and the tokenizer are that run's, whatever the
-    file says; a line on stderr says which. A run that goes on in `workdir` takes them from there.
+    If `checkpoint.resume` names another run's weights, the model's keys and the tokenizer come from that run instead of
+    the file, and a line on stderr names the model's keys that differ. A run that resumes in `workdir` takes them from
+    its own config.json.
 
     Raises:
-      UserError: an override contradicts the weights, or what `apply_overrides` raises.
+      UserError: the file or an override is wrong, or an override contradicts the weights.
     """
     file, overrides = load_file(Path(path)), overrides or []
     config = with_overrides(file, overrides)
-    check_address("checkpoint.resume", config.checkpoint.resume)  # before a message shows it
+    check_address("checkpoint.resume", config.checkpoint.resume)  # before any message repeats it
     weights = named_weights(config.checkpoint.resume)
     if weights is None:
         return validate(config)
@@ -42,15 +43,17 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     asked = {key_of(argument) for argument in overrides if argument.startswith("--")}
     check_asked(config, brought, asked, run, weights.workdir)
     before, config = flatten(config), validate(with_overrides(updated(file, brought), overrides))
-    said = {k: v for k, v in flatten(config).items() if k in brought and v != before[k] and not k.startswith("data.")}
-    if said:
-        shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in said.items())
+    replaced = {
+        k: v for k, v in flatten(config).items() if k in brought and v != before[k] and not k.startswith("data.")
+    }
+    if replaced:
+        shown = ", ".join(f"{k}={v} (not {before[k]})" for k, v in replaced.items())
         print(f"checkpoint.resume: {shown}, as in {weights.workdir}", file=sys.stderr)
     return config
 
 
 def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run, and the keys that its weights bring."""
+    """The configuration of the run in a workdir, and the keys that its weights bring to another run."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(
@@ -64,7 +67,10 @@ def _weights_of(workdir: Path, resume: str) -> tuple[Config, dict[str, Any]]:
 
 
 def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Config:
-    """The configuration that a run saved in its workdir, with command-line overrides."""
+    """Returns the configuration that a run saved in its workdir, with command-line overrides.
+
+    If the tokenizer that the configuration names is gone, the run's own copy takes its place.
+    """
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir {workdir}: no config.json there; allowed: the workdir of a run")
@@ -73,10 +79,10 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
 
 
 def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
-    """The configuration that `dataclasses.asdict` gave, checked.
+    """Returns the checked configuration of a nested dict, the inverse of `dataclasses.asdict`.
 
     Raises:
-      UserError: a key is unknown, missing, or of the wrong type.
+      UserError: a key is unknown or missing, or a value is wrong.
     """
 
     def build(cls: Any, sub: Any, prefix: str) -> Any:
@@ -98,58 +104,61 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
 
 
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
-    """The configuration in a workdir, and the keys that jaxlm has gained since it was saved.
+    """The configuration of a workdir, and the keys that jaxlm has added since it was saved, with their values.
 
-    A new key takes the value with which the run goes on as before: that of `config.BEFORE`, else of configs/base.py.
+    An added key gets the value with which the run behaves as before: from `config.BEFORE`, else from configs/base.py.
+    These keys are added to `tree`, too.
 
     Raises:
-      UserError: a key is unknown or of the wrong type, or a section is missing.
+      UserError: a key is unknown, a value is wrong, or a section is missing.
     """
-    gained = {}
+    added = {}
     for key in key_types():
         *section, name = key.split(".")
         holder = tree.get(section[0]) if section else tree
         if isinstance(holder, dict) and name not in holder:
-            gained[key] = holder[name] = BEFORE.get(key, flatten(load_file(BASE))[key])
+            added[key] = holder[name] = BEFORE.get(key, flatten(load_file(BASE))[key])
     try:
         config = from_dict(tree, where)
     except UserError as error:
         raise UserError(str(error) if where in str(error) else f"{where}: {error}") from error
-    return config, {key: flatten(config)[key] for key in gained}
+    return config, {key: flatten(config)[key] for key in added}
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """What a workdir's config.json holds.
+    """The content of a workdir's config.json.
 
     Raises:
-      UserError: it cannot be read, or is something else.
+      UserError: the file cannot be read, or a run did not write it.
     """
     try:
         saved = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({error}); allowed: the config.json of a run") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path}: not the configuration of a run (no 'config' in it)")
+        raise UserError(f"{path}: not the configuration of a run (it has no 'config')")
     return saved
 
 
 def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
-    """`from_saved` of a workdir's config.json."""
+    """`from_saved`, applied to a workdir's config.json."""
     return from_saved(read_saved(path)["config"], str(path))
 
 
 def check_vocab_size(saved: dict[str, Any], path: Path) -> None:
-    """Raises UserError if the content of a config.json has no possible vocab_size."""
+    """Raises UserError unless the content of a config.json has a valid vocab_size."""
     found = saved.get("vocab_size")
     if type(found) is not int or not 1 <= found <= MAX_INT:
         raise UserError(f"{path}: vocab_size is {show(found)}; allowed: what a run wrote there")
 
 
 def load_file(path: Path) -> Config:
-    """The configuration that a file's `get_config()` returns, that a run's config.json holds, or that is packaged.
+    """Loads the configuration of a Python file's `get_config()`, of a run's config.json, or of a packaged name.
+
+    Python files are not checked by `validate` yet.
 
     Raises:
-      UserError: there is no such file, or it does not give a configuration.
+      UserError: there is no such file, or it does not return a configuration.
     """
     if not path.is_file():
         path = packaged(path)
@@ -182,7 +191,7 @@ def load_file(path: Path) -> Config:
 
 
 def packaged(name: Path) -> Path:
-    """The file of a packaged configuration. Raises UserError if there is none of that name."""
+    """The path of a packaged configuration. Raises UserError if none has that name."""
     path = configs.FOLDER / f"{name}.py"
     if len(name.parts) != 1 or not path.is_file():
         names = ", ".join(sorted(p.stem for p in configs.FOLDER.glob("[a-z]*.py")))
@@ -192,9 +201,10 @@ def packaged(name: Path) -> Path:
 
 @contextmanager
 def _importable(path: Path) -> Iterator[None]:
-    """Within it, a configuration may import from packaged ones and from its own folders, wherever it is run.
+    """A context in which a configuration can import packaged ones and its own modules, from any current folder.
 
-    `configs` is `jaxlm.configs`, and besides the folder of the file, if it is called so.
+    The package `configs` is `jaxlm.configs`, plus the file's folder if that is named `configs`, too. sys.path starts
+    with the parent of the file's folder.
     """
     root, before = str(path.resolve().parents[1]), {k: m for k, m in sys.modules.items() if _is_configs(k)}
     for name in before:

@@ -1,16 +1,16 @@
-"""What was probably meant by a key or an option that does not exist: the names of other trainers are known."""
+"""Suggestions for keys and options that do not exist, also for the names that other trainers use."""
 
 import difflib
 
 from jaxlm.config import UserError, key_types, sections
 
-# What nanoGPT, Hugging Face's Trainer and others call a key, an option, or something else that does the same here.
+# {a key or option here, or words for what does the same: its names in nanoGPT, Hugging Face's Trainer and others}
 NAMES_ELSEWHERE = {
     "seed": "random_seed manual_seed",
     "steps": "max_iters max_steps num_steps total_steps train_steps num_train_steps iterations iters num_iterations",
     "steps, counted in optimizer steps of batch_size * seq_len tokens": "epochs num_epochs num_train_epochs max_epochs",
     "batch_size": "global_batch_size train_batch_size total_batch_size bs",
-    "batch_size, which is that of all devices together, and optim.accum_steps": "micro_batch_size device_batch_size"
+    "batch_size, which counts all devices together, and optim.accum_steps": "micro_batch_size device_batch_size"
     " per_device_batch_size per_device_train_batch_size per_device_eval_batch_size",
     "seq_len": "block_size max_seq_len max_seq_length context_length context_size sequence_length seq_length max_length"
     " ctx_len n_ctx n_positions max_position_embeddings",
@@ -74,10 +74,10 @@ ELSEWHERE = {name: meant for meant, names in NAMES_ELSEWHERE.items() for name in
 
 
 def meant_by(key: str, cutoff: float = 0.5) -> str:
-    """The key that was probably meant, or words for what does the same; "" where nothing is near.
+    """The key that was probably meant, or words for what does the same; "" if no name is similar.
 
     Args:
-      cutoff: the least likeness, from 0 to 1, of a misspelt name.
+      cutoff: the least similarity of a misspelt name, from 0 to 1 (difflib's ratio).
     """
     last = key.rsplit(".", 1)[-1].lower().replace("-", "_")
     if last in ELSEWHERE:
@@ -102,7 +102,7 @@ def unknown_key(key: str, where: str) -> UserError:
 
 
 def unknown_option(option: str) -> UserError:
-    """The error for an option that is no `--config.KEY`."""
+    """The error for an unknown option that does not start with `--config.`."""
     meant = meant_by(option.lstrip("-"), cutoff=0.8)
     if meant in key_types():
         return UserError(f"{option}: unknown option; did you mean --config.{meant}?")

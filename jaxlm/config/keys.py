@@ -1,4 +1,4 @@
-"""What each key means, read from the comments in schema.py, and a list of all keys for `--help`."""
+"""The meaning of each key, read from the comments in schema.py, and the list of all keys for `--help`."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ KINDS = {int: "whole number", float: "number", bool: "true, false", str: "text"}
 
 
 def meanings() -> dict[str, str]:
-    """{'model.d_model': 'width of the residual stream', ...}: the comment beside each key, or the lines above it."""
+    """The comment beside each key, or else the comment lines above it: {'model.d_model': 'width of ...', ...}."""
     source = inspect.getsource(schema)
     lines = [line.strip() for line in source.splitlines()]
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -35,9 +35,13 @@ def meanings() -> dict[str, str]:
 
 
 def listing(defaults: dict[str, Any], width: int) -> str:
-    """All keys by section, as KEY=DEFAULT with meaning and allowed values, in lines of `width`."""
+    """The list of all keys by section: KEY=DEFAULT, meaning and allowed values, in lines of at most `width`.
+
+    Args:
+      width: in characters; less than 40 counts as 40.
+    """
     width = max(width, 40)
-    lines = textwrap.wrap("keys, set with --schema.KEY=VALUE; shown are the values of configs/base.py:", width)
+    lines = textwrap.wrap("keys, set with --config.KEY=VALUE and shown with the values of configs/base.py:", width)
     indent, section = " " * min(32, width // 3), None
     for (key, kind), meaning in zip(key_types().items(), meanings().values(), strict=True):
         if key.rpartition(".")[0] != section:
@@ -58,7 +62,7 @@ def listing(defaults: dict[str, Any], width: int) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value as a shell reads it."""
+    """The value as it is typed in a shell."""
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str) or not value:

@@ -1,4 +1,4 @@
-"""Keys that a command line sets: `--config.optim.lr=3e-4`."""
+"""Sets keys from a command line: `--config.optim.lr=3e-4`."""
 
 import re
 from typing import Any, Literal, get_args, get_origin
@@ -12,24 +12,26 @@ from jaxlm.config.validate import validate
 
 
 def apply_overrides(config: Config, overrides: list[str]) -> Config:
-    """`['--config.optim.lr=3e-4', '--config.model.remat', 'full']` set on the configuration, then checked.
+    """Returns a checked copy of the configuration with overrides such as `['--config.optim.lr=3e-4']` set.
+
+    A value may also be an argument of its own: `['--config.model.remat', 'full']`.
 
     Raises:
-      UserError: an argument is not an override, its key is unknown, or its value has the wrong type.
+      UserError: an argument is not an override, its key is unknown, or a value is wrong.
     """
     return validate(with_overrides(config, overrides))
 
 
 def with_overrides(config: Config, overrides: list[str]) -> Config:
-    """A copy of the configuration with the overrides set."""
+    """Returns a copy of the configuration with the overrides set, like `apply_overrides` but without `validate`."""
     types = key_types()
     for argument in overrides:
-        if re.match(r"--?(flagfile|undefok)\b", argument):  # absl's own: more options from a file, and fewer errors
+        if re.match(r"--?(flagfile|undefok)\b", argument):  # absl's own: read options from a file, ignore unknown ones
             raise UserError(f"{argument.split('=')[0]}: unknown option; see --help")
         if re.match(r"-(no)?config\b", argument):
             raise UserError(f"{argument.split('=')[0]}: unknown option; allowed: --config.KEY=VALUE, with two dashes")
         if not argument.startswith("--") or argument == "--":
-            continue  # the value of `--config.key value`; a stray one is reported below
+            continue  # the value of `--config.key value`; a stray argument is reported below
         key = key_of(argument)
         if not re.match(r"--(no)?config\.", argument):
             raise unknown_option(argument.split("=")[0])
@@ -52,7 +54,7 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
         raise UserError(f"{found[1]} is {show(found[2])}; allowed: {describe(types[found[1]])}") from error
     except flags.Error as error:
         raise UserError(f"command line: {' '.join(str(error).split())}") from error
-    except RecursionError as error:  # absl looks for a name like it
+    except RecursionError as error:  # from absl's search for a similar name
         raise UserError("command line: an unknown option with a very long name; see --help") from error
     if len(rest) > 1:
         raise UserError(f"command line: stray argument '{rest[1]}'; allowed: --config.KEY=VALUE")
@@ -60,12 +62,12 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
 
 
 class _OwnFloatParser(flags.FloatParser):
-    """Reads a number, or `none` for the optimizer's own."""
+    """Reads a number, or `none` for the optimizer's own value."""
 
     def parse(self, argument: Any) -> Any:
         return None if str(argument).lower() == "none" else super().parse(argument)
 
 
 def key_of(argument: str) -> str:
-    """The key that an argument sets."""
+    """The key that an argument sets: `optim.lr` of `--config.optim.lr=1`, `log.wandb` of `--noconfig.log.wandb`."""
     return argument.split("=")[0].removeprefix("--no").removeprefix("--").removeprefix("config.")

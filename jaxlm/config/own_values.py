@@ -1,8 +1,8 @@
-"""The value that each optimizer takes for a key that nobody has set; docs/optimizers.md has the measurements."""
+"""Each optimizer's own values for keys that are left OWN; docs/optimizers.md has the measurements."""
 
 from jaxlm.config import OptimConfig
 
-# These are set even for an optimizer that does not read them, because config.json names every key.
+# Every optimizer sets these, even those it does not read, because config.json has a value forevery key.
 _COMMON = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.95, "momentum": 0.95}
 OWN_VALUES: dict[str, dict[str, float]] = {
     "muon": _COMMON | {"lr": 0.02},  # docs/recipe.md
@@ -14,7 +14,7 @@ OWN_VALUES: dict[str, dict[str, float]] = {
 
 
 def set_own_values(optim: OptimConfig) -> None:
-    """Sets the keys that nobody has set; none for an unknown optimizer, which `validate` refuses."""
+    """Replaces OWN by the optimizer's own values. Does nothing for an unknown optimizer, which `validate` refuses."""
     own = OWN_VALUES.get(optim.name, {}) if isinstance(optim.name, str) else {}
     for key, value in own.items():
         if getattr(optim, key) is None:

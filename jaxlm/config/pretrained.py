@@ -1,4 +1,4 @@
-"""Weights of another run to start from (`checkpoint.resume`): they bring its model's keys and its tokenizer.
+"""A run that starts from another run's weights (`checkpoint.resume`): it takes that run's model keys and tokenizer.
 
 Nothing here imports jax.
 """
@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 from jaxlm.config import SOURCES, Config, UserError, flatten, key_types, show
 from jaxlm.config.paths import user_path
 
-Step = int | Literal["best"] | None  # of a checkpoint; best by validation loss; None = the newest
+Step = int | Literal["best"] | None  # a checkpoint's step; best = the lowest validation loss; None = the newest
 
-# Keys of a model that do not change what its weights compute, but for rounding.
+# Keys of a model that do not change what its weights compute, except for rounding.
 FREE = r"model\.(dtype|param_dtype|dropout|remat|attention|matmul_precision|scan_unroll|residual_init)"
 
 
@@ -24,8 +24,8 @@ class Weights(NamedTuple):
 
 
 def named_weights(resume: str) -> Weights | None:
-    """What `checkpoint.resume` names: WORKDIR, WORKDIR@STEP or WORKDIR@best; None for auto and never."""
-    if resume in ("auto", "never", ""):  # the last is refused with the rest of the configuration
+    """The weights that `checkpoint.resume` names: WORKDIR, WORKDIR@STEP or WORKDIR@best. None for auto and never."""
+    if resume in ("auto", "never", ""):  # `validate` refuses the empty string
         return None
     path = user_path("checkpoint.resume", resume)
     workdir, _, step = resume.rpartition("@")
@@ -35,7 +35,7 @@ def named_weights(resume: str) -> Weights | None:
 
 
 def read_step(name: str, text: str | None) -> Step:
-    """The step that the option `name` gives. Raises UserError if its text is none."""
+    """The step that `text`, the value of the option `name`, means. Raises UserError if it means none."""
     if text is None or text == "best":
         return text
     if not re.fullmatch(r"\d{1,18}", text):
@@ -44,19 +44,19 @@ def read_step(name: str, text: str | None) -> Step:
 
 
 def keys_of(config: Config) -> dict[str, Any]:
-    """The keys of a run that say what its weights compute, and from which token ids."""
+    """The keys of a run that determine what its weights compute, and from which token ids."""
     flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k.startswith("model.") and not re.fullmatch(FREE, k)}
-    if config.model.position == "learned":  # its table has a row for each place
+    if config.model.position == "learned":  # the table has a row for each position
         keys["seq_len"] = config.seq_len
     return keys | {k: flat[k] for k in ("data.tokenizer", "data.tokenizer_path", "data.vocab_size")}
 
 
 def brought_by(workdir: Path, config: Config, vocab_size: int) -> dict[str, Any]:
-    """The keys that weights of the run in a workdir bring to another run.
+    """The keys, with their values, that the weights in a workdir bring to another run.
 
     Args:
-      config, vocab_size: of that run.
+      workdir, config, vocab_size: of the run that trained the weights.
     """
     keys = {k: v for k, v in keys_of(config).items() if not k.startswith("data.")} | {"data.vocab_size": vocab_size}
     folder = workdir / "tokenizer"
@@ -66,7 +66,7 @@ def brought_by(workdir: Path, config: Config, vocab_size: int) -> dict[str, Any]
 
 
 def _kind(folder: Path) -> str:
-    for name in ("jaxlm_tokenizer.json", "tokenizer.json"):  # older runs have the second alone
+    for name in ("jaxlm_tokenizer.json", "tokenizer.json"):  # older runs have only the second
         try:
             kind = json.loads((folder / name).read_text("utf-8"))["kind"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -74,11 +74,11 @@ def _kind(folder: Path) -> str:
         if kind not in (kinds := get_args(key_types()["data.tokenizer"])):
             raise UserError(f"{folder / name}: kind is {show(kind)}; allowed: {', '.join(kinds)}")
         return kind
-    raise UserError(f"{folder}: no tokenizer of a run; allowed: as a run wrote it")
+    raise UserError(f"{folder}: not the tokenizer of a run; allowed: the folder as a run wrote it")
 
 
 def updated(config: Config, keys: dict[str, Any]) -> Config:
-    """A copy with other values."""
+    """A copy of the configuration with new values of `keys`."""
     config = copy.deepcopy(config)
     for key, value in keys.items():
         *sections, name = key.split(".")
@@ -90,14 +90,16 @@ def updated(config: Config, keys: dict[str, Any]) -> Config:
 
 
 def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: Config, workdir: Path) -> None:
-    """Raises UserError if a key that was asked for contradicts the weights, or if the data is text and the weights know
-    only bare token ids.
+    """Raises UserError if a key that the user set contradicts the weights, or if the data is text but the weights come
+    without a tokenizer.
 
     Args:
-      run: the configuration of the run in `workdir`, whose weights they are.
+      brought: the keys that the weights bring, from `brought_by`.
+      asked: the names of the keys that the user set.
+      run: the configuration of the run in `workdir`, which trained the weights.
     """
     found = flatten(config)
-    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the files
+    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the tokenizers' files
         if found[key] not in (brought[key], flatten(run)[key]):
             raise UserError(
                 f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "
@@ -113,7 +115,7 @@ def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: C
 
 
 def with_own_tokenizer(config: Config, workdir: Path) -> Config:
-    """A run goes on with its own copy of the tokenizer where the one that it was given is gone."""
+    """The configuration, with the run's own copy of the tokenizer if the one that the configuration names is gone."""
     path, own = config.data.tokenizer_path, workdir / "tokenizer"
     if not path or not own.is_dir() or user_path("data.tokenizer_path", path).exists():
         return config

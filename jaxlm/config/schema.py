@@ -1,8 +1,8 @@
-"""The configuration: what each key means. `--help` shows the comments beside the keys.
+"""The configuration: every key with its type and meaning. `--help` shows the comments beside the keys.
 
-Types and meanings are declared here. The default values are in `configs/base.py`. `validate.py` checks values and how
-they fit together; `files.py` reads files, and `overrides.py` command lines. Nothing here imports jax or another room,
-so a wrong configuration is refused in milliseconds.
+The default values are in `configs/base.py`. `validate.py` checks values and how they fit together; `files.py` reads
+files, and `overrides.py` reads command lines. Nothing here imports jax or another room, so a wrong configuration is
+refused in milliseconds.
 """
 
 import dataclasses
@@ -13,16 +13,16 @@ from jaxlm.config.sources import SOURCES, SourceName
 
 
 class UserError(ValueError):
-    """Something a user can mend: one line that names the key or file, the value found and what is allowed.
+    """A mistake that the user can fix: one line that names the key or file, the value found and what is allowed.
 
-    Command lines print it and leave with exit code 2, without a traceback.
+    Command lines print the line without a traceback and end with exit code 2.
     """
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# A number for which each optimizer has its own default (own_values.py). Files say OWN, command lines `none`; `validate`
-# puts the number in its place, so config.json holds that.
+# A number for which each optimizer has its own default (own_values.py). Files write OWN, command lines `none`;
+# `validate` replaces it by the number, so config.json holds the number.
 OwnFloat = Annotated[float, "or OWN"]
 OWN: Any = None
 
@@ -31,134 +31,141 @@ OWN: Any = None
 class ModelConfig:
     """A pre-norm Transformer decoder."""
 
-    num_layers: int  # Transformer blocks
+    num_layers: int  # number of Transformer blocks
     d_model: int  # width of the residual stream
     num_heads: int  # query heads; must divide d_model
     num_kv_heads: int  # key/value heads; must divide num_heads; 0 = num_heads
     d_ff: int  # hidden width of the MLP; 0 = 4 * d_model
-    activation: Literal["gelu", "relu", "swiglu", "geglu", "relu2"]  # relu2 = squared ReLU
-    norm: Literal["layernorm", "rmsnorm"]  # before attention and MLP, and before the output layer
-    position: Literal["rope", "learned", "sinusoidal"]  # how positions are encoded; rope goes beyond seq_len
-    rope_theta: float  # base of RoPE's wavelengths
-    use_bias: bool  # biases in linear layers and layernorms
-    tie_embeddings: bool  # output layer = transposed token embedding
-    dropout: float  # of embeddings and residual branches, in training only
-    logit_softcap: float  # logits -> cap * tanh(logits / cap); 0 = off
-    qk_norm: bool  # RMS-normalize queries and keys of each head
-    key_offset: bool  # half of each key's channels are those of the token before
-    vocab_multiple: int  # the token tables' rows are rounded up to a multiple of it; the additional ones are never used
-    residual_init: Literal["scaled", "zero"]  # of what adds to the residual stream: / sqrt(2 num_layers), or nothing
-    dtype: Dtype  # of the computation
-    param_dtype: Literal["float32", "bfloat16"]  # of the master weights
-    # Of float32 matrices: `highest` is float32; `default` is JAX's, float32 on CPU, TF32 on GPUs; `fastest` also rounds
-    # operands to bfloat16 on CPUs with Intel's AMX, in a part of XLA that is experimental (docs/performance.md).
+    activation: Literal["gelu", "relu", "swiglu", "geglu", "relu2"]  # MLP activation; relu2 = squared ReLU
+    norm: Literal["layernorm", "rmsnorm"]  # norm before attention, before the MLP and before the output layer
+    position: Literal["rope", "learned", "sinusoidal"]  # position encoding; only rope extends beyond seq_len
+    rope_theta: float  # rope: base of the wavelengths
+    use_bias: bool  # add biases to linear layers and LayerNorms
+    tie_embeddings: bool  # use the transposed token embedding as the output layer
+    dropout: float  # dropout rate of embeddings and residual branches, in training only; in [0, 1)
+    logit_softcap: float  # replace logits by cap * tanh(logits / cap); 0 = off
+    qk_norm: bool  # apply RMSNorm to the queries and keys of each head
+    key_offset: bool  # take half of each key's channels from the previous token's key
+    vocab_multiple: int  # round the rows of token tables up to a multiple of this; the extra rows are never used
+    residual_init: Literal["scaled", "zero"]  # last layers of attention and MLP: std / sqrt(2 num_layers), or zero
+    dtype: Dtype  # dtype of the computation
+    param_dtype: Literal["float32", "bfloat16"]  # dtype of the master weights
+    # Precision of float32 matrix products. `highest` is float32; `default` is JAX's default: float32 on CPU, TF32 on
+    # GPUs; `fastest` is the default, but rounds operands to bfloat16 on CPUs with Intel AMX, with an experimental part
+    # of XLA (docs/performance.md).
     matmul_precision: Literal["default", "highest", "fastest"]
-    attention: Literal["auto", "xla", "cudnn"]  # implementation; auto = cudnn where it can, else xla
-    remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
-    scan_unroll: int  # layers per iteration of the scan over layers; 0 = all
+    attention: Literal["auto", "xla", "cudnn"]  # attention kernel; auto = cudnn where it is supported, else xla
+    # What the backward pass recomputes to save memory. `none`: nothing; `dots`: everything in a layer but its products
+    # with weights; `full`: whole layers.
+    remat: Literal["none", "dots", "full"]
+    scan_unroll: int  # layers per iteration of the loop over layers; 0 = all: fastest steps, longest compilation
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LossConfig:
-    label_smoothing: float  # weight of the uniform distribution in the target, in [0, 1)
-    z_loss: float  # weight of log(Z)^2 (PaLM, section 5); 0 = off
-    chunk: int  # tokens per chunk of the output layer, to bound the logits' memory; 0 = no chunks
+    label_smoothing: float  # weight of the uniform distribution in the target; in [0, 1)
+    z_loss: float  # weight of the penalty log(Z)^2 (PaLM, section 5); 0 = off
+    chunk: int  # tokens per chunk of the output layer, which bounds the memory of the logits; 0 = no chunks
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]  # muon = for hidden matrices, with AdamW for the rest
-    lr: OwnFloat  # peak learning rate; with muon that of the hidden matrices
-    adam_lr: float  # with muon: peak learning rate of AdamW for the output layer, positions, norms and biases
-    embed_lr: float  # with muon: the same for a token table that is not the output layer too; 0 = adam_lr
-    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]  # of the learning rate after warmup_steps
-    warmup_steps: int  # linear from 0 to the peak; also where a run goes on at a higher rate than it had
-    decay_fraction: float  # wsd: the last share of all steps, in which the rate falls linearly
-    min_lr_ratio: float  # final learning rate / peak
-    weight_decay: OwnFloat  # decoupled, times the learning rate, on matrices only; with muon, on those of the layers
-    b1: OwnFloat  # first-moment decay of adamw and lion
-    b2: OwnFloat  # second-moment decay of adamw and lion
-    eps: float  # of adamw (with muon, of its AdamW)
-    momentum: OwnFloat  # of muon and sgd (Nesterov)
-    clip_norm: float  # largest global gradient norm; 0 = off
-    accum_steps: int  # micro-batches per optimizer step
-    ema_decay: float  # moving average of the parameters, used to evaluate and sample; 0 = off
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]  # muon: for hidden matrices, with AdamW for the rest
+    lr: OwnFloat  # peak learning rate; muon: of the hidden matrices
+    adam_lr: float  # muon: AdamW's peak learning rate for the output layer, positions, norms and biases
+    embed_lr: float  # muon: AdamW's peak learning rate for a token table that is not the output layer too; 0 = adam_lr
+    schedule: Literal["constant", "cosine", "linear", "rsqrt", "wsd"]  # learning rate after the warmup
+    warmup_steps: int  # steps of linear warmup; repeated after a return, and where a resumed run's rate would jump up
+    decay_fraction: float  # wsd: share of all steps, at the end, in which the learning rate falls linearly; 0 to 1
+    min_lr_ratio: float  # lowest learning rate of the schedule / peak; 0 to 1
+    weight_decay: OwnFloat  # decoupled, times the learning rate; of matrices only, with muon of the layers' only
+    b1: OwnFloat  # adamw, lion, muon's AdamW: decay of the first moment; in [0, 1)
+    b2: OwnFloat  # adamw, lion, muon's AdamW: decay of the second moment; in [0, 1)
+    eps: float  # adamw, muon's AdamW: epsilon in the denominator
+    momentum: OwnFloat  # muon, sgd: Nesterov momentum; in [0, 1)
+    clip_norm: float  # scale gradients down to at most this global norm; 0 = off
+    accum_steps: int  # micro-batches per optimizer step; must divide batch_size
+    ema_decay: float  # decay of the parameters' moving average, used to evaluate and sample; in [0, 1); 0 = off
     spike_factor: float  # a spike is a gradient norm above this many times the recent root mean square; 0 = no limit
-    on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or leave its batch out
-    max_skipped: int  # steps skipped in a row after which the run goes back to its last good checkpoint
-    max_returns: int  # returns to earlier checkpoints within 1000 steps, after which training ends: exit code 3
-    return_lr: float  # factor on all learning rates from a return on that soon follows another; 1 = leave them
+    on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or skip its step
+    max_skipped: int  # skipped steps in a row after which the run returns to the last good checkpoint
+    max_returns: int  # returns allowed within 1000 steps; when one more is needed, training ends with exit code 3
+    return_lr: float  # factor on all learning rates after a return within 1000 steps of another; at most 1 = no change
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
     source: SourceName  # kind of data
     path: str  # file, folder or glob; tokens: prepared store, nanoGPT's folder, .bin, .npy; tfds: its data_dir
-    val_path: str  # held-out data of files and `tokens`; "" = a part of `path`, or nanoGPT's val.bin
-    mixture: str  # instead of one source: "WEIGHT SOURCE [PATH]; ..." (PATH is tfds_name for tfds); "" = none
-    text_key: str  # jsonl, parquet, tfds: where a record has its text; in jsonl and parquet dots lead into objects
-    prompt_key: str  # jsonl, parquet: with response_key, a text that is read and not learned; "" = none
-    response_key: str  # jsonl, parquet: a text that is learned; instead of text_key
-    messages_key: str  # jsonl, parquet: a list of {role, content}, the assistant's learned; instead of text_key
-    chat_template: str  # how a message is written, with {role} and {content}; "" with prompts = texts as they are
-    on_error: Literal["stop", "skip"]  # text, jsonl, parquet: what to do at a bad file or record; skipped are counted
-    tfds_name: str  # tfds: builder, `name[/config][:version]`
-    split: str  # tfds: the split to train on
-    val_split: str  # tfds: the held-out split; "" = a part of `split`
-    val_fraction: float  # share that is held out where no validation data is named
+    val_path: str  # sources with files: validation data; "" = a part of `path`, or nanoGPT's val.bin
+    mixture: str  # several sources instead of one: "WEIGHT SOURCE [PATH]; ..."; tfds: PATH is tfds_name; "" = none
+    text_key: str  # jsonl, parquet, tfds: key of a record's text; in jsonl and parquet a.b is key b of object a
+    prompt_key: str  # jsonl, parquet: with response_key, key of a prompt, which is not trained on; "" = none
+    response_key: str  # jsonl, parquet: key of a response, which is trained on; replaces text_key; "" = none
+    messages_key: str  # jsonl, parquet: key of a list of {role, content}; trains on the assistant's; replaces text_key
+    chat_template: str  # text of a message, with {role} and {content}; "" = prompt and response without a template
+    on_error: Literal["stop", "skip"]  # text, jsonl, parquet: stop at a bad file or record, or skip and count it
+    tfds_name: str  # tfds: dataset builder, `name[/config][:version]`
+    split: str  # tfds: split to train on
+    val_split: str  # tfds: validation split; "" = a part of `split`
+    val_fraction: float  # share of the data to hold out where no validation data is named; in (0, 1)
     tokenizer: Literal["sentencepiece", "bytes", "chars", "hf"]  # hf = the tokenizer.json of a pretrained model
-    tokenizer_path: str  # a sentencepiece .model, a run's tokenizer folder, hf: tokenizer.json; "" = made of the corpus
-    sentencepiece: Literal["bpe", "unigram"]  # kind of the model that is trained
-    vocab_size: int  # of a trained sentencepiece model, `synthetic`, and ids without a tokenizer; others have their own
+    tokenizer_path: str  # sentencepiece .model, a run's tokenizer folder, or hf's tokenizer.json; "" = from the corpus
+    sentencepiece: Literal["bpe", "unigram"]  # algorithm of a sentencepiece model that is trained on the corpus
+    vocab_size: int  # size of a trained sentencepiece model, of `synthetic`, and of ids without a tokenizer
     cache_dir: str  # folder of token stores; "" = $XDG_CACHE_HOME/jaxlm or ~/.cache/jaxlm
-    packing: Literal["concat", "document"]  # documents run on, or: whole ones side by side, each seeing itself alone
+    # How documents fill rows of seq_len tokens. `concat`: one after the other, across rows; `document`: whole documents
+    # side by side, each attending only to itself.
+    packing: Literal["concat", "document"]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    devices: int  # of each host that are used; 0 = all; on CPU one per core, as many as the batch divides over
+    devices: int  # devices to use on each host; 0 = all; on CPU one per core, or fewer so that the batch divides evenly
     reduce: Literal["pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd"]  # how gradients are averaged
-    overlap: bool  # gradients are averaged layer by layer while the backward pass still runs, instead of at its end
-    bucket_mb: float  # the most that is reduced at once, MiB of float32 gradients; 0 = all (with overlap, of a layer)
-    zero: int  # 1 = each device keeps and updates 1/N of the optimizer's state (ZeRO-1); 0 = all of it
-    topk_density: float  # topk: the share of the gradient's numbers that a device sends
-    powersgd_rank: int  # powersgd: of the approximation of each matrix
+    overlap: bool  # average gradients layer by layer during the backward pass, instead of at its end
+    bucket_mb: float  # largest part to average at once, MiB of float32 gradients; 0 = all (overlap: a whole layer)
+    zero: int  # 1 = each of N devices keeps and updates 1/N of the optimizer state (ZeRO-1); 0 = each keeps all of it
+    topk_density: float  # topk: share of the numbers of layers' matrices that a device sends; 1/1024 to 1
+    powersgd_rank: int  # powersgd: rank of the approximation of each layer's matrices
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    every_steps: int  # steps from one checkpoint to the next; 0 = only at the end
-    keep: int  # newest checkpoints kept
-    keep_best: int  # besides those, the best by validation loss
-    resume: str  # auto | never | WORKDIR, WORKDIR@STEP, WORKDIR@best: weights, model's keys and tokenizer of that run
+    every_steps: int  # steps between checkpoints; 0 = only at the end
+    keep: int  # number of newest checkpoints to keep
+    keep_best: int  # number of checkpoints with the lowest validation loss to keep as well
+    # `auto`: resume from the workdir's newest checkpoint, if any; `never`: refuse a workdir with checkpoints;
+    # WORKDIR, WORKDIR@STEP or WORKDIR@best: `auto`, but a new run takes weights, model keys and tokenizer from there.
+    resume: str
     check_replicas: bool  # before each save, compare the bits of the state on all devices
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    every_steps: int  # steps from one evaluation to the next; 0 = only at the end
-    batches: int  # about so many, spread evenly over the validation set and its sources; 0 = all of it
-    sample_tokens: int  # length of the sample shown after an evaluation; 0 = none
-    sample_prompt: str  # what the sample starts from
-    baselines: bool  # print what gzip, xz and a unigram model reach on the same held-out bytes
+    every_steps: int  # steps between evaluations; 0 = only at the end
+    batches: int  # approximate number of batches, spread evenly over the validation set and its sources; 0 = all of it
+    sample_tokens: int  # length of the sample shown after an evaluation; 0 = no sample
+    sample_prompt: str  # prompt of the sample
+    baselines: bool  # at the end, compare with gzip, xz and a unigram model on the same held-out bytes; if batches = 0
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LogConfig:
-    every_steps: int  # steps from one line of metrics.jsonl to the next
-    tensorboard: bool  # event files in WORKDIR/tensorboard
-    wandb: bool  # Weights & Biases; project and key come from its own environment variables
-    profile_steps: int  # steps traced with jax.profiler into WORKDIR/profile; 0 = off
-    hang_seconds: float  # without the end of a step, after which it is said where each host is; 0 = never
-    hang_abort: bool  # whether the run ends then, with exit code 5, for a launcher to start it again
+    every_steps: int  # steps between training lines of metrics.jsonl
+    tensorboard: bool  # write event files to WORKDIR/tensorboard
+    wandb: bool  # log to Weights & Biases; its own environment variables set project and API key
+    profile_steps: int  # steps to trace with jax.profiler into WORKDIR/profile; 0 = off
+    hang_seconds: float  # seconds without progress after which each process prints where every host is; 0 = never
+    hang_abort: bool  # end a run that hangs with exit code 5, so that a launcher starts it again
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
-    seed: int  # of initial weights, data order, dropout and samples
-    deterministic: bool  # bit-identical reductions on GPU, at some cost in speed
+    seed: int  # seed of initial weights, data order, dropout and samples
+    deterministic: bool  # bit-identical results on GPUs, at some cost in speed; CPUs are always deterministic
     steps: int  # optimizer steps of the whole run
-    batch_size: int  # sequences per optimizer step over ALL devices and hosts, accumulation included
+    batch_size: int  # sequences per optimizer step, over ALL devices, hosts and accumulation steps
     seq_len: int  # tokens per sequence
     model: ModelConfig
     loss: LossConfig
@@ -170,24 +177,25 @@ class Config:
     log: LogConfig
 
 
-# Keys that a run may go on with although they changed: they do not change what the steps so far meant.
+# Keys that a resumed run may change, because they do not change the meaning of the steps so far.
 CHANGEABLE = (
     r"steps|deterministic|optim\.(?!name$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
     r"|model\.(dtype|dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
 )
 
-# Keys that say where the data is. A run may go on with other values if the data's fingerprint is the same; of a mixture
+# Keys that say where the data is. A resumed run may change them if the data's fingerprint stays the same; in a mixture,
 # only the paths may change.
 PLACES = r"data\.(path|val_path|tokenizer_path|mixture)"
 
-BEFORE = {"model.key_offset": False}  # what a run did before there was the key, where configs/base.py does otherwise
+# Values of newer keys in runs that were saved without them, where the value of configs/base.py would change the run.
+BEFORE = {"model.key_offset": False}
 
-MAX_INT = 2**31 - 1  # of JAX's integers
-MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # of float32: what is larger is infinite there, what is smaller is 0
+MAX_INT = 2**31 - 1  # the largest int32, JAX's default integer
+MAX_FLOAT, MIN_FLOAT = 3.4e38, 1.2e-38  # float32's range: a larger number becomes infinite, a smaller one 0
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{'model.d_model': 128, ...} of a (nested) configuration."""
+    """Every key of a (nested) configuration with its value: {'model.d_model': 128, ...}."""
     flat = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -199,7 +207,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def key_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
-    """{'model.d_model': int, ...}: every key with its type."""
+    """Every key with its type: {'model.d_model': int, ...}."""
     types = {}
     for field in dataclasses.fields(cls):
         kind: Any = field.type
@@ -216,32 +224,32 @@ def sections() -> list[Any]:
 
 
 def describe(kind: Any) -> str:
-    """What values of a type are, in words."""
+    """The values that a type allows, in words for a message."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
 
 
 def show(value: Any) -> str:
-    """A value in a message; a long one is cut."""
+    """The value's repr for a message; a long one is shortened in the middle."""
     try:
         text = repr(value)
-    except ValueError:  # Python does not write out a number of more than 4300 digits
+    except ValueError:  # Python refuses to print a number of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:60]}...{text[-20:]}"
 
 
 def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
-    """The weight of each source of `data.mixture`, and `data` with that source (and still the mixture it is of).
+    """The sources of `data.mixture`: the weight of each, and a copy of `data` with that source (and the same mixture).
 
     Raises:
-      UserError: names the part of it that is wrong.
+      UserError: a part of the mixture is wrong; the message names the part.
     """
     found, names = [], [name for name, kind in SOURCES.items() if kind.mixed]
     for part in data.mixture.rstrip("; ").split(";"):
         weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
         allowed = (
-            "WEIGHT SOURCE [PATH]; ... with weights that are numbers of more than 0, without %, and sources "
+            "WEIGHT SOURCE [PATH]; ... where each weight is a number of more than 0, without %, and each source one of "
             + ", ".join(names)
         )
         kind = SOURCES[source] if source in names else None
@@ -259,8 +267,9 @@ def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
 
 
 def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
-    """Keys whose value differs, as {key: (old, new)}: those a run may go on with (with PLACES, where the data is the
-    same), and those it may not.
+    """The keys whose values differ, as two dicts {key: (old, new)}: changes that a resumed run may make, and changes
+    that it may not make. Changes of PLACES are among the first unless a mixture's weights or sources differ; the caller
+    compares the data's fingerprint.
     """
     a, b = flatten(old), flatten(new)
     differ = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
@@ -270,5 +279,5 @@ def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[
 
 
 def _kinds(data: DataConfig) -> list[tuple[float, str, str]]:
-    """What a mixture says beside the paths of files."""
+    """The weight, source and TFDS name of each part of a mixture: all but the paths of files. Empty without one."""
     return [(weight, part.source, part.tfds_name) for weight, part in mixture(data)] if data.mixture else []

@@ -1,6 +1,6 @@
-"""The kinds of data sources. What differs between them is said here; no other module compares their names.
+"""The kinds of data sources, and how they differ. No other module compares their names.
 
-A new one is an entry here, a file in `jaxlm/data/sources/` and its entry in `jaxlm/data/sources/__init__.py`.
+To add a kind, add an entry here, a file in `jaxlm/data/sources/` and its entry in `jaxlm/data/sources/__init__.py`.
 """
 
 from typing import Literal, NamedTuple
@@ -9,15 +9,15 @@ SourceName = Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "sy
 
 
 class SourceKind(NamedTuple):
-    named_by: Literal["path", "tfds_name", "source"]  # the key of `data` that says which data it is
+    named_by: Literal["path", "tfds_name", "source"]  # the key of `data` that identifies the data
     files: bool = False  # `path` and `val_path` are files, folders or globs
-    suffixes: tuple[str, ...] = ()  # of its files: in a folder that has such, others are left out; () = any
-    split_files: tuple[str, ...] = ()  # names of files that side by side are its training and its validation data
-    beside: tuple[str, ...] = ()  # names of files next to those that are read too
-    records: bool = False  # has records, of which `text_key` and other keys are the text
-    splits: bool = False  # has splits by name: `split`, `val_split`; `path` is its folder
-    ids: bool = False  # gives token ids, not text
-    mixed: bool = True  # may be a part of `mixture`
+    suffixes: tuple[str, ...] = ()  # if a folder has files with these suffixes, its other files are left out; () = any
+    split_files: tuple[str, ...] = ()  # names of the training and the validation file, if both are in one folder
+    beside: tuple[str, ...] = ()  # names of files next to these two that are read too
+    records: bool = False  # has records whose text is at `text_key` or other keys
+    splits: bool = False  # has named splits, `split` and `val_split`; `path` is the folder of prepared data
+    ids: bool = False  # yields token ids, not text
+    mixed: bool = True  # may be part of a `mixture`
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -32,7 +32,7 @@ SOURCES: dict[str, SourceKind] = {
         suffixes=(".bin", ".npy"),
         ids=True,
         split_files=("train.bin", "val.bin"),
-        beside=("meta.pkl",),  # nanoGPT's, in one folder
+        beside=("meta.pkl",),  # as nanoGPT prepares a folder
     ),
     "synthetic": SourceKind("source", ids=True, mixed=False),
 }

@@ -1,4 +1,4 @@
-"""Whether a configuration makes sense: every value, and how they go together. Before any device is touched."""
+"""Checks every value of a configuration and how the values fit together, before any device is touched."""
 
 import math
 import re
@@ -24,14 +24,25 @@ from jaxlm.config import (
 from jaxlm.config.own_values import set_own_values
 
 POSITIVE = (
-    "steps", "batch_size", "seq_len", "model.num_layers", "model.d_model", "model.num_heads", "model.rope_theta",
-    "model.vocab_multiple", "optim.accum_steps", "optim.lr", "optim.eps", "optim.max_skipped", "log.every_steps",
+    "steps",
+    "batch_size",
+    "seq_len",
+    "model.num_layers",
+    "model.d_model",
+    "model.num_heads",
+    "model.rope_theta",
+    "model.vocab_multiple",
+    "optim.accum_steps",
+    "optim.lr",
+    "optim.eps",
+    "optim.max_skipped",
+    "log.every_steps",
     "checkpoint.keep",
-)  # fmt: skip
+)
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
-# More is a slip, and would end in a full memory or in numbers that XLA cannot hold.
+# Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
 LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
-MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and dropout's seed is one more
+MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and the seed of dropout is seed + 1
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
 
 
@@ -47,22 +58,23 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
 
 
 def check_address(key: str, text: str) -> None:
-    """Raises UserError, which does not repeat it, where an address, or one of several in a text, holds a secret."""
+    """Raises UserError if an address in the text holds a secret. The message does not repeat the text."""
     if _holds_secret(text):
         raise UserError(
             f"{key} has an address with credentials in it, which a run would write into its config.json; "
-            "allowed: one without, credentials come from the environment"
+            "allowed: an address without them; credentials come from the environment"
         )
 
 
 def _holds_secret(text: str) -> bool:
-    """Whether an address has user:password@ (before a Git host's it is owner:repository@), on the web any user@, or a
-    secret in its query.
+    """Whether an address in the text has a user:password@, any user@ for http(s), or a secret in its query.
+
+    Addresses for fsspec's Git file systems may have owner:repository@, which is no secret.
     """
     scheme, *addresses = text.lower().split("://")
     for address in addresses:
-        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # or a user and half a password: Amazon's have slashes
-        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # that would be a port
+        host = re.split(r"[/?#;\s]", address, maxsplit=1)[0]  # cuts a password with a slash, as Amazon's may have
+        pair = ":" in host.partition("@")[0] and not re.fullmatch(r"[^:]*:\d+", host)  # but not HOST:PORT
         if pair and "@" in address and not scheme.endswith(("git", "github")):
             return True
         if "@" in host and scheme.endswith(("http", "https")):
@@ -74,7 +86,7 @@ def _holds_secret(text: str) -> bool:
 
 
 def validate(c: Config) -> Config:
-    """Sets what is OWN to the optimizer's own value, then checks every value and how they go together.
+    """Replaces OWN by the optimizer's own values, in place, then checks every value and how the values fit together.
 
     Returns:
       The same configuration.
@@ -150,7 +162,7 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
     require(p.zero <= 1, "parallel.zero", "0 or 1")
     require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
     require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
-    # From there on nothing is smaller than the matrix itself.
+    # At a higher rank, the two factors of the MLP's matrices are not smaller than the matrices.
     most = math.ceil(m.d_model * d_ff / (m.d_model + d_ff)) - 1
     require(
         0 < p.powersgd_rank <= most or p.reduce != "powersgd",
@@ -158,7 +170,7 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
         f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
     )
     if p.zero:
-        # They save on gradients what gathering whole parameters would cost again.
+        # topk and powersgd save bytes on gradients, which gathering whole parameters would cost again.
         require(
             p.reduce not in ("topk", "powersgd"),
             "parallel.reduce",
@@ -169,9 +181,9 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
 def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
     parts = [(part, SOURCES[part.source]) for part in ([p for _, p in mixture(d)] if d.mixture else [d])]
     if d.mixture:
-        require(not d.val_path, "data.val_path", "none with data.mixture, of whose sources val_fraction is held out")
+        require(not d.val_path, "data.val_path", "none with data.mixture, which holds out val_fraction of its sources")
         data_dir = any(kind.splits for _, kind in parts)
-        require(not d.path or data_dir, "data.path", "none with data.mixture, which has the paths of its sources")
+        require(not d.path or data_dir, "data.path", "none with data.mixture, which names the paths of its sources")
     else:
         with_val_path = [name for name, kind in SOURCES.items() if kind.files]
         with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
@@ -183,11 +195,11 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
             )
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
-        require(bool(d.response_key), "data.response_key", "a key; data.prompt_key needs one")
+        require(bool(d.response_key), "data.response_key", "a key, since data.prompt_key is set")
     if d.messages_key or (d.response_key and d.chat_template):
         fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
         require(fits, "data.chat_template", "a text with {role}, and with {content} once")
-    # What a shell makes of '...\n', which the model would learn to write.
+    # A shell passes '...\n' as a backslash and an n, which the model would learn to write.
     require(
         "\\n" not in d.chat_template,
         "data.chat_template",
@@ -220,5 +232,5 @@ def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> Non
         )
     ids = any(kind.ids for _, kind in parts)
     if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
-        floor = 2 if ids else 300  # 256 bytes, special and some learned pieces
+        floor = 2 if ids else 300  # sentencepiece: 256 bytes, special tokens and some trained pieces
         require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")

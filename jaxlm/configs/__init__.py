@@ -1,4 +1,7 @@
-"""The packaged configurations, `jaxlm.configs.base` and others: files of a wheel's, or of a checkout's `configs/`."""
+"""The packaged configurations, such as `jaxlm.configs.base`.
+
+An installed wheel has their files in this folder; a checkout has them in `configs/` at its root.
+"""
 
 from pathlib import Path
 

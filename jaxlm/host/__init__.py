@@ -1,6 +1,6 @@
-"""What this process is, and who its neighbours are: devices and XLA's flags, signals, other hosts, durable files.
+"""The process and its surroundings: devices and XLA's flags, signals, other hosts, durable files.
 
-Knows nothing of models or data. Each module is imported by its own name.
+This room knows nothing of models or data. Each module is imported by its own name.
 
 May import: config.
 """

@@ -1,8 +1,14 @@
-"""Many hosts: how they meet, what they must agree on, and how one learns that another is gone.
+"""Several hosts as one run: how they join, what they must agree on, and how they notice that one of them is gone.
 
-JAX's coordination service, in the first process, has a table of strings that all processes read and write. Each keeps
-its host's name there, a count that goes up every second, and, when it ends, how. Whoever sees that another one has
-ended early, or has not counted for half a minute, says so and ends too: in a collective it would wait for ever.
+JAX's coordination service runs in the first process. It has a table of strings that all processes read and write:
+
+    jaxlm/ROUND/WHAT/PROCESS  a value of this process, such as its host's name, that the others wait for
+    jaxlm/beat/PROCESS        a count that the process increments every second, and the place of its loop in words
+    jaxlm/end/PROCESS         written when the process ends: its exit code, and the reason if it ends early
+
+A process that finds that another one has ended early, or has not counted for LOST_AFTER seconds, prints a line about it
+and ends, too. Otherwise it would wait for the other one in a collective forever. When the first process is gone, its
+table cannot be read any more, and all others end in the same way.
 """
 
 import contextlib
@@ -23,30 +29,32 @@ from jaxlm.host import signals
 from jaxlm.host.launcher import ADDRESS, number_in
 from jaxlm.host.startup import STOPPED
 
-LOST = 5  # exit code: another host is gone; the same command goes on
-LOST_AFTER = 30  # seconds without a sign of life; JAX itself gives up after 100
-FAILED_AFTER = 10  # the same where a collective has failed already
-JOIN_LIMIT = 300  # seconds until all must be there, where JAXLM_JOIN_SECONDS does not say another number
-PREPARE_LIMIT = 12 * 3600  # until all must have prepared their data; one that dies meanwhile is found in LOST_AFTER
-PATIENCE = 10  # seconds of waiting, after which it is said for whom
+LOST = 5  # exit code: another host is gone; the same command resumes the run
+LOST_AFTER = 30  # seconds without a sign of life after which a process counts as gone; JAX itself takes 100
+FAILED_AFTER = 10  # replaces LOST_AFTER once a collective has failed
+JOIN_LIMIT = 300  # seconds within which all processes must join, unless JAXLM_JOIN_SECONDS sets another limit
+PREPARE_LIMIT = 12 * 3600  # seconds to wait for a host that prepares its data; one that dies is found by LOST_AFTER
+PATIENCE = 10  # seconds of waiting after which a line says for whom
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts":
-    """Connects to the other processes; with no address given, JAX reads it from the launcher's environment.
+    """Connects this process to the others. If all arguments are None, they come from the launcher's environment.
+
+    If another process is late, JAX aborts this one, which then ends with exit code LOST.
 
     Raises:
-      UserError: the others are not reached in time.
+      UserError: the coordinator is not reached in time, or JAX refuses to join.
     """
     import jax
 
     limit = number_in("JAXLM_JOIN_SECONDS", 1, 10**6) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
     where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
     if coordinator is None and {"JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS} <= os.environ.keys():
-        # An indexed job of Kubernetes': JAX's own detection asks the cluster, for which a pod needs permissions.
+        # An indexed Kubernetes job. JAX's own detection would query the cluster, for which a pod needs permissions.
         coordinator, process_id = os.environ[ADDRESS], int(os.environ["JOB_COMPLETION_INDEX"])
         num_processes, where = int(os.environ["JOB_COMPLETIONS"]), f"{ADDRESS}={coordinator}"
     failed = f"{where}: host {socket.gethostname()} cannot join the other processes"
-    late = f"{failed} within {limit} s: not all of them came, or two have the same --process_id"
+    late = f"{failed} within {limit} s: some did not start, or two have the same --process_id"
     if coordinator is not None:
         try:
             socket.getaddrinfo(coordinator.rpartition(":")[0].strip("[]"), None)
@@ -54,10 +62,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             raise UserError(f"{failed}: its address cannot be found ({error.strerror or error})") from error
     if coordinator is not None and process_id != 0:
         _wait_for(coordinator, f"{failed} within {limit} s", limit)
-    # A process that is alone on its host has all of its devices: JAX would give it one, as to each of Slurm's tasks.
+    # A process that is alone on its host gets all devices there. By itself, JAX gives each Slurm task only one.
     on_host = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
     alone = on_host.split("(")[0] == "1"
-    _at_abort(lambda: (f"{late}; the same command tries again", LOST))  # what JAX does then
+    _at_abort(lambda: (f"{late}; run the same command to try again", LOST))
     try:
         jax.distributed.initialize(
             coordinator,
@@ -78,7 +86,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 
 def _wait_for(coordinator: str, failed: str, limit: int) -> None:
-    """Returns when somebody listens there."""
+    """Returns when a process listens at the coordinator's address. Raises UserError after `limit` seconds."""
     deadline = time.monotonic() + limit
     while error := _connects(coordinator):
         if time.monotonic() > deadline:
@@ -87,7 +95,7 @@ def _wait_for(coordinator: str, failed: str, limit: int) -> None:
 
 
 def _connects(coordinator: str) -> OSError | None:
-    """None where somebody listens there, else what is wrong."""
+    """Tries to connect to the coordinator's address. Returns the error, or None if a process listens there."""
     host, _, port = coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -97,28 +105,34 @@ def _connects(coordinator: str) -> OSError | None:
 
 
 def _at_abort(reason: Callable[[], tuple[str, int] | None]) -> None:
-    """Has this process end with a last line and an exit code where C++ aborts it: JAX does, without a coordinator.
+    """Makes an abort of this process end with a last line and an exit code. JAX's C++ code aborts a process that cannot
+    join in time or loses the coordinator.
 
-    `reason` gives the two, or None where the abort is another one, which then takes its course.
+    Args:
+      reason: returns the line and the code, or None if the abort has another cause. Then the abort takes its course.
     """
 
     def aborted(number: int) -> None:
-        with contextlib.suppress(BaseException):  # a signal's handler may run here, and would be lost in C++
+        with contextlib.suppress(BaseException):  # no exception, not even a signal handler's, may reach C++
             if found := reason():
                 os.write(2, f"\njaxlm: {found[0]}\n".encode())
                 os._exit(found[1])
-        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL: the abort takes its course
 
     global _abort_handler
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
 
 
-_abort_handler: Any = None  # must live as long as it may be called
+_abort_handler: Any = None  # keeps the C callback alive
 
 
 class Hosts:
-    """The processes of this run, after `join`."""
+    """The processes of this run as one of them sees them, after `join`.
+
+    Three threads watch over the run: `_beat` shows the others that this process lives, `_watch` looks for others that
+    are gone, and `_guard` notices when the coordinator, and with it the table, is gone.
+    """
 
     def __init__(self) -> None:
         from jax._src import distributed
@@ -126,23 +140,24 @@ class Hosts:
         state = distributed.global_state
         self._client: Any = state.client
         self.index, self.count = state.process_id, state.num_processes
-        self._round = 0  # of exchanges so far: all hosts make the same ones in the same order
-        self._told: list[str] = []  # keys of this host's values that others may still read
+        self._round = 0  # number of exchanges so far, the same on all hosts: they make the same ones in the same order
+        self._told: list[str] = []  # keys of this host's values that others may still have to read
         self.names: list[str] = []
         self.names = self._exchange("the name", socket.gethostname(), JOIN_LIMIT)
         self._coordinator: str = state.coordinator_address or ""
         self._gone = f"{self.name(0)}, the coordinator at {self._coordinator}, is gone"
         self._ending = self._failed = False
-        self._unanswered = 0  # seconds since the table was read
+        self._unanswered = 0  # seconds since `_watch` last read the table
         for act in (self._beat, self._watch, self._guard):
             threading.Thread(target=act, daemon=True).start()
         _at_abort(lambda: None if self._reachable() else (f"{self._gone}; {self._advice(LOST)}", LOST))
 
     def name(self, index: int) -> str:
+        """How messages call a process."""
         return f"host {self.names[index]} (process {index})" if self.names else f"process {index}"
 
     def check_same(self, what: str, values: dict[str, Any]) -> None:
-        """Raises UserError, on all hosts alike, unless all call this with the same values."""
+        """Raises UserError, the same on all hosts, unless all of them call this with the same values."""
         found = [json.loads(v) for v in self._exchange(what, json.dumps(values), PREPARE_LIMIT)]
         for i, other in enumerate(found):
             for key in other:
@@ -153,6 +168,7 @@ class Hosts:
                     )
 
     def of_first(self, what: str, value: Callable[[], str]) -> str:
+        """The first process computes the value; every process returns it."""
         self._round += 1
         if self.index == 0:
             found = value()
@@ -161,43 +177,50 @@ class Hosts:
         return self._get(what, 0, time.monotonic() + PREPARE_LIMIT)
 
     def of_all(self, what: str, value: str) -> list[str]:
+        """The values of all processes, in their order."""
         return self._exchange(what, value, PREPARE_LIMIT)
 
     def run(self, program: Callable[[], int], exit_code: Callable[..., int]) -> int:
-        """Runs the program; does not return where it fails: then the others are told, and nobody is waited for."""
-        said: list[str] = []
+        """Runs the program, tells the others its exit code, and returns the code.
+
+        If the program fails, the process ends here at once, because JAX's own exit would wait for the others.
+
+        Args:
+          exit_code: `exit_codes.exit_code`.
+        """
+        lines: list[str] = []  # why the program failed
 
         def watched() -> int:
             try:
                 return program()
             except Exception as error:
                 if "JaxRuntimeError" in type(error).__name__:
-                    # A collective fails at once where the network tells that its other end is gone. The watch, which
-                    # learns who that is, ends this process; if it does not, the error is another.
+                    # A collective fails at once if the network reports that its other end is gone. `_watch` then finds
+                    # out who that is, and ends this process. If it does not, the error has another cause.
                     self._failed = True
                     time.sleep(FAILED_AFTER + 5)
                 raise
 
         try:
-            code = exit_code(watched, said=said)
+            code = exit_code(watched, said=lines)
         except Exception:
             code = 1
-            said.append("a bug, see its traceback")
+            lines.append("a bug, see its traceback")
             traceback.print_exc()
         self._ending = True
-        with contextlib.suppress(Exception):  # the coordinator is gone: nobody to tell
-            self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([code, *said]))
+        with contextlib.suppress(Exception):  # the coordinator may be gone
+            self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([code, *lines]))
         if code not in (0, STOPPED):
             self._let_read()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # what JAX does at exit would wait for the others
+            os._exit(code)
         return code
 
     def _exchange(self, what: str, value: str, limit: int) -> list[str]:
-        """The values of all processes; those that are late are waited for, `limit` seconds at most."""
+        """The values of all processes, in their order. Waits for late ones, in total at most `limit` seconds."""
         self._round += 1
-        read = self._told.copy()  # all have read these once all have told this value
+        read = self._told.copy()  # of earlier rounds; a process that tells its value of this round has read them all
         self._tell(what, value)
         deadline = time.monotonic() + limit
         found = [self._get(what, i, deadline) for i in range(self.count)]
@@ -214,7 +237,9 @@ class Hosts:
         return f"jaxlm/{self._round}/{what}/{process}"
 
     def _get(self, what: str, process: int, deadline: float) -> str:
-        said = self.index != (process == 0)  # one host alone says it: the first, or the second about the first
+        """Waits for a process's value of this round. Raises UserError at the deadline."""
+        # Only one host prints that it waits: the first, or, if the first is late, the second.
+        announced = self.index != (process == 0)
         while True:
             began = time.monotonic()
             try:
@@ -222,47 +247,50 @@ class Hosts:
             except Exception as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise UserError(f"{what} of {self.name(process)} did not come in time") from error
-                if not said:
+                    raise UserError(f"{what} of {self.name(process)} did not arrive in time") from error
+                if not announced:
                     minutes = max(1, round(left / 60))
                     print(f"jaxlm: waiting for {what} of {self.name(process)}, {minutes} min at most", file=sys.stderr)
-                    said = True
-                time.sleep(max(0.0, began + 1 - time.monotonic()))  # without a coordinator it fails at once
+                    announced = True
+                time.sleep(max(0.0, began + 1 - time.monotonic()))  # without a coordinator, the call fails at once
 
     def _beat(self) -> None:
+        """Writes a new count, and the place of this process's loop, every second."""
         count = 0
         while not self._ending:
             count += 1
-            with contextlib.suppress(Exception):  # what fails is the guard's to see
+            with contextlib.suppress(Exception):  # `_guard` ends the process when the table is gone
                 self._client.key_value_set(f"jaxlm/beat/{self.index}", f"{count} {here}", True)
             time.sleep(1)
 
     def _watch(self) -> None:
-        """Ends this process when another one has ended early or is not heard of."""
+        """Ends this process when another one has ended early, or has written no new count for too long."""
         beats: dict[str, str] = {}
-        silent = [0] * self.count  # seconds
+        silent = [0] * self.count  # seconds since each process wrote a new count
         while not self._ending:
             with contextlib.suppress(Exception):
                 new = dict(self._client.key_value_dir_get("jaxlm/beat/"))
                 ends = dict(self._client.key_value_dir_get("jaxlm/end/"))
                 self._unanswered = 0
                 for i in range(self.count):
-                    code, *said = json.loads(ends.get(f"jaxlm/end/{i}", "[0]"))
+                    code, *lines = json.loads(ends.get(f"jaxlm/end/{i}", "[0]"))
                     key = f"jaxlm/beat/{i}"
                     silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
-                    if code not in (0, STOPPED) or said:
-                        same = code in (2, 3, 4, STOPPED)  # to be mended, or asked to stop: not just started again
+                    if code not in (0, STOPPED) or lines:
+                        same = code in (2, 3, 4, STOPPED)  # the user must fix something, or asked for a stop
                         self._end(
-                            code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {' '.join(said)}"
+                            code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {' '.join(lines)}"
                         )
                     if silent[i] > (FAILED_AFTER if self._failed else LOST_AFTER):
-                        self._end(LOST, f"{self.name(i)} is gone: nothing was heard of it for {silent[i]} s")
+                        self._end(LOST, f"{self.name(i)} is gone: no sign of life for {silent[i]} s")
                 beats = new
             time.sleep(1)
 
     def _guard(self) -> None:
-        """Ends this process when the table cannot be read. Counts seconds that it lived itself: not those for which
-        something else held all threads.
+        """Ends this process when the table cannot be read for too long.
+
+        It counts its own rounds of one second instead of reading a clock. So the time in which all threads of this
+        process stood still does not count.
         """
         while not self._ending:
             self._unanswered += 1
@@ -271,14 +299,16 @@ class Hosts:
             time.sleep(1)
 
     def places(self) -> dict[str, str]:
-        """Where each process said last that it is."""
+        """The place of each process's loop, in words, as its last beat has it."""
         beats = dict(self._client.key_value_dir_get("jaxlm/beat/"))
         return {self.name(i): beats.get(f"jaxlm/beat/{i}", "0 gone").split(" ", 1)[1] for i in range(self.count)}
 
     def _reachable(self) -> bool:
+        """Whether the coordinator can be reached."""
         return self.index == 0 or _connects(self._coordinator) is None
 
     def _end(self, code: int, reason: str) -> None:
+        """Prints the reason and ends this process at once, unless it is ending already."""
         if not self._ending:
             self._ending = True
             os.write(2, f"\njaxlm: {reason}; {self._advice(code)}\n".encode())
@@ -286,37 +316,50 @@ class Hosts:
             os._exit(code)
 
     def _let_read(self, seconds: float = 3) -> None:
-        """Gives the others time to read what happened in the table, which ends with the first process."""
+        """In the first process, waits so that the others can read the table, which is lost when this process ends."""
         if self.index == 0:
             time.sleep(seconds)
 
     def tell_stopped(self) -> None:
-        """Tells the others that a signal ends this process, since they would wait for it in a collective."""
+        """Tells the others that a signal ends this process. Otherwise they would wait for it in a collective."""
         self._ending = True
         self._client.key_value_set(f"jaxlm/end/{self.index}", json.dumps([STOPPED, "a signal"]), True)
         self._let_read(signals.TIDY - 0.2)
 
     def _advice(self, code: int) -> str:
-        return "this host stops too" + (", and the same command goes on" if code in (LOST, STOPPED) else "")
+        """The end of a last line: what happens now, and what the user can do if the same command is enough."""
+        return "this host stops too" + ("; run the same command to resume" if code in (LOST, STOPPED) else "")
 
 
-_hosts: Hosts | None = None  # of this process, as JAX has one distributed state of a process
-here = "before the first step"  # where the loop of this process is, in words
+_hosts: Hosts | None = None  # set by `join`; one per process, like JAX's distributed state; None = a single process
+here = "before the first step"  # the place of this process's loop, in words; the watchdog sets it
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
-    """Raises UserError, on all hosts alike, unless all have the same values; one host alone always has."""
+    """Raises UserError, the same on all hosts, unless all call this with the same values.
+
+    Args:
+      what: names the values in messages.
+    """
     if _hosts is not None:
         _hosts.check_same(what, values)
 
 
 def of_first(what: str, value: Callable[[], str]) -> str:
-    """The value of the first process, which alone finds it."""
+    """The first process computes the value; every process returns it.
+
+    Args:
+      what: names the value in messages about a late host.
+    """
     return value() if _hosts is None else _hosts.of_first(what, value)
 
 
 def of_all(what: str, value: str) -> list[str]:
-    """The values of all processes, in their order."""
+    """The values of all processes, in their order.
+
+    Args:
+      what: names the value in messages about a late host.
+    """
     return [value] if _hosts is None else _hosts.of_all(what, value)
 
 
@@ -326,22 +369,24 @@ def of_several() -> bool:
 
 
 def places() -> dict[str, str]:
-    """Where each host is, in words, as far as that is known."""
+    """The place of each process's loop, in words. Only this process's if the coordinator does not answer."""
     if _hosts is not None:
-        with contextlib.suppress(Exception):  # the coordinator may be what hangs
+        with contextlib.suppress(Exception):  # the coordinator itself may hang
             return _hosts.places()
     return {own_name(): here}
 
 
 def own_name() -> str:
+    """How messages call this process."""
     return name(0) if _hosts is None else _hosts.name(_hosts.index)
 
 
 def end(code: int, reason: str) -> None:
-    """Ends this process at once; the others learn of it by its silence."""
+    """Prints the reason and ends this process at once. The others find out because it stops counting."""
     os.write(2, f"\njaxlm: {reason}\n".encode())
     os._exit(code)
 
 
 def name(process: int) -> str:
+    """How messages call a process."""
     return _hosts.name(process) if _hosts is not None else "this host"

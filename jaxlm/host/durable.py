@@ -1,4 +1,4 @@
-"""Files that are on disk when a function returns, and never seen half-written."""
+"""Writes files so that they are never seen half-written, and so that they survive a loss of power."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written."""
+    """Writes or replaces a file. Readers see the old content or the new one; on return the new one is on disk."""
     temporary = beside(path)
     try:
         with open(temporary, "x", encoding="utf-8") as file:
@@ -21,12 +21,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder that nobody has."""
+    """An unused path in the same folder, with a hidden name that contains the file's."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds all of it to a file, or nothing."""
+    """Appends all of the content to a file, or leaves the file as it is and raises OSError. Does not sync."""
     with open(path, "ab", buffering=0) as file:
         start = file.tell()
         try:
@@ -38,12 +38,12 @@ def append(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, durable."""
+    """Flushes a file's content, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)):
-            raise  # some file systems know no such thing for folders
+            raise  # some file systems cannot sync folders
     finally:
         os.close(handle)

@@ -1,20 +1,20 @@
-"""What a launcher's environment says: how many processes a run has, and which of them this one is."""
+"""Finds out how many processes a run has, from flags or from the environment that a launcher sets."""
 
 import os
 import re
 
 from jaxlm.config import UserError, show
 
-ADDRESS = "JAX_COORDINATOR_ADDRESS"  # in an indexed job of Kubernetes'
-MOST = 100_000  # processes; more are a slip
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # HOST:PORT of the first process, which an indexed Kubernetes job must set
+MOST = 100_000  # processes; a larger number is a slip
 
 
 def count_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
-    """Number of processes of the run: as said by hand, else as the launcher's environment tells (Slurm, Open MPI,
-    Kubernetes' indexed jobs), else 1.
+    """The number of processes of the run: `num_processes` if given, else from the environment that Slurm, Open MPI or
+    an indexed Kubernetes job sets, else 1.
 
     Raises:
-      UserError: the three values do not go together.
+      UserError: a value is wrong, or values that belong together are not all given.
     """
     if coordinator is not None and num_processes is not None and process_id is not None:
         if not 1 <= num_processes <= MOST:
@@ -25,13 +25,13 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
         return num_processes
     if not coordinator is num_processes is process_id is None:
         raise UserError("--coordinator, --num_processes and --process_id go together; allowed: all three or none")
-    # Open MPI first: its mpirun may run in a step of Slurm's.
+    # Open MPI comes first, because mpirun may run inside a Slurm step.
     for count, index, more in (
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", None),
         ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
         ("JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS),
     ):
-        # What is set by half means several processes, each of which would take itself for the only one.
+        # If only some of the variables are set, there are several processes: without an error, each would run alone.
         if count in os.environ or (index == "JOB_COMPLETION_INDEX" and {index, ADDRESS} <= os.environ.keys()):
             number = number_in(count, 1, MOST)
             if number > 1:
@@ -45,7 +45,7 @@ def count_processes(coordinator: str | None, num_processes: int | None, process_
 
 
 def number_in(variable: str, low: int, high: int) -> int:
-    """The number in a variable of the environment. Raises UserError if it is not set, or is none in that range."""
+    """The integer in an environment variable. Raises UserError unless it is set, and from `low` to `high`."""
     text = os.environ.get(variable)
     if text is None or not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(f"{variable} is {'not set' if text is None else show(text)}; allowed: {low} to {high}")

@@ -1,24 +1,24 @@
-"""When to try again what the storage refuses: after a second, then after twice as long each time, a minute at most."""
+"""Retries after storage errors: the first after one second, each later pause twice as long, up to a minute."""
 
 import time
 from collections.abc import Callable
 
-FIRST, LONGEST = 1.0, 60.0  # seconds
-PATIENCE = 60.0  # seconds for which the end of a run tries
+FIRST, LONGEST = 1.0, 60.0  # the first and the longest pause, seconds
+PATIENCE = 60.0  # seconds after which `insist`, used at the end of a run, gives up
 
 
 class Pause:
-    """Between the tries of something that goes on meanwhile."""
+    """The time until the next try, for work that continues meanwhile and asks whether it is over."""
 
     def __init__(self) -> None:
         self.end()
 
     def end(self) -> None:
-        """It succeeded."""
+        """Call when a try succeeds."""
         self._next, self._until = FIRST, 0.0
 
     def begin(self) -> float:
-        """It failed; gives the seconds until the next try."""
+        """Call when a try fails. Returns the seconds until the next one."""
         seconds, self._next = self._next, min(2 * self._next, LONGEST)
         self._until = time.monotonic() + seconds
         return seconds
@@ -30,15 +30,15 @@ class Pause:
 
     @property
     def over(self) -> bool:
-        """Whether it may be tried."""
+        """Whether it is time for the next try."""
         return time.monotonic() >= self._until
 
 
 def insist(act: Callable[[], None], agreed: Callable[[bool], bool] = bool) -> None:
-    """Acts, and waits and acts again while that raises; the last error is raised.
+    """Calls `act` until it succeeds, with pauses. Raises its last error after PATIENCE seconds.
 
     Args:
-      agreed: whether to give up, given whether it is time; for several processes that act together.
+      agreed: whether to give up, given whether PATIENCE is over. Processes that act together agree on it here.
     """
     deadline, pause = time.monotonic() + PATIENCE, Pause()
     while True:

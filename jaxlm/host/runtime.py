@@ -1,6 +1,6 @@
-"""What must be decided before JAX starts: XLA flags, CPU devices; and how a program ends.
+"""Prepares JAX for a run (XLA's flags, CPU devices), chooses the devices, and ends the program.
 
-Nothing here imports jax at module level: its flags are read when it is imported.
+Nothing here imports jax at module level, because jax reads its flags when it is imported.
 """
 
 import atexit
@@ -17,18 +17,19 @@ from jaxlm.host import distributed, signals
 from jaxlm.host.startup import on_cpu
 from jaxlm.host.stop import LEFT
 
-# XLA's oneDNN aborts a process that drops a compiled program within some milliseconds after its last product: where it
-# multiplies, programs are kept (`kept`), and the end of the process waits (`leave`).
-SETTLE = 0.2  # seconds
-_kept: list[Any] | None = None
-IMPORTER = "tensorflow-import"  # the thread that imports it while the first steps are made
+# oneDNN in XLA aborts the process if a compiled program is dropped within some milliseconds after its last matrix
+# product. A run that uses oneDNN therefore keeps its programs (`kept`) and waits before the process ends (`leave`).
+SETTLE = 0.2  # seconds to wait
+_kept: list[Any] | None = None  # programs to keep; None if the run does not use oneDNN
+IMPORTER = "tensorflow-import"  # name of the thread that imports TensorFlow during the first steps
 
 
 def configure_jax(config: Config, processes: int) -> None:
-    """Settings of JAX for a run; before any device is touched.
+    """Configures JAX for a run. Call it before any device is touched.
 
-    On CPU, where the environment sets no number of devices, there is one per core (or `parallel.devices`), as many as
-    the batch divides over: for small models that is the largest gain of all.
+    On CPU there are `parallel.devices` devices, or, if that is 0, one per core, or fewer so that the batch divides
+    evenly; for small models this speeds up training more than anything else. A number of devices that the environment
+    sets comes first.
     """
     global _kept
     check_environment()
@@ -49,24 +50,24 @@ def configure_jax(config: Config, processes: int) -> None:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has tiles for products of bfloat16 matrices (Intel AMX: Xeons since Sapphire Rapids)."""
+    """Whether the CPU multiplies bfloat16 matrices in tiles (Intel AMX, in Xeons since Sapphire Rapids)."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text().split()
 
 
 def rounds_products(config: Config) -> bool:
-    """Whether float32 products of this run on CPU are of operands rounded to bfloat16."""
+    """Whether this run's float32 matrix products on CPU round their operands to bfloat16."""
     return on_cpu() and config.model.matmul_precision == "fastest" and has_amx()
 
 
 def cpu_flags(config: Config) -> list[str]:
-    """XLA's flags for this run on CPU, but for those that the environment sets already."""
+    """XLA's flags for this run on CPU, except those that the environment sets already."""
     flags = {}
     if config.parallel.overlap:
-        # Else all exchanges of an unrolled backward pass are joined to one, at its end.
+        # Otherwise XLA combines all exchanges of an unrolled backward pass into one at its end.
         flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
     if rounds_products(config):
-        # XLA's own library computes float32 products in float32, oneDNN rounds their operands to bfloat16 in AMX tiles.
+        # XLA's own library computes float32 products in float32; oneDNN uses AMX tiles with operands in bfloat16.
         dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
         flags["xla_cpu_use_onednn"] = "true"
         flags["xla_cpu_experimental_onednn_fusion_type"] = ",".join(dots)
@@ -76,45 +77,47 @@ def cpu_flags(config: Config) -> list[str]:
 
 
 def kept(program: Any) -> Any:
-    """The program, which is never dropped where that could abort the process."""
+    """Returns the program, and keeps a reference to it if dropping it could abort the process."""
     if _kept is not None:
         _kept.append(program)
     return program
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program without the interpreter's shutdown. That one hears no signals, takes a second, and may crash
-    threads by cutting them off inside XLA or TensorFlow's import.
+    """Ends the process with this exit code, without the interpreter's shutdown.
+
+    The shutdown ignores signals, takes a second, and may crash threads that are inside XLA or TensorFlow's import.
     """
     if _kept is not None:
         time.sleep(SETTLE)
     left = [thread for thread in threading.enumerate() if thread.name == LEFT]
     if left and distributed.of_several():
-        left.pop().join()  # the others wait for what JAX does at exit
+        left.pop().join()  # JAX's exit functions must run, because the other processes wait for them
     if not left:
         atexit._run_exitfuncs()
     signals.settle()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        pass  # its reader wanted no more
+        pass  # the reader has closed the pipe
     except (OSError, ValueError) as error:
-        print(f"jaxlm: what was printed is lost: {error}", file=sys.stderr)
+        print(f"jaxlm: some output could not be written: {error}", file=sys.stderr)
         code = code or 2
     os._exit(code)
 
 
 def _unset(flags: dict[str, str]) -> list[str]:
+    """The flags as arguments, without those that XLA_FLAGS names already."""
     own = os.environ.get("XLA_FLAGS", "")
     return [f"--{flag}={value}" for flag, value in flags.items() if flag not in own]
 
 
 def gpu_flags(config: Config, processes: int) -> list[str]:
-    """XLA's flags for this run on GPUs, but for those that the environment sets already.
+    """XLA's flags for this run on GPUs, except those that the environment sets already.
 
-    With more than one device: collectives run beside the computation that does not need them (latency hiding), those of
-    a loop over layers beside the next layer's (pipelined), on a stream of the highest priority; and XLA joins small
-    ones up to the size of our buckets, no further.
+    With more than one device, collectives overlap with computation that does not need their results (latency hiding),
+    on a stream of the highest priority. With `parallel.overlap`, collectives in the loop over layers overlap with the
+    next layer (pipelined). With `parallel.bucket_mb`, XLA combines small collectives up to the size of a bucket.
     """
     p, flags = config.parallel, {}
     if config.deterministic:
@@ -131,6 +134,7 @@ def gpu_flags(config: Config, processes: int) -> list[str]:
 
 
 def _cpu_devices(config: Config, processes: int) -> int:
+    """The largest number of devices, at most one per core, over which a micro-batch divides evenly."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     rows = config.batch_size // config.optim.accum_steps
     return next((n for n in range(cores, 1, -1) if rows % (n * processes) == 0), 1)
@@ -147,7 +151,9 @@ def check_batch(config: Config, devices: int, processes: int) -> None:
 
 
 def check_environment() -> None:
-    """Raises UserError where a variable asks for a number of CPU devices that cannot be: JAX would not say which."""
+    """Raises UserError if an environment variable sets an impossible number of CPU devices. JAX's error would not name
+    the variable.
+    """
     found = re.search(r"xla_force_host_platform_device_count=(\S*)", os.environ.get("XLA_FLAGS", ""))
     for name, text in (
         ("JAX_NUM_CPU_DEVICES", os.environ.get("JAX_NUM_CPU_DEVICES")),
@@ -158,12 +164,12 @@ def check_environment() -> None:
 
 
 def find_devices() -> list:
-    """JAX's devices. Raises UserError if it has none, as where JAX_PLATFORMS names what this machine lacks."""
+    """JAX's devices. Raises UserError if there are none, for instance if JAX_PLATFORMS is cuda and there is no GPU."""
     import jax
 
     try:
         return jax.devices()
-    except Exception as error:  # its backends raise anything, an AssertionError without a text too
+    except Exception as error:  # JAX's backends raise errors of any type, even an AssertionError without a text
         reason = " ".join(str(error).split())[:200] or "this machine has none of that kind"
         asked = f"JAX_PLATFORMS is {show(os.environ.get('JAX_PLATFORMS', ''))}"
         raise UserError(
@@ -172,15 +178,18 @@ def find_devices() -> list:
 
 
 def choose_devices(config: Config) -> list:
-    """The devices of the run over all processes, the same number of each; the first call that touches a device.
+    """The devices of the run: the same number from each process, in the order of the processes.
 
-    All hosts meet here, and connect their devices.
+    This is the first call that touches a device. All hosts wait for each other here and connect their devices.
+
+    Raises:
+      UserError: a host has too few devices, or the configuration does not fit the devices.
     """
     import jax
 
     from jaxlm.host import together
 
-    together.meet("the prepared data")  # JAX itself waits minutes for the devices of the others, no longer
+    together.meet("the prepared data")  # by itself, JAX waits only minutes for the other hosts' devices
     by_process: dict[int, list] = {}
     for device in find_devices():
         by_process.setdefault(device.process_index, []).append(device)

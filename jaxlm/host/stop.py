@@ -1,4 +1,4 @@
-"""When a loop stops because the program was asked to: one process alone, or several after the same step."""
+"""Stops a loop because a signal asked for it: one process by itself, or several processes after the same step."""
 
 import threading
 from collections.abc import Callable
@@ -8,41 +8,45 @@ from typing import Any, Protocol, TypeVar
 from jaxlm.host.signals import StopSignal
 
 T = TypeVar("T")
-LEFT = "left"  # the name of threads whose work may have been left
+LEFT = "left"  # name of the threads of `unless_asked`, whose work may have been abandoned
 
 
 class Interrupted(Exception):
-    """The work was asked to stop, and has no result."""
+    """The work has no result, because the process was asked to stop."""
 
 
 class Stop(Protocol):
-    """Whether to stop. Processes share stop requests through the step's metrics, so all stop after the same step."""
+    """Decides whether to stop. Several processes share stop requests through the step's metrics, so that all of them
+    stop after the same step.
+    """
 
     def tell(self, batch: Any) -> Any:
-        """The batch, with this process's stop request."""
+        """The batch, with this process's stop request added if there are several processes."""
         ...
 
     def hear(self, metrics: dict[str, Any]) -> None:
         """Reads from the metrics of a batch whether any process was asked to stop."""
         ...
 
-    def now(self) -> bool: ...
+    def now(self) -> bool:
+        """Whether the loop must stop now."""
+        ...
 
     def alone(self, act: Callable[[], T]) -> T:
-        """Returns what `act` returns, which other processes need not call too.
+        """Returns what `act` returns. For an `act` that other processes need not call.
 
         Raises:
-          Interrupted: this process was asked to stop meanwhile; `act` may go on in a thread of its own.
+          Interrupted: this process was asked to stop meanwhile; `act` may continue in its own thread.
         """
         ...
 
     def together(self, act: Callable[[], T]) -> T:
-        """The same for an `act` with collectives, which all processes call: several processes always finish it."""
+        """Does the same for an `act` with collectives, which all processes call. Several processes always finish it."""
         ...
 
 
 class Alone:
-    """Stops one process after the step under way; never, without a signal."""
+    """Stops a single process after the step under way. Without a signal, never stops."""
 
     def __init__(self, signal: StopSignal | None):
         self._signal = signal
@@ -64,12 +68,18 @@ class Alone:
 
 
 class Together:
-    """Stops several processes after the same step. A request goes into the process's next batch, of training or of an
-    evaluation; the metrics of that batch, which are means over all devices, tell it to all processes.
+    """Stops several processes after the same step.
+
+    A process puts its request into its next batch, of training or of an evaluation. The metrics of that batch, which
+    are means over all devices, tell all processes.
     """
 
     def __init__(self, signal: StopSignal, sharding: Any):
-        """Args: sharding: of a batch [local devices, ...]."""
+        """Puts both values of the request on the devices.
+
+        Args:
+          sharding: of a batch `[local devices, ...]`.
+        """
         import jax
         import numpy as np
 
@@ -103,9 +113,9 @@ def make_stop(signal: StopSignal, sharding: Any) -> Stop:
 
 
 def unless_asked(signal: StopSignal, act: Callable[[], T]) -> T:
-    """Returns what `act` returns, or raises Interrupted as soon as a signal comes, even while XLA compiles for minutes.
+    """Returns what `act` returns, or raises Interrupted as soon as a signal arrives, even while XLA compiles.
 
-    `act` therefore runs in a thread, which is left to itself then. `runtime.leave` ends a process with such a thread.
+    So `act` runs in a thread, which is abandoned after a signal. `runtime.leave` can end a process with such a thread.
     """
     if signal.received:
         raise Interrupted
@@ -122,6 +132,6 @@ def unless_asked(signal: StopSignal, act: Callable[[], T]) -> T:
         try:
             return done.result(timeout=0.1)
         except TimeoutError:
-            if done.done():  # it is the act's own
+            if done.done():  # `act` itself raised the TimeoutError
                 raise
     raise Interrupted

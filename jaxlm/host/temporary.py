@@ -1,4 +1,4 @@
-"""Temporary folders that a signal does not leave behind."""
+"""Temporary folders that are removed even if a signal ends the program."""
 
 import contextlib
 import shutil
@@ -11,11 +11,11 @@ from jaxlm.host import signals
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """An empty folder, which is removed at the end, also where a signal ends the program."""
+    """Creates an empty folder, and removes it when the context ends, or when a signal ends the program."""
     folder = Path(tempfile.mkdtemp(prefix="jaxlm-"))
 
     def remove() -> None:
-        """Other threads may still write to the folder, so it is renamed first: they no longer find it."""
+        """Renames the folder, so that threads that still write to it no longer find it, and then removes it."""
         hidden = folder.with_name(f"{folder.name}.removed")
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)

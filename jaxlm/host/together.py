@@ -1,9 +1,8 @@
-"""Hosts meet before they exchange over their devices: each waits for the others here, as long as that takes.
+"""Makes hosts wait for each other before they exchange data over their devices, however long one of them takes.
 
 XLA connects the hosts when a program exchanges over a set of devices for the first time. On CPU, Gloo then waits 30
 seconds for the other hosts and fails. A host that reads its data or compiles for longer would end the run. So all
-connections are made at once, when every host is ready, and a program is run for the first time when every host has
-compiled it.
+connections are made at once, when every host is ready, and no host runs a program before every host has compiled it.
 """
 
 from collections.abc import Callable
@@ -18,23 +17,27 @@ from jaxlm.host import distributed
 
 
 def meet(what: str) -> None:
-    """Waits until all hosts have called this. A message says which host is late, and with what."""
+    """Waits until all hosts have called this. Messages name the host that is late, and `what` it is late with."""
     distributed.of_all(what, "")
 
 
 def connect(devices: list[Any]) -> None:
-    """Makes the connections over which `devices`, those of all hosts, exchange. Later programs use the same ones."""
+    """Connects `devices`, which are those of all hosts, with each other. Later programs use the same connections."""
     if jax.process_count() == 1:
         return
     here = [d for d in devices if d.process_index == jax.process_index()]
     ones = jax.device_put(np.ones(len(here), np.float32), NamedSharding(Mesh(here, ("i",)), PartitionSpec("i")))
     total = compiled(jax.pmap(lambda x: jax.lax.psum(x, "i"), axis_name="i", devices=devices), "devices")
     jax.block_until_ready(total(ones))
-    multihost_utils.sync_global_devices("jaxlm")  # Orbax exchanges over other sets of devices, and does it like this
+    multihost_utils.sync_global_devices("jaxlm")  # Orbax exchanges over other sets of devices, in this way
 
 
 def compiled(program: Callable, what: str) -> Callable:
-    """The program, which no host runs before all have compiled it. `what` names it in messages about a late host."""
+    """Wraps a jitted program so that no host runs it before all hosts have compiled it.
+
+    Args:
+      what: names the program in messages about a late host.
+    """
     if jax.process_count() == 1:
         return program
     met = False
@@ -42,7 +45,7 @@ def compiled(program: Callable, what: str) -> Callable:
     def run(*args: Any) -> Any:
         nonlocal met
         if not met:
-            program.lower(*args).compile()  # JAX keeps it for the call
+            program.lower(*args).compile()  # JAX caches the compiled program for the call below
             meet(f"the compiled program ({what})")
             met = True
         return program(*args)

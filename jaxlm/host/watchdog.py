@@ -1,4 +1,4 @@
-"""Says where every host is, and what this one is doing, when training has not moved for a while."""
+"""Prints where every host is, and what this process is doing, when training makes no progress for a while."""
 
 import faulthandler
 import sys
@@ -9,42 +9,43 @@ from jaxlm.host import distributed
 
 
 class Watchdog:
-    """From `start` to `stop` a thread looks whether `at` is still called.
+    """Checks in a thread, from `start` to `stop`, that the loop still calls `at`.
 
     Args:
-      seconds: without a call, after which the places of all hosts and the stacks of this process's threads go to
-        stderr; again after twice as long, and so on. 0 = never. Counted from the first call: before it, the step is
-        compiled.
-      abort: the process ends then, with exit code 5.
+      seconds: after this time without a call, prints the places of all hosts and the stacks of this process's threads
+        to stderr, again after twice the time, and so on. 0 = never. The time before the first call does not count,
+        because the step is compiled then.
+      abort: whether to end the process, too, with exit code 5.
     """
 
     def __init__(self, seconds: float, abort: bool = False):
         self._seconds, self._abort = seconds, abort
-        self._since: float | None = None  # the last call of `at`
+        self._since: float | None = None  # time of the last call of `at`, `time.monotonic()`
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, step: int, doing: str) -> None:
-        """Says that the loop has come to a place."""
+        """Notes that the loop has reached a place: `doing`, in words, after `step` updates."""
         self._since = time.monotonic()
         distributed.here = f"step {step}, {doing}"
 
     def _watch(self) -> None:
-        said, limit = self._since, self._seconds
+        last, limit = self._since, self._seconds
         while not self._closed.wait(min(1.0, self._seconds / 4)):
-            if self._since != said or said is None:
-                said, limit = self._since, self._seconds
-            elif time.monotonic() - said > limit:
-                self._say(time.monotonic() - said)
+            if self._since != last or last is None:
+                last, limit = self._since, self._seconds
+            elif time.monotonic() - last > limit:
+                self._say(time.monotonic() - last)
                 limit *= 2
 
     def _say(self, seconds: float) -> None:
+        """Prints what is known about the hang, and ends the process if `abort` is set."""
         reason = f"nothing has moved for {seconds:.0f} s (log.hang_seconds)"
         where = "; ".join(f"{name}: {place}" for name, place in distributed.places().items())
         print(f"\njaxlm: {reason}. {where}. The stacks of {distributed.own_name()}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr)
         if self._abort:
-            distributed.end(distributed.LOST, f"{reason}; the same command goes on")
+            distributed.end(distributed.LOST, f"{reason}; run the same command to resume")
 
     def start(self) -> None:
         if self._seconds:

@@ -1,6 +1,6 @@
-"""Processes that work for this one, and end with it.
+"""Worker processes that end when the process that started them ends.
 
-This module imports little: until a process has imported it, it does not notice that the one that started it has ended.
+This module imports little, because a worker notices the end of its parent only after importing it.
 """
 
 import contextlib
@@ -21,19 +21,23 @@ from jaxlm.host import signals
 
 T = TypeVar("T")
 
-# Semaphores of processes that a signal ended are removed by Python's resource tracker, which would warn about them.
+# Python's resource tracker removes the semaphores of processes that a signal ended, and would warn about them.
 QUIET = "ignore:resource_tracker:UserWarning"
 
 
 @contextlib.contextmanager
 def workers(count: int, begin: Callable[..., object] | None = None, *args: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, at once where it is stopped or fails; each calls `begin` first."""
+    """A pool of `count` worker processes. They end with this process, at once if it is stopped or fails.
+
+    Args:
+      begin, args: each worker first calls `begin(*args)`.
+    """
     others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    context = multiprocessing.get_context("spawn")  # a forked process may hang if its parent has threads
     if QUIET not in sys.warnoptions:
         sys.warnoptions.append(QUIET)
-    where = (begin.__module__, begin.__qualname__) if begin else None  # by name: `_begin` imports it later
-    with deaf():  # this may start the resource tracker, which unblocks the signals that `signals.block` blocked
+    where = (begin.__module__, begin.__qualname__) if begin else None  # a name, which `_begin` imports later
+    with deaf():  # this may start Python's resource tracker, which unblocks what `signals.block` blocked
         pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(where, *args))
     try:
         yield pool
@@ -46,20 +50,24 @@ def workers(count: int, begin: Callable[..., object] | None = None, *args: Any) 
 
 
 def apart(function: Callable[..., T], *args: Any) -> T:
-    """What a function returns in a process of its own."""
+    """Runs a function in a process of its own, and returns its result.
+
+    Raises:
+      UserError: the process was killed.
+    """
     try:
         with workers(1) as pool:
             with no_main(), deaf():
                 future = pool.submit(function, *args)
             return future.result()
     except BrokenProcessPool as error:
-        raise UserError("a process was killed, as it is when memory runs out; allowed: a smaller corpus") from error
+        raise UserError("a process was killed, probably out of memory; allowed: a smaller corpus") from error
 
 
 @contextlib.contextmanager
 def no_main() -> Iterator[None]:
-    """Processes that are started do not import the program: they need nothing of it, and a script without
-    `if __name__ == "__main__"` would do again in each what it does.
+    """A context in which new processes do not import the main program. They need nothing from it, and a script without
+    `if __name__ == "__main__"` would run again in each of them.
     """
     program = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -71,7 +79,7 @@ def no_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C from their first moment on; they end with this one."""
+    """A context in which new processes ignore Ctrl-C from their first moment on, because they end with this process."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with signals.starting:
@@ -81,7 +89,7 @@ def deaf() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it ends, even if that is killed."""
+    """From now on, this process ends when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -93,6 +101,7 @@ def end_with_parent() -> None:
 
 
 def _begin(where: tuple[str, str] | None, *args: Any) -> None:
+    """The first call of each worker; `where` is the module and the name of a function to call with `args`."""
     end_with_parent()
     if where:
         getattr(importlib.import_module(where[0]), where[1])(*args)

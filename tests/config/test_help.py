@@ -18,7 +18,7 @@ def test_every_key_has_a_meaning():
     assert found.keys() == key_types().keys()
     assert [key for key, meaning in found.items() if not meaning] == []
     assert found["model.d_model"] == "width of the residual stream"
-    assert found["model.matmul_precision"].startswith("Of float32 matrices")  # the lines above it
+    assert found["model.matmul_precision"].startswith("Precision of float32 matrix")  # the lines above it
 
 
 @pytest.mark.parametrize("width", [60, 118])

@@ -197,7 +197,7 @@ def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
     last = error.strip().split("\n")[-1]
     assert code == 5, results
     assert last.startswith(f"jaxlm: host {socket.gethostname()} (process {victim})") and "is gone" in last
-    assert last.endswith("this host stops too, and the same command goes on")
+    assert last.endswith("this host stops too; run the same command to resume")
     if victim == 1:  # JAX prints what it has to say of its coordinator
         assert error.strip() == last
         again = finish(start(workdir, 1, "steps=20", "checkpoint.every_steps=20", "eval.every_steps=0"))
@@ -321,7 +321,7 @@ def test_a_host_that_is_late_is_waited_for_and_named():
     assert error.strip().split("\n") == [
         f"jaxlm: waiting for the data 4 of {late}, 1 min at most",
         f"jaxlm: waiting for the data 60 of {late}, 1 min at most",
-        f"jaxlm: the data 60 of {late} did not come in time",
+        f"jaxlm: the data 60 of {late} did not arrive in time",
     ]
 
 

@@ -128,7 +128,7 @@ def test_the_end_says_what_is_lost():
             text=True,
             env=os.environ | {"PYTHONUNBUFFERED": ""},
         )
-    assert result.returncode == 2 and result.stderr.startswith("jaxlm: what was printed is lost: ")
+    assert result.returncode == 2 and result.stderr.startswith("jaxlm: some output could not be written: ")
 
 
 @pytest.mark.parametrize(

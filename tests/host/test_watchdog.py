@@ -35,7 +35,7 @@ def test_what_hangs_is_shown(abort: bool, code: int):
     # Again after twice as long each time: at 0.2, 0.4, 0.8 s.
     assert result.stderr.count("in stuck_here") == (1 if abort else 3)
     assert ("went on" in result.stdout) != abort
-    assert (result.stderr.splitlines()[-1].endswith("the same command goes on")) == abort
+    assert (result.stderr.splitlines()[-1].endswith("run the same command to resume")) == abort
 
 
 def test_what_moves_is_left_alone(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
