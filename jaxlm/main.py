@@ -16,6 +16,7 @@ from jaxlm.config import UserError, cli, files, flatten
 from jaxlm.config.paths import user_path
 from jaxlm.host import distributed, launcher, runtime, signals
 from jaxlm.host.exit_codes import exit_code
+from jaxlm.host.join import join
 
 
 def parser() -> cli.Parser:
@@ -82,7 +83,7 @@ def run(argv: list[str]) -> int:
     runtime.configure_jax(config, processes)
     hosts = None
     if processes > 1:
-        hosts = distributed.join(args.coordinator, args.num_processes, args.process_id)
+        hosts = join(args.coordinator, args.num_processes, args.process_id)
 
     def train() -> int:
         shared = {k: v for k, v in flatten(config).items() if k != "data.cache_dir"}

@@ -16,7 +16,8 @@ def main() -> None:
     import numpy as np
 
     from jaxlm.config import files
-    from jaxlm.host import distributed, runtime
+    from jaxlm.host import runtime
+    from jaxlm.host.join import join
     from jaxlm.model import make_model
     from jaxlm.train import step as train_step
     from jaxlm.train.placement import Placement
@@ -26,7 +27,7 @@ def main() -> None:
         return files.load(Path(file), [f"--config.{k}={v}" for k, v in flat.items()])
 
     runtime.configure_jax(config_of("pmean"), int(count))
-    distributed.join(coordinator, int(count), int(index))
+    join(coordinator, int(count), int(index))
     devices = runtime.choose_devices(config_of("pmean"))
     built: dict[str, Any] = {}
     for name in json.loads(names):

@@ -47,7 +47,7 @@ class Replicas:
         devices = self._mesh.devices.flat
         names_D = [f"{d.id if d.local_hardware_id is None else d.local_hardware_id} ({d.device_kind})" for d in devices]
         content = json.dumps([_hardware(devices[0].device_kind), names_D, sums_DL])
-        found = distributed.of_all(f"the sums of step {step}", content)
+        found = distributed.from_all(f"the sums of step {step}", content)
         by_hardware: dict[str, dict[str, list[int]]] = {}
         for host, (hardware, names_D, sums_DL) in enumerate(map(json.loads, found)):
             named = {f"device {d} of {distributed.name(host)}": s for d, s in zip(names_D, sums_DL, strict=True)}

@@ -83,7 +83,7 @@ def find_whole(
     Raises:
       CheckpointError: no checkpoint is whole.
     """
-    found = distributed.of_first("a whole checkpoint", lambda: json.dumps(checkpoints.find_whole(step, losses or {})))
+    found = distributed.from_first("a whole checkpoint", lambda: json.dumps(checkpoints.find_whole(step, losses or {})))
     whole, damage = json.loads(found)
     if whole is None:
         raise CheckpointError(f"{next(iter(damage.values()))}; none of its {len(damage)} checkpoints is whole")

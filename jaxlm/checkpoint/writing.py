@@ -50,7 +50,7 @@ class Saver:
         self._losses = validation_losses(workdir)
         self._manager: Any = self._open() if jax.process_index() == 0 else None
         # the newest step written
-        self.saved: int | None = _of_first("the newest checkpoint", lambda: max(steps_in(self._folder), default=None))
+        self.saved: int | None = _from_first("the newest checkpoint", lambda: max(steps_in(self._folder), default=None))
 
     def _open(self) -> ocp.CheckpointManager:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +125,12 @@ class Saver:
             return False
         if self._under_way is not None:
             saving = self._under_way[1]
-            if _of_first("whether a save has ended", lambda: saving is not None and saving.done()):
+            if _from_first("whether a save has ended", lambda: saving is not None and saving.done()):
                 self._settle()
         return self._pause.failing and self._may_try()
 
     def _may_try(self) -> bool:
-        return _of_first("whether to save again", lambda: self._pause.over)
+        return _from_first("whether to save again", lambda: self._pause.over)
 
     def wait(self) -> int | None:
         """Waits for a save under way. Returns the newest step written."""
@@ -152,7 +152,7 @@ class Saver:
                 raise error
 
         try:
-            insist(act, lambda late: _of_first("whether to give up saving", lambda: late))
+            insist(act, lambda late: _from_first("whether to give up saving", lambda: late))
         except Exception as error:
             raise Unsaved(
                 f"{self._folder}: the state of step {step} cannot be saved: {reason_of(error)}; {self._newest()};"
@@ -167,7 +167,7 @@ class Saver:
         error = None if saving is None else saving.exception()
         if not isinstance(error, Exception | None):
             raise error
-        reason = _of_first(f"the checkpoint of step {step}", lambda: error and reason_of(error))
+        reason = _from_first(f"the checkpoint of step {step}", lambda: error and reason_of(error))
         if reason and error is None:
             error = OSError(reason)  # the first process's error
         self._end(step, error)
@@ -201,9 +201,9 @@ class Saver:
             self._manager.close()
 
 
-def _of_first(what: str, value: Callable[[], Any]) -> Any:
+def _from_first(what: str, value: Callable[[], Any]) -> Any:
     """Returns the value that the first process computes; it is the one that writes."""
-    return json.loads(distributed.of_first(what, lambda: json.dumps(value())))
+    return json.loads(distributed.from_first(what, lambda: json.dumps(value())))
 
 
 def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:

@@ -1,4 +1,4 @@
-"""Several hosts as one run: how they join, what they must agree on, and how they notice that one of them is gone.
+"""Several hosts as one run: what they must agree on, and how they notice that one of them is gone.
 
 JAX's coordination service runs in the first process. It has a table of strings that all processes read and write:
 
@@ -8,14 +8,12 @@ JAX's coordination service runs in the first process. It has a table of strings 
 
 A process that finds that another one has ended early, or has not counted for LOST_AFTER seconds, prints a line about it
 and ends, too. Otherwise it would wait for the other one in a collective forever. When the first process is gone, its
-table cannot be read any more, and all others end in the same way.
+table cannot be read any more, and all others end in the same way. join.py connects the processes.
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +24,7 @@ from typing import Any
 
 from jaxlm.config import UserError
 from jaxlm.host import signals
-from jaxlm.host.launcher import ADDRESS, number_in
+from jaxlm.host.coordinator import at_abort, connect
 from jaxlm.host.startup import STOPPED
 
 LOST = 5  # exit code: another host is gone; the same command resumes the run
@@ -35,96 +33,6 @@ FAILED_AFTER = 10  # replaces LOST_AFTER once a collective has failed
 JOIN_LIMIT = 300  # seconds within which all processes must join, unless JAXLM_JOIN_SECONDS sets another limit
 PREPARE_LIMIT = 12 * 3600  # seconds to wait for a host that prepares its data; one that dies is found by LOST_AFTER
 PATIENCE = 10  # seconds of waiting after which a line says for whom
-
-
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> "Hosts":
-    """Connects this process to the others. If all arguments are None, they come from the launcher's environment.
-
-    If another process is late, JAX aborts this one, which then ends with exit code LOST.
-
-    Raises:
-      UserError: the coordinator is not reached in time, or JAX refuses to join.
-    """
-    import jax
-
-    limit = number_in("JAXLM_JOIN_SECONDS", 1, 10**6) if "JAXLM_JOIN_SECONDS" in os.environ else JOIN_LIMIT
-    where = f"--coordinator {coordinator}" if coordinator else "the coordinator that the launcher's environment names"
-    if coordinator is None and {"JOB_COMPLETIONS", "JOB_COMPLETION_INDEX", ADDRESS} <= os.environ.keys():
-        # An indexed Kubernetes job. JAX's own detection would query the cluster, for which a pod needs permissions.
-        coordinator, process_id = os.environ[ADDRESS], int(os.environ["JOB_COMPLETION_INDEX"])
-        num_processes, where = int(os.environ["JOB_COMPLETIONS"]), f"{ADDRESS}={coordinator}"
-    failed = f"{where}: host {socket.gethostname()} cannot join the other processes"
-    late = f"{failed} within {limit} s: some did not start, or two have the same --process_id"
-    if coordinator is not None:
-        try:
-            socket.getaddrinfo(coordinator.rpartition(":")[0].strip("[]"), None)
-        except OSError as error:
-            raise UserError(f"{failed}: its address cannot be found ({error.strerror or error})") from error
-    if coordinator is not None and process_id != 0:
-        _wait_for(coordinator, f"{failed} within {limit} s", limit)
-    # A process that is alone on its host gets all devices there. By itself, JAX gives each Slurm task only one.
-    on_host = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or "1"
-    alone = on_host.split("(")[0] == "1"
-    _at_abort(lambda: (f"{late}; run the same command to try again", LOST))
-    try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            local_device_ids=[] if alone else None,
-            initialization_timeout=limit,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{failed}: {' '.join(str(error).split())[:200]}; allowed: processes that srun, mpirun or an indexed job"
-            " started, or --coordinator, --num_processes and --process_id"
-        ) from error
-    global _hosts
-    _hosts = Hosts()
-    signals.at_stop(_hosts.tell_stopped)
-    return _hosts
-
-
-def _wait_for(coordinator: str, failed: str, limit: int) -> None:
-    """Returns when a process listens at the coordinator's address. Raises UserError after `limit` seconds."""
-    deadline = time.monotonic() + limit
-    while error := _connects(coordinator):
-        if time.monotonic() > deadline:
-            raise UserError(f"{failed}: {error.strerror or error}") from error
-        time.sleep(0.5)
-
-
-def _connects(coordinator: str) -> OSError | None:
-    """Tries to connect to the coordinator's address. Returns the error, or None if a process listens there."""
-    host, _, port = coordinator.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        return error
-    return None
-
-
-def _at_abort(reason: Callable[[], tuple[str, int] | None]) -> None:
-    """Makes an abort of this process end with a last line and an exit code. JAX's C++ code aborts a process that cannot
-    join in time or loses the coordinator.
-
-    Args:
-      reason: returns the line and the code, or None if the abort has another cause. Then the abort takes its course.
-    """
-
-    def aborted(number: int) -> None:
-        with contextlib.suppress(BaseException):  # no exception, not even a signal handler's, may reach C++
-            if found := reason():
-                os.write(2, f"\njaxlm: {found[0]}\n".encode())
-                os._exit(found[1])
-        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # SIG_DFL: the abort takes its course
-
-    global _abort_handler
-    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
-    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
-
-
-_abort_handler: Any = None  # keeps the C callback alive
 
 
 class Hosts:
@@ -150,7 +58,7 @@ class Hosts:
         self._unanswered = 0  # seconds since `_watch` last read the table
         for act in (self._beat, self._watch, self._guard):
             threading.Thread(target=act, daemon=True).start()
-        _at_abort(lambda: None if self._reachable() else (f"{self._gone}; {self._advice(LOST)}", LOST))
+        at_abort(lambda: None if self._reachable() else (f"{self._gone}; {self._advice(LOST)}", LOST))
 
     def name(self, index: int) -> str:
         """How messages call a process."""
@@ -160,14 +68,14 @@ class Hosts:
         """Raises UserError, the same on all hosts, unless all of them call this with the same values."""
         found = [json.loads(v) for v in self._exchange(what, json.dumps(values), PREPARE_LIMIT)]
         for i, other in enumerate(found):
-            for key in other:
-                if other[key] != found[0].get(key):
+            for key in found[0] | other:
+                if other.get(key) != found[0].get(key):
                     raise UserError(
-                        f"{what}: {key} is {other[key]!r} on {self.name(i)} and {found[0].get(key)!r} on"
+                        f"{what}: {key} is {other.get(key)!r} on {self.name(i)} and {found[0].get(key)!r} on"
                         f" {self.name(0)}; allowed: the same on all hosts"
                     )
 
-    def of_first(self, what: str, value: Callable[[], str]) -> str:
+    def from_first(self, what: str, value: Callable[[], str]) -> str:
         """The first process computes the value; every process returns it."""
         self._round += 1
         if self.index == 0:
@@ -176,7 +84,7 @@ class Hosts:
             return found
         return self._get(what, 0, time.monotonic() + PREPARE_LIMIT)
 
-    def of_all(self, what: str, value: str) -> list[str]:
+    def from_all(self, what: str, value: str) -> list[str]:
         """The values of all processes, in their order."""
         return self._exchange(what, value, PREPARE_LIMIT)
 
@@ -260,7 +168,7 @@ class Hosts:
         while not self._ending:
             count += 1
             with contextlib.suppress(Exception):  # `_guard` ends the process when the table is gone
-                self._client.key_value_set(f"jaxlm/beat/{self.index}", f"{count} {here}", True)
+                self._client.key_value_set(f"jaxlm/beat/{self.index}", f"{count} {loop_place}", True)
             time.sleep(1)
 
     def _watch(self) -> None:
@@ -305,7 +213,7 @@ class Hosts:
 
     def _reachable(self) -> bool:
         """Whether the coordinator can be reached."""
-        return self.index == 0 or _connects(self._coordinator) is None
+        return self.index == 0 or connect(self._coordinator) is None
 
     def _end(self, code: int, reason: str) -> None:
         """Prints the reason and ends this process at once, unless it is ending already."""
@@ -331,8 +239,16 @@ class Hosts:
         return "this host stops too" + ("; run the same command to resume" if code in (LOST, STOPPED) else "")
 
 
-_hosts: Hosts | None = None  # set by `join`; one per process, like JAX's distributed state; None = a single process
-here = "before the first step"  # the place of this process's loop, in words; the watchdog sets it
+_hosts: Hosts | None = None  # set by `start`; one per process, like JAX's distributed state; None = a single process
+loop_place = "before the first step"  # the place of this process's loop, in words; the watchdog sets it
+
+
+def start() -> Hosts:
+    """Begins to watch the other processes. Called once, when JAX is connected to them."""
+    global _hosts
+    _hosts = Hosts()
+    signals.at_stop(_hosts.tell_stopped)
+    return _hosts
 
 
 def check_same(what: str, values: dict[str, Any]) -> None:
@@ -345,25 +261,25 @@ def check_same(what: str, values: dict[str, Any]) -> None:
         _hosts.check_same(what, values)
 
 
-def of_first(what: str, value: Callable[[], str]) -> str:
+def from_first(what: str, value: Callable[[], str]) -> str:
     """The first process computes the value; every process returns it.
 
     Args:
       what: names the value in messages about a late host.
     """
-    return value() if _hosts is None else _hosts.of_first(what, value)
+    return value() if _hosts is None else _hosts.from_first(what, value)
 
 
-def of_all(what: str, value: str) -> list[str]:
+def from_all(what: str, value: str) -> list[str]:
     """The values of all processes, in their order.
 
     Args:
       what: names the value in messages about a late host.
     """
-    return [value] if _hosts is None else _hosts.of_all(what, value)
+    return [value] if _hosts is None else _hosts.from_all(what, value)
 
 
-def of_several() -> bool:
+def is_one_of_several() -> bool:
     """Whether this process is one of several."""
     return _hosts is not None
 
@@ -373,7 +289,7 @@ def places() -> dict[str, str]:
     if _hosts is not None:
         with contextlib.suppress(Exception):  # the coordinator itself may hang
             return _hosts.places()
-    return {own_name(): here}
+    return {own_name(): loop_place}
 
 
 def own_name() -> str:
@@ -381,7 +297,7 @@ def own_name() -> str:
     return name(0) if _hosts is None else _hosts.name(_hosts.index)
 
 
-def end(code: int, reason: str) -> None:
+def end_process(code: int, reason: str) -> None:
     """Prints the reason and ends this process at once. The others find out because it stops counting."""
     os.write(2, f"\njaxlm: {reason}\n".encode())
     os._exit(code)

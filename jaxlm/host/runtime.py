@@ -91,7 +91,7 @@ def leave(code: int) -> NoReturn:
     if _kept is not None:
         time.sleep(SETTLE)
     left = [thread for thread in threading.enumerate() if thread.name == LEFT]
-    if left and distributed.of_several():
+    if left and distributed.is_one_of_several():
         left.pop().join()  # JAX's exit functions must run, because the other processes wait for them
     if not left:
         atexit._run_exitfuncs()

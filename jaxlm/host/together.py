@@ -18,7 +18,7 @@ from jaxlm.host import distributed
 
 def meet(what: str) -> None:
     """Waits until all hosts have called this. Messages name the host that is late, and `what` it is late with."""
-    distributed.of_all(what, "")
+    distributed.from_all(what, "")
 
 
 def connect(devices: list[Any]) -> None:

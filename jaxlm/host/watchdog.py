@@ -27,7 +27,7 @@ class Watchdog:
     def at(self, step: int, doing: str) -> None:
         """Notes that the loop has reached a place: `doing`, in words, after `step` updates."""
         self._since = time.monotonic()
-        distributed.here = f"step {step}, {doing}"
+        distributed.loop_place = f"step {step}, {doing}"
 
     def _watch(self) -> None:
         last, limit = self._since, self._seconds
@@ -45,7 +45,7 @@ class Watchdog:
         print(f"\njaxlm: {reason}. {where}. The stacks of {distributed.own_name()}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr)
         if self._abort:
-            distributed.end(distributed.LOST, f"{reason}; run the same command to resume")
+            distributed.end_process(distributed.LOST, f"{reason}; run the same command to resume")
 
     def start(self) -> None:
         if self._seconds:

@@ -165,7 +165,7 @@ def on_first(act: Callable[[], Any]) -> None:
             return str(error)
         return ""
 
-    if refusal := distributed.of_first("the preparation of its workdir", attempt):
+    if refusal := distributed.from_first("the preparation of its workdir", attempt):
         raise UserError(refusal)
 
 
@@ -178,7 +178,7 @@ def _check_shared(workdir: Path, what: str) -> None:
         except OSError:
             return "not there"
 
-    wanted, deadline = distributed.of_first(what, seen), time.monotonic() + FOLDER_LIMIT
+    wanted, deadline = distributed.from_first(what, seen), time.monotonic() + FOLDER_LIMIT
     while seen() != wanted and time.monotonic() < deadline:  # a network file system may show it late
         time.sleep(0.5)
     distributed.check_same(f"{what}: a folder that all hosts see", {"config.json": seen()})

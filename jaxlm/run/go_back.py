@@ -93,4 +93,4 @@ def _whole(checkpoints: Checkpoints, time: int) -> list[int]:
     def find() -> str:
         return json.dumps([step for step in checkpoints.steps() if checkpoints.damage(step) is None])
 
-    return json.loads(distributed.of_first(f"the whole checkpoints ({time})", find))
+    return json.loads(distributed.from_first(f"the whole checkpoints ({time})", find))

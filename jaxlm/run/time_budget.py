@@ -32,7 +32,7 @@ def fit(config: Config, deadline: float) -> Config:
     """
     compiling, seconds = _measure(config)
     count = fitting(config.steps, deadline - time.monotonic(), compiling, seconds)
-    count = int(distributed.of_first("the number of steps that fit", lambda: str(count)))
+    count = int(distributed.from_first("the number of steps that fit", lambda: str(count)))
     least = max(config.optim.warmup_steps, config.log.profile_steps, 1)
     if count < least:
         raise UserError(

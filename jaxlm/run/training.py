@@ -202,7 +202,7 @@ def _owes_evaluation(parts: Parts, start: int) -> bool:
     """Whether the run was stopped during the evaluation after step `start`, from which it continues."""
     if start == 0 or not _due(parts.config, parts.config.eval.every_steps)(start):
         return False
-    known = distributed.of_first(
+    known = distributed.from_first(
         "the evaluations so far", lambda: json.dumps(start in metrics_file.validation_losses(parts.workdir))
     )
     return not json.loads(known)

@@ -15,8 +15,8 @@ GRADIENTS = "reduce_gradients"  # names its collectives in a compiled program
 
 
 def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: ParallelConfig) -> GradSync:
-    """Returns the synchronization that the step calls, in buckets of `bucket_mb`. With `zero`, each device gets only its
-    own parts.
+    """Returns the synchronization that the step calls, in buckets of `bucket_mb`. With `zero`, a device gets only
+    its own parts.
 
     Args:
       params: the shapes of all parameters.

@@ -296,9 +296,10 @@ LATE = """
 import sys, time
 from jaxlm import main
 from jaxlm.host import distributed
+from jaxlm.host.join import join
 distributed.PATIENCE, distributed.PREPARE_LIMIT = 1, 6
 index = int(sys.argv[2])
-hosts = distributed.join(sys.argv[1], 2, index)
+hosts = join(sys.argv[1], 2, index)
 def program():
     for delay in (4, 60):
         time.sleep(delay * index)
