@@ -60,6 +60,19 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"]
     scan_unroll: int  # layers per iteration of the loop over layers; 0 = all: fastest steps, longest compilation
 
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_ff or 4 * self.d_model
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LossConfig:

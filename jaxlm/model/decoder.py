@@ -10,6 +10,7 @@ of a small model a third faster than `[B, T, D]`; on GPU it is the same matrix p
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, assert_never
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
-from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, sinusoids
+from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
@@ -29,6 +30,11 @@ class Cache(NamedTuple):
 
     k: jax.Array  # [L, B, S, K, C]
     v: jax.Array  # [L, B, S, K, C]
+
+    def extended(self, k_BTKC: jax.Array, v_BTKC: jax.Array, start: jax.Array) -> "Cache":
+        """One layer's cache with the keys and values of T tokens added at position `start`."""
+        at = (0, start, 0, 0)
+        return Cache(jax.lax.dynamic_update_slice(self.k, k_BTKC, at), jax.lax.dynamic_update_slice(self.v, v_BTKC, at))
 
 
 # {model.remat: policy that says which intermediate results are kept for the backward pass; None = layer inputs only}
@@ -56,6 +62,14 @@ class Decoder(nn.Module):
         self.embed = self._table(rows)
         if c.position == "learned":
             self.positions = self._table(self.max_len)
+        self.layers = self._layers()
+        self.final_norm = norm(c)
+        if not c.tie_embeddings:
+            self.head = Head(c, rows)
+
+    def _layers(self) -> Any:
+        """The blocks as one scan over stacked parameters, with remat, and with `on_layer` applied to each layer."""
+        c = self.config
         block: Any = Block
         unroll = c.scan_unroll or c.num_layers
         if c.remat != "none":
@@ -65,17 +79,15 @@ class Decoder(nn.Module):
             on_layer = self.on_layer
             block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
         in_axes: Any = (0, 0, nn.broadcast)  # for layer, cache, shared
-        self.layers = nn.scan(
+        layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=in_axes,
             length=c.num_layers,
             unroll=unroll,
-        )(c, self.max_len)
-        self.final_norm = norm(c)
-        if not c.tie_embeddings:
-            self.head = Head(c, rows)
+        )
+        return layers(c, self.max_len)
 
     def _table(self, rows: int) -> nn.Embed:
         """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. A table that is
@@ -101,20 +113,20 @@ class Decoder(nn.Module):
         tokens_N = tokens_BT.reshape(-1)
         positions = start + jnp.arange(T) if positions_BT is None else positions_BT
         x_ND = self.embed(tokens_N).astype(c.dtype)
-        if (table := self._added(positions)) is not None:
-            x_ND = (x_ND.reshape(B, T, -1) + table.astype(c.dtype)).reshape(B * T, -1)
+        if (added := self._position_embeddings(positions)) is not None:
+            x_ND = (x_ND.reshape(B, T, -1) + added.astype(c.dtype)).reshape(B * T, -1)
         x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
         shared = LayerInputs(
-            dropout_keys_B,
-            rope_tables(positions, c.d_model // c.num_heads, c.rope_theta) if c.position == "rope" else None,
-            None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
-            None if cache is None else jnp.asarray(start),
-            (B, T),
+            dropout_keys_B=dropout_keys_B,
+            rope=rope_tables(positions, c.head_size, c.rope_theta) if c.position == "rope" else None,
+            segments_BT=None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
+            start=None if cache is None else jnp.asarray(start),
+            shape=(B, T),
         )
         x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
         return self.final_norm(x_ND), cache
 
-    def _added(self, positions: jax.Array) -> jax.Array | None:
+    def _position_embeddings(self, positions: jax.Array) -> jax.Array | None:
         """Position embeddings to add to token embeddings, `[..., D]`; None for RoPE, which rotates queries and keys."""
         match self.config.position:
             case "rope":
@@ -140,19 +152,16 @@ class Decoder(nn.Module):
         return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerInputs:
-    """Inputs that all layers share, as a pytree; its shape (B, T) is static."""
+    """Inputs that all layers share."""
 
-    def __init__(self, dropout_keys_B, rope, segments_BT, start, shape):
-        self.dropout_keys_B, self.rope, self.segments_BT, self.start = dropout_keys_B, rope, segments_BT, start
-        self.shape = shape
-
-
-jax.tree_util.register_pytree_node(
-    LayerInputs,
-    lambda s: ((s.dropout_keys_B, s.rope, s.segments_BT, s.start), s.shape),
-    lambda shape, leaves: LayerInputs(*leaves, shape),
-)
+    dropout_keys_B: jax.Array | None
+    rope: tuple[jax.Array, jax.Array] | None  # from rope_tables
+    segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
+    start: jax.Array | None  # position of the first token in the cache; None without a cache
+    shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
 
 
 class Block(nn.Module):
@@ -181,32 +190,35 @@ class Attention(nn.Module):
     def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: LayerInputs) -> tuple[jax.Array, Cache | None]:
         c = self.config
         B, T = shared.shape
-        head, kv_heads = c.d_model // c.num_heads, c.num_kv_heads or c.num_heads
-        q_RC = linear(c, c.num_heads * head, "query")(x_ND).reshape(-1, head)
-        k_RC = linear(c, kv_heads * head, "key")(x_ND).reshape(-1, head)
-        v_BTKC = linear(c, kv_heads * head, "value")(x_ND).reshape(B, T, kv_heads, head)
+        H, K, C = c.num_heads, c.kv_heads, c.head_size
+        q_RC = linear(c, H * C, "query")(x_ND).reshape(-1, C)
+        k_RC = linear(c, K * C, "key")(x_ND).reshape(-1, C)
+        v_BTKC = linear(c, K * C, "value")(x_ND).reshape(B, T, K, C)
         if c.qk_norm:
-            q_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="query_norm")(q_RC)
-            k_RC = nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name="key_norm")(k_RC)
-        q_BTHC, k_BTKC = q_RC.reshape(B, T, c.num_heads, head), k_RC.reshape(B, T, kv_heads, head)
+            q_RC, k_RC = rmsnorm(c, "query_norm")(q_RC), rmsnorm(c, "key_norm")(k_RC)
+        q_BTHC, k_BTKC = q_RC.reshape(B, T, H, C), k_RC.reshape(B, T, K, C)
         if shared.rope is not None:
             q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
         if cache is None:
             if c.key_offset:
                 k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
-            kernel = choose_kernel(c.attention, c.dtype, head)
+            kernel = choose_kernel(c.attention, c.dtype, C)
             o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, kernel)
         else:
-            at = (0, shared.start, 0, 0)
-            cache = Cache(
-                jax.lax.dynamic_update_slice(cache.k, k_BTKC, at), jax.lax.dynamic_update_slice(cache.v, v_BTKC, at)
-            )
-            age_TS = (shared.start + jnp.arange(T))[:, None] - jnp.arange(cache.k.shape[1])
-            visible_TS = (age_TS >= 0) & (age_TS < self.window)  # as far back as in training
-            keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
-            o_BTHC = attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
-        out = linear(c, c.d_model, "out", residual=True)
-        return out(o_BTHC.reshape(B * T, c.num_heads * head)), cache
+            assert shared.start is not None
+            cache = cache.extended(k_BTKC, v_BTKC, shared.start)
+            o_BTHC = attend_cache(q_BTHC, cache, shared.start, self.window, c.key_offset)
+        return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C)), cache
+
+
+def attend_cache(q_BTHC: jax.Array, cache: Cache, start: jax.Array, window: int, key_offset: bool) -> jax.Array:
+    """Attention of tokens at positions start, start + 1, ... to one layer's cache. Each sees the last `window` tokens,
+    itself included, as in training.
+    """
+    age_TS = (start + jnp.arange(q_BTHC.shape[1]))[:, None] - jnp.arange(cache.k.shape[1])
+    visible_TS = (age_TS >= 0) & (age_TS < window)
+    keys_BSKC = offset_keys(cache.k) if key_offset else cache.k
+    return attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
 
 
 class Model(NamedTuple):
@@ -253,8 +265,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         return call("unembed", params, x_ND)
 
     def init_cache(batch: int, length: int) -> Cache:
-        head = config.d_model // config.num_heads
-        shape = (config.num_layers, batch, length, config.num_kv_heads or config.num_heads, head)
+        shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
         return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
     def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:

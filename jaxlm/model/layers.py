@@ -27,15 +27,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 
 
 class Mlp(nn.Module):
+    """down(f(up(x))), or if gated down(up(x) * f(gate(x)))."""
+
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
-        width = c.d_ff or 4 * c.d_model
-        h_NF = linear(c, width, "up")(x_ND)
+        h_NF = linear(c, c.mlp_width, "up")(x_ND)
         function, gated = ACTIVATIONS[c.activation]
-        h_NF = h_NF * function(linear(c, width, "gate")(x_ND)) if gated else function(h_NF)
+        h_NF = h_NF * function(linear(c, c.mlp_width, "gate")(x_ND)) if gated else function(h_NF)
         return linear(c, c.d_model, "down", residual=True)(h_NF)
 
 
@@ -76,17 +77,17 @@ def _layernorm(c: ModelConfig, name: str | None) -> nn.Module:
     )
 
 
-def _rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
+def rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
     return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
 
 
-NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": _rmsnorm}
+NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": rmsnorm}
 
 
 def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
     """Inverted dropout with one key per sequence, so that masks do not depend on how the batch is split.
 
-    `site` numbers the places in the model where dropout is applied.
+    `site` numbers the places in the model where dropout is applied. Without keys, as in evaluation, nothing is dropped.
     """
     if rate == 0.0 or keys_B is None:
         return x_ND

@@ -76,7 +76,7 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
 
 
 def block_scales(x: jax.Array, levels: int, group: Group | None = None) -> jax.Array:
-    """[..., C] -> [..., C / 256]: each block's largest absolute value / levels, over all devices of a group if given."""
+    """[..., C] -> [..., C / 256]: each block's largest absolute value / levels; with a group, over its devices."""
     largest = jnp.max(sizes(x).reshape(*x.shape[:-1], -1, BLOCK), axis=-1)
     return (largest if group is None else group.max(largest)) / levels
 

@@ -96,22 +96,22 @@ def judge(
       targets: number of targets in the global batch, divided by the number of devices.
 
     Returns:
-      (whether to update, factor on the gradient, guard after the step).
+      (whether the step is accepted, factor on its gradient, guard after the step).
     """
-    good = jnp.isfinite(x.nll) & jnp.isfinite(x.norm)
+    finite = jnp.isfinite(x.nll) & jnp.isfinite(x.norm)
     square, limit = jnp.square(jnp.minimum(x.norm, LARGEST)), c.spike_factor**2 * x.mean_square
     # A mean of zero means that the squares underflowed in float32, not that every gradient is a spike.
-    spike = good & (guard.known >= LEAST) & (limit > 0) & (square > limit) & (c.spike_factor > 0)
+    spike = finite & (guard.known >= LEAST) & (limit > 0) & (square > limit) & (c.spike_factor > 0)
     scale = jnp.where(spike, jnp.sqrt(limit) / x.norm, 1.0)
-    updated = {"scale": good, "skip": good & ~spike}[c.on_spike]
+    accepted = {"scale": finite, "skip": finite & ~spike}[c.on_spike]
     known_nothing = jnp.maximum(math.log(vocab_size), x.first_loss)
     high = ~(x.nll <= HIGH * known_nothing * targets)  # also true for NaN
 
-    counts = good & (x.norm > 0)  # a batch without targets has a norm of 0, which is no measure
+    counts = finite & (x.norm > 0)  # a batch without targets has a norm of 0, which is no measure
     known = guard.known + counts
     weight = jnp.maximum(1 / jnp.maximum(known, 1), 1 - DECAY)  # a plain mean at first
     mean_square = x.mean_square + weight * (jnp.where(spike, limit, square) - x.mean_square)
-    skipped = (~updated).astype(jnp.int32)
+    skipped = (~accepted).astype(jnp.int32)
     after = Guard(
         mean_square=jnp.where(counts, mean_square, x.mean_square),
         known=known,
@@ -121,13 +121,13 @@ def judge(
         in_row=(guard.in_row + skipped) * skipped,
         high=(guard.high + high) * high,
     )
-    return updated, scale, after
+    return accepted, scale, after
 
 
-def either(good: jax.Array, new: Any, old: Any) -> Any:
-    """Returns `new` after a good step, else `old`, except that a schedule's count of steps always advances."""
+def either(accepted: jax.Array, new: Any, old: Any) -> Any:
+    """Returns `new` if the step is accepted, else `old`; the count of a schedule always advances."""
 
     def choose(new: Any, old: Any) -> Any:
-        return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(good, new, old)
+        return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(accepted, new, old)
 
     return jax.tree.map(choose, new, old, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
