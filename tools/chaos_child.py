@@ -126,13 +126,13 @@ def poison(first: int, last: int) -> None:
     import numpy as np
 
     from jaxlm.data.order import TrainOrder
-    from jaxlm.train import step as train_step
+    from jaxlm.train import backward
 
-    mark, batches, loss = -2, TrainOrder.batches, train_step.output_loss
+    mark, batches, loss = -2, TrainOrder.batches, backward.output_loss
 
     def marked(self: Any, begin: int, count: int, rows: slice = slice(None)) -> Any:
         found = batches(self, begin, count, rows)
-        numbers = self.number(np.arange(begin + 1, begin + count + 1))
+        numbers = self.batch_number(np.arange(begin + 1, begin + count + 1))
         found["targets"][(numbers >= first) & (numbers <= last), 0, 0] = mark
         return found
 
@@ -141,7 +141,7 @@ def poison(first: int, last: int) -> None:
         return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
 
     mock.patch.object(TrainOrder, "batches", marked).start()
-    train_step.output_loss = poisoned
+    backward.output_loss = poisoned
 
 
 def flip(number: int) -> None:

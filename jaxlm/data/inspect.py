@@ -118,7 +118,7 @@ class View:
             self._weights = [share.weight for share in corpus.shares] or [1.0]
         else:
             self.parts = [make_order(share.val, config) for share in corpus.parts]
-            rows = np.array([part.count for part in self.parts])
+            rows = np.array([part.num_eval_rows for part in self.parts])
             self._weights = (rows / rows.sum()).tolist()
             self._ends = np.cumsum(-(-rows // config.batch_size))  # number of the batch after each source's last
             self.num_batches = int(self._ends[-1])
@@ -133,12 +133,12 @@ class View:
             rows = {name: batches[0] for name, batches in self.order.batches(n, 1).items()}
             filled = self._filled(rows, np.full(size, self.config.seq_len))
             if self.corpus.shares:
-                sources = self._mixed.split(np.arange(n * size, (n + 1) * size))[0]
+                sources = self._mixed.source_and_index(np.arange(n * size, (n + 1) * size))[0]
         else:
             k = int(np.searchsorted(self._ends, n, "right"))
             part, first = self.parts[k], (n - int(self._ends[k - 1] if k else 0)) * size
-            places = np.arange(first, min(first + size, part.count))
-            rows = part.in_order(places)
+            places = np.arange(first, min(first + size, part.num_eval_rows))
+            rows = part.eval_rows(places)
             filled = self._filled(rows, self._targets(k) - places * self.config.seq_len)
             if self.corpus.shares:
                 sources = np.full(len(places), k)
@@ -183,7 +183,7 @@ class View:
             return 1 - np.add.reduceat(part.packing.lengths, part.packing.rows[:-1]) / T
         if self.order:
             return np.zeros(1)
-        return np.append(np.zeros(part.count - 1), part.count - self._targets(k) / T)
+        return np.append(np.zeros(part.num_eval_rows - 1), part.num_eval_rows - self._targets(k) / T)
 
 
 def mixture_shares(view: View, batch: InspectedBatch, n: int) -> list[dict[str, Any]]:

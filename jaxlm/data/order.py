@@ -2,13 +2,12 @@
 
 The training tokens are cut into W windows of T inputs; the targets are the T tokens shifted by one. Sample i of the run
 is window p(i mod W) of epoch i // W. The keyed permutation p is computed, not stored, so a run can resume at any batch
-at once. An epoch holds every target once, except for T - 1 to 2 T - 2 left-over targets. They let each epoch start
-cutting at a different token, and so use different windows. With packed documents, the rows of the packing take the
-place of the windows. In a mixture, each source has its own order.
+at once. An epoch holds every target once, except for T - 1 to 2 T - 2 left-over targets (fewer if the corpus has fewer
+than 2 T tokens). They let each epoch start cutting at a different token, and so use different windows. With packed
+documents, the rows of the packing take the place of the windows. In a mixture, each source has its own order.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, assert_never
 
 import numpy as np
@@ -16,84 +15,16 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.packing import pack
+from jaxlm.data.permutation import shuffled
 from jaxlm.data.tokens import Tokens
 
-ROUNDS = 8
-CHUNK = 2048  # samples that are shuffled and cached together
 WEIGHT_BITS = 32  # fractional bits of a mixture's weights (fixed point)
 # A run keeps the version it began with. Version 1 leaves fewer than T targets over; if it leaves none, all epochs have
-# the same windows. Version 2 leaves T - 1 or more over.
+# the same windows. Version 2 leaves T - 1 or more over, if the corpus has at least 2 T tokens.
 VERSION, VERSIONS = 2, (1, 2)
 
 # inputs, targets (-1 does not count towards the loss) and, with packed documents, positions: int32 [R, T].
 Rows = dict[str, np.ndarray]
-
-
-def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Maps `index` (int64, in [0, size)) through the permutation of range(size) that `keys` (uint64 [ROUNDS]) select.
-
-    A Feistel network permutes range(P), where P is the next power of four. A result that is not below `size` goes
-    through the network again until it is ("cycle walking", Black and Rogaway 2002), at most four times on average.
-    """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    out = index.astype(np.uint64)
-    outside = np.ones(out.shape, bool)
-    while outside.any():
-        out[outside] = _feistel(out[outside], half, keys)
-        outside = out >= size
-    return out.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """Permutes the numbers of 2 * half bits with a balanced Feistel network, one round per key."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << half) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Applies the finalizer of SplitMix64 (Steele et al. 2014): every input bit affects every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@lru_cache(maxsize=64)
-def _epoch_keys(seed: int, epoch: int) -> tuple[np.ndarray, int]:
-    """Returns the permutation keys (uint64 [ROUNDS]) and a random 64-bit number of an epoch."""
-    state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(ROUNDS + 1, np.uint64)
-    return state[:ROUNDS], int(state[ROUNDS])
-
-
-@lru_cache(maxsize=64)
-def _shuffled_chunk(chunk: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Computes `shuffled` for the samples chunk * CHUNK ... (chunk + 1) * CHUNK - 1."""
-    sample = np.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=np.int64)
-    epochs, places = np.divmod(sample, count)
-    found, drawn = np.empty_like(places), np.empty(len(places), np.uint64)
-    for epoch in np.unique(epochs):
-        keys, number = _epoch_keys(seed, int(epoch))
-        here = epochs == epoch
-        found[here], drawn[here] = permute(places[here], count, keys), number
-    return found, drawn
-
-
-def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of `count` items each sample of the run (int64 [n], counted from 0) is (int64 [n]), and the random
-    number of its epoch (uint64 [n]).
-
-    Whole chunks of samples are computed and cached, so one sample costs as much as CHUNK of them.
-    """
-    found, drawn = np.empty(len(sample), np.int64), np.empty(len(sample), np.uint64)
-    chunks = sample // CHUNK
-    for chunk in np.unique(chunks):
-        here = chunks == chunk
-        places = sample[here] - chunk * CHUNK
-        whole = _shuffled_chunk(int(chunk), count, seed)
-        found[here], drawn[here] = whole[0][places], whole[1][places]
-    return found, drawn
 
 
 def num_windows(num_tokens: int, seq_len: int, version: int = VERSION) -> int:
@@ -102,7 +33,11 @@ def num_windows(num_tokens: int, seq_len: int, version: int = VERSION) -> int:
 
 
 def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int, version: int = VERSION) -> np.ndarray:
-    """Returns the token index (int64 [n]) at which the window of each sample (int64 [n], counted from 0) starts."""
+    """Returns the token index (int64 [n]) at which the window of each sample (int64 [n], counted from 0) starts.
+
+    For instance, 10 tokens and T = 3 give 2 windows and 3 spare targets: the windows of an epoch start at k and k + 3,
+    in shuffled order, with a k from 0 to 3.
+    """
     windows = num_windows(num_tokens, seq_len, version)
     spare = num_tokens - 1 - windows * seq_len
     places, drawn = shuffled(sample, windows, seed)
@@ -112,17 +47,17 @@ def window_starts(sample: np.ndarray, num_tokens: int, seq_len: int, seed: int, 
 class Order(Protocol):
     """Gives the rows of training, shuffled, and the rows of an evaluation, in the order of the corpus."""
 
-    per_epoch: int  # rows in an epoch of training
-    count: int  # rows in an evaluation of all targets
+    rows_per_epoch: int  # rows in an epoch of training
+    num_eval_rows: int  # rows in an evaluation of all targets
 
     def rows(self, sample: np.ndarray) -> Rows:
         """Returns the training rows of some samples of the run (int64 [R], counted from 0)."""
         ...
 
-    def in_order(self, places: np.ndarray) -> Rows:
+    def eval_rows(self, places: np.ndarray) -> Rows:
         """Returns the evaluation rows at `places` (int64 [R], rising).
 
-        Rows 0 ... count - 1 hold every target once. All targets of later rows are -1.
+        Rows 0 ... num_eval_rows - 1 hold every target once. All targets of later rows are -1.
         """
         ...
 
@@ -132,7 +67,7 @@ class Windows:
 
     def __init__(self, tokens: Tokens, T: int, seed: int, version: int = VERSION):
         self.tokens, self.T, self.seed, self.version = tokens, T, seed, version
-        self.per_epoch, self.count = num_windows(len(tokens), T, version), -(-(len(tokens) - 1) // T)
+        self.rows_per_epoch, self.num_eval_rows = num_windows(len(tokens), T, version), -(-(len(tokens) - 1) // T)
 
     def rows(self, sample: np.ndarray) -> Rows:
         return self._at(window_starts(sample, len(self.tokens), self.T, self.seed, self.version))
@@ -143,7 +78,7 @@ class Windows:
             return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy()}
         return {"inputs": self.tokens.windows(starts, self.T), "targets": self.tokens.targets(starts + 1, self.T)}
 
-    def in_order(self, places: np.ndarray) -> Rows:
+    def eval_rows(self, places: np.ndarray) -> Rows:
         out = _empty(len(places), self.T)
         whole, rest = divmod(len(self.tokens) - 1, self.T)
         full = int(np.searchsorted(places, whole))
@@ -163,16 +98,16 @@ class Packed:
     def __init__(self, tokens: Tokens, T: int, seed: int):
         self.tokens, self.T, self.seed = tokens, T, seed
         self.packing = pack(tokens, T)
-        self.per_epoch = self.count = len(self.packing.rows) - 1
+        self.rows_per_epoch = self.num_eval_rows = len(self.packing.rows) - 1
         self._places = np.arange(T, dtype=np.int32)
 
     def rows(self, sample: np.ndarray) -> Rows:
-        return self.in_order(shuffled(sample, self.count, self.seed)[0])
+        return self.eval_rows(shuffled(sample, self.num_eval_rows, self.seed)[0])
 
-    def in_order(self, places: np.ndarray) -> Rows:
+    def eval_rows(self, places: np.ndarray) -> Rows:
         out = _empty(len(places), self.T) | {"positions": np.zeros((len(places), self.T), np.int32)}
         starts, lengths, rows = self.packing
-        for r, place in enumerate(places[places < self.count].tolist()):
+        for r, place in enumerate(places[places < self.num_eval_rows].tolist()):
             at = 0
             for piece in range(rows[place], rows[place + 1]):
                 start, n = int(starts[piece]), int(lengths[piece])
@@ -192,6 +127,9 @@ class Mixed:
 
     After any number of samples, the count of each source differs from its share by less than the number of sources.
     Over random seeds, the probability that a sample comes from a source is the weight of that source.
+
+    For instance, with weights 1/2, 1/4, 1/4 and phases of 0, source 0 takes samples 1, 3, 5, 7, ...; source 1 takes
+    every second one of the others, 2, 6, ...; and source 2 takes the rest, 0, 4, ...
     """
 
     def __init__(self, parts: Sequence[Order], weights: list[float], seed: int):
@@ -199,9 +137,10 @@ class Mixed:
         # Source k takes its share of the samples that sources 0 ... k - 1 leave.
         left = np.cumsum(weights[::-1])[::-1]
         self._shares = [max(1, round(w / rest * 2**WEIGHT_BITS)) for w, rest in zip(weights, left, strict=True)]
+        # No run reaches epoch 2**64 - 1, so these random numbers are independent of every epoch's keys.
         self._phases = np.random.SeedSequence([seed % 2**64, 2**64 - 1]).generate_state(len(parts)).tolist()
 
-    def taken(self, sample: int) -> list[int]:
+    def counts_before(self, sample: int) -> list[int]:
         """Returns how many of the samples 0 ... sample - 1 come from each source."""
         counts = []
         for share, phase in zip(self._shares, self._phases, strict=True):
@@ -209,7 +148,7 @@ class Mixed:
             sample -= counts[-1]
         return counts
 
-    def split(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def source_and_index(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source of each sample, and how many earlier samples came from that source."""
         source = np.full(len(sample), -1)
         place = sample.copy()  # index among the samples that the previous sources leave
@@ -224,7 +163,7 @@ class Mixed:
     def rows(self, sample: np.ndarray) -> Rows:
         if len(self.parts) == 1:
             return self.parts[0].rows(sample)
-        source, place = self.split(sample)
+        source, place = self.source_and_index(sample)
         out: Rows = {}
         for k in np.unique(source):
             for name, found in self.parts[k].rows(place[source == k]).items():
@@ -242,10 +181,11 @@ def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = V
     """Returns the order of one source.
 
     Args:
-      number: index of the source in a mixture; each source is shuffled with its own seed.
+      number: index of the source in a mixture; each source is shuffled with its own seed. To insert or reorder sources
+        therefore reshuffles all later ones.
       version: one of VERSIONS; packed documents have only one.
     """
-    seed = config.seed + number * 2**32
+    seed = config.seed + number * 2**32  # config.seed is below 2**32
     match config.data.packing:
         case "document":
             return Packed(tokens, config.seq_len, seed)
@@ -255,7 +195,7 @@ def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = V
             assert_never(other)
 
 
-class Consumed(NamedTuple):
+class SourceProgress(NamedTuple):
     """How much of a source a run has trained on."""
 
     name: str
@@ -298,8 +238,11 @@ class TrainOrder:
         self._trained_before = np.array([first - 1 for first, _ in ranges], np.int64) - counts[:-1]
         self._left_out = counts.astype(np.int64)
 
-    def number(self, step: np.ndarray | int) -> Any:
-        """Returns the number of the batch that a step trains on, both counted from 1; equal if none is left out."""
+    def batch_number(self, step: np.ndarray | int) -> Any:
+        """Returns the number of the batch that a step trains on, both counted from 1.
+
+        They are equal if no batch is left out. With batches 3 and 4 left out, steps 1, 2, 3, 4 train on 1, 2, 5, 6.
+        """
         return step + self._left_out[np.searchsorted(self._trained_before, np.asarray(step) - 1, side="right")]
 
     def batches(self, first: int, count: int, rows: slice = slice(None)) -> Rows:
@@ -308,12 +251,12 @@ class TrainOrder:
         Args:
           rows: which rows of each global batch.
         """
-        n = self.number(np.arange(first + 1, first + count + 1, dtype=np.int64))[:, None] - 1
+        n = self.batch_number(np.arange(first + 1, first + count + 1, dtype=np.int64))[:, None] - 1
         sample = n * self._batch_size + np.arange(self._batch_size)[rows]
         return {k: v.reshape(*sample.shape, -1) for k, v in self.mixed.rows(sample.reshape(-1)).items()}
 
-    def consumed(self, steps: int) -> list[Consumed]:
+    def consumed(self, steps: int) -> list[SourceProgress]:
         """Returns the tokens and epochs of each source after `steps` updates; without a mixture, of one named ""."""
-        taken = self.mixed.taken(int(self.number(steps)) * self._batch_size if steps else 0)
+        taken = self.mixed.counts_before(int(self.batch_number(steps)) * self._batch_size if steps else 0)
         parts = zip(self._names, taken, self.mixed.parts, strict=True)
-        return [Consumed(name, count * self._T, count / part.per_epoch) for name, count, part in parts]
+        return [SourceProgress(name, count * self._T, count / part.rows_per_epoch) for name, count, part in parts]

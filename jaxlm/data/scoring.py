@@ -47,16 +47,18 @@ def eval_batches(
     """
     here = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
     orders = [make_order(share.val, config) for share in corpus.parts]
-    picked = scored_rows([order.count for order in orders], rows_per_batch, limit)
+    picked = scored_rows([order.num_eval_rows for order in orders], rows_per_batch, limit)
 
     def batches() -> Iterator[Scored]:
         for share, order, places in zip(corpus.parts, orders, picked, strict=True):
             padded = np.full(
-                -(-len(places) // rows_per_batch) * rows_per_batch, order.count
+                -(-len(places) // rows_per_batch) * rows_per_batch, order.num_eval_rows
             )  # rows beyond the end are padding
             padded[: len(places)] = places
             for rows in padded.reshape(-1, rows_per_batch):
-                yield Scored(share.name, order.count / len(places), shard(order.in_order(rows[here]), num_devices))
+                yield Scored(
+                    share.name, order.num_eval_rows / len(places), shard(order.eval_rows(rows[here]), num_devices)
+                )
 
     return batches()
 

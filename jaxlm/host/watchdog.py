@@ -9,7 +9,7 @@ from jaxlm.host import distributed
 
 
 class Watchdog:
-    """Checks in a thread, from `start` to `stop`, that the loop still calls `at`.
+    """Checks in a thread, from `start` to `stop`, that the loop still calls `reached`.
 
     Args:
       seconds: after this time without a call, prints the places of all hosts and the stacks of this process's threads
@@ -20,11 +20,11 @@ class Watchdog:
 
     def __init__(self, seconds: float, abort: bool = False):
         self._seconds, self._abort = seconds, abort
-        self._since: float | None = None  # time of the last call of `at`, `time.monotonic()`
+        self._since: float | None = None  # time of the last call of `reached`, `time.monotonic()`
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, step: int, doing: str) -> None:
+    def reached(self, step: int, doing: str) -> None:
         """Notes that the loop has reached a place: `doing`, in words, after `step` updates."""
         self._since = time.monotonic()
         distributed.loop_place = f"step {step}, {doing}"

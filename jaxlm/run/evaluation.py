@@ -42,7 +42,10 @@ def _announced(batches: Iterator[Any], before: Callable[[], None]) -> Iterator[A
 
 
 def make_evaluation(
-    parts: Parts, write: metrics.Writer, at: Callable[[int, str], None] = lambda step, doing: None, stop: Stop = NEVER
+    parts: Parts,
+    write: metrics.Writer,
+    reached: Callable[[int, str], None] = lambda step, doing: None,
+    stop: Stop = NEVER,
 ) -> Callable[[int, TrainState], dict[str, Any]]:
     """Returns (step, state) -> scores on the validation set. It writes and shows them with a sample of text, or raises
     Interrupted before it does, if it is asked to stop.
@@ -51,7 +54,7 @@ def make_evaluation(
 
     def evaluation(step: int, state: TrainState) -> dict[str, Any]:
         params = state.params if state.ema is None else state.ema
-        scores = score(params, lambda: at(step, "evaluating"))
+        scores = score(params, lambda: reached(step, "evaluating"))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")
         if stop.now():  # the sample takes time and goes into the same line: a resumed run makes both

@@ -74,7 +74,7 @@ def bad_batches(trouble: Trouble, to: int, order: data.TrainOrder) -> tuple[int,
     """Numbers of the first and the last batch to leave out when the run goes back to step `to`."""
     first = max(trouble.first, to + 1)  # the checkpoint has used up the batches before it
     last = max(trouble.last, first)  # if the only checkpoint is that of the bad step, the next batch is left out
-    return int(order.number(first)), int(order.number(last))
+    return int(order.batch_number(first)), int(order.batch_number(last))
 
 
 def _diverged(parts: Parts, trouble: Trouble, bad: list[tuple[int, int]], newest: int) -> Diverged:

@@ -81,7 +81,7 @@ def _make_check(parts: Parts) -> Callable[[Done], None]:
         if in_row:
             if math.isfinite(loss) and math.isfinite(norm):
                 why += ", a spike (optim.spike_factor), which optim.on_spike=skip leaves out"
-            say(f"step {done.step} skipped, with batch {parts.order.number(done.step)}: {why}")
+            say(f"step {done.step} skipped, with batch {parts.order.batch_number(done.step)}: {why}")
             if in_row >= c.max_skipped:
                 raise Trouble(done.step - in_row + 1, done.step, f"{in_row} steps in a row were skipped: {why}")
         elif spikes == 1 and spikes_before == 0:

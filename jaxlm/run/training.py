@@ -29,7 +29,7 @@ from jaxlm.run.go_back import all_finite, bad_since, go_back
 from jaxlm.run.profiler import Profiler
 from jaxlm.run.step_report import make_log, make_on_step
 from jaxlm.run.time_budget import fit
-from jaxlm.train.loop import train
+from jaxlm.train.loop import Hook, train
 from jaxlm.train.step import TrainState
 
 
@@ -106,7 +106,7 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
     log = make_log(parts, start)
     watchdog = Watchdog(config.log.hang_seconds, config.log.hang_abort)
     asked = make_stop(stop, parts.placement.batch)
-    evaluation = make_evaluation(parts, log, watchdog.at, asked)
+    evaluation = make_evaluation(parts, log, watchdog.reached, asked)
     scores: dict[int, dict[str, Any]] = {}  # of each evaluated step
 
     def evaluate(step: int, state: TrainState) -> None:
@@ -118,9 +118,9 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
     profiler = Profiler(parts.workdir / "profile", start, config.steps, config.log.profile_steps)
     timed = parts.reporter.left.timed
     hooks = [
-        (profiler.due, profiler),
-        (_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
-        (lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
+        Hook(profiler.due, profiler),
+        Hook(_due(config, config.eval.every_steps), timed("evaluation", evaluate)),
+        Hook(lambda step: _due(config, config.checkpoint.every_steps)(step) or saver.due(step), timed("save", save)),
     ]
     update = _make_step(parts, stop)
     batches = parts.train_batches(parts.order, start)
@@ -143,7 +143,7 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
             on_step=make_on_step(parts, log, state.params, start),
             hooks=hooks,
             stop=asked,
-            at=watchdog.at,
+            reached=watchdog.reached,
         )
         watchdog.stop()
         save(step, state, saver.finish)

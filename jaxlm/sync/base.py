@@ -30,7 +30,7 @@ class Reduction(NamedTuple):
     sent_bytes: Callable[[Sequence[Shape], bool], float]
 
 
-def sizes(x: jax.Array) -> jax.Array:
+def magnitudes(x: jax.Array) -> jax.Array:
     """Absolute values, with inf in place of NaN, because `max` need not propagate NaN; XLA's on CPU does not."""
     return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, sizes, stateless
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, magnitudes, stateless
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import pack, row_size, unpack_parts
 
@@ -26,7 +26,7 @@ def fp16(group: Group) -> Reduction:
 
     def scales(arrays: Arrays) -> Arrays:
         """A power of two for each tensor, [l]: the largest number of all devices, rounded up, times `room`."""
-        largest_L = group.max(jnp.concatenate([jnp.max(sizes(x).reshape(x.shape[0], -1), axis=1) for x in arrays]))
+        largest_L = group.max(jnp.concatenate([jnp.max(magnitudes(x).reshape(x.shape[0], -1), axis=1) for x in arrays]))
         exponents_L = jnp.frexp(jnp.maximum(largest_L, 2.0**-110))[1]  # no scale is subnormal
         scales_L = jnp.where(jnp.isfinite(largest_L), jnp.ldexp(jnp.float32(room), exponents_L), jnp.nan)
         return jnp.split(scales_L, np.cumsum([x.shape[0] for x in arrays])[:-1].tolist())

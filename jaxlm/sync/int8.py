@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, sizes
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, magnitudes
 from jaxlm.sync.group import Group
 from jaxlm.sync.packed import pack, row_size, unpack, unpack_parts
 
@@ -32,40 +32,40 @@ LEVELS = 127
 
 
 def int8(group: Group, integer_sum: bool) -> Reduction:
-    """With `integer_sum`, by an all-reduce of integers; otherwise in two phases."""
+    """With `integer_sum`, by an all-reduce of integers, for at most 127 devices; otherwise in two phases."""
     n = group.size
 
     def init(array: jax.Array) -> State:
         return {"residual": jnp.zeros_like(array)}
 
-    def packed(arrays: Arrays, states: list[State], rows: int) -> jax.Array:
+    def with_residuals(arrays: Arrays, states: list[State], rows: int) -> jax.Array:
         return pack([x + s["residual"] for x, s in zip(arrays, states, strict=True)], rows, BLOCK)
 
-    def kept(left_NC: jax.Array, arrays: Arrays) -> list[State]:
-        return [{"residual": r} for r in unpack(left_NC, [x.shape for x in arrays])]
+    def new_residuals(error_NC: jax.Array, arrays: Arrays) -> list[State]:
+        return [{"residual": r} for r in unpack(error_NC, [x.shape for x in arrays])]
 
-    def scatter(x_NC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def reduce_scatter(x_NC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(this device's row of the sum, the rounding error of its own numbers)"""
         sent = quantize(x_NC)
         return jnp.sum(dequantize(group.exchange(sent)), axis=0), x_NC - dequantize(sent)
 
     def mean_two_phases(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        own_C, left_NC = scatter(packed(arrays, states, n))
+        own_C, error_NC = reduce_scatter(with_residuals(arrays, states, n))
         sent = quantize(own_C)
-        left_NC = left_NC.at[group.index()].add(own_C - dequantize(sent))
+        error_NC = error_NC.at[group.index()].add(own_C - dequantize(sent))
         mean_NC = dequantize(group.gather(sent)) / n
-        return unpack(mean_NC, [x.shape for x in arrays]), kept(left_NC, arrays)
+        return unpack(mean_NC, [x.shape for x in arrays]), new_residuals(error_NC, arrays)
 
     def mean_integer_sum(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        x_1C = packed(arrays, states, 1)
+        x_1C = with_residuals(arrays, states, 1)
         scale_1K = block_scales(x_1C, LEVELS // n, group)
-        q_1C = rounded(x_1C, scale_1K)
-        mean_1C = scaled(group.sum(q_1C), scale_1K / n)
-        return unpack(mean_1C, [x.shape for x in arrays]), kept(x_1C - scaled(q_1C, scale_1K), arrays)
+        q_1C = to_int8(x_1C, scale_1K)
+        mean_1C = from_int8(group.sum(q_1C), scale_1K / n)
+        return unpack(mean_1C, [x.shape for x in arrays]), new_residuals(x_1C - from_int8(q_1C, scale_1K), arrays)
 
     def mean_parts(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        own_C, left_NC = scatter(packed(arrays, states, n))
-        return unpack_parts(own_C / n, [x.shape for x in arrays], n), kept(left_NC, arrays)
+        own_C, error_NC = reduce_scatter(with_residuals(arrays, states, n))
+        return unpack_parts(own_C / n, [x.shape for x in arrays], n), new_residuals(error_NC, arrays)
 
     def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
         if integer_sum and not parts:
@@ -77,18 +77,18 @@ def int8(group: Group, integer_sum: bool) -> Reduction:
 
 def block_scales(x: jax.Array, levels: int, group: Group | None = None) -> jax.Array:
     """[..., C] -> [..., C / 256]: each block's largest absolute value / levels; with a group, over its devices."""
-    largest = jnp.max(sizes(x).reshape(*x.shape[:-1], -1, BLOCK), axis=-1)
+    largest = jnp.max(magnitudes(x).reshape(*x.shape[:-1], -1, BLOCK), axis=-1)
     return (largest if group is None else group.max(largest)) / levels
 
 
-def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+def to_int8(x: jax.Array, scale: jax.Array) -> jax.Array:
     """[..., C] -> int8: the nearest multiples of the scales."""
     blocks = x.reshape(*scale.shape, BLOCK) / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny)[..., None]
     return jnp.round(blocks).astype(jnp.int8).reshape(x.shape)
 
 
-def scaled(q: jax.Array, scale: jax.Array) -> jax.Array:
-    """The inverse of `rounded`; not finite where the scale is not."""
+def from_int8(q: jax.Array, scale: jax.Array) -> jax.Array:
+    """The inverse of `to_int8`; not finite where the scale is not."""
     return (q.reshape(*scale.shape, BLOCK) * scale[..., None]).reshape(q.shape)
 
 
@@ -96,7 +96,7 @@ def quantize(x: jax.Array) -> jax.Array:
     """float32 [..., C] -> int8 [..., C + C / 64]: integers, then the bytes of the scales, as one message."""
     scale = block_scales(x, LEVELS)
     bytes_of_scale = jax.lax.bitcast_convert_type(scale, jnp.int8)
-    return jnp.concatenate([rounded(x, scale), bytes_of_scale.reshape(*x.shape[:-1], -1)], axis=-1)
+    return jnp.concatenate([to_int8(x, scale), bytes_of_scale.reshape(*x.shape[:-1], -1)], axis=-1)
 
 
 def dequantize(message: jax.Array) -> jax.Array:
@@ -104,4 +104,4 @@ def dequantize(message: jax.Array) -> jax.Array:
     size = message.shape[-1] * BLOCK // (BLOCK + 4)
     q, bytes_of_scale = message[..., :size], message[..., size:]
     scale = jax.lax.bitcast_convert_type(bytes_of_scale.reshape(*q.shape[:-1], -1, 4), jnp.float32)
-    return scaled(q, scale)
+    return from_int8(q, scale)

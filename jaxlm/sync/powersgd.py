@@ -1,4 +1,4 @@
-"""A low-rank approximation of the mean of matrices (Vogels et al., PowerSGD, 2019). The rest is added to the next step.
+"""A low-rank approximation of the mean of matrices (Vogels et al., PowerSGD, 2019), with error feedback.
 
 One step of subspace iteration on the mean M of the devices' matrices [in, out], which no device ever holds: P = M Q (an
 all-reduce of [in, r]); P is made orthonormal; Q = M^T P (an all-reduce of [out, r]). P Q^T is the projection of M on
@@ -6,8 +6,8 @@ the columns of P, the same on all devices. The next step starts from this Q (war
 largest singular directions of gradients that change slowly. A device keeps the difference between its own matrix and
 P Q^T as its residual.
 
-Only the matrices of layers are treated so. Vectors, matrices that r columns would not make smaller, embeddings and the
-output layer are averaged whole, together with P.
+This applies to the matrices of layers only. Vectors, embeddings, the output layer, and matrices that r columns would
+not make smaller are averaged whole, together with P.
 
 Bytes: 2 (N - 1) / N * 4 for r (in + out) numbers of each matrix.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix, sizes
+from jaxlm.sync.base import Arrays, Reduction, Shape, State, is_stacked_matrix, magnitudes
 from jaxlm.sync.group import Group
 
 
@@ -32,18 +32,18 @@ def powersgd(group: Group, rank: int) -> Reduction:
         if not is_low_rank(array.shape):
             return {}
         l, _, out = array.shape
-        return {"residual": jnp.zeros_like(array), "q": _fresh((l, out, rank))}
+        return {"residual": jnp.zeros_like(array), "q": _random_columns((l, out, rank))}
 
     def mean(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
         low = [i for i, x in enumerate(arrays) if is_low_rank(x.shape)]
         m_LIO = {i: arrays[i] + states[i]["residual"] for i in low}
-        first = list(arrays)
+        message = list(arrays)
         for i in low:
-            first[i] = m_LIO[i] @ _living(states[i]["q"])
-        sums = group.mean(first)
-        p_LIr = {i: orthonormal(sums[i]) for i in low}
+            message[i] = m_LIO[i] @ _unit_columns(states[i]["q"])
+        averaged = group.mean(message)
+        p_LIr = {i: orthonormal(averaged[i]) for i in low}
         q_LOr = dict(zip(low, group.mean([jnp.swapaxes(m_LIO[i], 1, 2) @ p_LIr[i] for i in low]), strict=True))
-        means: Arrays = list(sums)
+        means: Arrays = list(averaged)
         kept: list[State] = [{} for _ in arrays]
         for i in low:
             means[i] = p_LIr[i] @ jnp.swapaxes(q_LOr[i], 1, 2)
@@ -57,34 +57,34 @@ def powersgd(group: Group, rank: int) -> Reduction:
     return Reduction(init, mean, None, sent_bytes)
 
 
-def _fresh(shape: Shape) -> jax.Array:
+def _random_columns(shape: Shape) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape)
 
 
-def _living(q_LOr: jax.Array) -> jax.Array:
-    """Columns of length one, with random ones in place of zeros, which no product would ever change.
+def _unit_columns(q_LOr: jax.Array) -> jax.Array:
+    """Scales columns to length one, and replaces zero columns, which no product would ever change, by random ones.
 
-    Gradients are zero at first if the output layer is.
+    Gradients are zero at first if the output layer starts at zero.
     """
-    q_LOr = _of_size_one(q_LOr)
+    q_LOr = _scaled_to_one(q_LOr)
     norm = jnp.linalg.norm(q_LOr, axis=1, keepdims=True)
-    return jnp.where(norm > 0, q_LOr / jnp.where(norm > 0, norm, 1), _fresh(q_LOr.shape))
+    return jnp.where(norm > 0, q_LOr / jnp.where(norm > 0, norm, 1), _random_columns(q_LOr.shape))
 
 
-def _of_size_one(x_LIr: jax.Array) -> jax.Array:
-    """Divides each matrix by its largest number, so that no square overflows or underflows. A matrix with a number that
-    is not finite becomes NaN.
+def _scaled_to_one(x_LIr: jax.Array) -> jax.Array:
+    """Divides each matrix by its largest magnitude, so that no square overflows or underflows. A matrix with a number
+    that is not finite becomes NaN.
     """
-    largest = jnp.max(sizes(x_LIr), axis=(1, 2), keepdims=True)
+    largest = jnp.max(magnitudes(x_LIr), axis=(1, 2), keepdims=True)
     return x_LIr / jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, largest, 1), jnp.nan)
 
 
 def orthonormal(p_LIr: jax.Array) -> jax.Array:
-    """Orthonormal columns by modified Gram-Schmidt. A column that the ones before it span, up to rounding, becomes
-    zero: its remainder would be noise.
+    """Makes columns orthonormal by modified Gram-Schmidt. A column in the span of the previous ones, up to rounding,
+    becomes zero, because its remainder would be noise.
     """
     done: list[jax.Array] = []
-    rest = p_LIr = _of_size_one(p_LIr)
+    rest = p_LIr = _scaled_to_one(p_LIr)
     whole = jnp.linalg.norm(p_LIr, axis=1)
     for i in range(p_LIr.shape[2]):
         column = rest[:, :, i]
@@ -92,6 +92,7 @@ def orthonormal(p_LIr: jax.Array) -> jax.Array:
         lives = norm > 1e-5 * whole[:, i : i + 1]
         column = jnp.where(lives, column / jnp.where(lives, norm, 1), 0)
         done.append(column)
-        # No matrix product, whose operands devices may round (`model.matmul_precision`); the residual mends the others.
+        # Not a matrix product, whose operands may be rounded (`model.matmul_precision`). The residual absorbs the
+        # rounding of all other products.
         rest = rest - column[:, :, None] * jnp.sum(column[:, :, None] * rest, axis=1, keepdims=True)
     return jnp.stack(done, axis=2)

@@ -6,7 +6,7 @@ every step a device sends one row to its right and receives one from its left. I
 the gradients, and no all-reduce can send less.
 
 With three devices or more, half of each row goes the other way round, to use both directions of the links between
-neighbours (NVLink, PCIe). With two devices both ways are the same.
+neighbours (NVLink, PCIe), unless rows are short (BOTH_WAYS). With two devices both ways are the same.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@ Compression, 2018). Selecting within blocks needs no sort of the whole gradient,
 property that convergence rests on (Stich et al., Sparsified SGD with Memory, 2018): what is left out has at most
 (1 - k / 1024) of the squared norm.
 
-Only the matrices of layers are treated so. Vectors, embeddings and the output layer are averaged whole: many of their
-rows have no gradient in a step, and optimizers that divide by a gradient's size would blow up what arrives late.
+This applies to the matrices of layers only. Vectors, embeddings and the output layer are averaged whole: many of their
+rows have no gradient in a step, and optimizers that divide by a gradient's size would amplify what arrives late.
 
 Bytes: an all-gather of k numbers (4) and places (2) for each block, so each device sends (N - 1) * 6 k / 1024 for each
 number: less than pmean up to N = 8 / 6 / density.

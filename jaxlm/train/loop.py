@@ -11,7 +11,14 @@ from jax.sharding import NamedSharding
 from jaxlm.host.stop import NEVER, Stop
 from jaxlm.train.step import TrainState
 
-Hook = Callable[[int, TrainState], None]  # (updates done, state); must not keep the state, which the next step donates
+
+class Hook(NamedTuple):
+    """What runs after the steps for which it is due, while the loop waits."""
+
+    due: Callable[[int], bool]  # (updates done)
+    act: Callable[
+        [int, TrainState], None
+    ]  # (updates done, state); must not keep the state, which the next step donates
 
 
 class Done(NamedTuple):
@@ -45,46 +52,44 @@ def train(
     steps: int,
     sharding: NamedSharding,
     on_step: Callable[[Done], None],
-    hooks: Sequence[tuple[Callable[[int], bool], Hook]],
+    hooks: Sequence[Hook],
     stop: Stop = NEVER,
-    at: Callable[[int, str], None] = lambda step, doing: None,
+    reached: Callable[[int, str], None] = lambda step, doing: None,
 ) -> tuple[TrainState, int]:
-    """Runs steps `start` to `steps`, or until `stop`. Returns the state and the number of updates done.
+    """Makes updates start + 1 ... steps, or fewer if `stop` says so. Returns the state and the number of updates done.
 
-    While the devices compute step n, the host prepares the batch of step n + 1 and reports step n - 1. It never waits
-    for the step just dispatched, and is never more than one step ahead. A hook runs if its condition holds for the
-    number of updates done; the loop waits for it. `at` is called with the step and what the loop does.
+    While the devices compute a step, the host prepares the next batch and reports the step before. It never waits for
+    the step just dispatched, and is never more than one step ahead. `reached` is called with the number of updates done
+    and what the loop does next.
     """
     began, in_hooks = time.perf_counter(), 0.0
-    pending: tuple[int, dict[str, jax.Array]] | None = None
 
-    def report() -> None:
-        nonlocal pending
-        if pending is not None:
-            step, metrics = pending
-            at(step, "waiting for the devices")
-            jax.block_until_ready(metrics)
-            stop.hear(metrics)
-            on_step(Done(step, metrics, time.perf_counter() - began - in_hooks))
-        pending = None
+    def report(step: int, metrics: dict[str, jax.Array]) -> None:
+        reached(step, "waiting for the devices")
+        jax.block_until_ready(metrics)
+        stop.hear(metrics)
+        on_step(Done(step, metrics, time.perf_counter() - began - in_hooks))
 
     ahead = on_devices(batches, steps - start, sharding)
     batch = next(ahead, None)
+    pending: tuple[int, dict[str, jax.Array]] | None = None  # the last step, not yet reported
     step = start
     while step < steps and not stop.now():
-        state, metrics = train_step(state, stop.tell(batch))
+        state, metrics = train_step(state, stop.tell(batch))  # returns at once; the devices are still at work
         step += 1
-        at(step, "reading the next batch")
+        reached(step, "reading the next batch")
         batch = next(ahead, None)
-        report()
-        pending = (step, metrics)
-        due = [hook for condition, hook in hooks if condition(step)]
-        if due:
-            report()
+        if pending:
+            report(*pending)
+        pending = step, metrics
+        if due := [hook for hook in hooks if hook.due(step)]:
+            report(*pending)
+            pending = None
             paused = time.perf_counter()
             for hook in due:
-                at(step, "beside the steps")
-                hook(step, state)
+                reached(step, "evaluating, saving or profiling")
+                hook.act(step, state)
             in_hooks += time.perf_counter() - paused
-    report()
+    if pending:
+        report(*pending)
     return state, step

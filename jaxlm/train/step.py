@@ -204,7 +204,7 @@ def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], di
 
 
 def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
-    """Returns the step on all devices: (state, batch [local devices, ...]) -> (state, metrics). The state is donated."""
+    """The step on all devices: (state, batch [local devices, ...]) -> (state, metrics). The state is donated."""
     axes = state_axes(config)
     program = runtime.kept(
         jax.pmap(step, axis_name=AXIS, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=devices)

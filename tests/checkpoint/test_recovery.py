@@ -17,7 +17,7 @@ from jaxlm.config.files import load
 from jaxlm.data.order import TrainOrder
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import evaluation
-from jaxlm.train import step as train_step
+from jaxlm.train import backward
 from jaxlm.train.schedules import LrHistory, make_schedule
 from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, lines, numbers, run, state_of
 from tools import chaos_child
@@ -25,9 +25,9 @@ from tools import chaos_child
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the loss of some batches none."""
+    """Makes the loss of some batches NaN."""
     monkeypatch.setattr(TrainOrder, "batches", TrainOrder.batches)
-    monkeypatch.setattr(train_step, "output_loss", train_step.output_loss)
+    monkeypatch.setattr(backward, "output_loss", backward.output_loss)
     return chaos_child.poison
 
 
@@ -42,11 +42,11 @@ def test_batches_that_are_left_out(seed: int):
     gone = {n for a, b in left_out for n in range(a, b + 1)}
     order, every = TrainOrder(corpus, config, left_out), TrainOrder(corpus, config)
     want = [n for n in range(1, 200) if n not in gone][:60]
-    assert [int(order.number(step)) for step in range(1, 61)] == want
+    assert [int(order.batch_number(step)) for step in range(1, 61)] == want
     got = order.batches(0, 60)["inputs"]
     np.testing.assert_array_equal(got, every.batches(0, 200)["inputs"][np.array(want) - 1])
     np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from anywhere
-    assert int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).number(9999)) > 2**31  # not one by one
+    assert int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).batch_number(9999)) > 2**31  # not one by one
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 

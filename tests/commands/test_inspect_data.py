@@ -70,7 +70,7 @@ def test_padding_is_that_of_all_rows(tmp_path: Path, split: Any, packing: str):
     config = load(CONFIG, flags(tmp_path, seq_len=32, data__packing=packing))
     corpus = prepare(config, progress=False)
     part = inspect.View(corpus, config, split).parts[0]
-    config.batch_size = part.count if split == "val" else part.per_epoch  # an epoch in a batch
+    config.batch_size = part.num_eval_rows if split == "val" else part.rows_per_epoch  # an epoch in a batch
     view = inspect.View(corpus, config, split)
     counts, (share, rows) = view.batch(0).counts(), view.padding()
     assert share == pytest.approx(counts["padding"] / (counts["rows"] * 32))

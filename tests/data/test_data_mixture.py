@@ -24,7 +24,7 @@ WEIGHTS = st.lists(st.floats(1e-4, 1), min_size=1, max_size=6)
 class Counting:
     """Rows that say which sample of which source they are."""
 
-    per_epoch = count = 1000
+    rows_per_epoch = num_eval_rows = 1000
 
     def __init__(self, number: int):
         self.number = number
@@ -32,7 +32,7 @@ class Counting:
     def rows(self, sample: np.ndarray) -> Rows:
         return {"inputs": np.stack([np.full(len(sample), self.number), sample], 1).astype(np.int32)}
 
-    def in_order(self, places: np.ndarray) -> Rows:
+    def eval_rows(self, places: np.ndarray) -> Rows:
         return self.rows(places)
 
 
@@ -52,12 +52,12 @@ def test_each_source_has_its_share_at_any_time_and_none_of_its_samples_twice(wei
         had = np.cumsum(sources == k)
         assert np.abs(had - share * np.arange(1, n + 1)).max() <= len(weights)
     for step in (0, 1, 350, n):
-        assert order.taken(step) == [int((sources[:step] == k).sum()) for k in range(len(weights))]
+        assert order.counts_before(step) == [int((sources[:step] == k).sum()) for k in range(len(weights))]
 
 
 def test_every_sample_is_of_a_source_with_the_probability_of_its_weight():
     weights = [0.61, 0.08, 0.31]
-    first = np.array([mixed(weights, seed).split(np.arange(3, 5))[0] for seed in range(4000)])
+    first = np.array([mixed(weights, seed).source_and_index(np.arange(3, 5))[0] for seed in range(4000)])
     for k, share in enumerate(weights):
         found = (first == k).mean(0)
         assert np.abs(found - share).max() < 4 * np.sqrt(share * (1 - share) / 4000)
@@ -66,8 +66,8 @@ def test_every_sample_is_of_a_source_with_the_probability_of_its_weight():
 def test_far_away_samples():
     order = mixed([0.7, 0.2999, 0.0001])
     far = 10**9 * 4096
-    source, place = order.split(np.arange(far, far + 200_000))
-    taken = order.taken(far)
+    source, place = order.source_and_index(np.arange(far, far + 200_000))
+    taken = order.counts_before(far)
     for k, share in enumerate([0.7, 0.2999, 0.0001]):
         assert taken[k] == pytest.approx(share * far, rel=1e-5)
         mine = place[source == k]

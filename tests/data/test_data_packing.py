@@ -82,7 +82,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(10, 40), max_size=30), min_size=1, max
 @settings(deadline=None)
 def test_rows_hold_each_document_once(documents: list[list[int]], T: int, shards: int, learned: bool):
     order = Packed(tokens_of(documents, shards, learned), T, seed=3)
-    epoch = order.rows(np.arange(order.count, 2 * order.count))
+    epoch = order.rows(np.arange(order.num_eval_rows, 2 * order.num_eval_rows))
     found: list[list[int]] = []
     for x_T, y_T, p_T in zip(epoch["inputs"], epoch["targets"], epoch["positions"], strict=True):
         used = T - int(np.argmax(x_T[::-1] != 0)) if x_T.any() else 0
@@ -118,8 +118,10 @@ def test_epochs_are_shuffled_anew_and_batches_a_pure_function():
         for name, batch in TrainOrder(corpus, config).batches(5 + n, 1).items():
             np.testing.assert_array_equal(block[name][n], batch[0])
     packed = Packed(tokens, 32, 0)
-    epochs = [packed.rows(np.arange(e * packed.count, (e + 1) * packed.count))["inputs"] for e in range(2)]
-    assert packed.count == len(rows) - 1 > 50 and (epochs[0] != epochs[1]).any()
+    epochs = [
+        packed.rows(np.arange(e * packed.num_eval_rows, (e + 1) * packed.num_eval_rows))["inputs"] for e in range(2)
+    ]
+    assert packed.num_eval_rows == len(rows) - 1 > 50 and (epochs[0] != epochs[1]).any()
     assert sorted(map(tuple, epochs[0])) == sorted(map(tuple, epochs[1]))
 
 

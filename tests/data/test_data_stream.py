@@ -16,7 +16,8 @@ from configs.base import get_config
 from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, TrainOrder, train_stream
 from jaxlm.data import stream as stream_lib
-from jaxlm.data.order import ROUNDS, VERSION, VERSIONS, num_windows, permute, window_starts
+from jaxlm.data.order import VERSION, VERSIONS, num_windows, window_starts
+from jaxlm.data.permutation import ROUNDS, permute
 from jaxlm.data.stream import TrainStream
 from jaxlm.data.tokens import Tokens
 from tests.corpora import corpus_of

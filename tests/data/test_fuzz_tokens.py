@@ -29,7 +29,7 @@ def read_batches(config: Config) -> None:
     assert type(corpus.vocab_size) is int
     for packing in ("concat", "document")[: 1 + (corpus.train.starts is not None and corpus.val.starts is not None)]:
         own = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))
-        for rows in (TrainOrder(corpus, own).batches(0, 3), make_order(corpus.val, own).in_order(np.arange(2))):
+        for rows in (TrainOrder(corpus, own).batches(0, 3), make_order(corpus.val, own).eval_rows(np.arange(2))):
             assert rows["inputs"].min() >= 0 and rows["inputs"].max() < corpus.vocab_size
             assert rows["targets"].min() >= -1 and rows["targets"].max() < corpus.vocab_size
     if corpus.tokenizer:

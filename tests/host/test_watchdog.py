@@ -17,7 +17,7 @@ import time
 from jaxlm.host.watchdog import Watchdog
 watchdog = Watchdog(0.2, abort=%s)
 watchdog.start()
-watchdog.at(7, "reading the next batch")
+watchdog.reached(7, "reading the next batch")
 def stuck_here():
     time.sleep(1.5)
 stuck_here()
@@ -39,11 +39,11 @@ def test_what_hangs_is_shown(abort: bool, code: int):
 
 
 def test_what_moves_is_left_alone(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(distributed, "here", "")
+    monkeypatch.setattr(distributed, "loop_place", "")
     watchdog = Watchdog(0.3)
     watchdog.start()
     for step in range(12):
-        watchdog.at(step, "waiting for the devices")
+        watchdog.reached(step, "waiting for the devices")
         time.sleep(0.05)
     watchdog.stop()
     assert distributed.places() == {"this host": "step 11, waiting for the devices"}
