@@ -162,7 +162,7 @@ BAD: dict[str, str] = {
     ";": "has ''; allowed",
     "1 stdlib;; 1 text x": "has ''; allowed",
     "70% stdlib": "has '70% stdlib'; allowed: .* without %",
-    "1 stdin x": "has '1 stdin x'; allowed: .* sources stdlib, text",
+    "1 stdin x": "has '1 stdin x'; allowed: .* one of stdlib, text",
     "1 text": "has '1 text'; allowed with text: a path",
     "1 stdlib x": "has '1 stdlib x'; allowed with stdlib: no path",
     "1 synthetic": "has '1 synthetic'",
