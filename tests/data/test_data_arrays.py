@@ -53,7 +53,7 @@ def test_messages_about_tokens(config: Config, tmp_path: Path):
         "text.txt": r"a \.txt file; allowed",
         "nowhere.bin": "no such file",
         "bad.npy": "unreadable",
-        "empty.bin": "nothing but empty files",
+        "empty.bin": "only empty files",
         "folder": "no files there",
     }
     for name, message in cases.items():

@@ -63,7 +63,7 @@ def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_pat
     assert sorted((text(corpus, "train"), text(corpus, "val"))) == sorted((LINES, LINES.upper()))
     assert len(said) == 1 and "(.git/config)" in said[0]
     write(tmp_path / "e", {".a": LINES})
-    with pytest.raises(UserError, match="nothing but hidden files"):
+    with pytest.raises(UserError, match="only hidden files"):
         opened(config, tmp_path / "e", capsys)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_p
     nanogpt(tmp_path / "d", {"vocab_size": 50})
     corpus, said = opened(config, tmp_path / "d", capsys, source="tokens", vocab_size=50)
     assert corpus.vocab_size == 50 and corpus.tokenizer is None
-    assert len(said) == 1 and "meta.pkl: left alone, not a table of characters" in said[0]
+    assert len(said) == 1 and "meta.pkl: not used, because it is not a table of characters" in said[0]
     (tmp_path / "d/meta.pkl").unlink()
     assert opened(config, tmp_path / "d", capsys)[1] == []
 

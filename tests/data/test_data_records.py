@@ -85,7 +85,7 @@ def test_files_cut_short_are_refused(config: Config, tmp_path: Path, suffix: str
     for name, content in (("half", data[: len(data) // 2]), ("end", data[:-3]), ("no", b"plain text, not packed")):
         path = tmp_path / f"{name}.txt{suffix}"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a whole \{suffix} file"):
+        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a complete \{suffix} file"):
             open_corpus(config, path)
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
 
@@ -108,9 +108,9 @@ BAD = {
     b'{"doc": {"text": 5}}': r"line 2: 'doc\.text' is int; allowed: a text",
     b'{"doc": {"text": ""}}': r"line 2: 'doc\.text' is empty",
     b'{"doc": {"text": "a\\u0000b"}}': r"line 2: 'doc\.text' holds a NUL",
-    b'{"doc": {"text": "a"': r"line 2: no JSON \(",
+    b'{"doc": {"text": "a"': r"line 2: not JSON \(",
     b'{"doc": {"text": "a\xff"}}': r"line 2: not UTF-8 at byte 19",
-    b"[" * 100_000: r"line 2: no JSON",
+    b"[" * 100_000: r"line 2: not JSON",
 }
 
 

@@ -152,7 +152,7 @@ def test_features_that_are_code(config: Config, tmp_path: Path, monkeypatch: pyt
                      "some/1.0.0/dataset_info.json": json.dumps(info)})  # fmt: skip
     monkeypatch.syspath_prepend(tmp_path)
     config.data.source, config.data.tfds_name, config.data.path = "tfds", "some:1.0.0", str(tmp_path)
-    with pytest.raises(UserError, match=r"features\.json wants the code of a_module_of_others\.Feature"):
+    with pytest.raises(UserError, match=r"features\.json asks for the code of a_module_of_others\.Feature"):
         prepare(config, progress=False)
 
 

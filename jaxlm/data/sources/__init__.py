@@ -1,1 +1,1 @@
-"""Where data comes from. `opening.py` has the table of sources; each is a file of its own."""
+"""Sources of data, one file each. `opening.py` has the table of them."""

@@ -1,37 +1,35 @@
-"""Conversations as text: a template writes each message, and what the assistant says is learned."""
+"""Conversations as text: a template formats each message, and only the assistant's words are trained on."""
 
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError
 
-LEARNED = "assistant"  # the role whose words are learned
+LEARNED = "assistant"  # the role whose words are trained on
 ASKS = "user"
-TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # count as the template's own words; any other role is data
+TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # parts of the template itself; the name of any other role is data
 
 Spans = tuple[tuple[int, int], ...]
 
 
 class TextPiece(NamedTuple):
-    """A text that is tokenized as a whole."""
+    """A text that is tokenized as one."""
 
     text: str
-    learned: bool
-    markup: Spans = ()  # the characters [start, stop) that the template wrote, where special tokens are recognized
+    learned: bool  # whether it is trained on
+    markup: Spans = ()  # characters [start, stop) from the template, in which special tokens are recognized
 
 
 def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
-    """The pieces of a conversation.
+    """Returns the pieces of a conversation, up to the assistant's last words.
 
     Args:
       messages: [{"role": ..., "content": ...}, ...].
-      key: what errors call them.
-      template: of one message, with {role} and {content}. What follows {content} belongs to it, so that a model
+      key: names the messages in errors.
+      template: of one message, with {role} and {content}. The text after {content} counts as content, so that the model
         learns where to stop.
 
-    What comes after the assistant's last words is left out: nothing is learned there.
-
     Raises:
-      UserError: they are not messages, or none is the assistant's; says what comes after the record's name.
+      UserError: these are not messages, or none is the assistant's. The error's text follows the record's name.
     """
     pieces: list[TextPiece] = []
     if not isinstance(messages, list):
@@ -47,7 +45,7 @@ def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
     while pieces and not pieces[-1].learned:
         pieces.pop()
     if not pieces:
-        raise UserError(f": '{key}' has no message of role '{LEARNED}', so nothing to learn")
+        raise UserError(f": '{key}' has no message of role '{LEARNED}', so nothing to train on")
     pieces = [piece for piece in pieces if piece.text]
     if not pieces:
         raise UserError(f": '{key}' is empty; allowed: texts")
@@ -55,12 +53,12 @@ def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
 
 
 def trains_on_answers(data: DataConfig) -> bool:
-    """Whether a run learns answers to prompts instead of whole texts."""
+    """Whether a run trains on answers to prompts instead of whole texts."""
     return bool(data.messages_key or data.response_key)
 
 
 def question(prompt: str, data: DataConfig) -> list[TextPiece]:
-    """The pieces of a user's message, up to where the answer begins."""
+    """Returns the pieces of a user's message, up to the beginning of the answer."""
     if not _has_template(data):
         return [TextPiece(prompt, False)]
     opening = _message(LEARNED, "", data.chat_template)[0]
@@ -68,26 +66,26 @@ def question(prompt: str, data: DataConfig) -> list[TextPiece]:
 
 
 def after_answer(data: DataConfig) -> tuple[str, str]:
-    """What the template writes after an answer, and what would open the user's next message."""
+    """Returns the template's text after an answer, and its text before the user's next message."""
     if not _has_template(data):
         return "", ""
     return _message(LEARNED, "", data.chat_template)[1].text, _message(ASKS, "", data.chat_template)[0].text
 
 
 def _has_template(data: DataConfig) -> bool:
-    """Whether messages are written with a template; otherwise prompts and responses stay as they are."""
+    """Whether a template formats the messages; otherwise prompts and responses are used as they are."""
     return bool(data.messages_key or data.chat_template)
 
 
 def _message(role: str, content: str, template: str) -> tuple[TextPiece, TextPiece]:
-    """What opens a message, and its content with what ends it."""
+    """Returns the template's text before a message, and the content with the text after it."""
     (before, opens), (after, ends) = (_filled(part, role) for part in template.split("{content}"))
     shifted = tuple((start + len(content), stop + len(content)) for start, stop in ends)
     return TextPiece(before, False, opens), TextPiece(content + after, role == LEARNED, shifted)
 
 
 def _filled(part: str, role: str) -> tuple[str, Spans]:
-    """A part of the template with its role, and which of it is markup."""
+    """Fills a role into a part of the template. Returns the text, and which spans of it are markup."""
     if role in TEMPLATE_ROLES:
         text = part.replace("{role}", role)
         return text, ((0, len(text)),)

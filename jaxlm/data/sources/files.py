@@ -1,7 +1,7 @@
-"""Files: which of them a path names, their bytes unpacked, and what tells them from others.
+"""Files: which ones a path names, their unpacked bytes, and their identity.
 
-`.gz`, `.bz2`, `.xz` and `.zst` are read as they are; one that is cut short is refused, not read up to there. A path
-may be an address that fsspec knows (s3://, gs://, hf://, https://): it then is a UPath, which does what a Path does.
+`.gz`, `.bz2`, `.xz` and `.zst` are unpacked; a truncated one is refused, not read up to its end. A path may be an
+address that fsspec knows (s3://, gs://, hf://, https://); it is then a UPath, which behaves like a Path.
 """
 
 import bz2
@@ -20,29 +20,29 @@ from typing import Any, BinaryIO, TypeVar, cast
 from jaxlm.config import SOURCES, DataConfig, UserError
 from jaxlm.config.paths import user_path
 
-HASH_LIMIT = 1 << 30  # bytes; files that are larger together are known by size and time, not by content
+HASH_LIMIT = 1 << 30  # bytes; larger sets of files are identified by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-XZ_MEMORY = 1 << 30  # bytes; a .xz says how much its reader is to allocate, `xz -9` 65 MiB
-UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # of what one process reads at a time; a unit becomes two maps of files, or four
-LINE_BYTES = 1 << 20  # in which a cut looks for a line's end
+XZ_MEMORY = 1 << 30  # bytes; a .xz file says how much memory its reader needs (`xz -9`: 65 MiB)
+UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # least size and most number of units; a unit becomes two or four mapped files
+LINE_BYTES = 1 << 20  # how far a cut looks for the end of a line
 
 T = TypeVar("T")
 
 
 def key_of(data: DataConfig) -> str:
-    """The key that names a source, for messages."""
+    """Returns the key that names a source, for messages."""
     if data.mixture:
         return "a source of data.mixture"
     return f"data.{SOURCES[data.source].named_by}"
 
 
 def is_alone(data: DataConfig) -> bool:
-    """Whether the data is `data.val_path` alone, to be scored: training needs `data.path` too."""
+    """Whether the data is `data.val_path` alone, for scoring; training also needs `data.path`."""
     return bool(data.val_path and not data.path)
 
 
 def named(data: DataConfig) -> str:
-    """A source in a message."""
+    """Returns how messages call a source."""
     if is_alone(data):
         return f"data.val_path={data.val_path}"
     if data.mixture:
@@ -51,19 +51,21 @@ def named(data: DataConfig) -> str:
 
 
 def name_of(data: DataConfig) -> str:
-    """What the key that names a source says; "" where its kind says all."""
+    """Returns the value of the key that names a source; "" if the kind of source says all."""
     key = SOURCES[data.source].named_by
     return "" if key == "source" else getattr(data, key)
 
 
 def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
-    """{name: path} of a file, of a folder's files or of a glob's, sorted by name, without empty files; and the names of
-    the files in a folder that are left out: hidden ones and, if some have one of the suffixes, those without.
+    """Lists a file, the files of a folder, or the files that a glob matches.
 
-    A name is the path relative to the folder, or to the glob's part before its first wildcard.
+    Returns:
+      {name: path}, sorted by name, without empty files; and the names of files in a folder that are left out: hidden
+      ones and, if some have one of the suffixes, those without. A name is the path relative to the folder, or to the
+      part of a glob before its first wildcard.
 
     Raises:
-      UserError: names `key`, when there is no such path or nothing in it.
+      UserError: there is no such path, or no data in it. The message names `key`.
     """
     path = located(key, pattern)
     plain = re.split(r"[*?[]", str(path))[0]
@@ -77,7 +79,7 @@ def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[
             files = {p.relative_to(root).as_posix(): p for p in _globbed(path, root) if p.is_file()}
         else:
             files = None
-    except Exception as error:  # a store elsewhere may raise anything
+    except Exception as error:  # a remote file system may raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{key} is '{pattern}': cannot be listed ({' '.join(reason.split())})") from error
     if files is None:
@@ -86,21 +88,21 @@ def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[
         raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
     kept = _of_kind(files, suffixes) if path.is_dir() else files
     if not kept:
-        raise UserError(f"{key} is '{pattern}': nothing but hidden files; allowed: other files, or a glob")
+        raise UserError(f"{key} is '{pattern}': only hidden files; allowed: other files, or a glob")
     full = {name: path for name, path in _distinct(kept).items() if stat_of(path).st_size}
     if not full:
-        raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
+        raise UserError(f"{key} is '{pattern}': only empty files; allowed: files with text")
     return full, sorted(files.keys() - kept.keys())
 
 
 def _of_kind(files: dict[str, Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Those that are not hidden, nor in a hidden folder, and, if some have one of the suffixes, those that do."""
+    """Keeps the files that are not hidden, nor in a hidden folder; if some have one of the suffixes, only those."""
     seen = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
     return {name: path for name, path in seen.items() if suffix_of(name) in suffixes} or seen
 
 
 def stat_of(path: Path) -> os.stat_result:
-    """Raises UserError if the file is gone."""
+    """Returns the status of a file. Raises UserError if it is gone."""
     try:
         return path.stat()
     except OSError as error:
@@ -108,13 +110,13 @@ def stat_of(path: Path) -> os.stat_result:
 
 
 def suffix_of(name: str) -> str:
-    """The suffix of a file, without that of a packed one: .jsonl of x.jsonl.gz."""
+    """Returns the suffix of a file under that of its packing: .jsonl for x.jsonl.gz."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def located(key: str, path: str) -> Path:
-    """The path, or the UPath of an address. Raises UserError, which names `key`, where fsspec does not know it."""
+    """Returns the path, or the UPath of an address. Raises UserError, which names `key`, if fsspec does not know it."""
     if "://" not in path:
         return user_path(key, path)
     import upath
@@ -122,7 +124,7 @@ def located(key: str, path: str) -> Path:
     try:
         found = upath.UPath(path)
         assert found.fs is not None
-    except Exception as error:  # a store elsewhere may raise anything
+    except Exception as error:  # a remote file system may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key} is '{path}': {reason}; allowed: a path, or an address that fsspec knows") from error
     return cast(Path, found)
@@ -133,18 +135,18 @@ def is_remote(path: Path) -> bool:
 
 
 def _globbed(path: Path, root: Path) -> Iterable[Path]:
-    """The paths below `root` that the glob `path` names; `**` does not follow links to folders."""
+    """Yields the paths below `root` that the glob `path` matches; `**` does not follow links to folders."""
     pattern = str(path) if str(root) == "." else str(path)[len(str(root)) :].lstrip("/")
     return root.glob(pattern)
 
 
 def real(paths: Iterable[Path]) -> frozenset[Any]:
-    """The files that paths lead to, through links."""
+    """Returns the files that paths lead to, with links resolved."""
     return frozenset(path if is_remote(path) else path.resolve() for path in paths)
 
 
 def _distinct(files: dict[str, Path]) -> dict[str, Path]:
-    """In the order of their names; a file that is there under several, by links, once: else validation could hold
+    """Sorts files by name, and keeps a file that links give several names only once; otherwise validation could hold
     what training has.
     """
     seen: dict[Any, str] = {}
@@ -155,17 +157,17 @@ def _distinct(files: dict[str, Path]) -> dict[str, Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where its name says that it is packed.
+    """Opens a file for reading its bytes, unpacked if its suffix says that it is packed.
 
     Raises:
-      UserError: it cannot be read, here or while it is used, or is damaged.
+      UserError: the file cannot be read, now or later, or is damaged.
     """
     try:
         with path.open("rb") as raw, _unpacked(path, raw) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        packed = f", or not a whole {path.suffix} file" if path.suffix in PACKED else ""
+        packed = f", or not a complete {path.suffix} file" if path.suffix in PACKED else ""
         raise UserError(f"{path}: unreadable ({reason}){packed}") from error
 
 
@@ -175,9 +177,9 @@ def _unpacked(path: Path, raw: BinaryIO) -> Any:
     if path.suffix in (".bz2", ".xz"):
         return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor if path.suffix == ".bz2" else _xz))
     if path.suffix == ".zst":
-        import pyarrow  # whose reader, unlike others, notices a file that is cut short
+        import pyarrow  # its reader, unlike others, notices a truncated file
 
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # it knows no lines
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # without readline
         return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     return raw
 
@@ -187,8 +189,8 @@ def _xz() -> lzma.LZMADecompressor:
 
 
 class _Streams(io.RawIOBase):
-    """The streams of a .bz2 or .xz file, one after the other. Python's own readers take one that is damaged, after the
-    first, for the end.
+    """Reads the concatenated streams of a .bz2 or .xz file. Python's own readers mistake a damaged stream after the
+    first one for the end.
     """
 
     def __init__(self, raw: BinaryIO, make: Callable[[], Any]):
@@ -208,7 +210,7 @@ class _Streams(io.RawIOBase):
             else:
                 more = self._raw.read(1 << 20) if self._stream.needs_input else b""
                 if self._stream.needs_input and not more:
-                    raise EOFError("it ends too soon")
+                    raise EOFError("it is truncated")
                 data = self._stream.decompress(more, len(buffer))
             if data:
                 buffer[: len(data)] = data
@@ -216,7 +218,7 @@ class _Streams(io.RawIOBase):
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of a file.
+    """Returns the sha256 of a file.
 
     Raises:
       UserError: the file cannot be read.
@@ -231,24 +233,26 @@ def content_hash(path: Path) -> str:
 
 
 def identify(files: dict[str, Path]) -> list[list[Any]]:
-    """[name, size, hash of the content] of each file; reading more than HASH_LIMIT at every start takes too long."""
+    """Returns [name, size, hash of the content] of each file; beyond HASH_LIMIT bytes in all, the time of its change
+    instead of the hash, because hashing them at every start takes too long.
+    """
     stats = {name: stat_of(path) for name, path in files.items()}
     by_content = sum(s.st_size for s in stats.values()) <= HASH_LIMIT
     found = []
     for name, s in stats.items():
-        remote = cast(Any, files[name]) if is_remote(files[name]) else None  # whose store tells versions apart
+        remote = cast(Any, files[name]) if is_remote(files[name]) else None  # its file system tells versions apart
         version = remote.fs.ukey(remote.path) if remote else content_hash(files[name]) if by_content else s.st_mtime_ns
         found.append([name, s.st_size, version])
     return found
 
 
 def unit_bytes(total: int) -> int:
-    """About how many of `total` bytes one process reads at a time."""
+    """Returns about how many of `total` bytes one process reads at a time."""
     return max(UNIT_BYTES, -(-total // MAX_UNITS))
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """The items in groups of about `limit` bytes, in their order."""
+    """Groups items, in order, into about `limit` bytes each."""
     groups: list[list[T]] = []
     left = 0
     for item in items:
@@ -261,8 +265,8 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[li
 
 
 def line_ends(path: Path, start: int, stop: int, step: int) -> list[int]:
-    """Where to cut the bytes start ... stop of a file that is not packed: about every `step` bytes, at a newline that
-    ends a line which is not empty.
+    """Returns where to cut the bytes start ... stop of an unpacked file: about every `step` bytes, at the end of a line
+    that is not empty.
     """
     cuts = []
     with opened(path) as file:
@@ -275,7 +279,7 @@ def line_ends(path: Path, start: int, stop: int, step: int) -> list[int]:
 
 
 def skip(file: BinaryIO, num_bytes: int) -> None:
-    """Goes on by so many bytes, also where a file cannot be sought in."""
+    """Moves forward by `num_bytes`, even in a file that cannot seek."""
     if file.seekable():
         file.seek(num_bytes, io.SEEK_CUR)
         return

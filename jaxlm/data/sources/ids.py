@@ -1,4 +1,4 @@
-"""A corpus of arrays of token ids."""
+"""Makes a corpus from arrays of token ids."""
 
 import hashlib
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def _tokens(arrays: Sequence[Shard], tokenizer: Tokenizer | None) -> Tokens:
 
 
 def starts_of(arrays: Sequence[Shard], bos_id: int) -> np.ndarray:
-    """Where documents start: at each bos, and at the first token."""
+    """Returns where documents start: at each bos, and at the first token."""
     offsets = np.cumsum([0, *map(len, arrays)])
     found = [
         np.flatnonzero(np.asarray(array[at : at + BLOCK]) == bos_id) + offset + at
@@ -50,7 +50,7 @@ def starts_of(arrays: Sequence[Shard], bos_id: int) -> np.ndarray:
 
 
 def array_hash(array: Shard) -> str:
-    """sha256 of a 1-D array; of a sample of blocks where it is larger than HASH_LIMIT."""
+    """Returns the sha256 of a 1-D array; if it is larger than HASH_LIMIT, of a sample of its blocks."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
     step = BLOCK // array.itemsize
     starts = range(0, array.size, step)

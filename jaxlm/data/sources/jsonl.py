@@ -1,4 +1,4 @@
-"""JSON lines: a record a line."""
+"""JSON lines: one record per line."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import PACKED, is_remote, line_ends, opened, skip
 from jaxlm.data.sources.records import Format, RecordPart, open_records
 
-MAX_LINE_BYTES = 1 << 28  # of a record, which is read as a whole
+MAX_LINE_BYTES = 1 << 28  # most bytes of a record, which is read as a whole
 
 
 def open_jsonl(data: DataConfig) -> Source:
-    """The documents of files of JSON lines. Raises UserError as `open_records` does."""
+    """Opens files of JSON lines. Raises UserError as `open_records` does."""
     return open_records(data, Format("line", _cut, _lines))
 
 
@@ -26,23 +26,25 @@ def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
 
 
 def _lines(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], bytes]]:
-    """The lines that are not blank: at which byte (of the text, where the file is packed), what gives its number,
-    counted from 1 with the blank ones, and its bytes.
+    """Yields the lines that are not blank: (place, number, bytes).
+
+    The place is the line's first byte (of the unpacked text). `number()` counts lines from 1, blank ones included; it
+    reads the file again, so it is called for messages only.
     """
-    place, counted, at = part.start, 0, 0  # lines in the bytes before `at`
+    place, counted, at = part.start, 0, 0  # `counted` lines lie before byte `at`
 
     def number() -> int:
         nonlocal counted, at
         counted, at = counted + _newlines(part.path, at, place), place
         return counted + 1
 
-    # The files of a store elsewhere take no limit.
+    # readline of a remote file takes no limit.
     limit = () if is_remote(part.path) and part.path.suffix not in PACKED else (MAX_LINE_BYTES + 1,)
     with opened(part.path) as file:
         if part.start:
             file.seek(part.start)
         while (part.stop is None or place < part.stop) and (line := file.readline(*limit)):
-            if len(line) > MAX_LINE_BYTES:  # as a small packed file may hold
+            if len(line) > MAX_LINE_BYTES:  # a small packed file may hold one
                 raise UserError(f"{part.path} line {number()}: more than {MAX_LINE_BYTES >> 20} MiB; allowed: less")
             if line.strip():
                 yield place, number, line

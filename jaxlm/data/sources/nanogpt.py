@@ -1,7 +1,7 @@
-"""nanoGPT's meta.pkl, which says what characters ids stand for.
+"""Reads nanoGPT's meta.pkl, which says which characters ids stand for.
 
-It is a pickle, and unpickling one runs whatever code it names. Here nothing is unpickled: its instructions are read one
-by one, and only those that make texts, numbers and dicts of them are followed. Any other one makes it unreadable.
+It is a pickle, and unpickling runs whatever code a pickle names. So nothing is unpickled here: this module reads the
+instructions one by one, and follows only those that make strings, integers and dicts of them. It refuses all others.
 """
 
 import pickletools
@@ -15,11 +15,11 @@ VALUES = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2")
 
 
 def read_meta(path: Path) -> CharTokenizer | None:
-    """The tokenizer of a meta.pkl as nanoGPT's prepare.py writes it; None where it is something else."""
+    """Returns the tokenizer of a meta.pkl as nanoGPT's prepare.py writes it; None if it is something else."""
     try:
         itos = _follow(path.read_bytes()[:MAX_BYTES])["itos"]
         alphabet = [itos[i] for i in range(len(itos))]
-        # A CharTokenizer's characters are in order, as nanoGPT's are.
+        # A CharTokenizer sorts its characters, as nanoGPT does.
         known = all(type(c) is str and len(c) == 1 for c in alphabet) and alphabet == sorted(set(alphabet))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -27,8 +27,8 @@ def read_meta(path: Path) -> CharTokenizer | None:
 
 
 def _follow(pickled: bytes) -> Any:
-    """What a pickle of dicts, texts and small numbers holds. Raises ValueError, LookupError or TypeError if it is
-    something else.
+    """Returns the content of a pickle of dicts, strings and small integers. Raises ValueError, LookupError or TypeError
+    if it holds anything else.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Opens the data that a configuration names. A new kind of source is an entry here (and in `config/sources.py`)."""
+"""Opens the data that a configuration names. A new source needs an entry here and one in `config/sources.py`."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from jaxlm.data.sources.text import open_text
 from jaxlm.data.sources.tfds import open_tfds
 from jaxlm.data.sources.tokens import open_tokens
 
-# Sources of documents, which a tokenizer turns into ids.
+# Sources of documents, which are then tokenized.
 TEXTS: dict[str, Callable[[DataConfig], Source]] = {
     "stdlib": open_stdlib,
     "text": open_text,
@@ -22,12 +22,12 @@ TEXTS: dict[str, Callable[[DataConfig], Source]] = {
     "tfds": open_tfds,
 }
 
-# Sources of ids. The second argument is whether to say on stderr what is noteworthy.
+# Sources of token ids. The second argument says whether to print notes on stderr.
 IDS: dict[str, Callable[[Config, bool], Corpus]] = {"tokens": open_tokens, "synthetic": open_synthetic}
 
 
 def open_source(data: DataConfig) -> Source:
-    """The documents that `data.source` names.
+    """Opens the documents that `data.source` names.
 
     Raises:
       UserError: there are none, or they cannot be read.
@@ -36,9 +36,9 @@ def open_source(data: DataConfig) -> Source:
 
 
 def open_ids(config: Config, progress: bool) -> Corpus:
-    """The token ids that `data.source` names.
+    """Opens the token ids that `data.source` names.
 
     Raises:
-      UserError: there are none, they cannot be read, or do not fit the configuration.
+      UserError: there are none, they cannot be read, or they do not fit the configuration.
     """
     return IDS[config.data.source](config, progress)

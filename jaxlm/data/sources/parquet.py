@@ -1,4 +1,4 @@
-"""Parquet: a record a row."""
+"""Parquet: one record per row."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxlm.data.sources.records import Format, NoColumn, RecordPart, conversatio
 
 
 def open_parquet(data: DataConfig) -> Source:
-    """The documents of Parquet files. Raises UserError as `open_records` does."""
+    """Opens Parquet files. Raises UserError as `open_records` does."""
     return open_records(data, Format("row", _cut, _rows))
 
 
@@ -19,7 +19,7 @@ def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
     rows, pieces = 0, []
     try:
         opened_file = _parquet(part.path)
-    except UserError:  # said, or skipped, when it is read
+    except UserError:  # reported, or skipped, when the file is read
         return [part]
     with opened_file as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -42,7 +42,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _rows(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], dict[str, Any]]]:
-    """The rows: its number, counted from 1, what gives that number, and the columns in which the keys lead to texts."""
+    """Yields the rows: (number, function that returns it, columns that the keys name). Numbers count from 1."""
     import pyarrow
 
     keys = {k: getattr(data, k) for k in conversation_keys(data) if k != "chat_template" and getattr(data, k)}
@@ -50,7 +50,7 @@ def _rows(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[]
         columns = file.schema_arrow.names
         for name, key in (keys or {"text_key": data.text_key}).items():
             if _column(key, columns) not in columns:
-                allowed = f"allowed with {part.path}: {', '.join(columns)}, or inside of them"
+                allowed = f"allowed with {part.path}: {', '.join(columns)}, or keys inside them"
                 raise NoColumn(f"data.{name} is '{key}'; {allowed}")
         wanted = sorted({_column(key, columns) for key in keys.values() or [data.text_key]})
         row = part.first_row

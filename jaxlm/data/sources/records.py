@@ -1,4 +1,4 @@
-"""Files of records, such as JSON lines and Parquet: a document a record, a text or a conversation."""
+"""Files of records, such as JSON lines and Parquet. Each record is a document: a text or a conversation."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,37 +14,37 @@ from jaxlm.data.sources.splits import find_files
 
 
 class RecordPart(NamedTuple):
-    """Of a file, or all of it."""
+    """A part of a file, or all of it."""
 
     name: str
     path: Path
-    split: Split | None  # None: each record's place decides
+    split: Split | None  # None: the place of each record decides
     num_bytes: int
     start: int = 0  # in bytes, or in row groups
     stop: int | None = None
-    first_row: int = 0  # of a Parquet file's, counted from 0
+    first_row: int = 0  # rows of a Parquet file before this part
 
 
 class NoColumn(UserError):
-    """The key is wrong, not the file."""
+    """The key is wrong, not the file, so `data.on_error=skip` does not apply."""
 
 
 class Format(NamedTuple):
     """How a kind of file holds records."""
 
     unit: str  # what a record is called: a line, a row
-    cut: Callable[[RecordPart, int], list[RecordPart]]  # a file in parts of about so many bytes
-    # Of a part: each record's place in the file, what gives its number, counted from 1, and its bytes or its columns.
+    cut: Callable[[RecordPart, int], list[RecordPart]]  # (file, limit) -> parts of about `limit` bytes
+    # part -> (place of a record in the file, function that returns its number from 1, its bytes or columns) for each
     read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
 
 
 def open_records(data: DataConfig, form: Format) -> Source:
-    """The documents of `data.path` and `data.val_path`.
+    """Opens the documents of `data.path` and `data.val_path`.
 
-    Without `data.val_path` a record's file and place in it decide whether it is held out.
+    Without `data.val_path`, a record's file and its place in the file decide whether it is held out.
 
     Raises:
-      UserError: there are no files, or, while documents are read, a file is damaged, or a record is no good and
+      UserError: there are no files. While documents are read: a file is damaged, or a record is unusable, and
         `data.on_error` is stop.
     """
     files, val, notes = find_files(data)
@@ -63,8 +63,8 @@ def open_records(data: DataConfig, form: Format) -> Source:
         parts = [piece for part in whole for piece in form.cut(part, limit)]
         return [Unit(partial(_read, group, data, form)) for group in grouped(parts, lambda part: part.num_bytes, limit)]
 
-    return Source(data.path or data.val_path, key, units, 0, masked=bool(conversation_keys(data)),
-                  files=real([*files.values(), *val.values()]), notes=notes)  # fmt: skip
+    masked, paths = bool(conversation_keys(data)), real([*files.values(), *val.values()])
+    return Source(data.path or data.val_path, key, units, 0, masked=masked, files=paths, notes=notes)
 
 
 def conversation_keys(data: DataConfig) -> tuple[str, ...]:
@@ -105,13 +105,13 @@ def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Doc
 
 
 def _within(spans: Spans, start: int, length: int) -> Spans:
-    """The spans of a text in its part from `start` on."""
+    """Clips the spans of a text to its part [start, start + length), and shifts them to that part."""
     clipped = [(max(a - start, 0), min(b - start, length)) for a, b in spans]
     return tuple((a, b) for a, b in clipped if a < b)
 
 
 def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
-    """The pieces of a record. Raises UserError, what comes after the record's name."""
+    """Returns the pieces of a record. Raises UserError, whose text follows the record's name."""
     value: Any = record
     if isinstance(record, bytes):
         try:
@@ -119,7 +119,7 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
         except UnicodeDecodeError as error:
             raise UserError(f": not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f": no JSON ({error}); allowed: an object a line") from None
+            raise UserError(f": not JSON ({error}); allowed: one object per line") from None
     if data.messages_key:
         return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, data.chat_template)
     if data.response_key:
@@ -133,7 +133,7 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
 
 
 def _at(value: Any, name: str, key: str) -> Any:
-    """What is under a key, whose dots lead into objects."""
+    """Returns the value of a key, whose dots lead into objects."""
     if isinstance(value, dict) and key in value:
         return value[key]
     for part in key.split("."):

@@ -1,4 +1,4 @@
-"""Which files of a path are for training, for validation, or no data, such as a README beside Parquet files."""
+"""Decides which files of a path are for training, which for validation, and which are no data, such as a README."""
 
 import re
 from pathlib import Path
@@ -7,22 +7,26 @@ from typing import NamedTuple
 from jaxlm.config import SOURCES, DataConfig, UserError
 from jaxlm.data.sources.files import is_alone, key_of, list_files, located, named, stat_of, suffix_of
 
-MEANT = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # the source of files that `text` reads as text
+MEANT = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}  # {suffix: the source that is probably meant when `text` reads such files}
 TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
-SHOWN = 3  # names in a note
+SHOWN = 3  # most names in a note
 
 
 class Files(NamedTuple):
-    train: dict[str, Path]  # by their names
-    val: dict[str, Path]  # empty: a part of `train` is held out
-    notes: tuple[str, ...]  # lines for people
+    train: dict[str, Path]  # {name: path}
+    val: dict[str, Path]  # the same; empty if a part of `train` is held out
+    notes: tuple[str, ...]  # lines to print
 
 
 def find_files(data: DataConfig) -> Files:
-    """The files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
+    """Returns the files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
 
     Raises:
-      UserError: there are none, one is of another kind than the source, or validation files would be trained on.
+      UserError: there are none, or validation files would be trained on.
     """
     kind = SOURCES[data.source]
     if kind.split_files and not is_alone(data):
@@ -36,7 +40,7 @@ def find_files(data: DataConfig) -> Files:
     if not val and kind.split_files and train.keys() >= {*kind.split_files}:
         left_out = sorted({*left_out, *train} - {*kind.split_files, *kind.beside})
         train, val = ({name: train[name]} for name in kind.split_files)
-    if not val and kind.suffixes:  # elsewhere a file is a document, and test_x.txt one as others are
+    if not val and kind.suffixes:  # in other sources each file is a document, test_x.txt too
         _check_names(data, train)
     notes = [
         _left_out(named(data), left_out),
@@ -47,7 +51,7 @@ def find_files(data: DataConfig) -> Files:
 
 
 def _check_not_empty(files: list[Path]) -> None:
-    """Raises UserError where both files are there and one is empty: the other would be split instead."""
+    """Raises UserError if both files exist and one is empty; otherwise the other one would be split."""
     if all(path.is_file() for path in files):
         for path in files:
             if not stat_of(path).st_size:
@@ -55,7 +59,7 @@ def _check_not_empty(files: list[Path]) -> None:
 
 
 def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
-    """Raises UserError where files of one path are named as those to train on and those to validate on."""
+    """Raises UserError if the names of one path's files say that some are for training and some for validation."""
     words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
     train = [name for name in files if words[name] & TRAIN_WORDS]
     val = [name for name in files if words[name] & VAL_WORDS and name not in train]
@@ -68,7 +72,7 @@ def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
 
 
 def _left_out(where: str, names: list[str]) -> str:
-    """A line about files that are left out; empty where there are none."""
+    """Returns a line about files that are left out; "" if there are none."""
     if not names:
         return ""
     shown = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
@@ -77,7 +81,7 @@ def _left_out(where: str, names: list[str]) -> str:
 
 
 def _meant(data: DataConfig, names: list[str]) -> str:
-    """A line where files look like those of another source; empty where none do."""
+    """Returns a line about files that another source is probably meant to read; "" if there are none."""
     for suffix, source in MEANT.items():
         count = sum(suffix_of(name) == suffix for name in names)
         if count:

@@ -1,4 +1,4 @@
-"""Text files: each a document; of a single one the end is held out."""
+"""Text files: each file is a document; of a single file, the end is held out."""
 
 import codecs
 import dataclasses
@@ -16,10 +16,10 @@ from jaxlm.data.sources.splits import find_files
 
 
 def open_text(data: DataConfig) -> Source:
-    """The documents of `data.path` and `data.val_path`.
+    """Opens the documents of `data.path` and `data.val_path`.
 
     Raises:
-      UserError: there are none, or, while documents are read, a file is no text and `data.on_error` is stop.
+      UserError: there are none. While documents are read: a file is not text, and `data.on_error` is stop.
     """
     files, val, notes = find_files(data)
     if not val:
@@ -31,9 +31,9 @@ def open_text(data: DataConfig) -> Source:
 
 
 def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
-    """Each of several files a document, of which `val_fraction` are held out by their names: at least one, not all."""
+    """Makes each file a document; names decide which `val_fraction` of them is held out: at least one, not all."""
     held = {name for name in files if held_out(name, data.val_fraction)}
-    if not held:  # few files: one of them, and again one that its name decides
+    if not held:  # few files: hold one out, again decided by names
         held = {min(files, key=digest)}
     if len(held) == len(files):
         held.remove(max(files, key=digest))
@@ -42,7 +42,7 @@ def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Sourc
 
 
 def _one_file(data: DataConfig, name: str, path: Path) -> Source:
-    """The first characters are a training document, the last `val_fraction` of them a validation document."""
+    """Makes the last `val_fraction` of a file's characters a validation document, and the rest a training document."""
 
     def units() -> list[Unit]:
         cut = _byte_of_character(path, 1 - data.val_fraction)
@@ -54,7 +54,7 @@ def _one_file(data: DataConfig, name: str, path: Path) -> Source:
 
 
 def _byte_of_character(path: Path, share: float) -> int:
-    """At which byte (of the text, where the file is packed) that share of a file's characters ends."""
+    """Returns the byte (of the unpacked text) at which the given share of a file's characters ends."""
     with opened(path) as file:
         counts = [int(np.count_nonzero(_opens_character(block))) for block in iter(partial(file.read, BLOCK), b"")]
     ends = np.cumsum([0, *counts])
@@ -71,12 +71,12 @@ def _opens_character(block: bytes) -> np.ndarray:
 
 
 class TextPart(NamedTuple):
-    """Of a text file, or all of it."""
+    """A part of a text file, or all of it."""
 
     name: str
     path: Path
     split: Split
-    start: int = 0  # in bytes of the text
+    start: int = 0  # in bytes of the unpacked text
     stop: int | None = None
     first: bool = True
 
@@ -86,12 +86,12 @@ def _text_source(data: DataConfig, key: dict[str, Any], parts: list[TextPart], s
     skips = data.on_error == "skip"
     name = name_of(data) or data.val_path or data.source
     size = _text_size(*(part.path for part in parts))
-    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped,
-                  files=real(part.path for part in parts))  # fmt: skip
+    files = real(part.path for part in parts)
+    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped, files=files)
 
 
 def _units(parts: list[TextPart], cuts: bool, skips: bool = False) -> list[Unit]:
-    """Parts in units of about the same size; large ones are cut at the ends of lines where `cuts` is set."""
+    """Groups parts into units of about the same size. With `cuts`, large parts are cut at ends of lines."""
     limit = unit_bytes(sum(map(_part_size, parts)))
     pieces: list[TextPart] = []
     for part in parts:
@@ -111,13 +111,13 @@ def _part_size(part: TextPart) -> int:
 
 
 def _text_size(*paths: Path) -> int:
-    """Bytes of the text in files; 0 = unknown."""
+    """Returns the bytes of the text in files; 0 = unknown."""
     return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
 
 
 def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skipped]:
     for part in parts:
-        if skips:  # read before it is used, so that no half of it is
+        if skips:  # read it all before using any of it, so that a bad file contributes nothing
             try:
                 for _ in read_parts(part.path, part.start, part.stop):
                     pass
@@ -131,14 +131,13 @@ def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skippe
 
 
 def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """The text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
-    wherever they can.
+    """Yields the text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
+    wherever possible.
 
-    sentencepiece's tokens never cross from a line into the newline after it: its parts are tokenized as the whole.
+    No sentencepiece token joins a line with the newline after it, so the parts get the same tokens as the whole text.
 
     Raises:
-      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the text, where the file is
-        packed).
+      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the unpacked text).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, offset, block = "", start, b"-"

@@ -1,7 +1,7 @@
 """Documents of tensorflow_datasets: any builder with a text feature.
 
-A dataset that is not there is fetched in a process of its own, which is ended when nothing arrives any more: without
-a network, tensorflow_datasets would try for minutes.
+A missing dataset is fetched in a process of its own, which ends when no more bytes arrive: without a network,
+tensorflow_datasets would try for minutes.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from jaxlm.data.sources.documents import Document, Skipped, Source, Split, Unit,
 from jaxlm.data.sources.files import MAX_UNITS, key_of
 from jaxlm.data.tf_import import import_tensorflow
 
-STALL_SECONDS = 60  # without a new byte
-UNIT_EXAMPLES = 20_000  # that one process reads at a time
+STALL_SECONDS = 60  # longest wait for a new byte
+UNIT_EXAMPLES = 20_000  # examples that one process reads at a time
 
 T = TypeVar("T")
 
 
 def open_tfds(data: DataConfig) -> Source:
-    """The documents of `data.tfds_name`, in the order of its files.
+    """Opens the documents of `data.tfds_name`, in the order of its files.
 
     Raises:
-      UserError: it, its split or its text feature is not to be had.
+      UserError: the dataset, its split or its text feature is not available.
     """
     builder = _bounded(lambda: _builder(data), STALL_SECONDS, data)
     splits = _load(builder, data)  # {name: number of examples}
@@ -41,10 +41,15 @@ def open_tfds(data: DataConfig) -> Source:
 
     known = {n: [s.num_examples, s.num_bytes, s.shard_lengths] for n, s in builder.info.splits.items()}
     key = {
-        "source": "tfds", "name": builder.info.full_name, "folder": str(builder.data_dir), "splits": known,
-        "text_key": data.text_key, "split": data.split, "val_split": data.val_split,
+        "source": "tfds",
+        "name": builder.info.full_name,
+        "folder": str(builder.data_dir),
+        "splits": known,
+        "text_key": data.text_key,
+        "split": data.split,
+        "val_split": data.val_split,
         "val_fraction": None if data.val_split else data.val_fraction,
-    }  # fmt: skip
+    }
 
     def units_of(split: str, which: Split | None) -> list[Unit]:
         count = min(MAX_UNITS, -(-splits[split] // UNIT_EXAMPLES)) or 1
@@ -56,7 +61,7 @@ def open_tfds(data: DataConfig) -> Source:
         found = units_of(data.split, "train") + units_of(data.val_split, "val")
         if sum(splits.values()) > UNIT_EXAMPLES:
             return found
-        # One, which this process reads: each of several would first import tensorflow, for seconds.
+        # One unit, which this process reads: other processes would first spend seconds importing TensorFlow.
         return [Unit(partial(_read_all, found))]
 
     return Source(f"{data.tfds_name} {data.split}", key, units, num_bytes=0)
@@ -68,7 +73,9 @@ def _read_all(units: list[Unit]) -> Iterator[Document | Skipped]:
 
 
 def _read(data: DataConfig, split: str, which: Split | None, index: int, count: int) -> Iterator[Document]:
-    """One of `count` parts of a split, whose examples' places decide what is held out where `which` is None."""
+    """Reads part `index` of the `count` parts of a split. If `which` is None, an example's place decides whether it is
+    held out.
+    """
     import tensorflow_datasets as tfds
 
     builder = _builder(data)
@@ -82,17 +89,19 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
                 yield Document(name, piece, which or drawn, first=index == 0)
     except UserError:
         raise
-    except Exception as error:  # the readers of two libraries have each their own
-        reason = " ".join(str(error).split()).split("}} ")[-1] or type(error).__name__  # after TensorFlow's own names
+    except Exception as error:  # two libraries read, each with its own errors
+        reason = (
+            " ".join(str(error).split()).split("}} ")[-1] or type(error).__name__
+        )  # drops the names of TensorFlow's operations
         raise UserError(f"{builder.data_dir}: split {split} is unreadable ({reason})") from error
 
 
 def _examples(builder: Any, split: Any) -> tuple[int, Callable[[], Iterator[dict[str, Any]]]]:
-    """Number of the examples of a split, 0 where it is unknown, and what gives them."""
+    """Returns the number of examples in a split (0 if unknown), and a function that yields them."""
     import tensorflow_datasets as tfds
 
     import_tensorflow()
-    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # which tf.data does not read
+    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # tf.data does not read it
         source = builder.as_data_source(split=split)
         return len(source), lambda: iter(source)
     read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
@@ -116,9 +125,9 @@ def _builder(data: DataConfig) -> Any:
     try:
         _keep_to_own_features(tfds.features.FeatureConnector)
         if naming.parse_builder_name_kwargs(data.tfds_name)[0].namespace:
-            raise ValueError("the datasets of a namespace are code from elsewhere, which would be run")
+            raise ValueError("the datasets of a namespace are code from elsewhere, which would run here")
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
-    except Exception as error:  # whatever the dataset's own code or its hub raises
+    except Exception as error:  # the dataset's own code or its hub may raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
@@ -128,19 +137,19 @@ def _builder(data: DataConfig) -> Any:
 
 @cache
 def _keep_to_own_features(connector: Any) -> None:
-    """A dataset's features.json names the Python classes that read it: no module of others is imported for them."""
+    """Refuses features.json files that name Python classes outside tensorflow_datasets, which would be imported."""
     find = connector.cls_from_name
 
     def own(name: str) -> Any:
         if not str(name).startswith("tensorflow_datasets."):
-            raise ValueError(f"its features.json wants the code of {name}")
+            raise ValueError(f"its features.json asks for the code of {name}")
         return find(name)
 
     connector.cls_from_name = staticmethod(own)
 
 
 def _load(builder: Any, data: DataConfig) -> dict[str, int]:
-    """{split: number of its examples, 0 where it is unknown}, after fetching the dataset where it is not there."""
+    """Fetches the dataset if it is missing. Returns {split: number of its examples, 0 if unknown}."""
     try:
         import_tensorflow()
     except ImportError as error:
@@ -171,7 +180,7 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
 
 
 def _download(builder: Any, data: DataConfig) -> None:
-    """Runs `download_and_prepare` in a child process for as long as bytes arrive."""
+    """Runs `download_and_prepare` in a child process, as long as bytes arrive."""
     code = (
         "import sys, tensorflow_datasets as t; "
         "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()"
@@ -179,8 +188,8 @@ def _download(builder: Any, data: DataConfig) -> None:
     root = Path(_data_dir(data) or Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1])
     print(f"fetching {data.tfds_name} into {root}", file=sys.stderr)
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([sys.executable, "-c", code, data.tfds_name, str(root)], stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
+        command = [sys.executable, "-c", code, data.tfds_name, str(root)]
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
         seen, since = -1, time.monotonic()
         try:
             while child.poll() is None and time.monotonic() - since < STALL_SECONDS:
@@ -205,13 +214,15 @@ def _bytes_under(root: Path) -> int:
     total = 0
     for folder, _, names in os.walk(root):
         for name in names:
-            with contextlib.suppress(OSError):  # renamed meanwhile
+            with contextlib.suppress(OSError):  # renamed in the meantime
                 total += os.path.getsize(os.path.join(folder, name))
     return total
 
 
 def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
-    """What the function gives or raises; a UserError when it takes longer (it may be waiting for a network)."""
+    """Returns or raises what the function does. Raises UserError if it takes longer than `seconds`, perhaps because it
+    waits for a network.
+    """
     result: list[T] = []
     raised: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Files of token ids: .bin of uint16 as nanoGPT writes them, or with llm.c's header; .npy of integers."""
+"""Files of token ids: .bin of uint16 as nanoGPT writes them, .bin with llm.c's header, .npy of integers."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from jaxlm.data.sources.documents import BLOCK
 from jaxlm.data.token_file import TokenFile
 
 HEADER = 256  # int32 at the start of llm.c's .bin: a magic number, a version, the number of tokens, and zeros
-MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # its version, and the dtype of tokens
-LOOKED_AT = 100_000  # values at the start of a file without a header, to tell how wide they are
+MAGIC = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # {magic number: (version, dtype of tokens)}
+LOOKED_AT = 100_000  # values at the start of a file without a header that tell how wide its ids are
 
 
 def open_array(path: Path, vocab_size: int) -> tuple[Path, TokenFile]:
-    """The ids (below `vocab_size`) of a .bin or .npy file. Raises UserError where it is none."""
+    """Opens the ids (below `vocab_size`) of a .bin or .npy file. Raises UserError if it is neither."""
     try:
         if path.suffix == ".npy":
             mapped = np.lib.format.open_memmap(path, mode="r")  # np.load would open archives and pickles too
@@ -27,7 +27,7 @@ def open_array(path: Path, vocab_size: int) -> tuple[Path, TokenFile]:
             array = _without_header(TokenFile(path, np.dtype("<u2"), 0, path.stat().st_size // 2), vocab_size)
     except UserError:
         raise
-    except Exception as error:  # a .npy's header is a Python literal, and NumPy raises whatever Python's parser does
+    except Exception as error:  # a .npy header is a Python literal, so NumPy raises whatever Python's parser raises
         raise UserError(f"{path}: unreadable ({show(str(error))})") from error
     return path, array
 
@@ -43,13 +43,13 @@ def _without_header(file: TokenFile, vocab_size: int) -> TokenFile:
     if header[1] != version or header[2] != len(tokens):
         raise UserError(
             f"{path}: version {header[1]} with {len(tokens)} tokens; allowed with llm.c's header: version "
-            f"{version} ({dtype.name}), and the {header[2]} tokens that it says"
+            f"{version} ({dtype.name}), and the {header[2]} tokens that it announces"
         )
     return tokens
 
 
 def _check_width(file: TokenFile, vocab_size: int) -> None:
-    """Raises UserError where every second of the uint16s could be the upper half of an id."""
+    """Raises UserError if every second uint16 could be the upper half of an id."""
     path, head = file.path, file.read(0, LOOKED_AT)
     is_pairs = len(file) % 2 == 0 and len(head) >= 16 and head[1::2].max() <= (vocab_size - 1) >> 16
     if is_pairs and head[::2].max() > (vocab_size - 1) >> 16:

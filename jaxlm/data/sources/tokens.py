@@ -1,4 +1,4 @@
-"""Token ids: a prepared store, or files of ids, such as those in a folder of nanoGPT's."""
+"""Token ids: a prepared token store, or files of ids, such as those of nanoGPT."""
 
 import itertools
 from pathlib import Path
@@ -22,16 +22,16 @@ KIND = SOURCES["tokens"]
 
 
 def open_tokens(config: Config, progress: bool) -> Corpus:
-    """The corpus of a prepared store or of files of token ids.
+    """Opens a prepared token store or files of token ids.
 
     Raises:
-      UserError: it is missing or of another kind, or does not fit the configuration.
+      UserError: the data is missing, of another kind, or does not fit the configuration.
     """
     data = config.data
     if data.val_path and _is_store("data.val_path", data.val_path):
         raise UserError(
-            f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store, of "
-            "which a part is held out, is data.path"
+            f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store "
+            "belongs in data.path, and holds out a part of itself"
         )
     if is_alone(data) or not _is_store(key_of(data), data.path):
         return _of_files(config, progress)
@@ -45,11 +45,11 @@ def _is_store(key: str, path: str) -> bool:
 
 
 def _of_files(config: Config, progress: bool = False) -> Corpus:
-    """Tokens of .bin (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy (1-D integers)
-    files, read when they are asked for; a folder's or a glob's one after the other.
+    """Opens .bin files (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy files (1-D
+    integers); those of a folder or a glob follow each other. Tokens are read on demand.
 
-    Without `data.val_path` the last `data.val_fraction` of the tokens are held out; in a folder of nanoGPT's, val.bin.
-    `progress` shows on stderr which files are left out.
+    Without `data.val_path`, the last `data.val_fraction` of the tokens is held out; in a folder of nanoGPT's, val.bin.
+    With `progress`, notes about files go to stderr.
 
     Raises:
       UserError: a file is missing or of another kind, or holds an id that is not below `data.vocab_size`.
@@ -73,7 +73,9 @@ def _of_files(config: Config, progress: bool = False) -> Corpus:
     elif meta := _meta(files):
         tokenizer = read_meta(meta)
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
-        notes += [] if tokenizer else [f"{meta}: left alone, not a table of characters as nanoGPT writes it"]
+        notes += (
+            [] if tokenizer else [f"{meta}: not used, because it is not a table of characters as nanoGPT writes it"]
+        )
     for note in notes if progress else ():
         say_once(note)
     opened = [[open_array(path, vocab_size) for path in part.values()] for part in (files.train, files.val)]
@@ -101,7 +103,7 @@ def _check_kind(paths: list[Path]) -> None:
 
 
 def _meta(files: Files) -> Path | None:
-    """nanoGPT's table of characters, beside its files."""
+    """Returns the path of nanoGPT's table of characters beside its files; None if there is none."""
     if (*files.train, *files.val) != KIND.split_files:
         return None
     path = next(iter(files.train.values())).with_name(KIND.beside[0])

@@ -1,7 +1,7 @@
-"""What a tokenizer is, and the two that need no library.
+"""The interface of tokenizers, and the two that need no library.
 
-Every id stands for a fixed string of UTF-8 bytes (its piece), so decoding is a join, and the bytes of a text are
-counted exactly from its ids. Lone surrogates, which UTF-8 proper has no bytes for, get three ("surrogatepass").
+Every id stands for a fixed string of UTF-8 bytes, its piece. So decoding is a join, and the ids of a text give its
+exact number of bytes. Lone surrogates, for which UTF-8 has no bytes, take three ("surrogatepass").
 """
 
 import abc
@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError
 
-SPEC = "jaxlm_tokenizer.json"  # in a saved folder: {"kind": ..., and what that kind needs}
+SPEC = "jaxlm_tokenizer.json"  # describes a saved tokenizer: {"kind": ..., and what that kind needs}
 UNKNOWN = "\ufffd".encode()
 
-Texts = Callable[[], Iterable[str]]  # the documents, anew at each call
+Texts = Callable[[], Iterable[str]]  # yields all documents at each call
 
 
 def to_bytes(text: str) -> bytes:
@@ -27,17 +27,17 @@ def to_bytes(text: str) -> bytes:
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]."""
+    """Returns the code points of a text, uint32 [len(text)]."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 class Tokenizer(abc.ABC):
-    """Ids 0 … vocab_size - 1, of which `bos_id` opens a document and stands for no text."""
+    """Maps texts to ids 0 … vocab_size - 1. The id `bos_id` opens a document and stands for no text."""
 
-    library: str | None = None  # the package that encodes, of which another version may give other ids
-    num_threads: int  # that `encode` may use
-    specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
-    end_ids: frozenset[int]  # at which a text ends: bos, and what else a pretrained model may end it with
+    library: str | None = None  # the package that encodes; another version of it may give other ids
+    num_threads: int  # threads that `encode` may use
+    specials: dict[str, int]  # {name: id} of special tokens; `encode` never returns their ids (markup.py)
+    end_ids: frozenset[int]  # ids that end a text: bos, and the end tokens of a pretrained model
 
     def __init__(self, pieces: list[bytes], bos_id: int):
         self.pieces = pieces
@@ -52,10 +52,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 ids [n] of each text, without bos."""
+        """Returns the ids of each text, int32 [n], without bos."""
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text that ids [n] stand for; bytes that are no UTF-8, as a model may sample, become U+FFFD."""
+        """Returns the text that ids [n] stand for. Bytes that are not UTF-8, as a model may sample, become U+FFFD."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         data = b"".join([self.pieces[i] for i in ids])
         try:
@@ -64,46 +64,50 @@ class Tokenizer(abc.ABC):
             return data.decode("utf-8", "replace")
 
     def decoder(self) -> Callable[[Iterable[int], bool], str]:
-        """Returns (ids, final) -> text, which decodes ids as they come. It holds back the bytes of a character that is
-        not complete; with `final` they become U+FFFD.
+        """Returns (ids, final) -> text, which decodes ids as they arrive. It holds back the bytes of an incomplete
+        character; with `final` they become U+FFFD.
         """
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         return lambda ids, final: decode(b"".join([self.pieces[i] for i in ids]), final)
 
     def bytes_per_token(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes of the text each id stands for; they add up to those of an encoded text."""
+        """Returns the number of UTF-8 bytes that each id stands for, int32 [vocab_size]; they add up over a text."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what `load` needs into a folder that exists, and there `SPEC`, a description with its `kind`."""
+        """Writes into an existing folder what `load` needs, among it `SPEC`, which names the `kind`."""
 
     @classmethod
     @abc.abstractmethod
     def load(cls, folder: Path, spec: dict[str, Any]) -> "Tokenizer":
-        """What `save` wrote; `spec` is the description there.
+        """Loads what `save` wrote; `spec` is the content of `SPEC`.
 
         Raises:
-          UserError, OSError, ValueError, KeyError, TypeError: it is not what `save` wrote.
+          UserError, OSError, ValueError, KeyError, TypeError: the folder is not what `save` wrote.
         """
 
     @classmethod
     def corpus_key(cls, data: DataConfig) -> dict[str, Any] | None:
-        """JSON of all that shapes one that is made of a corpus, besides the texts; None: no text shapes it."""
+        """Returns what shapes a tokenizer made from a corpus besides the texts, as JSON; None if no text shapes it."""
         return None
 
     @classmethod
     @abc.abstractmethod
     def make(cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]) -> "Tokenizer":
-        """The tokenizer of a corpus, given without and with its validation documents; `say` shows a line to people.
+        """Makes the tokenizer of a corpus.
+
+        Args:
+          train_texts, all_texts: the corpus without and with its validation documents.
+          say: prints a line.
 
         Raises:
-          UserError: the corpus is no good to make one.
+          UserError: no tokenizer can be made from this corpus.
         """
 
 
 class ByteTokenizer(Tokenizer):
-    """A token for each byte of UTF-8."""
+    """One token for each byte of UTF-8."""
 
     def __init__(self) -> None:
         super().__init__([*(bytes([i]) for i in range(256)), b""], bos_id=256)
@@ -126,16 +130,16 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """A token for each character of an alphabet."""
+    """One token for each character of an alphabet."""
 
     def __init__(self, alphabet: list[str]):
         self.alphabet = sorted(alphabet)
         super().__init__([*map(to_bytes, self.alphabet), b""], bos_id=len(alphabet))
-        self._ids = np.full(0x110000, -1, np.int32)  # by code point
+        self._ids = np.full(0x110000, -1, np.int32)  # indexed by code point
         self._ids[[ord(c) for c in self.alphabet]] = np.arange(len(alphabet))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Raises UserError where a character is not in the alphabet."""
+        """Raises UserError if a character is not in the alphabet."""
         encoded = []
         for text in texts:
             ids = self._ids[code_points(text)]

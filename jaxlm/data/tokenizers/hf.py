@@ -1,12 +1,12 @@
 """Tokenizers of pretrained models: Hugging Face's `tokenizer.json`, through the `tokenizers` library.
 
-Bits per byte need the exact bytes that every id stands for, so what would change a text is left out when a file is
-loaded: the space that some put before a text, NFC, and stripping around added tokens. Ids then differ from those of
-`transformers` only where one of these would have acted. A file that changes texts in other ways is refused, and each
-text is compared with what its ids stand for.
+Bits per byte need the exact bytes that every id stands for. So loading a file removes the steps that change a text: a
+space before the text, NFC, and stripping around added tokens. Ids then differ from those of `transformers` only where
+one of these steps would have acted. A file that changes texts in other ways is refused, and each text is compared with
+the bytes that its ids stand for.
 
-Special tokens are markup between texts. Where one is written inside a text ("<|endoftext|>"), it is letters as others;
-in what a chat template writes it is its id (markup.py).
+Special tokens are markup between texts. The name of one inside a text ("<|endoftext|>") is ordinary letters; in text
+from a chat template it becomes the token's id (markup.py).
 """
 
 import contextlib
@@ -24,18 +24,18 @@ from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.tokenizers.base import Texts, Tokenizer, to_bytes, write_spec
 
 FILE = "tokenizer.json"
-# What the families call the token that opens a document, or, where none does, the one that separates documents.
+# Names of the token that opens a document or, in families without one, of the token that separates documents.
 BOS = (
     "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<BOS_TOKEN>", "<BOS>", "<|bos_token|>",
     "<｜begin▁of▁sentence｜>", "<|begin_of_sentence|>", "<|endoftext|>", "<|end_of_text|>",
 )  # fmt: skip
-# What they call the tokens that end a document or an answer.
+# Names of the tokens that end a document or an answer.
 ENDS = (
     "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|end_of_sentence|>",
     "<｜end▁of▁sentence｜>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>",
 )  # fmt: skip
-SURROGATES = re.compile("([\ud800-\udfff]+)")  # which the library takes no text with
-SURROGATES_OR_SPACE_SIGN = re.compile("([\u2581\ud800-\udfff]+)")  # U+2581 is how some files write a space
+SURROGATES = re.compile("([\ud800-\udfff]+)")  # the library refuses texts with surrogates
+SURROGATES_OR_SPACE_SIGN = re.compile("([\u2581\ud800-\udfff]+)")  # some files write a space as U+2581
 BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
 
@@ -45,10 +45,10 @@ class HfTokenizer(Tokenizer):
     library = "tokenizers"
 
     def __init__(self, content: bytes, name: str):
-        """`content` is that of a tokenizer.json; `name` is what errors call it.
+        """Args: content: of a tokenizer.json; name: names it in errors.
 
         Raises:
-          UserError: it is unreadable, has no bos, or its ids do not stand for fixed bytes.
+          UserError: the file is unreadable, has no bos, or its ids do not stand for fixed bytes.
         """
         import tokenizers
 
@@ -86,10 +86,10 @@ class HfTokenizer(Tokenizer):
         self.specials = {text: vocab[text] for text in special if text not in BYTE_PIECES}
         self.end_ids |= {vocab[text] for text in ENDS if text in special}
         self._content, self._name = content, name
-        self._library.encode_special_tokens = True  # as text
+        self._library.encode_special_tokens = True  # encodes their names as text
         self._as_bytes = SURROGATES if alphabet else SURROGATES_OR_SPACE_SIGN
         self._byte_ids = [vocab[c] for c in alphabet or BYTE_PIECES]
-        # Some models match the names of special and byte pieces in a text; cut in two, they are no names.
+        # Some models find the names of special and byte pieces in a text. Cut in two, the names are ordinary text.
         names = [*special, *([] if alphabet else BYTE_PIECES)]
         self._names = re.compile(f"(?=({'|'.join(re.escape(name) for name in names)}))")
 
@@ -97,7 +97,7 @@ class HfTokenizer(Tokenizer):
         """Raises UserError if the ids of a text stand for another text."""
         parts: list[str] = []
         ends = [0]
-        as_bytes: dict[int, list[int]] = {}  # by the index of the part
+        as_bytes: dict[int, list[int]] = {}  # {index of the part: ids}
         for text in texts:
             for i, part in enumerate([text] if text.isascii() else self._as_bytes.split(text)):
                 if i % 2:
@@ -118,7 +118,7 @@ class HfTokenizer(Tokenizer):
             with _parallel(self.num_threads > 1):
                 encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         except BaseException as error:
-            if type(error) is not Exception and not _panicked(error):  # as the library's own errors are
+            if type(error) is not Exception and not _panicked(error):  # the library raises plain Exceptions
                 raise
             raise UserError(f"{self._name}: `tokenizers` fails with it ({show(str(error))})") from error
         return [encoding.ids for encoding in encodings]
@@ -151,13 +151,13 @@ class HfTokenizer(Tokenizer):
 
 
 def _panicked(error: BaseException) -> bool:
-    """Whether it is the library's own, which has no other base than BaseException."""
+    """Whether the error is a panic of the library's, which derives from BaseException alone."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def _parallel(on: bool) -> Iterator[None]:
-    """The library takes one thread or all, from an environment variable that it reads at every call."""
+    """Lets the library use one thread or all. It reads the environment variable at every call."""
     key = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(key)
     os.environ[key] = "true" if on else "false"
@@ -182,20 +182,22 @@ BYTE_OF = {c: b for b, c in enumerate(BYTE_ALPHABET)}
 
 
 def _piece_bytes(text: str, alphabet: list[str], literal: bool) -> bytes:
-    """The bytes of a piece that the vocabulary writes as `text`; `literal` for added tokens of a byte-level one."""
+    """Returns the bytes of the piece that the vocabulary writes as `text`; `literal` for added tokens of a byte-level
+    vocabulary.
+    """
     if alphabet:
         return to_bytes(text) if literal or not all(c in BYTE_OF for c in text) else bytes(BYTE_OF[c] for c in text)
     return bytes([int(text[3:5], 16)]) if text in BYTE_PIECES else to_bytes(text.replace("\u2581", " "))
 
 
 def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
-    """Takes out of a tokenizer.json what changes texts.
+    """Removes from a tokenizer.json the steps that change texts.
 
     Returns:
-      what is written for each of the 256 bytes in a byte-level vocabulary; empty for one with byte fallback.
+      The characters that stand for the 256 bytes in a byte-level vocabulary; empty for one with byte fallback.
 
     Raises:
-      UserError: there is more that changes texts, or some bytes have no piece.
+      UserError: other steps change texts, or some bytes have no piece.
     """
 
     def require(ok: bool, key: str, found: Any, allowed: str) -> None:
@@ -203,11 +205,12 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
             raise UserError(f"{name}: {key} is {show(found)}; allowed: {allowed}")
 
     model, splits = spec["model"], _steps(spec.get("pre_tokenizer"), "pretokenizers")
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not say BPE
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files of BPE models do not name their type
     require(kind in ("BPE", "Unigram"), "model.type", kind, "BPE, Unigram")
     byte_level = any(step["type"] == "ByteLevel" for step in splits)
-    require(byte_level or model.get("byte_fallback") is True, "model.byte_fallback", model.get("byte_fallback"),
-            "true, or a pre_tokenizer ByteLevel: else some texts have no ids")  # fmt: skip
+    fallback = model.get("byte_fallback")
+    allowed = "true, or a pre_tokenizer ByteLevel: otherwise some texts have no ids"
+    require(byte_level or fallback is True, "model.byte_fallback", fallback, allowed)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         require(not model.get(key), f"model.{key}", model.get(key), "none")
     vocab = model["vocab"] if kind == "BPE" else {piece for piece, _ in model["vocab"]}
@@ -220,8 +223,8 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
     for step in splits:
         removes = step.get("behavior") == "Removed"
         safe = ("Split", "Punctuation", "Digits", "UnicodeScripts", "ByteLevel" if byte_level else "Metaspace")
-        require(step["type"] in safe and not removes, "pre_tokenizer", step["type"] + " Removed" * removes,
-                f"{', '.join(safe)} that remove nothing")  # fmt: skip
+        found = step["type"] + " Removed" * removes
+        require(step["type"] in safe and not removes, "pre_tokenizer", found, f"{', '.join(safe)} that remove nothing")
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         if step["type"] == "Metaspace":
@@ -232,8 +235,8 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
     kept = [step for step in steps if step["type"] not in ("NFC", "Prepend")]
     for step in kept:
         space = not byte_level and (step.get("pattern"), step.get("content")) == ({"String": " "}, "\u2581")
-        require(step["type"] == "Replace" and space, "normalizer", step["type"],
-                "NFC, Prepend, and with byte fallback Replace of a space by \u2581; others change texts")  # fmt: skip
+        allowed = "NFC, Prepend, and with byte fallback Replace of a space by \u2581; others change texts"
+        require(step["type"] == "Replace" and space, "normalizer", step["type"], allowed)
     for token in spec["added_tokens"]:
         token["lstrip"] = token["rstrip"] = False
     model["dropout"] = None
@@ -243,7 +246,7 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """A normalizer's or pre-tokenizer's steps in their order."""
+    """Returns the steps of a normalizer or pre-tokenizer, in their order."""
     if part is None:
         return []
     return [s for child in part[key] for s in _steps(child, key)] if part["type"] == "Sequence" else [part]

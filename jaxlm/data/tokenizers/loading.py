@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer that a configuration or a folder names."""
+"""Loads or trains the tokenizer that a configuration or a folder names."""
 
 import json
 from collections.abc import Callable
@@ -9,9 +9,7 @@ from jaxlm.config.paths import user_path
 from jaxlm.data.tokenizers.base import SPEC, ByteTokenizer, CharTokenizer, Texts, Tokenizer, code_points, to_bytes
 from jaxlm.data.tokenizers.hf import FILE as HF_FILE
 from jaxlm.data.tokenizers.hf import HfTokenizer
-from jaxlm.data.tokenizers.sentencepiece import (
-    SentencePieceTokenizer,
-)
+from jaxlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 __all__ = ["Tokenizer", "code_points", "load_tokenizer", "make_tokenizer", "to_bytes"]
 
@@ -26,21 +24,23 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 def make_tokenizer(
     data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None] = lambda line: None
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, loaded or trained.
+    """Loads or trains the tokenizer that `data.tokenizer` names.
 
     Args:
       train_texts, all_texts: the corpus without and with its validation documents.
-      say: shows a line to people.
+      say: prints a line.
 
     Raises:
-      UserError: the model cannot be loaded, or the corpus is no good to train one.
+      UserError: the tokenizer cannot be loaded, or cannot be trained on this corpus.
     """
     if data.tokenizer_path:
         hf, path = data.tokenizer == "hf", Path(data.tokenizer_path).expanduser()
-        other_file = hf and path.is_file() and path.suffix != ".json"  # which would be read as a sentencepiece model
+        other_file = (
+            hf and path.is_file() and path.suffix != ".json"
+        )  # `load_tokenizer` would take it for a sentencepiece model
         tokenizer = None if other_file else load_tokenizer(data.tokenizer_path)
         if tokenizer is None or isinstance(tokenizer, HfTokenizer) != hf:
-            found = "no Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
+            found = "not a Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
             allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf takes it"
             raise UserError(
                 f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
@@ -51,10 +51,10 @@ def make_tokenizer(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, a sentencepiece model.
+    """Loads a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, or a sentencepiece model.
 
     Raises:
-      UserError: there is none, or it is unusable.
+      UserError: there is no tokenizer, or it is unusable.
     """
     path = user_path("data.tokenizer_path", str(path))
     if not (path.is_file() or path.is_dir()):  # a pipe would never end
@@ -97,14 +97,11 @@ def _load_folder(folder: Path) -> Tokenizer:
     raise UserError(f"{file}: kind is {show(kind)}; allowed: {', '.join(sorted(TOKENIZERS))}")
 
 
-OWN = (
-    SPEC,
-    HF_FILE,
-)  # a saved folder's description was called tokenizer.json, before Hugging Face's could be beside it
+OWN = (SPEC, HF_FILE)  # older versions called SPEC tokenizer.json, as Hugging Face calls its own file
 
 
 def _own_spec(folder: Path) -> Path | None:
-    """The file in a folder that says what `save` put there; None where that was not jaxlm's."""
+    """Returns the file in a folder that describes what `save` wrote; None if jaxlm did not write the folder."""
     if (folder / SPEC).is_file():
         return folder / SPEC
     try:

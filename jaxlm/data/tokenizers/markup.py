@@ -1,4 +1,4 @@
-"""Special tokens: their names become ids in what a chat template writes, and are letters in what people write."""
+"""Special tokens: their names become ids in text from a chat template, and stay letters in text from people."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from jaxlm.data.tokenizers.base import Tokenizer
 
 
 def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[Spans]) -> list[np.ndarray]:
-    """int32 ids [n] of each text; a special token whose name lies within one of the text's spans is its id.
+    """Returns the ids of each text, int32 [n]. A name of a special token becomes its id within the text's `markup`.
 
     A text without such names is tokenized as a whole, as `Tokenizer.encode` does.
     """
@@ -26,18 +26,20 @@ def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[S
 
 
 def first_special(tokenizer: Tokenizer, markup: str) -> int | None:
-    """The id of the first special token in what a template writes; None if it writes none."""
+    """Returns the id of the first special token in a text from a template; None if it has none."""
     names = _special_names(tokenizer)
     found = names and names.search(markup)
     return tokenizer.specials[found[0]] if found else None
 
 
 def _special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    names = sorted(tokenizer.specials, key=len, reverse=True)  # the longest first, where one begins like another
+    names = sorted(
+        tokenizer.specials, key=len, reverse=True
+    )  # the longest first, because one name may begin with another
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _cut(text: str, spans: Spans, names: re.Pattern[str]) -> list[str]:
-    """[text, name, text, ..., text]"""
+    """Cuts a text around names in its spans: [text, name, text, ..., text]."""
     found = [match.span() for start, stop in spans for match in names.finditer(text, start, stop)]
     return [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain.from_iterable(found), len(text)])]

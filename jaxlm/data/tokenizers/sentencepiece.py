@@ -1,4 +1,4 @@
-"""sentencepiece: models that are trained on the corpus, without loss, and models made elsewhere."""
+"""sentencepiece: lossless models trained on the corpus, and models made elsewhere."""
 
 import importlib.metadata
 import io
@@ -13,39 +13,39 @@ import numpy as np
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
 
-SAMPLE_CHARACTERS = 20_000_000  # of the training text, to train sentencepiece on
-# A unigram model takes 17 s of a core for each million characters, and needs more of them the more pieces it has: on
-# Python source 1024 pieces give 2.203 bytes a token after two million and 2.206 after four, 8192 pieces 3.65 and 3.81.
+SAMPLE_CHARACTERS = 20_000_000  # most characters of the training text that sentencepiece is trained on
+# A unigram model takes 17 s of a core for each million characters, and needs more characters the more pieces it has:
+# on Python source, 1024 pieces give 2.203 bytes a token after two million and 2.206 after four; 8192, 3.65 and 3.81.
 UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE = 2_000_000, 1000
 
-# Newlines lead: a sentence is a line with the newlines before it, so "\n        return" may become one piece, and
-# no piece has a newline after anything else. Text can therefore be cut before newlines without changing its ids.
+# A sentence is a line with the newlines before it. So "\n        return" may become one piece, but no piece has a
+# newline after other characters, and cutting a text before newlines does not change its ids.
 SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
 CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
 LINE = re.compile(r"\n*[^\n]+|\n+")
-MAX_LINE = 1000  # characters; longer ones are cut, for the time it takes grows faster than the length
-# sentencepiece writes a space as U+2581, and takes no surrogates: these characters go as bytes.
+MAX_LINE = 1000  # characters; longer lines are cut, because the time grows faster than the length
+# sentencepiece writes a space as U+2581 and refuses surrogates, so these characters are encoded as bytes.
 AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
 SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
 
 
 def _library() -> Any:
-    """sentencepiece, whose functions are made at run time, where no type checker sees them."""
+    """Returns the package, untyped: it makes its functions at run time, where no type checker sees them."""
     import sentencepiece
 
     return sentencepiece
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; lossless where `train_sentencepiece` made it."""
+    """A sentencepiece model; lossless if `train_sentencepiece` made it."""
 
     library = "sentencepiece"
 
     def __init__(self, model: bytes, lossless: bool, name: str):
-        """`name` is what errors call the model.
+        """`name` names the model in errors.
 
         Raises:
-          UserError: it is no sentencepiece model, or has no bos.
+          UserError: this is not a sentencepiece model, or it has no bos.
         """
         try:
             sp = self._processor = _library().SentencePieceProcessor(model_proto=model)
@@ -61,17 +61,17 @@ class SentencePieceTokenizer(Tokenizer):
         self._lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
         self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
-        # Models made elsewhere mostly put a space before the text; it is no part of it.
+        # Most models made elsewhere put a space before the text, which is not part of it.
         self._adds_space = not lossless and first.startswith(b" ")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        if not self._lossless:  # may normalize and add a space, so whole texts only
+        if not self._lossless:  # it may normalize and add a space, so texts are not cut
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
             encoded = self._processor.encode(texts, num_threads=self.num_threads)
             return [np.array(ids, np.int32) for ids in encoded]
         lines: list[str] = []
         ends = [0]
-        ids: dict[str, list[int]] = {}  # of a line, or of characters that go as bytes
+        ids: dict[str, list[int]] = {}  # of a line, or of characters encoded as bytes
         for text in texts:
             if self._as_bytes is AS_BYTES and not _has_any_as_bytes(text):
                 lines += _lines(text)
@@ -83,13 +83,13 @@ class SentencePieceTokenizer(Tokenizer):
                     else:
                         lines += _lines(part)
             ends.append(len(lines))
-        # A third of the lines of code are there twice ("\n        else:"): those are given to the library once.
+        # A third of the lines of code occur more than once ("\n        else:"). The library gets each of them once.
         new = dict.fromkeys(lines)
         if ids or len(new) < 0.8 * len(lines):
             new = [line for line in new if line not in ids]
             ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
             encoded = list(map(ids.__getitem__, lines))
-        else:  # where few are, as in prose, finding them costs more than it saves
+        else:  # with few repeated lines, as in prose, finding them costs more than it saves
             encoded = self._processor.encode(lines, num_threads=self.num_threads)
         spans = itertools.pairwise(ends)
         return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
@@ -122,7 +122,7 @@ class SentencePieceTokenizer(Tokenizer):
     def corpus_key(cls, data: DataConfig) -> dict[str, Any]:
         version = importlib.metadata.version("sentencepiece")
         key = {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
-        if data.sentencepiece == "unigram":  # of BPE, the store's SHAPE has it
+        if data.sentencepiece == "unigram":  # the store's SHAPE has the sample of BPE
             key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
         return key
 
@@ -142,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _lines(text: str) -> list[str]:
-    """The text cut where that changes no ids, and where lines are too long."""
+    """Cuts a text into lines, which changes no ids, and cuts lines that are too long."""
     lines = LINE.findall(text)
     if max(map(len, lines), default=0) <= MAX_LINE:
         return lines
@@ -156,7 +156,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _has_any_as_bytes(text: str) -> bool:
-    """What AS_BYTES finds, ten times as fast."""
+    """Whether AS_BYTES matches anywhere, ten times as fast."""
     if text.isascii():
         return False
     try:
@@ -176,14 +176,14 @@ def _piece_bytes(sp: Any, i: int) -> bytes:
 
 
 def sample_characters(kind: Literal["bpe", "unigram"], vocab_size: int) -> int:
-    """How many characters of the training text a model is trained on, at most."""
+    """Returns the most characters of the training text that a model is trained on."""
     if kind == "bpe":
         return SAMPLE_CHARACTERS
     return min(max(UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE * vocab_size), SAMPLE_CHARACTERS)
 
 
 def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
-    """Every k-th of the chunks, with k the smallest power of two that keeps them to `limit` characters."""
+    """Returns every k-th chunk, with k the smallest power of two that keeps them within `limit` characters."""
     kept: list[str] = []
     size, k = 0, 1
     for i, chunk in enumerate(chunks):
@@ -197,17 +197,17 @@ def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
-    """A lossless model with at most `vocab_size` pieces; the same bytes on every machine.
+    """Trains a lossless model with at most `vocab_size` pieces; its bytes are the same on every machine.
 
-    Pieces may hold several words ("self." or "\\n        return"): on Python source with 2048 pieces that gives 3.23
-    bytes a token with BPE, where splitting at spaces gives 2.90.
+    Pieces may hold several words ("self." or "\\n        return"): on Python source, 2048 pieces of BPE then give 3.23
+    bytes a token instead of 2.90 with splits at spaces.
 
     Raises:
-      UserError: the text does not do for a model of that size.
+      UserError: the text does not suffice for a model of that size.
     """
     sentencepiece = _library()
-    # Another number of threads gives other unigram pieces, so it is the same whatever the machine has. By default
-    # unigram begins with a million pieces: with 25 for each that stays, 2 MB of code train in 12 s instead of 21.
+    # The number of threads changes the unigram pieces, so it is fixed. By default, unigram starts from a million
+    # pieces; from 25 for each final piece, 2 MB of code train in 12 s instead of 21.
     pinned = {"num_threads": 1}
     if kind == "unigram":
         pinned = {"num_threads": 16, "seed_sentencepiece_size": min(25 * vocab_size, 1_000_000)}
@@ -216,17 +216,31 @@ def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", 
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(s for text in texts for s in SENTENCE.findall(AS_BYTES.sub("\n", text))),
-            model_writer=model, model_type=kind, vocab_size=vocab_size, hard_vocab_limit=False,
-            character_coverage=coverage, byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            split_by_whitespace=False, split_by_unicode_script=False, allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=32, bos_id=0, unk_id=1, eos_id=-1, pad_id=-1,
-            minloglevel=2, **pinned)  # fmt: skip
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_by_whitespace=False,
+            split_by_unicode_script=False,
+            allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=32,
+            bos_id=0,
+            unk_id=1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+            **pinned,
+        )
         return model.getvalue()
 
     try:
         try:
-            return train(texts, coverage=0.9995)  # the rarest characters are left to byte pieces
+            return train(texts, coverage=0.9995)  # byte pieces cover the rarest characters
         except RuntimeError as error:
             if "required_chars" not in str(error):
                 raise
@@ -237,7 +251,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", 
 
 
 def _without_rare_characters(texts: list[str], keep: int) -> Iterator[str]:
-    """The texts with all but the `keep` most frequent characters replaced by newlines."""
+    """Yields the texts with all but the `keep` most frequent characters replaced by newlines."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
         np.add.at(counts, code_points(text), 1)
