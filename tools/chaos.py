@@ -1,20 +1,20 @@
-"""Does to a run what befalls long runs, and looks whether anything was lost.
+"""Injects the faults of long runs into a run, and checks that nothing is lost.
 
     python tools/chaos.py --config configs/debug.py --workdir /tmp/chaos --config.steps=400
 
-trains the configuration once undisturbed, and once more for each fault, each in a folder of its own below --workdir:
+trains the configuration once undisturbed, and once more for each fault, each time in a new folder below --workdir:
 
-- kill    kill -9, --kills times, at random moments: while it imports, builds the token store, compiles, makes a step,
-          evaluates, saves, deletes an old checkpoint
-- term    SIGTERM, --stops times, at random moments of training; each time it must end with 75 and go on
-- damage  the same, and each time a file of the newest checkpoint is cut short, zeroed, removed or has a bit flipped
-- disk    for --outage seconds nothing can be written in the workdir
-- flip    a bit of a weight changes on one device: it must be named, end with 5, and go on
-- nan     as many batches in a row whose loss is not a number as send the run back to a checkpoint
-- hang    data that does not come: it must say where it is, and end with 5
+- kill    kill -9, --kills times, at random moments: while the run imports, builds the token store, compiles, makes a
+          step, evaluates, saves, deletes an old checkpoint
+- term    SIGTERM, --stops times, at random moments of training; each time the run must end with 75, and then resume
+- damage  the same; each time, a file of the newest checkpoint is truncated, zeroed, removed or has a bit flipped
+- disk    for --outage seconds, nothing can be written in the workdir
+- flip    a bit of a weight changes on one device; the run must name the device, end with 5, and then resume
+- nan     batches with a loss of NaN, as many in a row as send the run back to a checkpoint
+- hang    data that does not arrive; the run must say where it is, and end with 5
 
-After the first five all that is in metrics.jsonl but times, and all parameters, must be bit for bit those of the
-undisturbed run. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
+After the first five faults, metrics.jsonl, except for times, and all parameters must equal those of the undisturbed run
+bit for bit. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
@@ -49,7 +49,7 @@ def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:
         process = bench.start("kill", _moment(bench))
         bench.end(process, 0, -signal.SIGKILL)
         made += process.returncode != 0
-        if process.returncode == 0:  # all steps were made before the moment came
+        if process.returncode == 0:  # the run finished before that moment
             break
     bench.finish("kill", {}, 0)
     bench.same("kill")
@@ -59,8 +59,8 @@ def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def _moment(bench: Bench) -> dict[str, Any]:
-    """A moment to be killed at: by the clock, at a place of the loop, or at a file operation. It is within the time of
-    two saves, so that a run sees many.
+    """Draws a moment for the kill: a time, a place in the loop, or a file operation. It lies within the next two saves,
+    so that a run is killed many times.
     """
     draw, steps = bench.draw, bench.config.steps
     every = bench.config.checkpoint.every_steps or steps
@@ -83,7 +83,7 @@ def _moment(bench: Bench) -> dict[str, Any]:
 
 
 def _where(entry: dict[str, Any]) -> str:
-    """What a run was doing when it was killed, in a word."""
+    """Says in a word what a run was doing when it was killed."""
     what, place = entry["killed"].split()[0], entry["place"]
     if what in ("store", "save", "delete", "metrics"):
         return {"store": "building the store", "save": "saving", "delete": "deleting", "metrics": "writing metrics"}[
@@ -102,13 +102,13 @@ def term(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def _stopped(bench: Bench, name: str, stops: int) -> Iterator[float]:
-    """Stops a run so often, at random steps; gives the seconds that each took."""
+    """Stops a run `stops` times, at random steps. Yields the seconds that each stop took."""
     steps = sorted(bench.draw.sample(range(1, bench.config.steps), min(stops, bench.config.steps - 1)))
     for step in steps:
         process = bench.start(name, {})
         if not bench.wait_for(process, lambda step=step: any(m["step"] >= step for m in bench.metrics(name))):
             bench.end(process, 0)
-            return  # it was faster than we looked
+            return  # the run finished first
         time.sleep(bench.draw.uniform(0, 0.1))
         sent = time.monotonic()
         process.send_signal(signal.SIGTERM)
@@ -133,7 +133,7 @@ def damage(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def _harm(checkpoint: Path, draw: random.Random) -> str:
-    """Damages a file with content, of an item."""
+    """Damages a file of an item that is not empty. Returns how."""
     files = [p for item in ("params", "train") for p in sorted((checkpoint / item).rglob("*")) if p.is_file()]
     path = draw.choice([p for p in files if p.stat().st_size and p.name != "commit_success.txt"])
     how, content = draw.choice(["cut short", "zeroed", "bit flipped", "removed"]), bytearray(path.read_bytes())
@@ -156,21 +156,21 @@ def disk(bench: Bench, kills: int, stops: int, outage: float) -> str:
     failed = bench.log("disk")[-1]["counts"].get("failed", 0)
     if not failed or "NOT" not in out:
         raise Broken(
-            "nothing was written while the disk failed, or it was not said: a longer run or --outage is needed"
+            "nothing was written while the disk failed, or the run did not say so: use a longer run or --outage"
         )
-    return f"{failed} operations failed in {outage:g} s, said {out.count('NOT ')} times, and were made good"
+    return f"{failed} operations failed in {outage:g} s, reported {out.count('NOT ')} times, and were repeated"
 
 
 def flip(bench: Bench, kills: int, stops: int, outage: float) -> str:
     if bench.config.parallel.devices == 1 or (not bench.config.parallel.devices and os.cpu_count() == 1):
-        return "not tried: it takes two devices"
+        return "not tried: needs two devices"
     _, error = bench.finish("flip", {"flip": bench.config.steps // 2}, 5)
     line = error.strip().splitlines()[-1]
     if "differ" not in line:
         raise Broken(f"it did not say which devices differ: {line}")
     bench.finish("flip", {}, 0)
     bench.same("flip")
-    return f"said: {line.removeprefix('jaxlm: ').split(';')[0]}; went on from the checkpoint before"
+    return f"reported: {line.removeprefix('jaxlm: ').split(';')[0]}; resumed from the previous checkpoint"
 
 
 def nan(bench: Bench, kills: int, stops: int, outage: float) -> str:
@@ -184,35 +184,37 @@ def nan(bench: Bench, kills: int, stops: int, outage: float) -> str:
         raise Broken(f"returns.json has {returns}")
     losses = [m["loss"] for m in bench.metrics("nan") if "loss" in m]
     if bench.metrics("nan")[-1]["step"] != c.steps or None in losses:
-        raise Broken("it did not train to its end with finite losses")
-    return (
-        f"batches {first} to {first + row - 1}: skipped {row} steps, went back to step {returns[0]['to']}, trained on"
-    )
+        raise Broken("it did not finish with finite losses")
+    return f"batches {first} to {first + row - 1}: skipped {row} steps, went back to step {returns[0]['to']}, continued"
 
 
 def hang(bench: Bench, kills: int, stops: int, outage: float) -> str:
-    at, patience = bench.config.steps // 2, 2 * bench.startup  # in which it compiles, which must not count
+    at, patience = bench.config.steps // 2, 2 * bench.startup  # longer than compiling, which must not count
     began = time.monotonic()
     keys = [f"--config.log.hang_seconds={patience:.1f}", "--config.log.hang_abort=true"]
     _, error = bench.finish("hang", {"hang": at}, 5, *keys)
     if "nothing has moved" not in error or "in stuck" not in error or f"step {at - 1}" not in error:
         raise Broken(f"it did not say where it hung: {error[-500:]}")
-    return f"said where, with stacks, and ended with 5 ({time.monotonic() - began:.0f} s in all)"
+    return f"reported where, with stacks, and ended with 5 ({time.monotonic() - began:.0f} s in all)"
 
 
 def main() -> int:
     parser = cli.Parser(
-        description="Does to a run what befalls long runs, and looks whether anything was lost.",
+        description="Injects the faults of long runs into a run, and checks that nothing is lost.",
         allow_abbrev=False,
         epilog="--config.KEY=VALUE as for training.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="what to train; its steps should take a minute")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="configuration; its run should take about a minute"
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for all runs")
-    parser.add_argument("--faults", default=",".join(FAULTS), metavar="A,B", help=f"(default: {','.join(FAULTS)})")
-    parser.add_argument("--kills", type=int, default=50, help="(default: 50)")
-    parser.add_argument("--stops", type=int, default=5, help="of term and damage (default: 5)")
-    parser.add_argument("--outage", type=float, default=10.0, metavar="S", help="seconds of disk (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument(
+        "--faults", default=",".join(FAULTS), metavar="A,B", help=f"faults to inject (default: {','.join(FAULTS)})"
+    )
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+    parser.add_argument("--stops", type=int, default=5, help="stops of term and of damage (default: 5)")
+    parser.add_argument("--outage", type=float, default=10.0, metavar="S", help="seconds without a disk (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args, overrides = parser.parse_known_args()
     file, folder = user_path("--config", args.config), user_path("--workdir", args.workdir)
     config = files.load(file, overrides)
@@ -225,7 +227,7 @@ def main() -> int:
     if not 0 < args.outage <= 3600:
         raise UserError(f"--outage is {args.outage}; allowed: more than 0, at most 3600")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--workdir {folder}: there is something there; allowed: a new folder")
+        raise UserError(f"--workdir {folder}: not empty; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, ["--config", str(file), *overrides], folder.resolve(), random.Random(args.seed))
 

@@ -1,4 +1,4 @@
-"""Runs a configuration with faults, and compares what a run left with one that was never disturbed; for chaos.py."""
+"""Runs a configuration with faults, and compares the results with an undisturbed run; for chaos.py."""
 
 import dataclasses
 import json
@@ -17,24 +17,24 @@ from jaxlm.host import signals
 
 CHILD = Path(__file__).with_name("chaos_child.py")
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
-LIMIT = 600.0  # seconds, after which a run that does not end is a broken promise
+LIMIT = 600.0  # seconds; a run that takes longer to end has broken a promise
 
 
 class Broken(Exception):
-    """A promise was not kept."""
+    """A promise is broken."""
 
 
 @dataclasses.dataclass
 class Bench:
-    """What the faults share: the command, and the undisturbed run."""
+    """What all faults share: the command, and facts of the undisturbed run."""
 
     config: Config
     command: list[str]
     folder: Path
     draw: random.Random
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # file operations of the undisturbed run
-    seconds: float = 0.0  # that it took
-    startup: float = 0.0  # of these, until its first step
+    seconds: float = 0.0  # duration of the undisturbed run
+    startup: float = 0.0  # part of it before the first step
 
     def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
         workdir, cache = self.folder / name, self.folder / f"{name}-cache"
@@ -56,7 +56,7 @@ class Bench:
         return process
 
     def finish(self, name: str, plan: dict[str, Any], want: int, *overrides: str) -> tuple[str, str]:
-        """Runs it to its end; gives what it wrote to stdout and stderr."""
+        """Runs a plan to its end. Returns stdout and stderr."""
         return self.end(self.start(name, plan, *overrides), want)
 
     def end(self, process: subprocess.Popen[str], *want: int) -> tuple[str, str]:
@@ -65,7 +65,7 @@ class Bench:
         except subprocess.TimeoutExpired:
             process.kill()
             raise Broken(f"did not end within {LIMIT:.0f} s: {process.communicate()[1][-500:]}") from None
-        signals.settle()  # what was killed because of a signal broke no promise
+        signals.settle()  # a process killed because of a signal broke no promise
         if process.returncode not in want:
             raise Broken(f"exit code {process.returncode} instead of {want}: {error.strip()[-500:]}")
         return out, error
@@ -84,7 +84,7 @@ class Bench:
         return steps_in(folder)
 
     def wait_for(self, process: subprocess.Popen[str], true: Callable[[], bool]) -> bool:
-        """Whether it became true before the process ended."""
+        """Waits until `true()` holds. Returns False if the process ends first."""
         deadline = time.monotonic() + LIMIT
         while process.poll() is None and time.monotonic() < deadline:
             if true():
@@ -93,7 +93,7 @@ class Bench:
         return False
 
     def same(self, name: str) -> None:
-        """Raises Broken unless a run gave what the undisturbed one did."""
+        """Raises Broken unless a run has the results of the undisturbed one."""
         ours, whole = self.metrics(name), self.metrics("whole")
         if ours != whole:
             wrong = next(
@@ -105,7 +105,7 @@ class Bench:
             raise Broken("the parameters or the optimizer's state differ")
 
     def state(self, name: str) -> dict[str, bytes]:
-        """The bytes of every array of the last checkpoint."""
+        """Returns the bytes of every array in the last checkpoint."""
         from jaxlm.checkpoint.reading import Checkpoints
 
         checkpoints = Checkpoints(self.folder / name)

@@ -1,18 +1,18 @@
-"""The trainer with a fault: chaos.py runs it in place of `-m jaxlm.main`, and says in CHAOS (JSON) which.
+"""The trainer with a fault: chaos.py runs it in place of `-m jaxlm.main`. CHAOS (JSON) says which fault:
 
-- {"kill": "time", "seconds": 3.2}: SIGKILL so long after the start
-- {"kill": "place", "place": "evaluating", "seconds": 0.01}: so long after the loop is there
-- {"kill": "step", "steps": 5, "seconds": 0.01}: so long after its fifth step
+- {"kill": "time", "seconds": 3.2}: SIGKILL that many seconds after the start
+- {"kill": "place", "place": "evaluating", "seconds": 0.01}: that many seconds after the loop reaches the place
+- {"kill": "step", "steps": 5, "seconds": 0.01}: that many seconds after the fifth step
 - {"kill": "file", "kind": "save", "count": 7}: at that file operation of a kind (`store`, `save`, `delete`, `metrics`)
-- with "most": 20, at the latest after so many steps
+- with "most": 20, at the latest after that many steps
 - {"fail": 30, "step": 5}: nothing can be written in the workdir for 30 s, from the 5th step on
-- {"nan": [first, last]}: the loss of these batches is not a number
+- {"nan": [first, last]}: the loss of these batches is NaN
 - {"flip": 20}: before the 20th step that this process makes, one bit of a weight changes on its last device; with
   several processes, in the last one
-- {"hang": 20}: the data of the 20th batch never comes
-- {"count": true}: nothing; counts file operations
+- {"hang": 20}: the data of the 20th batch never arrives
+- {"count": true}: no fault; counts file operations
 
-What happened is appended to the file in CHAOS_LOG, a JSON object a line.
+The trainer appends what happened to the file named in CHAOS_LOG, one JSON object per line.
 """
 
 import atexit
@@ -38,7 +38,7 @@ counts: Counter[str] = Counter()
 
 def place() -> str:
     distributed = sys.modules.get("jaxlm.host.distributed")
-    return getattr(distributed, "here", "importing")
+    return getattr(distributed, "loop_place", "importing")
 
 
 def note(**fields: Any) -> None:
@@ -52,14 +52,14 @@ def kill(what: str) -> None:
 
 
 def kind_of(event: str, args: tuple[Any, ...]) -> str | None:
-    """Which of the trainer's files an operation changes; None where none of them."""
+    """Returns which of the trainer's files an operation changes; None if it changes none."""
     if event not in WRITING or (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
         return None
     if not isinstance(args[0], str | os.PathLike | bytes):
         return None
     path = os.fsdecode(args[0])
     if not os.path.isabs(path) and event in ("os.remove", "os.rmdir"):
-        return "delete"  # by rmtree, relative to a folder that it has open
+        return "delete"  # rmtree gives paths relative to an open folder
     path = os.path.realpath(path)
     if (path + os.sep).startswith(CACHE + os.sep):
         return "store"
@@ -86,7 +86,7 @@ def hook(event: str, args: tuple[Any, ...]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fsdecode(args[0]))
 
 
-began: float | None = None  # when writing began to fail
+began: float | None = None  # time at which writing began to fail
 
 
 def failing() -> bool:
@@ -99,7 +99,7 @@ def failing() -> bool:
 
 
 def step() -> int | None:
-    """The step that the loop is in."""
+    """Returns the step that the loop has reached; None before the first."""
     words = place().replace(",", "").split()
     return int(words[1]) if words[0] == "step" else None
 
@@ -110,8 +110,9 @@ def wait_and_kill() -> None:
         now, at = time.monotonic(), step()
         first = at if first is None else first
         done = 0 if at is None or first is None else at - first
-        arrived = {"time": True, "place": PLAN.get("place", "") in place(), "file": False,
-                   "step": at is not None and done >= PLAN.get("steps", 0)}[PLAN["kill"]]  # fmt: skip
+        reached_step = at is not None and done >= PLAN.get("steps", 0)
+        reached_place = PLAN.get("place", "") in place()
+        arrived = {"time": True, "place": reached_place, "step": reached_step, "file": False}[PLAN["kill"]]
         if arrived and there is None:
             there = began if PLAN["kill"] == "time" else now
         if done >= PLAN["most"] or (there is not None and now - there >= PLAN["seconds"]):
@@ -120,7 +121,7 @@ def wait_and_kill() -> None:
 
 
 def poison(first: int, last: int) -> None:
-    """The loss of batches first ... last (counted from 1) is not a number."""
+    """Makes the loss of batches first ... last (counted from 1) NaN."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -145,7 +146,7 @@ def poison(first: int, last: int) -> None:
 
 
 def flip(number: int) -> None:
-    """Before the step of that number one bit of the first weight changes on the last device."""
+    """Flips one bit of the first weight on the last device before step `number`."""
     import jax
     import numpy as np
 
@@ -156,7 +157,7 @@ def flip(number: int) -> None:
     def flipped(x: jax.Array) -> jax.Array:
         copies = [shard.data for shard in x.addressable_shards]
         last = np.array(copies[-1])
-        last.view(np.uint8).reshape(-1)[2] ^= 0x10  # a high bit of its fraction
+        last.view(np.uint8).reshape(-1)[2] ^= 0x10  # a high bit of the fraction
         copies[-1] = jax.device_put(last, copies[-1].device)
         return jax.make_array_from_single_device_arrays(x.shape, x.sharding, copies)
 
@@ -200,7 +201,7 @@ def main() -> None:
         flip(PLAN["flip"])
     if "hang" in PLAN:
         hang(PLAN["hang"])
-    atexit.register(lambda: note(counts=counts))  # the trainer ends by os._exit, after what is registered here
+    atexit.register(lambda: note(counts=counts))  # the trainer ends by os._exit after these handlers
     runpy.run_module("jaxlm.main", run_name="__main__")
 
 

@@ -1,11 +1,11 @@
-"""Sends signals to every command at random moments, and looks how the command ends.
+"""Sends signals to every command at random moments, and checks how the command ends.
 
     python tools/chaos_signals.py --workdir /tmp/signals --signals 200
 
-Each signal goes to a command of its own, at most --within seconds after its start: SIGTERM or SIGINT to the process, or
-SIGINT to all of its processes, as Ctrl-C in a terminal does. A command keeps its promise if it ends with its exit code
-(75 the trainer, 130 all others) within two seconds, says one line without a traceback, and leaves no process and no
-temporary file. A command that was done before its signal came is started again. The last line of output is one JSON
+Each signal goes to a new command, at most --within seconds after its start: SIGTERM or SIGINT to the process, or SIGINT
+to all of its processes, as Ctrl-C in a terminal does. A command keeps its promise if it ends within two seconds with
+its exit code (75 for the trainer, 130 for all others), prints one line without a traceback, and leaves no process and
+no temporary file. A command that finishes before its signal is started again. The last line of output is one JSON
 object; the exit code is 1 if a promise was broken.
 """
 
@@ -34,12 +34,23 @@ from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.startup import STOPPED, TOOL_STOPPED
 
 ROOT = Path(__file__).parents[1]
-FIRST = 0.1  # seconds after the start, before which Python itself starts
-LIMIT = 2.0  # seconds in which a command ends
-HANGS = 120.0  # seconds after which it is killed
+FIRST = 0.1  # seconds; before that, Python itself is starting
+LIMIT = 2.0  # seconds within which a command must end
+HANGS = 120.0  # seconds after which a command is killed
 NO_GOOD = ("Traceback", "Exception ignored", "Fatal Python error", "leaked", "Error", "terminate called")
-COMMANDS = ("train", "train anew", "generate", "evaluate", "prepare_data", "inspect_data", "bench", "bench data",
-            "bench comm", "chaos", "netbench")  # fmt: skip
+TRAIN = ("train", "train anew")
+TOOLS = (
+    "generate",
+    "evaluate",
+    "prepare_data",
+    "inspect_data",
+    "bench",
+    "bench data",
+    "bench comm",
+    "chaos",
+    "netbench",
+)
+COMMANDS = (*TRAIN, *TOOLS)
 
 
 @dataclasses.dataclass
@@ -57,27 +68,36 @@ class Sent:
 class Bench:
     def __init__(self, folder: Path, within: float, draw: random.Random):
         self.folder, self.draw, self.count = folder, draw, 0
-        # Seconds that a command takes, as far as known.
+        # Seconds that each command takes, if known.
         self.longest: dict[str, float] = dict.fromkeys(COMMANDS, within)
         self.env = os.environ | {"TMPDIR": str(folder / "tmp"), "JAX_COMPILATION_CACHE_DIR": ""}
-        self.process: subprocess.Popen[bytes] | None = None  # that gets the next signal
+        self.process: subprocess.Popen[bytes] | None = None  # the one that gets the next signal
         signals.at_stop(self.kill)
         (folder / "tmp").mkdir()
-        keys = {"data.source": "text", "data.path": ROOT / "jaxlm/**/*.py", "data.val_fraction": 0.1, "batch_size": 8,
-                "data.tokenizer": "sentencepiece", "data.vocab_size": 1000, "data.cache_dir": folder / "cache",
-                "eval.every_steps": 20, "checkpoint.every_steps": 15, "eval.baselines": "false"}  # fmt: skip
+        keys = {
+            "data.source": "text",
+            "data.path": ROOT / "jaxlm/**/*.py",
+            "data.val_fraction": 0.1,
+            "data.tokenizer": "sentencepiece",
+            "data.vocab_size": 1000,
+            "data.cache_dir": folder / "cache",
+            "batch_size": 8,
+            "eval.every_steps": 20,
+            "eval.baselines": "false",
+            "checkpoint.every_steps": 15,
+        }
         self.keys = [f"--config.{key}={value}" for key, value in keys.items()]
         train = [*self.line("train anew"), "--config.steps=20", f"--config.data.cache_dir={folder / 'cache'}"]
         subprocess.run(train, env=self.env, check=True, stdout=subprocess.DEVNULL)
         shutil.move(self.folder / "new", self.folder / "done")
 
     def line(self, command: str) -> list[str]:
-        """The command line; what it makes anew is removed first."""
+        """Returns the command line, after removing what the command makes anew."""
         for name in ("new", "new-cache", "chaos"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         name, *rest = command.split()
         python, config = [sys.executable], ["--config", str(ROOT / "configs/debug.py")]
-        if name == "train":  # goes on for ever
+        if name == "train":  # runs until it is stopped
             where = ["--workdir", str(self.folder / ("new" if rest else "run")), "--config.steps=1000000"]
             if rest:
                 where.append(f"--config.data.cache_dir={self.folder / 'new-cache'}")
@@ -85,15 +105,20 @@ class Bench:
         more = {
             "generate": ["--workdir", str(self.folder / "done"), "--max_new_tokens=20000"],
             "evaluate": ["--workdir", str(self.folder / "done")],
-            "prepare_data": [*config, "--config.data.source=stdlib", "--config.data.tokenizer=sentencepiece",
-                             "--config.data.vocab_size=8000", f"--config.data.cache_dir={self.folder / 'new-cache'}"],
+            "prepare_data": [
+                *config,
+                "--config.data.source=stdlib",
+                "--config.data.tokenizer=sentencepiece",
+                "--config.data.vocab_size=8000",
+                f"--config.data.cache_dir={self.folder / 'new-cache'}",
+            ],
             "chaos": [*config, *self.keys, "--workdir", str(self.folder / "chaos"), "--faults=kill,term"],
             "netbench": ["--config", str(ROOT / "configs/debug.py"), "--tokens=64", "--reduce=pmean", "--rounds=1000"],
-        }.get(name, [*config, *self.keys])  # fmt: skip
+        }.get(name, [*config, *self.keys])
         return [*python, str(ROOT / f"tools/{name}.py"), *rest, *more]
 
     def send(self, command: str) -> Sent | None:
-        """Starts the command and sends a signal to it; None if it was done before."""
+        """Starts the command and sends a signal to it. Returns None if it finished before."""
         kind = self.draw.choice(["SIGTERM", "SIGINT", "Ctrl-C"])
         after = self.draw.uniform(FIRST, self.longest[command])
         line, began, errors = self.line(command), time.monotonic(), self.folder / "stderr"
@@ -126,7 +151,7 @@ class Bench:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def look(self, command: str, code: int, seconds: float, said: str, process: Any) -> list[str]:
-        """What is wrong with how it ended."""
+        """Returns which promises the command broke."""
         want = STOPPED if command.startswith("train") else TOOL_STOPPED
         wrong = [f"exit code {code}"] if code != want else []
         wrong += [f"{seconds:.1f} s"] if seconds > LIMIT else []
@@ -167,21 +192,23 @@ def table(found: list[Sent]) -> dict[str, Any]:
             seconds = [s.seconds for s in mine]
             codes = {code: sum(s.code == code for s in mine) for code in sorted({s.code for s in mine})}
             kept = sum(not s.wrong for s in mine)
-            result[command] = {"signals": len(mine), "kept": kept, "median": statistics.median(seconds),
-                               "largest": max(seconds), "codes": codes}  # fmt: skip
+            middle, largest = statistics.median(seconds), max(seconds)
+            numbers = {"signals": len(mine), "kept": kept, "median": middle, "largest": largest, "codes": codes}
+            result[command] = numbers
             shown = ", ".join(f"{n} x {code}" for code, n in codes.items())
-            middle, largest = result[command]["median"], result[command]["largest"]
             print(f"{command:14} {len(mine):7}  {kept:11}  {middle:15.2f}  {largest:7.2f}  {shown}")
     return result
 
 
 def main() -> int:
     parser = cli.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for all that is made")
-    parser.add_argument("--signals", type=int, default=200, help="(default: 200)")
-    parser.add_argument("--commands", default=",".join(COMMANDS), metavar="A,B", help="(default: all)")
-    parser.add_argument("--within", type=float, default=20.0, metavar="S", help="of a command's start (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for all output")
+    parser.add_argument("--signals", type=int, default=200, help="number of signals (default: 200)")
+    parser.add_argument("--commands", default=",".join(COMMANDS), metavar="A,B", help="commands to try (default: all)")
+    parser.add_argument(
+        "--within", type=float, default=20.0, metavar="S", help="latest second of a signal (default: 20)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args = parser.parse_args()
     names, folder = [name.strip() for name in args.commands.split(",")], user_path("--workdir", args.workdir)
     if wrong := [name for name in names if name not in COMMANDS]:
@@ -189,7 +216,7 @@ def main() -> int:
     if args.signals < 1 or not args.within > FIRST:
         raise UserError(f"--signals and --within are {args.signals} and {args.within}; allowed: 1, {FIRST} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--workdir {folder}: there is something there; allowed: a new folder")
+        raise UserError(f"--workdir {folder}: not empty; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder.resolve(), args.within, random.Random(args.seed))
     found: list[Sent] = []

@@ -1,11 +1,11 @@
-"""How long a step takes between hosts on a slow network, for each way to exchange gradients, beside PyTorch's DDP.
+"""Measures a step between hosts on a slow network, for each reduction of gradients, beside PyTorch's DDP.
 
     sudo python tools/netbench.py --mbit 200 --vs ddp --ddp_python path/to/python-with-torch
 
-makes hosts out of network namespaces of this machine (Linux, as root), joined by a bridge; each sends at --mbit at
-most, --delay_ms later, and has one core to itself. On each runs one process of the trainer's step with one CPU device,
-and one of PyTorch's DistributedDataParallel with a GPT of the same sizes and AdamW. What is compared runs in turns, in
-another order every round; medians are reported. The last line of output is one JSON object.
+makes hosts from network namespaces of this machine (Linux, as root), joined by a bridge. Each sends at most --mbit,
+with a delay of --delay_ms, and has one core of its own. On each host runs one process with the trainer's step on one
+CPU device, and one with PyTorch's DistributedDataParallel, a GPT of the same sizes and AdamW. What is compared takes
+turns, in another order every round; the results are medians. The last line of output is one JSON object.
 """
 
 if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
@@ -35,25 +35,27 @@ from jaxlm.host.startup import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
-OVERLAP = "+overlap"  # behind a strategy's name: parallel.overlap
+OVERLAP = "+overlap"  # after the name of a strategy: with parallel.overlap
 PORT = 29500
-OWN = ("batch_size", "data.", "parallel.reduce", "parallel.overlap")  # keys that other options say
+OWN = ("batch_size", "data.", "parallel.reduce", "parallel.overlap")  # keys that netbench sets by itself
 
 
 def main() -> int:
     parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
     parser.add_argument("--config", default=str(ROOT / "configs/gpt_10m.py"), metavar="FILE")
-    parser.add_argument("--hosts", type=int, default=2, help="(default: 2)")
-    parser.add_argument("--tokens", type=int, default=256, help="of a host in a step (default: 256)")
-    parser.add_argument("--mbit", type=float, default=200, help="Mbit/s that a host sends (default: 200)")
-    parser.add_argument("--delay_ms", type=float, default=0, help="on the way from host to host (default: 0)")
+    parser.add_argument("--hosts", type=int, default=2, help="number of hosts (default: 2)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each host per step (default: 256)")
+    parser.add_argument("--mbit", type=float, default=200, help="Mbit/s that a host can send (default: 200)")
+    parser.add_argument("--delay_ms", type=float, default=0, help="delay between hosts (default: 0)")
     parser.add_argument(
-        "--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies, A+overlap too (default: all)"
+        "--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies, also as A+overlap (default: all)"
     )
-    parser.add_argument("--steps", type=int, default=3, help="a round (default: 3)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--vs", choices=["ddp"], help="the peer to run beside them")
-    parser.add_argument("--ddp_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--vs", choices=["ddp"], help="a peer to compare with")
+    parser.add_argument(
+        "--ddp_python", default=sys.executable, metavar="PYTHON", help="a Python with torch (default: this one)"
+    )
     args, overrides = parser.parse_known_args()
     config = _config(args, overrides)
     names = [name.strip() for name in args.reduce.split(",")]
@@ -61,8 +63,8 @@ def main() -> int:
         raise UserError(
             f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, each also with {OVERLAP}, commas between"
         )
-    for name, least, most in (("hosts", 2, 250), ("steps", 1, 10**6), ("rounds", 1, 10**6), ("mbit", 0.01, 1e6),
-                              ("delay_ms", 0, 1e4)):  # fmt: skip
+    limits = {"hosts": (2, 250), "steps": (1, 10**6), "rounds": (1, 10**6), "mbit": (0.01, 1e6), "delay_ms": (0, 1e4)}
+    for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: {least} to {most:g}")
     if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
@@ -76,7 +78,7 @@ def main() -> int:
         parties, runs = start(args, config, names, hosts, errors, stack)
         times: dict[str, list[float]] = {label: [] for label, _, _ in runs}
         for _, party, name in runs:
-            parties[party].seconds(name, 2)  # compiles, and fills what is allocated once
+            parties[party].seconds(name, 2)  # compiles, and allocates what is allocated once
         for i in range(args.rounds):
             for label, party, name in runs[:: 1 if i % 2 else -1]:
                 times[label].append(parties[party].seconds(name, args.steps))
@@ -88,24 +90,31 @@ def main() -> int:
 def start(
     args: Any, config: Config, names: list[str], hosts: list[str], errors: Any, stack: contextlib.ExitStack
 ) -> tuple[dict[str, "Party"], list[tuple[str, str, str]]]:
-    """The processes, which end with the stack, and what is run: (label, party, its name there)."""
+    """Starts the processes, which end with the stack. Returns them, and the runs: (label, party, strategy's name)."""
     worker, keys = str(ROOT / "tools/netbench_worker.py"), flatten(config)
     parties: dict[str, Party] = {}
     runs = []
-    # Processes of their own for both ways: XLA's flags are a process's.
+    # Overlap needs processes of its own, because XLA's flags hold for a whole process.
     for overlap in (False, True):
         if mine := [name for name in names if name.endswith(OVERLAP) == overlap]:
-            ours = [sys.executable, worker, json.dumps([name.removesuffix(OVERLAP) for name in mine]), args.config,
-                    json.dumps(keys | {"parallel.overlap": overlap})]  # fmt: skip
-            # Two threads on one core, so that an exchange that waits does not hold up the computation.
+            reductions = json.dumps([name.removesuffix(OVERLAP) for name in mine])
+            own = json.dumps(keys | {"parallel.overlap": overlap})
+            ours = [sys.executable, worker, reductions, args.config, own]
+            # Two threads on one core, so that a waiting exchange does not hold up the computation.
             env = {"GLIBC_TUNABLES": HUGE_PAGES, "NPROC": "2"}
             parties[OVERLAP * overlap] = stack.enter_context(Party(hosts, ours, len(parties), env, errors))
             runs += [(f"jaxlm {name}", OVERLAP * overlap, name.removesuffix(OVERLAP)) for name in mine]
     if args.vs:
         m = config.model
-        sizes = {"layers": m.num_layers, "d_model": m.d_model, "heads": m.num_heads, "seq_len": config.seq_len,
-                 "rows": config.batch_size // args.hosts, "vocab": config.data.vocab_size,
-                 "precision": "medium" if runtime.rounds_products(config) else "highest"}  # fmt: skip
+        sizes = {
+            "layers": m.num_layers,
+            "d_model": m.d_model,
+            "heads": m.num_heads,
+            "seq_len": config.seq_len,
+            "rows": config.batch_size // args.hosts,
+            "vocab": config.data.vocab_size,
+            "precision": "medium" if runtime.rounds_products(config) else "highest",
+        }
         peer = [args.ddp_python, str(ROOT / "tools/netbench_ddp.py"), json.dumps(sizes)]
         parties["ddp"] = stack.enter_context(Party(hosts, peer, len(parties), {}, errors))
         runs += [("ddp float32", "ddp", "float32"), ("ddp fp16", "ddp", "fp16")]
@@ -115,7 +124,7 @@ def start(
 def _config(args: Any, overrides: list[str]) -> Config:
     for override in overrides:
         if override.removeprefix("--config.").startswith(OWN):
-            raise UserError(f"{override}: not here; allowed: --tokens, --reduce, and any other key; data is drawn")
+            raise UserError(f"{override}: netbench sets this key; allowed: --tokens, --reduce, and any other key")
     config = files.load(user_path("--config", args.config), [*overrides, "--config.data.source=synthetic"])
     if args.tokens < config.seq_len or args.tokens % config.seq_len:
         raise UserError(f"--tokens is {args.tokens}; allowed: a multiple of seq_len = {config.seq_len}")
@@ -125,7 +134,7 @@ def _config(args: Any, overrides: list[str]) -> Config:
 
 
 def summary(args: Any, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and medians of the ratios round by round."""
+    """Returns medians, and medians of the ratios within each round."""
     result: dict[str, Any] = {"hosts": args.hosts, "mbit": args.mbit, "delay_ms": args.delay_ms, "tokens": args.tokens}
     result["seconds"] = {name: statistics.median(t) for name, t in times.items()}
     for peer in ("ddp float32", "ddp fp16"):
@@ -138,7 +147,7 @@ def summary(args: Any, times: dict[str, list[float]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
-    """Namespaces whose traffic to each other is shaped; gives their names."""
+    """Makes namespaces with shaped traffic between them. Yields their names."""
     names = [f"jaxlm{os.getpid()}h{i}" for i in range(hosts)]
     bridge = f"jb{os.getpid() % 10**8}"
     etc = [Path("/etc/netns") / name for name in names]
@@ -158,7 +167,7 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
             run("ip", "link", "del", bridge, check=False)
 
     def remove_at_stop() -> None:
-        making.acquire()  # and keeps it: nothing more is made
+        making.acquire()  # never released, so nothing more is made
         remove()
 
     signals.at_stop(remove_at_stop)
@@ -167,7 +176,7 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
         run("ip", "link", "set", bridge, "up")
         for i, name in enumerate(names):
             run("ip", "netns", "add", name)
-            # Gloo binds to the address that a host's own name resolves to.
+            # Gloo binds to the address that the host's own name resolves to.
             etc[i].mkdir(parents=True)
             (etc[i] / "hosts").write_text(f"127.0.0.1 localhost\n{address(i)} {os.uname().nodename}\n")
             outer = f"{bridge}-{i}"[-15:]
@@ -177,11 +186,10 @@ def network(hosts: int, mbit: float, delay_ms: float) -> Iterator[list[str]]:
             run(*inside, "ip", "addr", "add", f"{address(i)}/24", "dev", "eth0")
             run(*inside, "ip", "link", "set", "eth0", "up")
             run(*inside, "ip", "link", "set", "lo", "up")
-            run(*inside, "tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "tbf", "rate", f"{mbit}mbit",
-                "burst", "256kb", "latency", "50ms")  # fmt: skip
+            shape = (*inside, "tc", "qdisc", "add", "dev", "eth0")
+            run(*shape, *f"root handle 1: tbf rate {mbit}mbit burst 256kb latency 50ms".split())
             if delay_ms:
-                run(*inside, "tc", "qdisc", "add", "dev", "eth0", "parent", "1:", "handle", "10:", "netem", "delay",
-                    f"{delay_ms}ms", "limit", "100000")  # fmt: skip
+                run(*shape, *f"parent 1: handle 10: netem delay {delay_ms}ms limit 100000".split())
         yield names
     finally:
         remove()
@@ -192,19 +200,25 @@ def address(host: int) -> str:
 
 
 class Party:
-    """A process on each host, that make steps together when told to."""
+    """Processes, one on each host, that make steps together on request."""
 
     def __init__(self, hosts: list[str], command: list[str], offset: int, env: dict[str, str], errors: Any):
         cores = sorted(os.sched_getaffinity(0))
         self._errors, self._processes = errors, []
+        env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"} | env
         for i, host in enumerate(hosts):
+            inside = ["ip", "netns", "exec", host, "taskset", "-c", str(cores[i % len(cores)])]
             place = [f"{address(0)}:{PORT + offset}", str(len(hosts)), str(i)]
-            self._processes.append(subprocess.Popen(
-                ["ip", "netns", "exec", host, "taskset", "-c", str(cores[i % len(cores)]), *command, *place],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0", **env},
-            ))  # fmt: skip
-            signals.at_stop(self._processes[-1].kill)
+            process = subprocess.Popen(
+                [*inside, *command, *place],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env=env,
+            )
+            self._processes.append(process)
+            signals.at_stop(process.kill)
 
     def __enter__(self) -> "Party":
         return self
@@ -215,7 +229,7 @@ class Party:
             p.wait()
 
     def seconds(self, name: str, steps: int) -> float:
-        """Of a step, on the slowest host."""
+        """Returns the seconds of a step on the slowest host."""
         try:
             for p in self._processes:
                 assert p.stdin
@@ -229,7 +243,7 @@ class Party:
 
     def _answer(self, process: subprocess.Popen[str]) -> float:
         assert process.stdout
-        while not (line := process.stdout.readline()).startswith("seconds "):  # Gloo prints lines of its own
+        while not (line := process.stdout.readline()).startswith("seconds "):  # skips lines that Gloo prints
             if not line:
                 raise OSError("no answer")
         return float(line.split()[1])

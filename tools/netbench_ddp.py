@@ -1,8 +1,8 @@
 """PyTorch's side of tools/netbench.py: a GPT under DistributedDataParallel on Gloo, with AdamW and clipping.
 
-Arguments are sizes and PyTorch's word for the precision of products as JSON, and the coordinator, number of processes
-and number of this one. Reads `float32 STEPS` or `fp16 STEPS` (DDP's hook that sends float16) from each line of input,
-answers with seconds a step.
+Arguments: sizes and PyTorch's name for the precision of products as JSON, the coordinator, the number of processes, and
+the index of this one. For each line of input, `float32 STEPS` or `fp16 STEPS` (DDP's hook that sends float16), it
+prints the seconds per step.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-# Not there where this is checked.
+# Imported by name, because torch is not there where types are checked.
 torch: Any = importlib.import_module("torch")
 F: Any = torch.nn.functional
 

@@ -1,6 +1,7 @@
-"""One host of tools/netbench.py: arguments are strategies, a configuration's file and its keys as JSON, and the
-coordinator, number of processes and number of this one. Reads `STRATEGY STEPS` from each line of input, answers with
-seconds a step.
+"""One host of tools/netbench.py.
+
+Arguments: strategies, a configuration's file, its keys as JSON, the coordinator, the number of processes, and the index
+of this one. For each line of input, `STRATEGY STEPS`, it prints the seconds per step.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The command lines, one file each: `main(argv)` does what `jaxlm NAME` says, and returns its exit code.
+"""The commands, one file each: `main(argv)` runs `jaxlm NAME` and returns its exit code.
 
-`jaxlm/__main__.py` has the table of them; training's is `jaxlm/main.py`.
+`jaxlm/__main__.py` has the table of commands; that of training is `jaxlm/main.py`.
 
 May import: config, host, model, sync, data, train, checkpoint, run.
 """

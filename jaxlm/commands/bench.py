@@ -1,8 +1,8 @@
-"""How fast a configuration trains: the step alone, the whole trainer around it, and nanoGPT beside them.
+"""Measures how fast a configuration trains: the step alone, the whole trainer around it, and nanoGPT beside them.
 
-All that is compared runs in turns, round by round, and medians are reported, so that a noisy machine is noisy for all.
-The last line of output is one JSON object. `jaxlm bench data` measures how fast data is prepared and fed,
-`jaxlm bench comm` reads what a step moves between devices; each has --help.
+What is compared takes turns, round by round, and the results are medians, so that a noisy machine disturbs all alike.
+The last line of output is one JSON object. `jaxlm bench data` measures how fast data is prepared and fed, `jaxlm bench
+comm` reads what a step moves between devices; each has --help.
 """
 
 import json
@@ -33,12 +33,14 @@ def main(argv: list[str]) -> int:
         prog="jaxlm bench", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
     )
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps a round (default: 20)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps per round (default: 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument(
-        "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to time its step in turns with ours"
+        "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose step takes turns with ours"
     )
-    parser.add_argument("--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python that has torch")
+    parser.add_argument(
+        "--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python with torch (default: this one)"
+    )
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
     for name in ("steps", "rounds"):
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
     config.steps = 10**9  # no end
     config.log.every_steps = 10
-    # Parameters that hardly move: the step alone would learn its one batch by heart, and the trainer skip all others.
+    # Parameters hardly move. Otherwise the step alone would memorize its one batch, and the guard would act on others.
     config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> int:
         rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
         timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | ({"nanogpt": peer.step} if peer else {})
         for i in range(args.rounds):
-            for name in list(timers)[:: 1 if i % 2 else -1]:  # in turned order: what ran before leaves its traces
+            for name in list(timers)[
+                :: 1 if i % 2 else -1
+            ]:  # in alternating order, because what ran before leaves traces
                 rounds[name].append(timers[name](args.steps))
             print(
                 f"round {i + 1}/{args.rounds} · "
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians over the rounds, and of the ratios round by round."""
+    """Returns medians over the rounds, also of the ratios within each round."""
     from jaxlm.model import flops_per_token
     from jaxlm.run.metrics import peak_flops
 
@@ -99,7 +103,7 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 class Trainer:
-    """The trainer of a configuration, in a workdir that is thrown away."""
+    """The trainer of a configuration, in a temporary workdir."""
 
     def __init__(self, config: Config, workdir: Path):
         import jax
@@ -119,12 +123,12 @@ class Trainer:
         start = time.perf_counter()
         self.step_alone(1)
         self.compile_seconds = time.perf_counter() - start
-        self.with_trainer(80)  # the data pipeline begins to work in the background
+        self.with_trainer(80)  # until the data pipeline works in the background
         self._stream.settle()
         self.with_trainer(20)
 
     def step_alone(self, steps: int) -> float:
-        """Seconds a step, on a batch that is on the devices already."""
+        """Returns seconds per step, on a batch that is on the devices already."""
         import jax
 
         start, before = time.perf_counter(), None
@@ -137,7 +141,7 @@ class Trainer:
         return (time.perf_counter() - start) / steps
 
     def with_trainer(self, steps: int) -> float:
-        """Seconds a step of the whole loop: data, metrics and all."""
+        """Returns seconds per step of the whole loop, with data and metrics."""
         import jax
 
         from jaxlm.run.step_report import make_on_step
@@ -146,14 +150,20 @@ class Trainer:
         on_step = make_on_step(self.parts, self._write, self.state.params, self._done)
         start = time.perf_counter()
         self.state, self._done = train(
-            self.state, self._step, self._stream, start=self._done, steps=self._done + steps,
-            sharding=self.parts.placement.batch, on_step=on_step, hooks=[],
-        )  # fmt: skip
+            self.state,
+            self._step,
+            self._stream,
+            start=self._done,
+            steps=self._done + steps,
+            sharding=self.parts.placement.batch,
+            on_step=on_step,
+            hooks=[],
+        )
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / steps
 
     def peak_memory(self) -> int:
-        """Bytes: of the fullest device where it tells, else of this process."""
+        """Returns the peak bytes of the fullest device if devices report them, else of this process."""
         stats = [d.memory_stats() or {} for d in self.parts.placement.local]
         device = max(s.get("peak_bytes_in_use", 0) for s in stats)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -165,19 +175,25 @@ class Trainer:
 
 
 class NanoGPT:
-    """nanoGPT's model and optimizer of the same sizes, in a process of its own that steps when told to."""
+    """nanoGPT's model and optimizer of the same sizes, in a process of its own that makes steps on request."""
 
     def __init__(self, checkout: Path, python: str, config: Config, vocab_size: int):
         m = config.model
         if not (checkout / "model.py").is_file():
             raise UserError(f"--nanogpt {checkout}: no model.py in it; allowed: a checkout of nanoGPT")
-        sizes = {"n_layer": m.num_layers, "n_head": m.num_heads, "n_embd": m.d_model, "block_size": config.seq_len,
-                 "vocab_size": vocab_size, "bias": m.use_bias, "dropout": m.dropout}  # fmt: skip
-        self._process = subprocess.Popen(
-            [python, Path(__file__).with_name("bench_nanogpt.py"), checkout, json.dumps(sizes), str(config.batch_size),
-             "medium" if runtime.rounds_products(config) else "highest"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        sizes = {
+            "n_layer": m.num_layers,
+            "n_head": m.num_heads,
+            "n_embd": m.d_model,
+            "block_size": config.seq_len,
+            "vocab_size": vocab_size,
+            "bias": m.use_bias,
+            "dropout": m.dropout,
+        }
+        precision = "medium" if runtime.rounds_products(config) else "highest"
+        script = Path(__file__).with_name("bench_nanogpt.py")
+        command = [python, script, checkout, json.dumps(sizes), str(config.batch_size), precision]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         signals.at_stop(self._process.kill)
         self.step(5)
 

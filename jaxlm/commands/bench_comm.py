@@ -1,7 +1,7 @@
-"""What a step moves between devices: each collective of the compiled program with its bytes and its place, beside what
-the strategy's formula says. Nothing is run.
+"""Shows what a step moves between devices: the bytes and the place of each collective in the compiled program, beside
+the strategy's formula. Runs nothing.
 
-Bytes are those that a device sends. The last line of output is one JSON object. On CPU, devices are simulated:
+Bytes are those that one device sends. The last line of output is one JSON object. On CPU, devices are simulated:
 --config.parallel.devices=8.
 """
 
@@ -14,7 +14,7 @@ from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 
-AGREE = 1e-3  # formula and program, but for scalars that XLA puts into the same collective
+AGREE = 1e-3  # largest relative difference between formula and program, besides scalars in the same collective
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
         prog="jaxlm bench comm", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
     )
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--vocab_size", type=int, metavar="V", help="instead of that of the configuration's data")
+    parser.add_argument(
+        "--vocab_size", type=int, metavar="V", help="replaces the vocabulary size of the configuration's data"
+    )
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
     runtime.check_batch(config, config.parallel.devices or 1, 1)
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
 
 
 def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
-    """Prints the table; gives the numbers."""
+    """Prints the table; returns the numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -81,7 +83,7 @@ def purpose(c: Collective) -> str:
 
 
 def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple[list[Collective], float]:
-    """The collectives of the compiled step, and the bytes that the formula gives for the gradients."""
+    """Returns the collectives of the compiled step, and the bytes for the gradients by the formula."""
     import jax
     import jax.numpy as jnp
 

@@ -1,12 +1,12 @@
-"""How fast a configuration's data is prepared and fed, in three parts.
+"""Measures how fast a configuration's data is prepared and fed, in three parts.
 
-Preparation: making the token store, in a cache that is thrown away, beside the tokenizer's library alone, which has the
-same texts in memory already and as many processes; wanted: 0.9 of its speed. Feeding: batches when nothing else is
-done, and the first one far into a run; wanted: 20 million tokens/s at 1024 tokens on two cores, and 10 ms. Waiting: the
-share of its time that the training loop spends in taking batches, when a step takes a given time, asleep or computing
-on all devices; wanted: at most 1%.
+Preparation: makes the token store in a temporary cache, beside the tokenizer's library alone, which gets the same texts
+from memory and as many processes. Target: 0.9 of its speed. Feeding: reads batches with nothing else to do, and the
+first batch far into a run. Targets: 20 million tokens/s at 1024 tokens on two cores, and 10 ms. Waiting: the share of
+its time that the training loop spends on taking batches, when a step takes a given time, asleep or computing on all
+devices. Target: at most 1%.
 
-What is compared runs in turns, and medians over the rounds are reported. The last line of output is one JSON object.
+What is compared takes turns, and the results are medians over the rounds. The last line of output is one JSON object.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from jaxlm.host.temporary import temporary_folder
 from jaxlm.host.workers import apart
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
-FEED_SECONDS = 0.5  # of a round, at least
+FEED_SECONDS = 0.5  # shortest round
 MAX_MS = 60_000
 
 Backend = Literal["auto", "tf", "thread"]
@@ -39,10 +39,14 @@ def main(argv: list[str]) -> int:
         prog="jaxlm bench data", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
     )
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--steps", type=int, default=200, help="batches a round, at least (default: 200)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
+    parser.add_argument("--steps", type=int, default=200, help="least number of batches per round (default: 200)")
     parser.add_argument(
-        "--compute_ms", type=float, default=20.0, metavar="MS", help="a step takes, waiting (default: 20)"
+        "--compute_ms",
+        type=float,
+        default=20.0,
+        metavar="MS",
+        help="duration of a step while measuring the wait (default: 20)",
     )
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
@@ -56,7 +60,7 @@ def main(argv: list[str]) -> int:
     with temporary_folder() as folder:
         config.data.cache_dir = f"{folder}/cache"
         preparation = None
-        # Before jax and tensorflow are imported: a process that is started is at first as large as this one.
+        # Before jax and tensorflow are imported, because a new process starts as large as this one.
         if text_parts(config.data):
             apart(save_tokenizer, config.data, folder)
             config.data.tokenizer_path = str(folder)
@@ -73,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_feeding(corpus: Corpus, config: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Of both packings, where documents are known."""
+    """Measures both packings, if the starts of documents are known."""
     orders = {}
     for packing in ("concat", "document") if corpus.train.starts is not None else ("concat",):
         data = dataclasses.replace(config.data, packing=packing)
@@ -108,15 +112,15 @@ def _show(name: str, value: float) -> str:
 def _has_tensorflow() -> bool:
     try:
         import_tensorflow()
-    except Exception:  # absent or broken
+    except Exception:  # TensorFlow is absent or broken
         return False
     return True
 
 
 def feed(order: TrainOrder, config: Config, backend: Backend, steps: int) -> float:
-    """Tokens a second, with what fills the rows of packed documents."""
+    """Returns tokens per second, including the padding of packed rows."""
     with contextlib.closing(train_stream(order, config, 0, num_devices=1, backend=backend)) as stream:
-        for _ in range(2 * BLOCK):  # what is made ahead is taken
+        for _ in range(2 * BLOCK):  # takes the batches that were made ahead
             next(stream)
         count, start = 0, time.perf_counter()
         while count < steps or time.perf_counter() - start < FEED_SECONDS:
@@ -126,7 +130,7 @@ def feed(order: TrainOrder, config: Config, backend: Backend, steps: int) -> flo
 
 
 def seek(order: TrainOrder, config: Config, backend: Backend) -> float:
-    """Milliseconds to the first batch of a run that goes on after FAR steps."""
+    """Returns the milliseconds to the first batch of a run that resumes after FAR steps."""
     start = time.perf_counter()
     with contextlib.closing(train_stream(order, config, FAR, num_devices=1, backend=backend)) as stream:
         next(stream)
@@ -137,7 +141,7 @@ def seek(order: TrainOrder, config: Config, backend: Backend) -> float:
 
 
 class Timed:
-    """A stream of batches, and the seconds that were spent in taking them."""
+    """A stream of batches that measures the seconds spent on taking them."""
 
     def __init__(self, stream: TrainStream):
         self._stream = stream
@@ -154,9 +158,9 @@ class Timed:
 
 
 def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, compute_ms: float) -> dict[str, Any]:
-    """Of the training loop itself, with steps that learn nothing.
+    """Measures the training loop itself, with steps that train nothing.
 
-    The loop takes a batch while the devices compute, so of the share with a computation the devices wait for less.
+    The loop takes a batch while the devices compute, so they wait for only a part of the share with a computation.
     """
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -171,28 +175,33 @@ def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, com
         for _ in range(PATIENCE + 1):
             next(stream)
         stream.settle()
-        for _ in range(2 * BLOCK):  # with the first of these, making batches ahead begins
+        for _ in range(2 * BLOCK):  # the first of these starts the background work
             next(stream)
         for i in range(rounds):
             for kind in list(kinds)[:: 1 if i % 2 else -1]:
                 batches, start = Timed(stream), time.perf_counter()
                 train(
-                    cast(Any, None), lambda state, batch, kind=kind: (state, {"done": kinds[kind]()}), batches, start=0,
-                    steps=steps, sharding=sharding, on_step=lambda done: None, hooks=[],
-                )  # fmt: skip
+                    cast(Any, None),
+                    lambda state, batch, kind=kind: (state, {"done": kinds[kind]()}),
+                    batches,
+                    start=0,
+                    steps=steps,
+                    sharding=sharding,
+                    on_step=lambda done: None,
+                    hooks=[],
+                )
                 seconds = time.perf_counter() - start
                 found[kind].append((batches.seconds / seconds, seconds / steps * 1e3))
     result: dict[str, Any] = {"compute_ms": compute_ms, "devices": f"{len(devices)} x {devices[0].device_kind}"}
     for kind, numbers in found.items():
         result[f"{kind}_share"], result[f"{kind}_step_ms"] = map(statistics.median, zip(*numbers, strict=True))
-    print(f"waiting · steps of {compute_ms:g} ms · "
-          + " · ".join(f"{kind} {result[f'{kind}_share']:.2%} (a step {result[f'{kind}_step_ms']:.1f} ms)"
-                       for kind in kinds), flush=True)  # fmt: skip
+    shown = [f"{kind} {result[f'{kind}_share']:.2%} (a step {result[f'{kind}_step_ms']:.1f} ms)" for kind in kinds]
+    print(f"waiting · steps of {compute_ms:g} ms · {' · '.join(shown)}", flush=True)
     return result
 
 
 def _computation(sharding: Any, seconds: float) -> Callable[[], Any]:
-    """Has all devices compute for about so long; gives an array that is there when they are done."""
+    """Returns a function that makes all devices compute for about `seconds`; its result is ready when they are done."""
     import jax
     import numpy as np
 
@@ -206,6 +215,6 @@ def _computation(sharding: Any, seconds: float) -> Callable[[], Any]:
         return time.perf_counter() - start
 
     took()  # compiles
-    for _ in range(2):  # the second time at about the right length, of which the call itself is a small part
+    for _ in range(2):  # the second time at about the right length, so that the cost of the call hardly counts
         times = max(1, round(times * seconds / min(took() for _ in range(3))))
     return lambda: multiply(x, times)

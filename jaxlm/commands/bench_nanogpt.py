@@ -1,8 +1,8 @@
-"""Times nanoGPT's own step for bench.py: arguments are a checkout, GPTConfig as JSON, the batch size, and
-PyTorch's word for the precision of float32 products: `highest`, or `medium` for operands rounded to bfloat16.
+"""Times nanoGPT's own step for bench.py. Arguments: a checkout, GPTConfig as JSON, the batch size, and PyTorch's name
+for the precision of float32 products (`highest`, or `medium` for operands rounded to bfloat16).
 
-Reads a number of steps from each line of input and answers with seconds a step. Eager mode in float32, clipping and
-AdamW as in its train.py.
+For each line of input, a number of steps, it prints the seconds per step. Eager mode in float32, with clipping and
+AdamW as in nanoGPT's train.py.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import time
 def main() -> None:
     checkout, sizes, batch_size = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     sys.path.insert(0, checkout)
-    # Neither is there where this is checked: torch, and nanoGPT's model.py.
+    # Imported by name, because type checkers find neither torch nor nanoGPT's model.py.
     torch, nanogpt = importlib.import_module("torch"), importlib.import_module("model")
 
     torch.set_float32_matmul_precision(sys.argv[4])

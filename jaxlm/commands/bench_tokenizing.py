@@ -1,4 +1,4 @@
-"""How fast token stores are made, beside the tokenizer's library alone; a part of bench_data.py."""
+"""Measures how fast token stores are made, beside the tokenizer's library alone; a part of bench_data.py."""
 
 import itertools
 import multiprocessing
@@ -22,37 +22,37 @@ from jaxlm.data.tokenizers import to_bytes
 from jaxlm.data.tokenizers.sentencepiece import CHUNK
 from jaxlm.host.workers import apart, deaf, no_main, workers
 
-ENOUGH_BYTES = 100_000_000  # of a corpus; with fewer, much of the time is that in which processes start
+ENOUGH_BYTES = 100_000_000  # size of a corpus; with less, starting processes takes much of the time
 
 Library = Literal["sentencepiece", "tokenizers"]
 
 
 class Built(NamedTuple):
-    """Token stores that were made."""
+    """The making of token stores."""
 
     seconds: float
     documents: int
     bytes: int
     tokens: int
-    processes: int  # at once
-    peak_bytes: int  # memory of the largest of them
+    processes: int  # at the same time
+    peak_bytes: int  # memory of the largest process
 
 
 class Encoded(NamedTuple):
-    """What a library did."""
+    """The work of a library."""
 
     seconds: float
     tokens: int
 
 
 def text_parts(data: DataConfig) -> list[DataConfig]:
-    """The sources that are text; several in a mixture."""
+    """Returns the sources of text; several in a mixture."""
     parts = [part for _, part in mixture(data)] if data.mixture else [data]
     return [part for part in parts if not SOURCES[part.source].ids]
 
 
 def measure_preparation(config: Config, rounds: int) -> dict[str, Any]:
-    """With the tokenizer in the folder `data.tokenizer_path`; leaves the last stores in `data.cache_dir`."""
+    """Measures with the tokenizer in `data.tokenizer_path`. Leaves the last stores in `data.cache_dir`."""
     parts, folder = text_parts(config.data), Path(config.data.tokenizer_path)
     library = library_of(folder)
     builds: list[Built] = []
@@ -112,13 +112,13 @@ def _preparation(library: Library | None, builds: list[Built], alone: list[Encod
 
 
 def save_tokenizer(data: DataConfig, folder: Path) -> None:
-    """Makes the tokenizer of a configuration, or takes the one that it names, and saves it."""
+    """Makes or loads the tokenizer of a configuration, and saves it."""
     sources = [open_source(part) for part in text_parts(data)]
     stored_tokenizer(data, sources, True)[0].save(folder)
 
 
 def build_stores(parts: list[DataConfig], seq_len: int) -> Built:
-    """Each in a process of its own: the memory of those that a process starts is known of all its life only."""
+    """Makes each store in a process of its own, because peak memory is known for a process's whole life only."""
     stores = [apart(build_store, part, seq_len) for part in parts]
     *sums, processes, peaks = zip(*stores, strict=True)
     return Built(*map(sum, sums), processes=max(processes), peak_bytes=max(peaks))
@@ -138,14 +138,14 @@ def build_store(data: DataConfig, seq_len: int) -> Built:
 
 
 def library_of(folder: Path) -> Library | None:
-    """The library of a saved tokenizer; None where it needs none."""
+    """Returns the library of a saved tokenizer; None if it needs none."""
     if (folder / "sentencepiece.model").exists():
         return "sentencepiece"
     return "tokenizers" if (folder / "tokenizer.json").exists() else None
 
 
 def encode_alone(library: Library, folder: Path, data: DataConfig) -> Encoded:
-    """Has processes take shares of the texts, and all begin to encode them when the last has its share."""
+    """Gives each process a share of the texts. All begin to encode when the last one has its share."""
     units = open_source(data).units()
     count = min(num_processes(), len(units))
     with workers(count, _begin, multiprocessing.get_context("spawn").Barrier(count)) as pool:
@@ -156,12 +156,12 @@ def encode_alone(library: Library, folder: Path, data: DataConfig) -> Encoded:
 
 
 def encode_share(library: Library, folder: Path, units: list[Unit], index: int, count: int) -> tuple[float, float, int]:
-    """When it began and ended, by a clock that is the same in all processes, and how many tokens it gave."""
+    """Encodes a share. Returns its start and end, on a clock that all processes share, and the number of tokens."""
     try:
         encode = _encoder(library, folder, (os.cpu_count() or 1) if count == 1 else 1)
         documents = (d for unit in units for d in unit.read() if isinstance(d, Document))
-        texts = (to_bytes(d.text).decode("utf-8", "replace") for d in documents)  # none takes surrogates
-        if library == "sentencepiece":  # which is slower with long texts
+        texts = (to_bytes(d.text).decode("utf-8", "replace") for d in documents)  # no library accepts surrogates
+        if library == "sentencepiece":  # it is slower with long texts
             texts = (chunk for text in texts for chunk in CHUNK.findall(text))
         batches = grouped(itertools.islice(texts, index, None, count), len, BATCH_CHARACTERS)
     except BaseException:
@@ -174,7 +174,7 @@ def encode_share(library: Library, folder: Path, units: list[Unit], index: int, 
 
 
 def _encoder(library: Library, folder: Path, threads: int) -> Callable[[list[str]], int]:
-    """A function that encodes texts and gives the number of tokens."""
+    """Returns a function that encodes texts and returns the number of tokens."""
     if library == "sentencepiece":
         import sentencepiece
 

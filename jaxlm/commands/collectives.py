@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from its text."""
+"""Reads from the text of a compiled program what it moves between devices."""
 
 import math
 import re
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
-        "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}  # fmt: skip
+BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "su" for bits in (4, 8, 16, 32, 64)}
+BITS |= {"f16": 16, "f32": 32, "f64": 64}
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 INSTRUCTION = re.compile(r"= (\(.*?\)|\S+) (" + "|".join(KINDS) + r"|while)(?:-start)?\(")
@@ -17,18 +17,18 @@ CALLED = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_co
 class Collective(NamedTuple):
     kind: str
     dtypes: str
-    size: int  # devices of a group
-    sent: float  # bytes that a device sends each time, by the algorithm that sends least
-    times: int  # a step
+    size: int  # devices in a group
+    sent: float  # bytes that a device sends each time, with the algorithm that sends least
+    times: int  # per step
     where: str  # "loop of the backward pass", "backward pass", "loop", "after it"
-    name: str  # of the operation in the program
+    name: str  # name of the operation in the program
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of a program's text, `compiled.as_text()`.
+    """Returns the collectives in a program's text, `compiled.as_text()`.
 
-    An all-reduce of B bytes over n devices sends 2 (n - 1) / n * B from each, a reduce-scatter, all-gather or
-    all-to-all (n - 1) / n of the whole, a permute what it is given.
+    In an all-reduce of B bytes, each of n devices sends 2 (n - 1) / n * B; in a reduce-scatter, all-gather or
+    all-to-all, (n - 1) / n of the whole; in a permute, its whole operand.
     """
     computations, entry = _computations(text)
     return list(_walk(computations, entry, 1, False))
@@ -57,7 +57,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, looped: boo
         if match:
             count = re.search(r'known_trip_count[^}]*"n":"(\d+)"', line)
             if count is None:
-                raise ValueError(f"a loop whose number of turns is not known: {line.strip()[:200]}")
+                raise ValueError(f"a loop with an unknown number of iterations: {line.strip()[:200]}")
             trips = int(count[1])
         for called in CALLED.findall(line):
             if called in computations:
@@ -71,12 +71,12 @@ def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> C
         if dtype in BITS
     ]
     if "-start(" in line and kind in ("all-gather", "collective-permute"):
-        arrays = arrays[len(arrays) // 2 :]  # operands come first in what an asynchronous one gives
+        arrays = arrays[len(arrays) // 2 :]  # the result of an asynchronous one begins with its operands
     total = sum(BITS[dtype] / 8 * math.prod(dims) for dtype, dims in arrays)
     n = _group_size(line)
     sent = {
         "all-reduce": 2 * (n - 1) / n * total,
-        "reduce-scatter": (n - 1) * total,  # its result is a part
+        "reduce-scatter": (n - 1) * total,  # its result is one part
         "all-gather": (n - 1) / n * total,
         "all-to-all": (n - 1) / n * total,
         "collective-permute": total,
@@ -90,15 +90,15 @@ def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> C
 
 
 def _group_size(line: str) -> int:
-    """Devices of a group. XLA writes the groups as lists, as [groups, size], or as named axes of a mesh."""
+    """Returns the devices in a group. XLA writes groups as lists, as [groups, size], or as named axes of a mesh."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(match[2])
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'a', or 'a':(before)size, a part of it
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])  # 'a', or a part of it: 'a':(before)size
         return math.prod(int(size or sizes[axis]) for axis, size in axes)
     if "source_target_pairs=" in line:
         return 2
-    raise ValueError(f"a collective whose groups are not known: {line.strip()[:200]}")
+    raise ValueError(f"a collective with unknown groups: {line.strip()[:200]}")

@@ -1,4 +1,4 @@
-"""Scores a checkpoint on its whole validation set, or on other data; the last line of output is one JSON object."""
+"""Scores a checkpoint on its whole validation set or on other data. The last line of output is one JSON object."""
 
 import json
 import re
@@ -14,10 +14,10 @@ from jaxlm.host import runtime
 
 
 def load(workdir: Path, overrides: list[str]) -> Config:
-    """The run's configuration with other keys.
+    """Returns the run's configuration with the given keys changed.
 
-    Other data takes the place of the run's. Of `data.val_path` all is scored, and nothing else is read; of `data.path`
-    alone, what is held out.
+    Other data replaces the run's. All of `data.val_path` is scored, and nothing else is read; of `data.path` alone, the
+    held-out part is scored.
     """
     config = files.load_workdir(workdir)
     asked = {k for k in ("path", "val_path") if any(re.match(rf"--config\.data\.{k}(=|$)", a) for a in overrides)}
@@ -35,14 +35,14 @@ def load(workdir: Path, overrides: list[str]) -> Config:
         config.data.path = ""
     elif "path" in asked:
         print(
-            f"scores what is held out of data.path={config.data.path}; --config.data.val_path scores all of it",
+            f"scores the held-out part of data.path={config.data.path}; --config.data.val_path scores all of it",
             file=sys.stderr,
         )
     return config
 
 
 def _source_of(data: DataConfig) -> Any:
-    """The kind of the files in a mixture, if they are all of one."""
+    """Returns the source of the files in a mixture, if it is the same for all."""
     names = [name for name, kind in SOURCES.items() if kind.files]
     kinds = sorted({part.source for _, part in mixture(data)} & {*names})
     if len(kinds) != 1:
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> int:
         prog="jaxlm evaluate",
         description=__doc__,
         allow_abbrev=False,
-        epilog="--config.data.val_path=FILE scores all of a file or folder, --config.data.path=FILE what is held out of"
-        " it (data.val_fraction), with the run's tokenizer; data.source says of which kind it is.",
+        epilog="--config.data.val_path=FILE scores all of a file or folder; --config.data.path=FILE scores the part"
+        " that data.val_fraction holds out. Both use the run's tokenizer; data.source names the kind of file.",
     )
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
-    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
+    parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
     args, overrides = parser.parse_known_args(argv)
     workdir = user_path("--workdir", args.workdir)
     trained = flatten(files.load_workdir(workdir))

@@ -1,4 +1,4 @@
-"""Samples text from a checkpoint, and shows it as it comes."""
+"""Samples text from a checkpoint, and shows it as it is generated."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from jaxlm.config.pretrained import read_step
 from jaxlm.config.validate import MAX_SEED
 from jaxlm.host import runtime
 
-MEMORY = 8  # GB of keys, values and logits
+MEMORY = 8  # GB; most memory for keys, values and logits
 TEXTS = ("--prompt", "--stop")  # options whose value may begin with a dash
 
 
@@ -30,19 +30,19 @@ def main(argv: list[str]) -> int:
     run = open_run(user_path("--workdir", args.workdir), read_step("--step", args.step))
     tokenizer, data, seq_len = run.tokenizer, run.config.data, run.config.seq_len
     if tokenizer is None:
-        raise UserError(f"--workdir {args.workdir}: trained on bare tokens; without a tokenizer there is no text")
+        raise UserError(f"--workdir {args.workdir}: the run has no tokenizer, so its tokens are not text")
     if args.chat and not trains_on_answers(data):
         raise UserError(
-            f"--chat: {args.workdir} learned texts, not answers; allowed with data.messages_key or "
-            "data.response_key: --chat, else --prompt alone"
+            f"--chat: {args.workdir} was trained on texts, not on answers; allowed with data.messages_key or "
+            "data.response_key: --chat, otherwise --prompt alone"
         )
     try:
         ids = encode_prompt(tokenizer, data, prompt, args.chat)
     except UserError as error:
         raise UserError(f"--prompt {show(prompt)}: {error}") from error
     if len(ids) > seq_len:
-        said = f"the prompt has {len(ids)} tokens; the model sees the last {seq_len} of them (seq_len)"
-        print(f"jaxlm: {said}", file=sys.stderr)
+        line = f"the prompt has {len(ids)} tokens; the model sees the last {seq_len} of them (seq_len)"
+        print(f"jaxlm: {line}", file=sys.stderr)
         ids = ids[-seq_len:]
     _check_memory(args, run, len(ids))
     import jax
@@ -50,21 +50,20 @@ def main(argv: list[str]) -> int:
 
     from jaxlm.model.generate import stream
 
-    blocks = stream(
-        run.model, run.params, np.tile(ids, (args.num_samples, 1)), jax.random.key(args.seed),
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-    )  # fmt: skip
+    how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    prompts = np.tile(ids, (args.num_samples, 1))
+    blocks = stream(run.model, run.params, prompts, jax.random.key(args.seed), **how)
     ending = make_ending(tokenizer, data, args.stop)
     rows = [Continuation(tokenizer, ids, ending) for _ in range(args.num_samples)]
     try:
         _show(blocks, rows, "" if args.chat else prompt)
-    except BrokenPipeError:  # as `| head` leaves; what is not written yet goes nowhere
+    except BrokenPipeError:  # such as `| head`; discards the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 
 def _show(blocks: Iterator[Any], rows: list[Any], prompt: str) -> None:
-    """Writes one sample as it comes; several one after the other, each when it and those before it are done."""
+    """Writes a single sample as it grows; several in order, each when it and the ones before it are complete."""
     num_samples = len(rows)
     texts, shown = [prompt] * num_samples, 0
 
@@ -102,20 +101,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument(
         "--prompt",
-        help="what the text starts from; - reads it from stdin, as a pipe is too (default: the start of a document)",
+        help="start of the text; - reads it from stdin, which a pipe does by itself (default: the start of a document)",
     )
-    parser.add_argument("--prompt_file", metavar="FILE", help="the prompt is the text of a file")
+    parser.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="of a run that learns answers: the prompt is the user's message, which the"
-        " run's template writes; the answer alone is shown",
+        help="for a run trained on answers: the prompt is the user's message, formatted with the run's chat template;"
+        " shows the answer alone",
     )
-    parser.add_argument("--num_samples", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="less where the text ends (default: 200)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 = always the most probable token (default: 0.8)"
-    )
+    parser.add_argument("--num_samples", type=int, default=1, help="number of samples (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of each sample (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
     parser.add_argument(
         "--top_k", type=int, default=0, help="sample among the k most probable tokens; 0 = all (default: 0)"
     )
@@ -123,14 +120,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--top_p",
         type=float,
         default=0.95,
-        help="sample among the tokens that make up this probability (default: 0.95)",
+        help="sample among the most probable tokens that together have this probability (default: 0.95)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--step", help="of the checkpoint, or best, by validation loss (default: the newest)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="the text ends before this; may be given again"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a sample before this text; may be given more than once",
     )
-    joined = []  # --prompt -x is an option and its value, whatever that begins with
+    joined = []  # --prompt -x is an option and its value, even if the value begins with a dash
     for argument in argv:
         if joined and joined[-1] in TEXTS:
             joined[-1] += f"={argument}"
@@ -154,7 +155,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    """Of the command line, a file, or stdin; of the last two without the newline at the end."""
+    """Returns the prompt from the command line, a file or stdin; from the last two without the final newline."""
     piped = args.prompt is None and args.prompt_file is None and _is_piped()
     if args.prompt != "-" and args.prompt_file is None and not piped:
         if (args.prompt or "").encode(errors="ignore").decode() != (args.prompt or ""):
@@ -197,5 +198,5 @@ def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int) -> Non
     if gigabytes > MEMORY:
         raise UserError(
             f"--num_samples is {args.num_samples} and --max_new_tokens {args.max_new_tokens}, after a prompt of"
-            f" {prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: what needs at most {MEMORY} GB"
+            f" {prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: numbers that need at most {MEMORY} GB"
         )

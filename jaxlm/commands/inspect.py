@@ -1,4 +1,4 @@
-"""Shows what the model sees: decoded batches, what is learned of them, and what the corpus is made of.
+"""Shows what the model sees: decoded batches, which tokens are learned (count towards the loss), and histograms.
 
     jaxlm inspect --config base [--step 100] [--rows 2] [--split val] [-o data.svg]
 
@@ -36,18 +36,18 @@ from jaxlm.data import Corpus, Tokenizer, prepare
 from jaxlm.data.inspect import InspectedBatch, View, decoded, documents, learned_share, mixture_shares, token_counts
 
 SPLITS = ("train", "val")
-READ, MARK = "dim", "bold cyan"  # styles of what is only read, and of what is no text
+READ, MARK = "dim", "bold cyan"  # styles of tokens that are only read, and of marks that are not text
 
 
 def row_text(batch: InspectedBatch, row: int, tokenizer: Tokenizer | None, plain: bool) -> Text:
-    """A row, each document on a line of its own."""
+    """Returns a row of a batch, with each document on its own lines."""
     out = Text()
     for piece in batch.pieces(row):
         out.append("\n" * _begun(out))
         ids, learned = piece.ids.tolist(), list(map(bool, piece.learned))
         size = counted(piece.length, "token")
         if piece.opens is False:
-            out.append(f"⟨goes on · {size}⟩", MARK)
+            out.append(f"⟨continued · {size}⟩", MARK)
         for is_learned, group in itertools.groupby(range(len(ids)), learned.__getitem__):
             places = list(group)
             parts = decoded([ids[i] for i in places], tokenizer)
@@ -61,12 +61,12 @@ def row_text(batch: InspectedBatch, row: int, tokenizer: Tokenizer | None, plain
 
 
 def _begun(out: Text) -> bool:
-    """Whether there is something on the last line."""
+    """Whether the last line has text."""
     return bool(out) and not out.plain.endswith("\n")
 
 
 def _append(out: Text, parts: list[tuple[str, bool]], learned: bool, plain: bool) -> None:
-    """Adds text and marks; where there are no styles, what is not learned stands between ‹ and ›."""
+    """Adds text and marks. Without styles, ‹ and › enclose what is not learned."""
     out.append("‹" * (plain and not learned))
     for text, is_text in parts:
         out.append(text, " ".join([MARK] * (not is_text) + [READ] * (not learned)))
@@ -95,7 +95,7 @@ def _batch_name(args: argparse.Namespace) -> str:
 
 
 def check_args(args: argparse.Namespace, config: Config) -> None:
-    """Raises UserError where an option is no good, before any data is read."""
+    """Raises UserError, before any data is read, if an option is wrong."""
     if args.split not in SPLITS:
         raise UserError(f"--split is {show(args.split)}; allowed: {', '.join(SPLITS)}")
     last = f" to steps - 1 = {config.steps - 1}" if args.split == "train" else " or more"
@@ -111,8 +111,7 @@ def check_args(args: argparse.Namespace, config: Config) -> None:
         fine = path.is_file() if path.exists() else path.parent.is_dir()
         if not fine or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(
-                f"-o is {show(args.output)}, which cannot be written; allowed: a file that can be, in a "
-                "folder that is there"
+                f"-o is {show(args.output)}, which cannot be written; allowed: a writable file in an existing folder"
             )
 
 
@@ -121,13 +120,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         prog="jaxlm inspect",
         allow_abbrev=False,
         epilog="Any key can be set: --config.seq_len=512",
-        description="Shows what the model sees: decoded batches, what is learned of them, and histograms.",
+        description="Shows what the model sees: decoded batches, which tokens are learned (count towards the loss), and"
+        " histograms of the corpus.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. base or my_config.py")
     parser.add_argument("--split", default="train", help="train or val (default: train)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="the batch after N updates (default: 0)")
-    parser.add_argument("--rows", type=int, metavar="R", help="of the batch that are printed (default: 4)")
-    parser.add_argument("-o", "--output", metavar="FILE.svg", help="a picture of the batch and the histograms")
+    parser.add_argument("--rows", type=int, metavar="R", help="number of rows to print (default: 4)")
+    parser.add_argument("-o", "--output", metavar="FILE.svg", help="write a picture of the batch and the histograms")
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
     check_args(args, config)
@@ -135,7 +135,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 
 
 def measure(view: View, batch: InspectedBatch, args: argparse.Namespace) -> tuple[dict, list[Chart]]:
-    """The numbers of a batch and its corpus, as JSON, and the charts of them."""
+    """Returns facts about a batch and its corpus, as JSON, and charts of them."""
     corpus, config, tokens = view.corpus, view.config, getattr(view.corpus, args.split)
     counts, learned = token_counts(tokens, corpus.vocab_size), learned_share(tokens)
     mixture, (padding, rows) = mixture_shares(view, batch, args.step), view.padding()
@@ -148,12 +148,22 @@ def measure(view: View, batch: InspectedBatch, args: argparse.Namespace) -> tupl
         charts.append(padding_chart(padding, rows))
     top = np.argsort(-counts, kind="stable")[:TOP].tolist()
     facts = {
-        "split": args.split, "step": args.step, "seq_len": config.seq_len, "batch": batch.counts(),
-        "tokens": {"total": len(tokens), "counted": int(counts.sum()), "distinct": int(np.count_nonzero(counts)),
-                   "vocab_size": corpus.vocab_size, "learned_share": learned,
-                   "most_frequent": [[i, int(counts[i])] for i in top if counts[i]]},
-        "documents": found and found.summary(config.seq_len), "padding_share": padding, "mixture": mixture,
-    }  # fmt: skip
+        "split": args.split,
+        "step": args.step,
+        "seq_len": config.seq_len,
+        "batch": batch.counts(),
+        "tokens": {
+            "total": len(tokens),
+            "counted": int(counts.sum()),
+            "distinct": int(np.count_nonzero(counts)),
+            "vocab_size": corpus.vocab_size,
+            "learned_share": learned,
+            "most_frequent": [[i, int(counts[i])] for i in top if counts[i]],
+        },
+        "documents": found and found.summary(config.seq_len),
+        "padding_share": padding,
+        "mixture": mixture,
+    }
     return facts, charts
 
 
@@ -164,10 +174,10 @@ def main(argv: list[str]) -> int:
     if args.step >= view.num_batches:
         raise UserError(f"--step is {args.step}; allowed with --split=val: 0 to {view.num_batches - 1}")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks characters is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack characters
     batch = view.batch(args.step)
     facts, charts = measure(view, batch, args)
-    if args.output is not None:  # first: what is printed may be cut short by `| head`
+    if args.output is not None:  # before printing, which `| head` may cut short
         many = f"the first {MAP_ROWS} of " * (len(batch.filled) > MAP_ROWS)
         title = f"{_batch_name(args)}, {many}{len(batch.filled)} rows of {config.seq_len} tokens"
         try:

@@ -1,4 +1,4 @@
-"""Bars about a corpus, for a terminal, and a picture of them and of a batch (inspect.py)."""
+"""Bar charts of a corpus for the terminal, and a picture of them and of a batch, for inspect.py."""
 
 import itertools
 from typing import NamedTuple
@@ -13,16 +13,16 @@ from jaxlm.data import Corpus, Tokenizer
 from jaxlm.data.inspect import PADDING_EDGES, Documents, InspectedBatch, decoded, visible
 from jaxlm.data.tokenizers import to_bytes
 
-TOP = 20  # most frequent tokens that are shown
-WIDTH, LINE = 1000, 18  # of the picture, in pixels
-MAP_ROWS = 32  # of a batch in the picture, at most
-COLORS = ("#4477aa", "#228833", "#aa3377", "#ee6677", "#ccbb44", "#66ccee")  # Tol's, for colour-blind eyes too
+TOP = 20  # number of most frequent tokens shown
+WIDTH, LINE = 1000, 18  # width and line height of the picture, in pixels
+MAP_ROWS = 32  # most rows of a batch in the picture
+COLORS = ("#4477aa", "#228833", "#aa3377", "#ee6677", "#ccbb44", "#66ccee")  # Paul Tol's, also for color-blind readers
 
 
 class Bar(NamedTuple):
     label: str
     share: float  # 0 to 1
-    text: str  # the number, for people
+    text: str  # the number as it is shown
     color: str = COLORS[0]
 
 
@@ -37,7 +37,7 @@ def counted(number: int, what: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """Tells what is none from what is little."""
+    """Formats a share; distinguishes zero from very little."""
     return "0" if share == 0 else "<0.01%" if share < 5e-5 else f"{share:.2%}"
 
 
@@ -69,7 +69,7 @@ def _short(text: str) -> str:
 
 
 def document_chart(found: Documents, seq_len: int) -> Chart:
-    """Documents by their length, doubled from bar to bar."""
+    """Documents by length, which doubles from bar to bar."""
     lengths, n = found.lengths, len(found.lengths)
     if found.total is None:
         sample = ", the first of the corpus"
@@ -93,11 +93,11 @@ def padding_chart(share: float, rows: np.ndarray) -> Chart:
 
 
 def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:
-    bars = [
-        Bar(source_name(m["source"]), m["batch"], f"{m['batch']:.1%} · so far {m['so_far']:.1%} · wanted"
-            f" {m['wanted']:.1%} · {m['epochs']:.3g} epochs in all", COLORS[k % len(COLORS)])
-        for k, m in enumerate(mixture)
-    ]  # fmt: skip
+    bars = []
+    for k, m in enumerate(mixture):
+        text = f"{m['batch']:.1%} · so far {m['so_far']:.1%} · wanted {m['wanted']:.1%}"
+        text += f" · {m['epochs']:.3g} epochs in all"
+        bars.append(Bar(source_name(m["source"]), m["batch"], text, COLORS[k % len(COLORS)]))
     return Chart(f"sources of update {step + 1:,}", f"so far: in it and all before; in all: in {steps:,} updates", bars)
 
 
@@ -114,7 +114,7 @@ def print_chart(console: Console, chart: Chart) -> None:
 
 
 def svg(batch: InspectedBatch, title: str, charts: list[Chart], corpus: Corpus) -> str:
-    """A map of the batch and bars, as a picture that browsers show."""
+    """Returns an SVG picture with a map of the batch and the charts."""
     parts, y = _svg_map(batch, title, corpus.tokenizer)
     for chart in charts:
         most = max(bar.share for bar in chart.bars) or 1.0
@@ -141,8 +141,8 @@ def _svg_text(x: float, y: float, text: str, style: str = "") -> str:
 
 
 def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> tuple[list[str], int]:
-    """The batch's rows, one below the other: documents in turn dark and light, pale where nothing is learned; and the
-    height of it all.
+    """Returns the rows of the batch, one below the other, and their height. Documents alternate between dark and light;
+    pale tokens are not learned.
     """
     T, left, y = batch.rows["inputs"].shape[1], 16, 56
     scale = (WIDTH - 2 * left) / T

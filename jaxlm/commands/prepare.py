@@ -14,12 +14,12 @@ from jaxlm.data import Corpus, open_store, prepare
 
 
 def summary(corpus: Corpus) -> dict:
-    """What there is to know about a corpus, as JSON."""
+    """Returns the facts about a corpus, as JSON."""
     result = {
         "folders": [str(corpus.folder)] if corpus.folder else [],
         "fingerprint": corpus.fingerprint,
         "vocab_size": corpus.vocab_size,
-        **corpus.facts,  # of a mixture with the folders of its sources
+        **corpus.facts,  # for a mixture, also the folders of its sources
     }
     if not corpus.shares:
         result["folder"] = str(corpus.folder) if corpus.folder else None
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(
         prog="jaxlm prepare", description="Tokenize a corpus once into the token store.", allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. base or my_config.py")
     parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
     args, overrides = parser.parse_known_args(argv)
     corpus = prepare(files.load(user_path("--config", args.config), overrides))
@@ -47,6 +47,6 @@ def main(argv: list[str]) -> int:
     for folder in facts["folders"]:
         print(f"store {folder}")
     if not facts["folders"]:
-        print(f"no store: {facts['source']} is token ids already")
+        print(f"no store: {facts['source']} consists of token ids already")
     print(json.dumps(facts))
     return 0

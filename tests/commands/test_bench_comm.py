@@ -98,5 +98,5 @@ def test_size_of_a_group(groups: str, size: int):
 
 
 def test_an_unknown_form_of_groups_is_no_guess():
-    with pytest.raises(ValueError, match="groups are not known"):
+    with pytest.raises(ValueError, match="unknown groups"):
         _group_size("%x = f32[8]{0} all-reduce(%y), replica_groups=other(8), to_apply=%add")

@@ -58,7 +58,7 @@ def test_a_file_is_scored_as_a_whole_and_nothing_else_is_read(texts: Path, capsy
 def test_of_data_path_what_is_held_out_is_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
     found, said = scores(capsys, texts, path=texts / "other.txt", val_fraction=0.25)
     assert found["eval_tokens"] == pytest.approx(len(OTHER.encode()) / 4, rel=0.02)
-    assert f"scores what is held out of data.path={texts / 'other.txt'}; --config.data.val_path scores all" in said
+    assert f"scores the held-out part of data.path={texts / 'other.txt'}; --config.data.val_path scores all" in said
 
 
 def test_records_and_ids(texts: Path, finished: Path, capsys: pytest.CaptureFixture[str]):

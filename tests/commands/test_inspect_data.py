@@ -34,8 +34,8 @@ def test_documents_that_run_on(inspected, tmp_path: Path):
 def test_validation_ends_in_padding(inspected, tmp_path: Path):
     write(tmp_path, TWO)
     first, last = (inspected("--split", "val", "--step", n, seq_len=5) for n in (0, 1))
-    assert first.rows == [["‹⟨bos · 4 tokens⟩›abc", "⟨bos · 1 token⟩d"], ["⟨goes on · 5 tokens⟩‹d›efghi"]]
-    assert last.rows == [["⟨goes on · 1 token⟩‹i›j", "⟨padding · 4 places⟩"]]
+    assert first.rows == [["‹⟨bos · 4 tokens⟩›abc", "⟨bos · 1 token⟩d"], ["⟨continued · 5 tokens⟩‹d›efghi"]]
+    assert last.rows == [["⟨continued · 1 token⟩‹i›j", "⟨padding · 4 places⟩"]]
     assert last.headers == ["validation batch 2 · row 1 of 1 · documents: 1 · targets: 1 learned, 4 padding"]
     assert last.numbers["padding_share"] == pytest.approx(4 / 15)
 
@@ -57,8 +57,8 @@ def test_packed_documents(inspected, tmp_path: Path):
     assert seen.numbers["padding_share"] == 0.25 and "25.00% of all places are padding" in seen.out
     seen = inspected("--split", "val", seq_len=3, **packed)
     assert sorted(seen.rows) == sorted([
-        ["‹⟨bos · 3 tokens⟩›abc"], ["‹⟨bos · 3 tokens⟩›def"], ["⟨goes on · 3 tokens⟩‹f›ghi"],
-        ["⟨goes on · 1 token⟩‹c›⟨bos⟩", "⟨goes on · 2 tokens⟩‹i›j⟨bos⟩"],
+        ["‹⟨bos · 3 tokens⟩›abc"], ["‹⟨bos · 3 tokens⟩›def"], ["⟨continued · 3 tokens⟩‹f›ghi"],
+        ["⟨continued · 1 token⟩‹c›⟨bos⟩", "⟨continued · 2 tokens⟩‹i›j⟨bos⟩"],
     ])  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_masks(inspected, tmp_path: Path, packing: str):
         rest = conversation.removeprefix("<")
         assert seen.rows == [
             [f"‹⟨bos · 24 tokens⟩{conversation}", "⟨bos · 1 token⟩"],
-            [f"⟨goes on · 22 tokens⟩‹<{rest}", "⟨padding · 3 places⟩"],
+            [f"⟨continued · 22 tokens⟩‹<{rest}", "⟨padding · 3 places⟩"],
         ]
         assert [h.partition("targets: ")[2] for h in seen.headers] == [
             "4 learned, 21 masked",
@@ -160,7 +160,7 @@ def test_characters_that_would_disturb_a_terminal(inspected, tmp_path: Path):
     seen = inspected("--split", "val", seq_len=cut, batch_size=1, data__packing="document")
     assert seen.rows[0][0].endswith(r"\u2039\xc3")
     seen = inspected("--split", "val", "--step", 1, seq_len=cut, batch_size=1, data__packing="document")
-    assert seen.rows[0][0].startswith(rf"⟨goes on · {num + 1 - cut} tokens⟩‹\xc3›\xa9\u203a :x:")
+    assert seen.rows[0][0].startswith(rf"⟨continued · {num + 1 - cut} tokens⟩‹\xc3›\xa9\u203a :x:")
 
 
 def test_a_terminal_is_shown_styles(tmp_path: Path):
@@ -171,7 +171,7 @@ def test_a_terminal_is_shown_styles(tmp_path: Path):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, color_system="standard", no_color=False)
     console.print(inspect_data.row_text(batch, 1, corpus.tokenizer, plain=False))
-    assert shown.getvalue() == "\x1b[1;36m⟨goes on · 5 tokens⟩\x1b[0m\x1b[2md\x1b[0mefghi\n"
+    assert shown.getvalue() == "\x1b[1;36m⟨continued · 5 tokens⟩\x1b[0m\x1b[2md\x1b[0mefghi\n"
 
 
 # Refusals

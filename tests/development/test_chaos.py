@@ -98,5 +98,5 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["chaos.py", *command(tmp_path)])
     (tmp_path / "chaos").mkdir()
     (tmp_path / "chaos/mine").touch()
-    with pytest.raises(UserError, match="there is something there"):
+    with pytest.raises(UserError, match="not empty; allowed: a new folder"):
         chaos.main()

@@ -160,7 +160,7 @@ def test_a_long_prompt_is_cropped(generate: Generate):
 
 def test_chat_needs_a_run_that_learned_answers(generate: Generate):
     assert generate(*TEXT, "--chat", code=2) == ""
-    assert "--chat: runs/animals learned texts" in generate.error and generate.error.count("\n") == 1
+    assert "--chat: runs/animals was trained on texts" in generate.error and generate.error.count("\n") == 1
     assert generate(*TEXT, "--prompt=a", "--prompt_file=b", code=2) == "" and "--prompt_file" in generate.error
 
 
