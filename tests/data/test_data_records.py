@@ -85,7 +85,7 @@ def test_files_cut_short_are_refused(config: Config, tmp_path: Path, suffix: str
     for name, content in (("half", data[: len(data) // 2]), ("end", data[:-3]), ("no", b"plain text, not packed")):
         path = tmp_path / f"{name}.txt{suffix}"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a complete \{suffix} file"):
+        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a whole \{suffix} file"):
             open_corpus(config, path)
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
 
