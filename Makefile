@@ -1,18 +1,18 @@
 # make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=100")
 # make test     install the test tools too; lint, types, tests    (PYTEST_ARGS="-k model")
-# make check    lint, types and the quick tests of what is changed most
-# make lint     ruff and pyright alone
-# make lock     renew locks/*.txt from pyproject.toml             (LOCK_ARGS=--upgrade)
+# make check    lint, types and the quick tests of the parts that change most
+# make lint     only ruff and pyright
+# make lock     rebuild locks/*.txt from pyproject.toml           (LOCK_ARGS=--upgrade)
 # make clean    remove .venv and caches; never runs/
 
 CONFIG ?= configs/base.py
-# The first try takes no longer on a slow machine: fewer steps are made there, of rounded products where the CPU has AMX.
-# ARGS= makes all of them, in float32.
+# The default run takes at most 5 minutes. A slow machine makes fewer steps; a CPU with AMX rounds matrix products.
+# ARGS= makes all steps, in float32.
 ARGS ?= $(if $(filter configs/base.py,$(CONFIG)),--max_minutes 5 --config.model.matmul_precision=fastest)
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
-# The first that runs and is 3.11 or newer. 3.13 is the newest that TensorFlow, which reads the data, is built for.
+# The first interpreter that runs and is Python 3.11 to 3.13. TensorFlow, which reads the data, has no newer wheels.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 
@@ -52,22 +52,22 @@ clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
 	find jaxlm configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is as new as the last installation: another lock, pyproject.toml or interpreter means installing again.
+# A stamp has the time of the last installation. A newer lock, pyproject.toml or interpreter installs again.
 $(RUN_STAMP): $(RUN_LOCK) locks/build.txt pyproject.toml $(BIN)/python
-	@echo "installing $(RUN_LOCK) into $(VENV): a minute or a few, the first time"
+	@echo "installing $(RUN_LOCK) into $(VENV): the first time takes a few minutes"
 	@$(PIP) --require-hashes -r locks/build.txt
 	@$(PIP) --no-build-isolation --require-hashes -r $(RUN_LOCK)
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(TEST_STAMP): locks/test.txt locks/build.txt pyproject.toml $(BIN)/python $(if $(GPU),$(RUN_STAMP))
-	@echo "installing locks/test.txt into $(VENV): a minute or a few, the first time"
+	@echo "installing locks/test.txt into $(VENV): the first time takes a few minutes"
 	@$(PIP) --require-hashes -r locks/build.txt
 	@$(PIP) --no-build-isolation --require-hashes -r locks/test.txt
 	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
-# An environment of another Python than the one asked for is not replaced behind one's back.
+# Refuse a PYTHON= that differs from the environment's, rather than replace the environment unasked.
 ifeq ($(origin PYTHON),command line)
 .PHONY: same_python
 same_python:

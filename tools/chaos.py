@@ -17,7 +17,7 @@ After the first five faults, metrics.jsonl, except for times, and all parameters
 bit for bit. The last line of output is one JSON object; the exit code is 1 if a promise was broken.
 """
 
-if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+if __name__ == "__main__":  # before the slow imports, so that signals are handled during them
     from jaxlm.host import startup
 
     startup.tool("chaos")
@@ -44,18 +44,18 @@ FAULTS = ("kill", "term", "damage", "disk", "flip", "nan", "hang")
 
 
 def kill(bench: Bench, kills: int, stops: int, outage: float) -> str:
-    made = 0
-    while made < kills:
+    killed = 0
+    while killed < kills:
         process = bench.start("kill", _moment(bench))
         bench.end(process, 0, -signal.SIGKILL)
-        made += process.returncode != 0
+        killed += process.returncode != 0
         if process.returncode == 0:  # the run finished before that moment
             break
     bench.finish("kill", {}, 0)
     bench.same("kill")
     where = collections.Counter(_where(entry) for entry in bench.log("kill") if "killed" in entry)
-    few = "" if made == kills else f" (the run ended before the other {kills - made})"
-    return f"{made} times{few}: " + ", ".join(f"{n} {what}" for what, n in where.most_common())
+    few = "" if killed == kills else f" (the run ended before the other {kills - killed})"
+    return f"{killed} times{few}: " + ", ".join(f"{n} {what}" for what, n in where.most_common())
 
 
 def _moment(bench: Bench) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def damage(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def _harm(checkpoint: Path, draw: random.Random) -> str:
-    """Damages a file of an item that is not empty. Returns how."""
+    """Damages a file of the parameters or of the training state that is not empty. Returns how."""
     files = [p for item in ("params", "train") for p in sorted((checkpoint / item).rglob("*")) if p.is_file()]
     path = draw.choice([p for p in files if p.stat().st_size and p.name != "commit_success.txt"])
     how, content = draw.choice(["cut short", "zeroed", "bit flipped", "removed"]), bytearray(path.read_bytes())
@@ -189,7 +189,7 @@ def nan(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def hang(bench: Bench, kills: int, stops: int, outage: float) -> str:
-    at, patience = bench.config.steps // 2, 2 * bench.startup  # longer than compiling, which must not count
+    at, patience = bench.config.steps // 2, 2 * bench.startup  # allows for compiling, which must not count as hanging
     began = time.monotonic()
     keys = [f"--config.log.hang_seconds={patience:.1f}", "--config.log.hang_abort=true"]
     _, error = bench.finish("hang", {"hang": at}, 5, *keys)
@@ -202,32 +202,34 @@ def main() -> int:
     parser = cli.Parser(
         description="Injects the faults of long runs into a run, and checks that nothing is lost.",
         allow_abbrev=False,
-        epilog="--config.KEY=VALUE as for training.",
+        epilog="--config.KEY=VALUE sets a key, as for training.",
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="configuration; its run should take about a minute"
+        "--config", required=True, metavar="FILE", help="a configuration whose run takes about a minute"
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new folder for all runs")
     parser.add_argument(
         "--faults", default=",".join(FAULTS), metavar="A,B", help=f"faults to inject (default: {','.join(FAULTS)})"
     )
     parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
-    parser.add_argument("--stops", type=int, default=5, help="stops of term and of damage (default: 5)")
-    parser.add_argument("--outage", type=float, default=10.0, metavar="S", help="seconds without a disk (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--stops", type=int, default=5, help="number of stops for term and for damage (default: 5)")
+    parser.add_argument(
+        "--outage", type=float, default=10.0, metavar="S", help="seconds for which disk fails (default: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args, overrides = parser.parse_known_args()
     file, folder = user_path("--config", args.config), user_path("--workdir", args.workdir)
     config = files.load(file, overrides)
     names = [name.strip() for name in args.faults.split(",")]
     if wrong := [name for name in names if name not in FAULTS]:
-        raise UserError(f"--faults has {wrong[0]!r}; allowed: {', '.join(FAULTS)}, commas between")
+        raise UserError(f"--faults has {wrong[0]!r}; allowed: {', '.join(FAULTS)}, separated by commas")
     for name in ("kills", "stops"):
         if not 1 <= getattr(args, name) <= 10_000:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 to 10000")
     if not 0 < args.outage <= 3600:
         raise UserError(f"--outage is {args.outage}; allowed: more than 0, at most 3600")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--workdir {folder}: not empty; allowed: a new folder")
+        raise UserError(f"--workdir {folder}: a file, or a folder that is not empty; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, ["--config", str(file), *overrides], folder.resolve(), random.Random(args.seed))
 
@@ -246,10 +248,12 @@ def main() -> int:
     for name in names:
         began = time.monotonic()
         try:
-            held[name], said = True, tests[name](bench, args.kills, args.stops, args.outage)
+            held[name], detail = True, tests[name](bench, args.kills, args.stops, args.outage)
         except Broken as error:
-            held[name], said = False, " ".join(str(error).split())
-        print(f"{name} · {'held' if held[name] else 'BROKEN'} · {said} · {time.monotonic() - began:.0f} s", flush=True)
+            held[name], detail = False, " ".join(str(error).split())
+        print(
+            f"{name} · {'held' if held[name] else 'BROKEN'} · {detail} · {time.monotonic() - began:.0f} s", flush=True
+        )
         if held[name]:
             shutil.rmtree(folder / name)
             shutil.rmtree(folder / f"{name}-cache", ignore_errors=True)

@@ -34,7 +34,7 @@ class Bench:
     draw: random.Random
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # file operations of the undisturbed run
     seconds: float = 0.0  # duration of the undisturbed run
-    startup: float = 0.0  # part of it before the first step
+    startup: float = 0.0  # seconds of it before the first step
 
     def start(self, name: str, plan: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
         workdir, cache = self.folder / name, self.folder / f"{name}-cache"
@@ -84,7 +84,7 @@ class Bench:
         return steps_in(folder)
 
     def wait_for(self, process: subprocess.Popen[str], true: Callable[[], bool]) -> bool:
-        """Waits until `true()` holds. Returns False if the process ends first."""
+        """Waits until `true()` holds, for at most LIMIT. Returns False if the process or that time ends first."""
         deadline = time.monotonic() + LIMIT
         while process.poll() is None and time.monotonic() < deadline:
             if true():

@@ -1,15 +1,15 @@
 """Sends signals to every command at random moments, and checks how the command ends.
 
-    python tools/chaos_signals.py --workdir /tmp/signals --signals 200
-
 Each signal goes to a new command, at most --within seconds after its start: SIGTERM or SIGINT to the process, or SIGINT
 to all of its processes, as Ctrl-C in a terminal does. A command keeps its promise if it ends within two seconds with
 its exit code (75 for the trainer, 130 for all others), prints one line without a traceback, and leaves no process and
 no temporary file. A command that finishes before its signal is started again. The last line of output is one JSON
 object; the exit code is 1 if a promise was broken.
+
+Example: python tools/chaos_signals.py --workdir /tmp/signals --signals 200
 """
 
-if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+if __name__ == "__main__":  # before the slow imports, so that signals are handled during them
     from jaxlm.host import startup
 
     startup.tool("chaos_signals")
@@ -206,17 +206,23 @@ def main() -> int:
     parser.add_argument("--signals", type=int, default=200, help="number of signals (default: 200)")
     parser.add_argument("--commands", default=",".join(COMMANDS), metavar="A,B", help="commands to try (default: all)")
     parser.add_argument(
-        "--within", type=float, default=20.0, metavar="S", help="latest second of a signal (default: 20)"
+        "--within",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="seconds after a command's start by which its signal comes (default: 20)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: 0)")
     args = parser.parse_args()
     names, folder = [name.strip() for name in args.commands.split(",")], user_path("--workdir", args.workdir)
     if wrong := [name for name in names if name not in COMMANDS]:
-        raise UserError(f"--commands has {wrong[0]!r}; allowed: {', '.join(COMMANDS)}, commas between")
+        raise UserError(f"--commands has {wrong[0]!r}; allowed: {', '.join(COMMANDS)}, separated by commas")
     if args.signals < 1 or not args.within > FIRST:
-        raise UserError(f"--signals and --within are {args.signals} and {args.within}; allowed: 1, {FIRST} or more")
+        raise UserError(
+            f"--signals is {args.signals}, --within is {args.within}; allowed: 1 or more signals, more than {FIRST} s"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--workdir {folder}: not empty; allowed: a new folder")
+        raise UserError(f"--workdir {folder}: a file, or a folder that is not empty; allowed: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder.resolve(), args.within, random.Random(args.seed))
     found: list[Sent] = []

@@ -1,14 +1,15 @@
-"""Measures a step between hosts on a slow network, for each reduction of gradients, beside PyTorch's DDP.
+"""Times a step between hosts on a slow network, for each reduction of gradients, beside PyTorch's DDP.
 
-    sudo python tools/netbench.py --mbit 200 --vs ddp --ddp_python path/to/python-with-torch
+The hosts are network namespaces of this machine (Linux, as root), joined by a bridge. Each sends at most --mbit, with a
+delay of --delay_ms, and has one core; hosts share cores if there are fewer cores than hosts. On each host runs one
+process with the trainer's step on one CPU device and, with --vs ddp, one with PyTorch's DistributedDataParallel, a GPT
+of the same sizes and AdamW. What is compared takes turns, in another order every round; the results are medians. The
+last line of output is one JSON object.
 
-makes hosts from network namespaces of this machine (Linux, as root), joined by a bridge. Each sends at most --mbit,
-with a delay of --delay_ms, and has one core of its own. On each host runs one process with the trainer's step on one
-CPU device, and one with PyTorch's DistributedDataParallel, a GPT of the same sizes and AdamW. What is compared takes
-turns, in another order every round; the results are medians. The last line of output is one JSON object.
+Example: sudo python tools/netbench.py --mbit 200 --vs ddp --ddp_python path/to/python-with-torch
 """
 
-if __name__ == "__main__":  # before the other imports, so that a signal is heard while they take their time
+if __name__ == "__main__":  # before the slow imports, so that signals are handled during them
     from jaxlm.host import startup
 
     startup.tool("netbench")
@@ -41,12 +42,16 @@ OWN = ("batch_size", "data.", "parallel.reduce", "parallel.overlap")  # keys tha
 
 
 def main() -> int:
-    parser = cli.Parser(description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training.")
-    parser.add_argument("--config", default=str(ROOT / "configs/gpt_10m.py"), metavar="FILE")
+    parser = cli.Parser(
+        description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE sets a key, as for training."
+    )
+    parser.add_argument(
+        "--config", default=str(ROOT / "configs/gpt_10m.py"), metavar="FILE", help="a configuration (default: gpt_10m)"
+    )
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts (default: 2)")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each host per step (default: 256)")
     parser.add_argument("--mbit", type=float, default=200, help="Mbit/s that a host can send (default: 200)")
-    parser.add_argument("--delay_ms", type=float, default=0, help="delay between hosts (default: 0)")
+    parser.add_argument("--delay_ms", type=float, default=0, help="milliseconds of delay between hosts (default: 0)")
     parser.add_argument(
         "--reduce", default=",".join(STRATEGIES), metavar="A,B", help="strategies, also as A+overlap (default: all)"
     )
@@ -61,7 +66,7 @@ def main() -> int:
     names = [name.strip() for name in args.reduce.split(",")]
     if wrong := [name for name in names if name.removesuffix(OVERLAP) not in STRATEGIES]:
         raise UserError(
-            f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, each also with {OVERLAP}, commas between"
+            f"--reduce has {wrong[0]!r}; allowed: {', '.join(STRATEGIES)}, also with {OVERLAP}, separated by commas"
         )
     limits = {"hosts": (2, 250), "steps": (1, 10**6), "rounds": (1, 10**6), "mbit": (0.01, 1e6), "delay_ms": (0, 1e4)}
     for name, (least, most) in limits.items():
@@ -78,7 +83,7 @@ def main() -> int:
         parties, runs = start(args, config, names, hosts, errors, stack)
         times: dict[str, list[float]] = {label: [] for label, _, _ in runs}
         for _, party, name in runs:
-            parties[party].seconds(name, 2)  # compiles, and allocates what is allocated once
+            parties[party].seconds(name, 2)  # compiles, and makes the allocations that happen once
         for i in range(args.rounds):
             for label, party, name in runs[:: 1 if i % 2 else -1]:
                 times[label].append(parties[party].seconds(name, args.steps))
@@ -238,8 +243,8 @@ class Party:
             return max(self._answer(p) for p in self._processes)
         except OSError as error:
             self._errors.seek(0)
-            said = self._errors.read().strip().split("\n")[-1]
-            raise UserError(f"a process of {name} ended: {said or error}") from error
+            last = self._errors.read().strip().split("\n")[-1]
+            raise UserError(f"a process of {name} ended: {last or error}") from error
 
     def _answer(self, process: subprocess.Popen[str]) -> float:
         assert process.stdout

@@ -30,9 +30,14 @@ def main(argv: list[str]) -> int:
 
         return bench_comm.main(argv[1:])
     parser = cli.Parser(
-        prog="jaxlm bench", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+        prog="jaxlm bench",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE sets a key, as for training.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps per round (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument(
@@ -46,9 +51,10 @@ def main(argv: list[str]) -> int:
     for name in ("steps", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
-    config.steps = 10**9  # no end
+    config.steps = 10**9  # never reached
     config.log.every_steps = 10
-    # Parameters hardly move. Otherwise the step alone would memorize its one batch, and the guard would act on others.
+    # So that parameters hardly move: otherwise the step alone would memorize its one batch, and all other batches would
+    # be spikes.
     config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
     runtime.check_batch(config, config.parallel.devices or 1, 1)
     runtime.configure_jax(config, 1)
@@ -58,9 +64,8 @@ def main(argv: list[str]) -> int:
         rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
         timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | ({"nanogpt": peer.step} if peer else {})
         for i in range(args.rounds):
-            for name in list(timers)[
-                :: 1 if i % 2 else -1
-            ]:  # in alternating order, because what ran before leaves traces
+            # In alternating order, because what ran before leaves traces.
+            for name in list(timers)[:: 1 if i % 2 else -1]:
                 rounds[name].append(timers[name](args.steps))
             print(
                 f"round {i + 1}/{args.rounds} · "
@@ -74,7 +79,7 @@ def main(argv: list[str]) -> int:
 
 
 def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns medians over the rounds, also of the ratios within each round."""
+    """Returns medians over the rounds; a ratio is the median of the ratios within each round."""
     from jaxlm.model import flops_per_token
     from jaxlm.run.metrics import peak_flops
 
@@ -175,7 +180,7 @@ class Trainer:
 
 
 class NanoGPT:
-    """nanoGPT's model and optimizer of the same sizes, in a process of its own that makes steps on request."""
+    """nanoGPT's model and optimizer, with the same sizes, in a process of its own that makes steps on request."""
 
     def __init__(self, checkout: Path, python: str, config: Config, vocab_size: int):
         m = config.model
@@ -204,7 +209,7 @@ class NanoGPT:
             self._process.stdin.flush()
             while not (line := self._process.stdout.readline()).startswith("seconds "):
                 if not line:
-                    raise OSError("it ended")
+                    raise OSError("it ended early")
             return float(line.split()[1])
         except OSError as error:
             raise UserError(

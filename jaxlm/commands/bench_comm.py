@@ -19,9 +19,14 @@ AGREE = 1e-3  # largest relative difference between formula and program, besides
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(
-        prog="jaxlm bench comm", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+        prog="jaxlm bench comm",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE sets a key, as for training.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    )
     parser.add_argument(
         "--vocab_size", type=int, metavar="V", help="replaces the vocabulary size of the configuration's data"
     )
@@ -42,7 +47,7 @@ def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
 
     devices = runtime.choose_devices(config)
     found, formula = measure(config, devices, vocab_size)
-    table = Table("for", "where", "what", "of", "times", "MB sent a step", box=None)
+    table = Table("purpose", "where", "collective", "dtypes", "times", "MB sent per step", box=None)
     rows: dict[tuple[str, ...], float] = defaultdict(float)
     counts: dict[tuple[str, ...], int] = defaultdict(int)
     by_purpose: dict[str, float] = defaultdict(float)
@@ -56,7 +61,7 @@ def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
     console = Console(emoji=False, highlight=False, soft_wrap=True)
     console.print(table)
     total = sum(by_purpose.values())
-    console.print(f"in all {total / 1e6:.4g} MB a step and device, on {len(devices)} x {devices[0].device_kind}")
+    console.print(f"total {total / 1e6:.4g} MB per step and device, on {len(devices)} x {devices[0].device_kind}")
     gradients = by_purpose["gradients"]
     agrees = abs(gradients - formula) <= AGREE * formula + 64
     console.print(
@@ -74,6 +79,7 @@ def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
 
 
 def purpose(c: Collective) -> str:
+    """Returns what a collective exchanges: gradients, parameters, the optimizer's work, or numbers such as the loss."""
     from jaxlm.sync.gradients import GRADIENTS
     from jaxlm.sync.sharing import LAYERS
     from jaxlm.sync.zero import PARAMETERS

@@ -1,10 +1,10 @@
 """Measures how fast a configuration's data is prepared and fed, in three parts.
 
 Preparation: makes the token store in a temporary cache, beside the tokenizer's library alone, which gets the same texts
-from memory and as many processes. Target: 0.9 of its speed. Feeding: reads batches with nothing else to do, and the
-first batch far into a run. Targets: 20 million tokens/s at 1024 tokens on two cores, and 10 ms. Waiting: the share of
-its time that the training loop spends on taking batches, when a step takes a given time, asleep or computing on all
-devices. Target: at most 1%.
+from memory and as many processes. Target: 0.9 of its speed. Feeding: takes batches with nothing else to do, and the
+first batch far into a run. Targets: 20 million tokens/s with sequences of 1024 tokens on two cores, and 10 ms. Waiting:
+measures the share of its time that the training loop spends on taking batches, when a step takes --compute_ms, asleep
+or computing on all devices. Target: at most 1%.
 
 What is compared takes turns, and the results are medians over the rounds. The last line of output is one JSON object.
 """
@@ -28,7 +28,7 @@ from jaxlm.host.temporary import temporary_folder
 from jaxlm.host.workers import apart
 
 FAR, END = 10**9, 2 * 10**9  # steps: one far into a run, and one that is never reached
-FEED_SECONDS = 0.5  # shortest round
+FEED_SECONDS = 0.5  # shortest duration of a round of feeding
 MAX_MS = 60_000
 
 Backend = Literal["auto", "tf", "thread"]
@@ -36,9 +36,14 @@ Backend = Literal["auto", "tf", "thread"]
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(
-        prog="jaxlm bench data", description=__doc__, allow_abbrev=False, epilog="--config.KEY=VALUE as for training."
+        prog="jaxlm bench data",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE sets a key, as for training.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
     parser.add_argument("--steps", type=int, default=200, help="least number of batches per round (default: 200)")
     parser.add_argument(

@@ -28,7 +28,7 @@ Library = Literal["sentencepiece", "tokenizers"]
 
 
 class Built(NamedTuple):
-    """The making of token stores."""
+    """Measurements of building token stores."""
 
     seconds: float
     documents: int
@@ -39,7 +39,7 @@ class Built(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The work of a library."""
+    """Measurements of a tokenizer's library, alone on the same texts."""
 
     seconds: float
     tokens: int
@@ -98,8 +98,8 @@ def _preparation(library: Library | None, builds: list[Built], alone: list[Encod
         "over_library": None,
     }
     line = (
-        f"preparation · {first.bytes / 1e6:.1f} MB · processes: {first.processes}, of up to "
-        f"{result['peak_process_bytes'] / 1e6:.0f} MB · {result['mb_per_second']:.2f} MB/s, "
+        f"preparation · {first.bytes / 1e6:.1f} MB · processes: {first.processes}, up to "
+        f"{result['peak_process_bytes'] / 1e6:.0f} MB each · {result['mb_per_second']:.2f} MB/s, "
         f"{result['tokens_per_second'] / 1e6:.2f} million tokens/s"
     )
     if alone:

@@ -20,7 +20,7 @@ class Collective(NamedTuple):
     size: int  # devices in a group
     sent: float  # bytes that a device sends each time, with the algorithm that sends least
     times: int  # per step
-    where: str  # "loop of the backward pass", "backward pass", "loop", "after it"
+    where: str  # "loop of the backward pass", "backward pass", "loop", "elsewhere"
     name: str  # name of the operation in the program
 
 
@@ -84,7 +84,11 @@ def _collective(line: str, shape: str, kind: str, times: int, looped: bool) -> C
     name = match[1] if (match := re.search(r'op_name="([^"]*)"', line)) else ""
     backward = "transpose(" in name
     where = (
-        ("loop of the backward pass" if backward else "loop") if looped else "backward pass" if backward else "after it"
+        ("loop of the backward pass" if backward else "loop")
+        if looped
+        else "backward pass"
+        if backward
+        else "elsewhere"
     )
     return Collective(kind, "+".join(sorted({dtype for dtype, _ in arrays})), n, sent, times, where, name)
 

@@ -25,7 +25,7 @@ def load(workdir: Path, overrides: list[str]) -> Config:
         if config.data.mixture and not any(a.startswith("--config.data.source") for a in overrides):
             config.data.source = _source_of(config.data)
         config.data.mixture = config.data.val_path = ""
-        config.data.path = "-"  # passes the checks; data.val_path alone needs no other
+        config.data.path = "-"  # passes the checks until it is replaced or, with data.val_path alone, removed
         if (workdir / "tokenizer").is_dir():
             config.data.tokenizer_path = str(workdir / "tokenizer")
     config = apply_overrides(config, overrides)
@@ -47,7 +47,7 @@ def _source_of(data: DataConfig) -> Any:
     kinds = sorted({part.source for _, part in mixture(data)} & {*names})
     if len(kinds) != 1:
         raise UserError(
-            f"data.source is not given; allowed with other data than the run's mixture ({data.mixture}): "
+            f"data.source is not given; allowed with data other than the run's mixture ({data.mixture}): "
             f"{', '.join(names)}"
         )
     return kinds[0]

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     rows = [Continuation(tokenizer, ids, ending) for _ in range(args.num_samples)]
     try:
         _show(blocks, rows, "" if args.chat else prompt)
-    except BrokenPipeError:  # such as `| head`; discards the rest
+    except BrokenPipeError:  # the reader left, such as `| head`: discards the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
@@ -101,7 +101,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument(
         "--prompt",
-        help="start of the text; - reads it from stdin, which a pipe does by itself (default: the start of a document)",
+        help="start of the text; - reads stdin (default: stdin if it is a pipe or file, else the start of a document)",
     )
     parser.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
@@ -150,7 +150,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if not ok:
             raise UserError(f"--{name} is {show(getattr(args, name))}; allowed: {allowed}")
     if args.prompt is not None and args.prompt_file is not None:
-        raise UserError(f"--prompt_file is {show(args.prompt_file)}; allowed: none beside --prompt")
+        raise UserError(f"--prompt_file is {show(args.prompt_file)}; allowed: none together with --prompt")
     return args
 
 
@@ -163,7 +163,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return args.prompt or ""
     name = "--prompt -" if args.prompt_file is None else f"--prompt_file {args.prompt_file}"
     if piped:
-        print("jaxlm: the prompt is read from stdin; --prompt TEXT gives another", file=sys.stderr)
+        print("jaxlm: the prompt is read from stdin; --prompt TEXT replaces it", file=sys.stderr)
     try:
         if args.prompt_file is None:
             content = sys.stdin.buffer.read()

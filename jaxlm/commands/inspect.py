@@ -123,9 +123,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         description="Shows what the model sees: decoded batches, which tokens are learned (count towards the loss), and"
         " histograms of the corpus.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a configuration, e.g. base or my_config.py")
-    parser.add_argument("--split", default="train", help="train or val (default: train)")
-    parser.add_argument("--step", type=int, default=0, metavar="N", help="the batch after N updates (default: 0)")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    )
+    parser.add_argument("--split", default="train", help="split to show: train or val (default: train)")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="show the batch after N updates (default: 0)")
     parser.add_argument("--rows", type=int, metavar="R", help="number of rows to print (default: 4)")
     parser.add_argument("-o", "--output", metavar="FILE.svg", help="write a picture of the batch and the histograms")
     args, overrides = parser.parse_known_args(argv)

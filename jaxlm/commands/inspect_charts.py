@@ -48,7 +48,7 @@ def source_name(name: str) -> str:
 def token_chart(counts: np.ndarray, tokens: int, learned: float, corpus: Corpus) -> Chart:
     total, order = int(counts.sum()), np.argsort(-counts, kind="stable")[:TOP]
     sample = f", a sample, evenly spread over {tokens:,}" * (total < tokens)
-    sources = " of all sources, each with all it has" * bool(corpus.shares)
+    sources = " of all sources, each in full" * bool(corpus.shares)
     note = (
         f"{np.count_nonzero(counts):,} of {len(counts):,} ids occur; the {TOP} most frequent are"
         f" {counts[order].sum() / total:.1%} of all" + f"; {learned:.1%} are learned" * (learned < 1)
@@ -76,7 +76,7 @@ def document_chart(found: Documents, seq_len: int) -> Chart:
     else:
         sample = f", a sample, evenly spread over {found.total:,}" * (n < found.total)
     note = (
-        f"{lengths.min():,} to {lengths.max():,} tokens with bos, half of them up to {int(np.median(lengths)):,};"
+        f"{lengths.min():,} to {lengths.max():,} tokens with bos, median {int(np.median(lengths)):,};"
         f" {(lengths > seq_len).mean():.1%} longer than seq_len = {seq_len}"
     )
     by_size = np.bincount(np.frexp(lengths)[1] - 1) / n  # 1, 2 to 3, 4 to 7, ...
@@ -89,7 +89,7 @@ def document_chart(found: Documents, seq_len: int) -> Chart:
 def padding_chart(share: float, rows: np.ndarray) -> Chart:
     labels = ["none", *(f"{a:.0%} to {b:.0%}" for a, b in itertools.pairwise(PADDING_EDGES))]
     bars = [Bar(label, part, _percent(part)) for label, part in zip(labels, rows.tolist(), strict=True)]
-    return Chart(f"{_percent(share)} of all places are padding", "rows by their share of it", bars)
+    return Chart(f"{_percent(share)} of all places are padding", "rows by their share of padding", bars)
 
 
 def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:
@@ -98,7 +98,8 @@ def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:
         text = f"{m['batch']:.1%} · so far {m['so_far']:.1%} · wanted {m['wanted']:.1%}"
         text += f" · {m['epochs']:.3g} epochs in all"
         bars.append(Bar(source_name(m["source"]), m["batch"], text, COLORS[k % len(COLORS)]))
-    return Chart(f"sources of update {step + 1:,}", f"so far: in it and all before; in all: in {steps:,} updates", bars)
+    note = f"so far: in updates 1 to {step + 1:,}; in all: in {steps:,} updates"
+    return Chart(f"sources of update {step + 1:,}", note, bars)
 
 
 def print_chart(console: Console, chart: Chart) -> None:
@@ -148,7 +149,7 @@ def _svg_map(batch: InspectedBatch, title: str, tokenizer: Tokenizer | None) -> 
     scale = (WIDTH - 2 * left) / T
     parts = [
         _svg_text(left, 24, title, "font-weight='bold' font-size='14'"),
-        _svg_text(left, 42, "documents dark and light in turn · pale: not learned · white: padding"),
+        _svg_text(left, 42, "documents alternate between dark and light · pale: not learned · white: padding"),
     ]
     for row in range(min(MAP_ROWS, len(batch.filled))):
         color = COLORS[(0 if batch.sources is None else int(batch.sources[row])) % len(COLORS)]

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run on hosts that are reached by ssh, one process on each with all of its GPUs:
+# Trains on several hosts over ssh, with one process on each that uses all of its GPUs:
 #
 #   tools/launch/ssh.sh host-a,host-b -- --config configs/base.py --workdir /shared/runs/base
 #
-# The checkout is at the same path on all hosts, with its .venv; keys, not passwords, open them. The first host is the
-# coordinator: all reach it by the name that is given here, at port ${PORT:-1234}. Ctrl-C, or SIGTERM, stops all after
-# saving. When a host was lost (exit code 5) the same command is run again, up to ${RESTARTS:-10} times.
-# More for ssh: SSH_OPTIONS="-p 2222 -i key".
+# All hosts need the checkout, with its .venv, at the same path, and ssh logins by key. The first host is the
+# coordinator: all reach it by the name given here, at port ${PORT:-1234}. Ctrl-C or SIGTERM stops all processes after
+# saving. When a host is lost (exit code 5), the script runs the same command again, up to ${RESTARTS:-10} times.
+# Options for ssh: SSH_OPTIONS="-p 2222 -i key".
 set -uo pipefail
 
 if [ $# -lt 3 ] || [ "$2" != -- ]; then
@@ -16,19 +16,19 @@ fi
 IFS=, read -ra hosts <<<"$1"
 shift 2
 for host in "${hosts[@]:-}"; do
-    [ -n "$host" ] || { echo "ssh.sh: a host without a name; allowed: host-a,host-b" >&2; exit 2; }
+    [ -n "$host" ] || { echo "ssh.sh: a host's name is empty; allowed: host-a,host-b" >&2; exit 2; }
 done
 [[ "${PORT:-1234} ${RESTARTS:-10}" =~ ^[0-9]+\ [0-9]+$ ]] ||
     { echo "ssh.sh: PORT is ${PORT:-1234} and RESTARTS ${RESTARTS:-10}; allowed: whole numbers" >&2; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 first=${hosts[0]#*@}
 stopped=0
-pid_file=/tmp/jaxlm-$$ # on each host, of the process there, by which it is told to stop
+pid_file=/tmp/jaxlm-$$ # on each host, has the process to signal
 
 tell() { # SIGNAL
     stopped=1
     for i in "${!hosts[@]}"; do
-        # shellcheck disable=SC2029,SC2086  # expanded here, and several words
+        # shellcheck disable=SC2029,SC2086  # expanded here, into several words
         ssh ${SSH_OPTIONS:-} -o BatchMode=yes "${hosts[i]}" "kill -$1 \$(cat $pid_file-$i)" &
     done
 }
@@ -52,14 +52,14 @@ for ((attempt = 0; ; attempt++)); do
         while true; do
             wait "$pid"
             one=$?
-            kill -0 "$pid" 2>/dev/null || break # else a signal came in between
+            kill -0 "$pid" 2>/dev/null || break # otherwise a signal interrupted the wait
         done
-        [ $one -gt 128 ] && one=5 # ended by a signal, or ssh itself failed: that host is gone
-        # What has to be mended counts for more than a host that is gone because of it.
+        [ $one -gt 128 ] && one=5 # a signal ended it or ssh failed: the host is lost
+        # An error that must be fixed takes precedence over a host lost because of it.
         case $code in 0 | 5) [ $one = 0 ] || code=$one ;; esac
     done
     [ $code = 5 ] && [ $stopped = 0 ] && [ "$attempt" -lt "${RESTARTS:-10}" ] || exit $code
-    echo "jaxlm: a host was lost; once more in 10 s" >&2
+    echo "jaxlm: a host was lost; trying again in 10 s" >&2
     sleep 10
     [ $stopped = 0 ] || exit $code
 done
