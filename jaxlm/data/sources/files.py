@@ -205,9 +205,11 @@ class _Streams(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while True:
             if self._stream.eof:
-                rest = self._stream.unused_data.lstrip(b"\0") or self._raw.read(1 << 20).lstrip(b"\0")  # no padding
-                if not rest:
-                    return 0
+                rest = self._stream.unused_data.lstrip(b"\0")  # without padding
+                while not rest:
+                    if not (block := self._raw.read(1 << 20)):
+                        return 0
+                    rest = block.lstrip(b"\0")
                 self._stream = self._make()
                 data = self._stream.decompress(rest, len(buffer))
             else:

@@ -84,8 +84,8 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
         for place, example in enumerate(_examples(builder, part)[1](), before):
             name = f"{split}:{place}"
             drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
-            for index, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
-                yield Document(name, piece, which or drawn, first=index == 0)
+            for i, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
+                yield Document(name, piece, which or drawn, first=i == 0)
     except UserError:
         raise
     except Exception as error:  # tf.data and ArrayRecord raise exceptions of their own
