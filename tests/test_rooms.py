@@ -61,6 +61,16 @@ def test_the_way_to_read_it_has_the_length_that_is_said():
     assert len(rows) > 10
     for name, said in rows:
         assert lines[name] == pytest.approx(int(said), rel=0.1, abs=10), name
+    modules = [*PACKAGE.rglob("*.py")]
+    package = sum(len(path.read_text().splitlines()) for path in modules)
+    for document, actual in (
+        (r"architecture\.md.* trainer: (\d+) files, about ([\d,]+) lines", (len(rows), sum(lines.values()))),
+        (r"README\.md.*\[(\d+) files, ([\d,]+) lines", (len(rows), sum(lines.values()))),
+        (r"architecture\.md.*is about ([\d,]+) lines in (\d+) files", (package, len(modules))),
+    ):
+        text = "\n".join(f"{path.name} {path.read_text()}" for path in DOCUMENTS)
+        said = re.search(document, text, re.DOTALL)
+        assert said and [int(n.replace(",", "")) for n in said.groups()] == pytest.approx(actual, rel=0.05), document
 
 
 def test_comments_name_files_that_exist():
