@@ -22,7 +22,7 @@ def get_config() -> Config:
     return Config(
         seed=0,
         deterministic=False,  # matters on GPUs only
-        steps=1750,  # 1.1 epochs; four and a half minutes on two cores
+        steps=1750,  # 1.1 epochs
         batch_size=8,
         seq_len=256,
         model=ModelConfig(

@@ -26,16 +26,16 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from jaxlm.config import Config, UserError, cli, files, flatten
+from jaxlm.config import Config, UserError, cli, files, flatten, key_types
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime, signals
 from jaxlm.host.exit_codes import exit_code
 from jaxlm.host.startup import HUGE_PAGES
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd")
+STRATEGIES: tuple[str, ...] = get_args(key_types()["parallel.reduce"])
 OVERLAP = "+overlap"  # after the name of a strategy: with parallel.overlap
 PORT = 29500
 OWN = ("batch_size", "data.", "parallel.reduce", "parallel.overlap")  # keys that netbench sets by itself

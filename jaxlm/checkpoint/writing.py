@@ -27,7 +27,7 @@ from jaxlm.host.durable import sync
 from jaxlm.host.retry import Pause, insist
 from jaxlm.train.step import TrainState
 
-ASKED_EVERY = 64  # the other processes ask how a save went at least once in so many steps
+ASKED_EVERY = 64  # the other processes ask how a save went at least every 64 steps
 
 
 class Unsaved(OSError):
@@ -35,16 +35,17 @@ class Unsaved(OSError):
 
 
 class Saver:
-    """Writes the `checkpoints` folder of a workdir. All processes call its methods at the same steps."""
+    """Writes the `checkpoints` folder of a workdir. All processes call its methods, except `close`, at the same
+    steps.
+    """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
         hide_cut_off()
         self._config, self._say, self._folder = config, say, folder_of(workdir)
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._begun = 0  # the step of the last save
-        self._under_way: tuple[int, Future[None] | None] | None = (
-            None  # future None: the first process writes, not this one
-        )
+        # (step, future) of a save under way; without a future, the first process writes, not this one.
+        self._under_way: tuple[int, Future[None] | None] | None = None
         self._pause = Pause()
         self._items: list[str] = []  # of the checkpoint being written
         self._losses = validation_losses(workdir)
@@ -70,8 +71,9 @@ class Saver:
         self._losses[step] = loss
 
     def save(self, step: int, state: TrainState | None, before: Callable[[], None] = lambda: None) -> None:
-        """Starts to write the state; the caller may donate it as soon as this returns. Does nothing if the step is
-        saved already, or during the pause after a failed save.
+        """Waits for a save under way, then starts to write the state, which may be donated as soon as this returns.
+
+        Does nothing if the step is saved already, or during the pause after a failed save.
 
         Args:
           state: as `Placement.saved` returns it.
@@ -174,7 +176,9 @@ class Saver:
         return error
 
     def _end(self, step: int, error: BaseException | None) -> None:
-        """Records the end of a save. After a failure it reports it, and reopens Orbax, which removes what is left."""
+        """Records the end of a save. After a failure, reports it and closes Orbax; the next save opens it again,
+        which removes what is left.
+        """
         if error is None:
             self.saved = step
             self._pause.end()

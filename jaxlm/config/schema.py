@@ -132,6 +132,11 @@ class DataConfig:
     packing: Literal["concat", "document"]
 
 
+# Values of parallel.reduce that are refused with parallel.zero=1: they save bytes on gradients, which gathering whole
+# parameters would cost again.
+WITHOUT_PARTS = ("topk", "powersgd")
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     devices: int  # devices to use on each host; 0 = all; on CPU one per core, or fewer so that the batch divides evenly

@@ -10,6 +10,7 @@ from jaxlm.config import (
     MAX_INT,
     MIN_FLOAT,
     SOURCES,
+    WITHOUT_PARTS,
     Config,
     DataConfig,
     ModelConfig,
@@ -181,12 +182,9 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None
         f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
     )
     if p.zero:
-        # topk and powersgd save bytes on gradients, which gathering whole parameters would cost again.
-        require(
-            p.reduce not in ("topk", "powersgd"),
-            "parallel.reduce",
-            "with parallel.zero=1, which gathers whole parameters: pmean, ring, bf16, fp16, int8",
-        )
+        others = [name for name in get_args(key_types()["parallel.reduce"]) if name not in WITHOUT_PARTS]
+        allowed = f"with parallel.zero=1, which gathers whole parameters: {', '.join(others)}"
+        require(p.reduce in others, "parallel.reduce", allowed)
 
 
 def _check_data(d: DataConfig, require: Require) -> None:

@@ -1,10 +1,10 @@
-"""Decides which tokens are in batch N. The answer is a pure function of the corpus, the configuration and N.
+"""Decides which tokens are in batch N: a pure function of the corpus, the configuration, N, and the order's version.
 
 The training tokens are cut into W windows of T inputs; the targets are the T tokens shifted by one. Sample i of the run
-is window p(i mod W) of epoch i // W. The keyed permutation p is computed, not stored, so a run can resume at any batch
-at once. An epoch holds every target once, except for T - 1 to 2 T - 2 left-over targets (fewer if the corpus has fewer
-than 2 T tokens). They let each epoch start cutting at a different token, and so use different windows. With packed
-documents, the rows of the packing take the place of the windows. In a mixture, each source has its own order.
+is window p(i mod W) of epoch i // W. The permutation p of each epoch is computed, not stored, so a run can resume at
+any batch at once. An epoch holds every target once, except for T - 1 to 2 T - 2 left-over targets (fewer if the corpus
+has fewer than 2 T tokens). They let each epoch start cutting at a different token, and so use different windows. With
+packed documents, the rows of the packing take the place of the windows. In a mixture, each source has its own order.
 """
 
 from collections.abc import Sequence
@@ -181,8 +181,8 @@ def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = V
     """Returns the order of one source.
 
     Args:
-      number: index of the source in a mixture; each source is shuffled with its own seed. To insert or reorder sources
-        therefore reshuffles all later ones.
+      number: index of the source in a mixture; each source is shuffled with its own seed. Inserting or reordering
+        sources therefore reshuffles all later ones.
       version: one of VERSIONS; packed documents have only one.
     """
     seed = config.seed + number * 2**32  # config.seed is below 2**32
@@ -256,7 +256,7 @@ class TrainOrder:
         return {k: v.reshape(*sample.shape, -1) for k, v in self.mixed.rows(sample.reshape(-1)).items()}
 
     def consumed(self, steps: int) -> list[SourceProgress]:
-        """Returns the tokens and epochs of each source after `steps` updates; without a mixture, of one named ""."""
+        """Returns the tokens and epochs of each source after `steps` updates. Without a mixture, one is named ""."""
         taken = self.mixed.counts_before(int(self.batch_number(steps)) * self._batch_size if steps else 0)
         parts = zip(self._names, taken, self.mixed.parts, strict=True)
         return [SourceProgress(name, count * self._T, count / part.rows_per_epoch) for name, count, part in parts]

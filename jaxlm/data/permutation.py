@@ -63,8 +63,8 @@ def _shuffled_chunk(chunk: int, count: int, seed: int) -> tuple[np.ndarray, np.n
 
 
 def shuffled(sample: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of `count` items each sample of the run (int64 [n], counted from 0) is (int64 [n]), and the random
-    number of its epoch (uint64 [n]).
+    """Maps samples of the run (int64 [n], counted from 0) to items (int64 [n], below `count`). Also returns the random
+    number of each sample's epoch (uint64 [n]).
 
     Whole chunks of samples are computed and cached, so one sample costs as much as CHUNK of them.
     """

@@ -51,9 +51,8 @@ def eval_batches(
 
     def batches() -> Iterator[Scored]:
         for share, order, places in zip(corpus.parts, orders, picked, strict=True):
-            padded = np.full(
-                -(-len(places) // rows_per_batch) * rows_per_batch, order.num_eval_rows
-            )  # rows beyond the end are padding
+            num_rows = -(-len(places) // rows_per_batch) * rows_per_batch
+            padded = np.full(num_rows, order.num_eval_rows)  # rows beyond the end are padding
             padded[: len(places)] = places
             for rows in padded.reshape(-1, rows_per_batch):
                 yield Scored(

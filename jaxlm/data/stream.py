@@ -1,8 +1,8 @@
 """Makes training batches ahead of time, in a tf.data pipeline.
 
 order.py decides which tokens are in a batch; this module makes the batch, shaped [local devices, sequences per device,
-T]. Importing TensorFlow takes seconds, so a thread imports it while the first batches are made on demand. Without
-TensorFlow, a Python thread makes batches ahead.
+T]. Importing TensorFlow takes seconds. So the first PATIENCE batches are made on demand, and then a thread imports it
+in the background. Without TensorFlow, a Python thread makes batches ahead.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jaxlm.host.runtime import IMPORTER
 HostBatch = dict[str, np.ndarray]  # inputs, targets and, with packed documents, positions: int32 [devices, B, T]
 MakeBatches = Callable[[int, int], HostBatch]  # (first, count) -> batches first ... first + count - 1: [count, ...]
 
-AHEAD = 4  # batches ready before they are asked for
+AHEAD = 4  # at least so many batches are ready before they are asked for
 BLOCK, BLOCK_BYTES = 16, 2**20  # limits of the batches made in one call: their number, and their size in bytes
 PATIENCE = 64  # batches served before the import of TensorFlow starts: a short run need not pay for it
 
@@ -135,7 +135,7 @@ def _one(make: MakeBatches, n: int) -> HostBatch:
 def _block(probe: HostBatch) -> int:
     """Returns how many batches to make in one call.
 
-    However small, each call costs tf.data most of a millisecond and the order a quarter of one.
+    Even for tiny batches, a call costs almost a millisecond in tf.data and a quarter of one in the order.
     """
     return max(1, min(BLOCK, BLOCK_BYTES // sum(x.nbytes for x in probe.values())))
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 
-def rope_tables(positions: jax.Array, head: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and signed sines for `rotate`, `[..., 1, C]` in float32."""
-    angles = positions[..., None, None] * theta ** (-jnp.arange(0, head, 2) / head)
+    angles = positions[..., None, None] * theta ** (-jnp.arange(0, head_size, 2) / head_size)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
@@ -29,9 +29,10 @@ def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
-    """Replaces half of each key's channels by those of the previous key, or by zeros at the start of a document.
+    """Replaces half of each key's channels by those of the previous key; by zeros at the start of a row and, with
+    segments, of each document.
 
-    A query can then find, within one layer, the token that followed an earlier occurrence of its own. Plain attention
+    A token can then find, within one layer, what came after the same token earlier in the text. Plain attention
     needs two layers: one copies the previous token to each position, the next one looks for it (Olsson et al.,
     In-context Learning and Induction Heads; Jordan et al., modded-nanogpt, "partial key offset"). The channels are
     those that RoPE rotates slowly, which carry the least information about positions.
@@ -47,11 +48,11 @@ def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.
 Kernel = Literal["xla", "cudnn"]
 
 
-def choose_kernel(wanted: Literal["auto", "xla", "cudnn"], dtype: str, head: int) -> Kernel:
-    """Resolves `auto`: cuDNN's fused attention where it exists (GPU, 16 bits, heads of at most 128), else XLA."""
+def choose_kernel(wanted: Literal["auto", "xla", "cudnn"], dtype: str, head_size: int) -> Kernel:
+    """Resolves `auto`: cuDNN's fused attention on GPUs in 16 bits, for head sizes up to 128 in steps of 8; else XLA."""
     if wanted != "auto":
         return wanted
-    fused = jax.default_backend() == "gpu" and dtype != "float32" and head % 8 == 0 and head <= 128
+    fused = jax.default_backend() == "gpu" and dtype != "float32" and head_size % 8 == 0 and head_size <= 128
     return "cudnn" if fused else "xla"
 
 

@@ -90,8 +90,8 @@ class Decoder(nn.Module):
         return layers(c, self.max_len)
 
     def _table(self, rows: int) -> nn.Embed:
-        """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. A table that is
-        also the output layer starts with GPT-2's small variance, so that logits start near zero.
+        """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. With tied
+        embeddings, tables start with GPT-2's small variance, so that logits start near zero.
         """
         c = self.config
         init = nn.initializers.normal(0.02 if c.tie_embeddings else 1.0)
@@ -160,7 +160,7 @@ class LayerInputs:
     dropout_keys_B: jax.Array | None
     rope: tuple[jax.Array, jax.Array] | None  # from rope_tables
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
-    start: jax.Array | None  # position of the first token in the cache; None without a cache
+    start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
 
 
@@ -240,7 +240,7 @@ class Model(NamedTuple):
 def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
     """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
-    In longer texts a decoded token sees the last `max_len` tokens. Learned positions end at `max_len`.
+    In longer texts a decoded token sees the last `max_len` tokens. Learned and sinusoidal positions end at `max_len`.
     """
     decoder = Decoder(config, vocab_size, max_len)
 
@@ -283,7 +283,7 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter in a matrix product, which excludes embedding look-ups, plus 12 * L * D * T for attention.
+    6 for each parameter outside of tables that are only looked up, plus 12 * L * D * T for attention.
     """
     lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)

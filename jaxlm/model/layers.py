@@ -43,8 +43,8 @@ class Mlp(nn.Module):
 def linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
     """A linear layer; its weights start with standard deviation 1 / sqrt(fan in).
 
-    With `residual`, its output is added to the residual stream: its weights start smaller by sqrt(2L) (GPT-2, section
-    2.3), or at zero, so that each block starts as the identity.
+    With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(2L)
+    (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
     return nn.Dense(
@@ -103,7 +103,7 @@ def sinusoids(positions: jax.Array, dim: int) -> jax.Array:
 
 
 class Head(nn.Module):
-    """An output layer of its own, for untied embeddings. It starts at zero."""
+    """A separate output layer, for untied embeddings. It starts at zero."""
 
     config: ModelConfig
     rows: int

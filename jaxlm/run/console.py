@@ -39,9 +39,8 @@ class Reporter(Phases):
     def train(self, m: dict[str, Any]) -> None:
         """Shows a training line. Its loss is the mean since the previous line of metrics.jsonl."""
         mfu = "" if m["mfu"] is None else f" · MFU {m['mfu']:.1%}"
-        rate = (
-            f" · {human(m['tokens_per_second'])} tokens/s{mfu}" if m["step"] > 1 else ""
-        )  # the first step includes compilation
+        # Without the speed of the first step, which includes compilation.
+        rate = f" · {human(m['tokens_per_second'])} tokens/s{mfu}" if m["step"] > 1 else ""
         text, timed = f"loss {m['loss_mean']:.4f}{rate}", m["step"] not in (1, self._steps)
         left = self.left.after(m["step"], m["step_seconds"])
         if self.live:

@@ -72,9 +72,8 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, s
                 step, scores = _train(parts, state, start, stop, owed)
                 break
             except Trouble as error:
-                trouble = Trouble(
-                    error.first, error.last, error.why
-                )  # a copy without frames, which would keep the state alive
+                # A copy without frames, which would keep the state alive.
+                trouble = Trouble(error.first, error.last, error.why)
             del state
             parts, state, start = go_back(parts, trouble)
             owed = False  # training has passed that checkpoint before, its evaluation included
@@ -165,11 +164,13 @@ def _finish(log: metrics.Log, workdir: Path) -> None:
 
 
 def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
-    """Returns the hook that saves a state, after checking that it is finite and the same on all devices."""
+    """Returns the hook that saves a state after checking that its parameters are finite. Before that, it compares the
+    devices' copies of the state (`checkpoint.check_replicas`).
+    """
     replicas = Replicas(parts.config, parts.placement.here)
 
     def save(step: int, state: TrainState, act: Callable = parts.saver.save) -> None:
-        # First: `all_finite` reads this host's devices alone, and all hosts must come to the same result.
+        # First, so that `all_finite`, which reads this host's devices alone, then gives the same answer on all hosts.
         if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
         if not all_finite(state.params):

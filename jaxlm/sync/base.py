@@ -45,7 +45,7 @@ def stateless(array: jax.Array) -> State:
 
 
 class GradSync(NamedTuple):
-    """All but `init` run inside the mapped step, on each device. Trees have the structure of the parameters."""
+    """All but `init` and `sent_bytes` run inside the mapped step. Trees have the structure of the parameters."""
 
     # params -> the state of each parameter's reduction
     init: Callable[[Any], Any]

@@ -1,7 +1,7 @@
-"""The mean on every device by an all-reduce, which XLA lowers to NCCL on GPUs.
+"""The mean by an all-reduce, or by a reduce-scatter for parts; on GPUs, XLA lowers both to NCCL.
 
 Bytes: each of N devices sends 2 (N - 1) / N times the bytes of the gradients in a ring all-reduce, half of that in a
-reduce-scatter. Only parts are padded, and nothing is lost.
+reduce-scatter. Exact up to rounding; only parts are padded.
 """
 
 import math

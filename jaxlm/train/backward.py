@@ -19,8 +19,9 @@ from jaxlm.train import loss_scale
 # stop, float32 [1]: 1 if this process was asked to stop.
 Batch = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, LossSums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
-# (params, micro-batches [steps, ...], mean number of targets of a device, state of the reduction) -> (gradient of the
-# mean loss of the global batch, sums of this device's losses, new state of the reduction)
+# (params, micro-batches [count, ...], mean number of targets of a device, state of the reduction) -> (gradient of the
+# mean loss of the global batch, or with ZeRO this device's parts of it; sums of this device's losses; new state of the
+# reduction)
 Gradients = Callable[[Params, Any, jax.Array, Any], tuple[Params, LossSums, Any]]
 
 
@@ -70,7 +71,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
             return averaged(loss, params, micro, sync_state)
 
         def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
-            """Whether no gradient overflowed, the same on all devices. No scale helps if the loss itself did."""
+            """Ends the search for a scale: the gradient is finite, or the loss is not, and no scale helps."""
             norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].nll]))
             return jnp.isfinite(norm) | ~jnp.isfinite(nll)
 
@@ -79,15 +80,15 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
     return in_float16 if config.model.dtype == "float16" else gradients
 
 
-def micro_batches(tree: Any, steps: int) -> Any:
-    """[B, ...] -> [steps, B / steps, ...]"""
-    return jax.tree.map(lambda x: x.reshape(steps, x.shape[0] // steps, *x.shape[1:]), tree)
+def micro_batches(tree: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...]"""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
 
 
 def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, LossSums]:
-    """Adds up gradient and sums of `loss` over micro-batches `[steps, ...]`, in float32, one micro-batch at a time.
+    """Adds up gradient and sums of `loss` over micro-batches `[count, ...]`, in float32, one micro-batch at a time.
 
-    It averages nothing, so the result does not depend on `steps`.
+    It averages nothing, so the result does not depend on their number.
     """
     grad = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[0], micro)

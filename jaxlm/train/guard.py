@@ -22,9 +22,9 @@ from jaxlm.config import OptimConfig
 from jaxlm.sync import Group
 
 DECAY = 0.97  # of the running mean of squared norms: about 33 steps
-LEAST = 32  # norms in the mean before one can be a spike, because the first norms change fast
+LEAST = 32  # no norm is a spike until the mean holds this many, because the first norms change fast
 LARGEST = 1e18  # a larger norm enters the mean as this one, whose square is finite in float32
-HIGH = 2.0  # a loss is high above this multiple of an untrained model's; many in a row mean that training diverged
+HIGH = 2.0  # a loss above this multiple of an untrained model's is high; many in a row mean that training diverged
 
 
 class Guard(NamedTuple):
@@ -104,8 +104,8 @@ def judge(
     spike = finite & (guard.known >= LEAST) & (limit > 0) & (square > limit) & (c.spike_factor > 0)
     scale = jnp.where(spike, jnp.sqrt(limit) / x.norm, 1.0)
     accepted = {"scale": finite, "skip": finite & ~spike}[c.on_spike]
-    known_nothing = jnp.maximum(math.log(vocab_size), x.first_loss)
-    high = ~(x.nll <= HIGH * known_nothing * targets)  # also true for NaN
+    untrained_loss = jnp.maximum(math.log(vocab_size), x.first_loss)
+    high = ~(x.nll <= HIGH * untrained_loss * targets)  # also true for NaN
 
     counts = finite & (x.norm > 0)  # a batch without targets has a norm of 0, which is no measure
     known = guard.known + counts

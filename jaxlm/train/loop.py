@@ -16,16 +16,15 @@ class Hook(NamedTuple):
     """What runs after the steps for which it is due, while the loop waits."""
 
     due: Callable[[int], bool]  # (updates done)
-    act: Callable[
-        [int, TrainState], None
-    ]  # (updates done, state); must not keep the state, which the next step donates
+    # (updates done, state). It must not keep the state, which the next step donates.
+    act: Callable[[int, TrainState], None]
 
 
 class Done(NamedTuple):
     """A finished step, whose metrics have arrived."""
 
     step: int
-    metrics: dict[str, jax.Array]  # from train_step.make_train_step
+    metrics: dict[str, jax.Array]  # those of `make_train_step` in step.py
     seconds: float  # since the loop began, without the time of hooks
 
 
@@ -33,8 +32,8 @@ GROUP, GROUP_BYTES = 16, 2**20  # most batches, and most bytes of them, put on t
 
 
 def on_devices(batches: Iterator[Any], count: int, sharding: NamedSharding) -> Iterator[Any]:
-    """Yields the next `count` batches, on the devices. Small ones are transferred several at a time, because each call
-    costs the host half a millisecond when a computation has evicted its code from the caches.
+    """Yields the next `count` batches, on the devices. Small ones are transferred several at a time: a transfer costs
+    the host half a millisecond once the computation has pushed the transfer's code out of the CPU's caches.
     """
     size = 1
     while group := list(itertools.islice(batches, min(size, count))):
@@ -58,9 +57,9 @@ def train(
 ) -> tuple[TrainState, int]:
     """Makes updates start + 1 ... steps, or fewer if `stop` says so. Returns the state and the number of updates done.
 
-    While the devices compute a step, the host prepares the next batch and reports the step before. It never waits for
-    the step just dispatched, and is never more than one step ahead. `reached` is called with the number of updates done
-    and what the loop does next.
+    While the devices compute a step, the host prepares the next batch and reports the step before. It does not wait for
+    the step just dispatched unless a hook is due, and is never more than one step ahead. `reached` is called with the
+    number of updates done and what the loop does next.
     """
     began, in_hooks = time.perf_counter(), 0.0
 

@@ -35,9 +35,8 @@ def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.Gradient
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         like = jax.eval_shape(inner.init, zero.params)
         grads = zero.whole(updates)
-        updates, state = inner.update(
-            grads, zero.whole(state, like), grads
-        )  # `inner` reads only the shapes of its parameters
+        # In place of parameters, gradients: `inner` reads only their shapes.
+        updates, state = inner.update(grads, zero.whole(state, like), grads)
         return zero.own(updates), zero.own(state)
 
     return optax.GradientTransformation(inner.init, update)

@@ -49,13 +49,13 @@ class Placement:
             ]
             return TrainState(*parts)
 
-        # The state is made where it belongs: one that fits only sharded is never whole on one device.
+        # The state is made in its final place: one that is too large for a single device is never whole on one.
         like = jax.eval_shape(rest, params)
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
         return state._replace(params=jax.device_put(params, self.replicated))
 
     def place(self, state: TrainState) -> TrainState:
-        """Puts this process's part of a state on its devices, sharded as the step expects, so that it can donate it."""
+        """Puts this process's part of a state on its devices as the step expects it, so that the step can donate it."""
         return jax.device_put(state, self._shardings(state, self.here))
 
     def everywhere(self, state: TrainState) -> TrainState:
@@ -73,7 +73,7 @@ class Placement:
         if self._zero:
             if self._join is None:  # compiled once, not at every save
                 like = self._opt_state_like(state.params)
-                join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._whole(like))
+                join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._spread(like))
                 self._join = together.compiled(join, "the optimizer's state as a whole")
             state = state._replace(opt_state=self._join(state.opt_state))
         return state if jax.process_count() == 1 else self._gathered(state)
@@ -85,22 +85,21 @@ class Placement:
         """
         first = jax.process_index() == 0
 
-        def here(x: jax.Array) -> np.ndarray:
+        def fetch(x: jax.Array) -> np.ndarray:
             x = x if x.is_fully_replicated else self._gather(x)
             jax.block_until_ready(x)  # with two programs at once, hosts might exchange in different orders
-            return (
-                np.array(x.addressable_data(0)) if first else np.empty(0)
-            )  # a copy, because the next step overwrites it
+            # A copy, because the next step overwrites the array.
+            return np.array(x.addressable_data(0)) if first else np.empty(0)
 
         def rows(x: jax.Array) -> np.ndarray:
-            return np.stack([here(self._row(x, np.int32(i))) for i in range(x.shape[0])])
+            return np.stack([fetch(self._row(x, np.int32(i))) for i in range(x.shape[0])])
 
         sync = jax.tree.map(rows, state.sync)
-        rest = jax.tree.map(here, state._replace(sync=None))
+        rest = jax.tree.map(fetch, state._replace(sync=None))
         return rest._replace(sync=sync) if first else None
 
     def saved_like(self, state: TrainState) -> TrainState:
-        """Returns the shapes, dtypes and shardings of `saved(state)`."""
+        """Returns shapes, dtypes and shardings of a checkpoint's arrays, over the devices of all processes."""
         counts = {None: 1, 0: jax.process_count()}
         axes, shardings = state_axes(self._config), self._shardings(state, self._mesh)
 
@@ -118,7 +117,7 @@ class Placement:
             whole = self._opt_state_like(state.params)
             found = found._replace(
                 opt_state=jax.tree.map(
-                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, self._whole(whole)
+                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, self._spread(whole)
                 )
             )
         return found
@@ -143,7 +142,7 @@ class Placement:
     def _opt_state_like(self, params: Params) -> Any:
         return jax.eval_shape(lambda p: make_optimizer(self._config.optim, self._config.steps).init(float32(p)), params)
 
-    def _whole(self, like: Any) -> Any:
+    def _spread(self, like: Any) -> Any:
         """Shards each array along its first dimension that the devices divide, else replicates it."""
 
         def sharding(x: Any) -> NamedSharding:

@@ -21,7 +21,7 @@ from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
 AXIS = "devices"
-NO_TARGETS = 1e-9  # replaces a mean number of targets of zero; the sums over them are zero
+NO_TARGETS = 1e-9  # the divisor if a batch has no targets; the sums that it divides are zero
 
 Device = Any  # jax.Device, which type checkers take for a variable
 
@@ -107,8 +107,8 @@ def make_train_step(
         masters = sync.whole(optax.apply_updates(own, updates))
 
         metrics = {"loss": numbers.nll / mean_targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
-        known = jnp.where(mean_targets > NO_TARGETS, metrics["loss"], jnp.nan)
-        metrics["loss_mean"], kept_mean = loss_mean.push(state.loss_mean, known, state.step + 1, config)
+        loss = jnp.where(mean_targets > NO_TARGETS, metrics["loss"], jnp.nan)
+        metrics["loss_mean"], new_loss_mean = loss_mean.push(state.loss_mean, loss, state.step + 1, config)
         metrics |= {key: getattr(new_guard, key) for key in ("skipped", "spikes", "in_row", "high")}
         if stop is not None:  # more than 0 if any process was asked to stop: all see it at the same step
             metrics["stop"] = group.mean(stop)
@@ -125,7 +125,7 @@ def make_train_step(
             ema=ema,
             sync=sync_state,
             guard=new_guard,
-            loss_mean=kept_mean,
+            loss_mean=new_loss_mean,
         )
         return new_state, metrics
 

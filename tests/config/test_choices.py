@@ -5,13 +5,14 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import SOURCES, key_types
+from jaxlm.config import SOURCES, WITHOUT_PARTS, key_types
+from jaxlm.config.files import BASE, load
 from jaxlm.config.own_values import OWN_VALUES
 from jaxlm.data.sources.opening import IDS, TEXTS
 from jaxlm.data.tokenizers.loading import TOKENIZERS
 from jaxlm.model.decoder import REMAT
 from jaxlm.model.layers import ACTIVATIONS, NORMS, RESIDUAL_INITS
-from jaxlm.sync import REDUCTIONS
+from jaxlm.sync import REDUCTIONS, Group
 from jaxlm.train.optimizer import OPTIMIZERS
 from jaxlm.train.schedules import SCHEDULES
 
@@ -43,6 +44,13 @@ def test_each_value_has_an_entry(key: str):
 def test_every_key_with_choices_is_accounted_for():
     choices = {key for key, kind in key_types().items() if get_origin(kind) is Literal}
     assert choices == TABLES.keys() | BRANCHES | PASSED_ON | SWITCHES
+
+
+def test_reductions_without_parts_are_refused_with_zero():
+    """`validate` knows them by name, since config imports no other room."""
+    config, group = load(BASE).parallel, Group("devices", 2)
+    without = {name for name, make in REDUCTIONS.items() if make(group, config).mean_parts is None}
+    assert without == set(WITHOUT_PARTS)
 
 
 def test_a_source_is_of_texts_or_of_ids():
