@@ -17,8 +17,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 # Files that take minutes, the longest first: two workers share the files, and end together.
-LONG = ("test_processes", "test_step", "test_launch", "test_parallel", "test_resume", "test_chaos", "test_run",
-        "test_workdir", "test_storage", "test_recovery")  # fmt: skip
+LONG = (
+    "test_processes",
+    "test_step",
+    "test_launch",
+    "test_parallel",
+    "test_resume",
+    "test_chaos",
+    "test_run",
+    "test_workdir",
+    "test_storage",
+    "test_recovery",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

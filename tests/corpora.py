@@ -54,6 +54,14 @@ def corpus_of(*sets: np.ndarray) -> Corpus:
     """Ids to train and to validate on; several are the sources of a mixture, a, b, ..."""
     parts = [Tokens([ids]) for ids in sets]
     shares = tuple(MixtureSource("abcdef"[i], 1 / len(parts), part, part) for i, part in enumerate(parts))
-    return Corpus(train=chain(parts), val=chain(parts), vocab_size=1 + max(int(ids.max()) for ids in sets),
-                  tokenizer=None, bytes_per_token=None, fingerprint="", folder=None, facts={},
-                  shares=shares if len(parts) > 1 else ())  # fmt: skip
+    return Corpus(
+        train=chain(parts),
+        val=chain(parts),
+        vocab_size=1 + max(int(ids.max()) for ids in sets),
+        tokenizer=None,
+        bytes_per_token=None,
+        fingerprint="",
+        folder=None,
+        facts={},
+        shares=shares if len(parts) > 1 else (),
+    )

@@ -14,11 +14,30 @@ from tests.runs import ROOT
 VOCAB, MAX_LEN = 13, 12
 BASE = files.load(ROOT / "configs/base.py")
 TINY = dataclasses.replace(
-    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
-    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
-    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
-    matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-)  # fmt: skip
+    BASE.model,
+    num_layers=2,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=0,
+    d_ff=20,
+    activation="gelu",
+    norm="layernorm",
+    position="rope",
+    rope_theta=100.0,
+    use_bias=False,
+    tie_embeddings=False,
+    dropout=0.0,
+    logit_softcap=0.0,
+    qk_norm=False,
+    key_offset=False,
+    residual_init="scaled",
+    dtype="float32",
+    param_dtype="float32",
+    matmul_precision="highest",
+    attention="xla",
+    remat="none",
+    scan_unroll=1,
+)
 
 
 def logits_of(model: Model) -> Callable[[Params, Any], jax.Array]:

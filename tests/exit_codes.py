@@ -12,8 +12,18 @@ from jaxlm.host.exit_codes import exit_code
 from tests.runs import ROOT
 
 COMMANDS = ROOT / "jaxlm/commands"
-TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
-        "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
+TINY = [
+    "steps=2",
+    "batch_size=8",
+    "seq_len=16",
+    "model.d_model=16",
+    "model.scan_unroll=1",
+    "optim.name=adamw",
+    "optim.warmup_steps=0",
+    "parallel.devices=2",
+    "log.tensorboard=False",
+    "eval.batches=1",
+]
 
 
 def flags(*overrides: str) -> list[str]:

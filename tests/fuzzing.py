@@ -14,10 +14,16 @@ from jaxlm.config import Config, UserError
 from tests.corpora import make_config
 
 RECORDS = [
-    {"text": f"text {i} 漢字", "doc": {"text": "a"}, "prompt": "p", "response": f"answer {i}", "number": i,
-     "messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]}
+    {
+        "text": f"text {i} 漢字",
+        "doc": {"text": "a"},
+        "prompt": "p",
+        "response": f"answer {i}",
+        "number": i,
+        "messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}],
+    }
     for i in range(30)
-]  # fmt: skip
+]
 
 
 def fuzz_config(folder: Path) -> Config:
@@ -30,8 +36,13 @@ def fuzz(cases: st.SearchStrategy[Any], read: Callable[[Any], object], max_examp
     """Each case is read, or refused by a UserError; of all, some are the one and some the other."""
     seen = Counter()
 
-    @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
-              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
     @given(cases)
     def check(case: Any) -> None:
         try:

@@ -11,11 +11,25 @@ from typing import Any
 
 from tests.runs import CONFIG, ROOT, lines, xla_flags
 
-TINY = ["batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "model.dropout=0.1", "optim.name=muon",
-        "model.matmul_precision=highest",  # the same to rounding, whoever computes
-        "optim.lr=0.003", "optim.schedule=constant", "optim.warmup_steps=1", "optim.accum_steps=2",
-        "checkpoint.every_steps=20", "checkpoint.keep=50", "eval.every_steps=20", "eval.batches=3", "log.every_steps=5",
-        "log.tensorboard=False"]  # fmt: skip
+TINY = [
+    "batch_size=8",
+    "seq_len=16",
+    "model.d_model=16",
+    "model.scan_unroll=1",
+    "model.dropout=0.1",
+    "optim.name=muon",
+    "model.matmul_precision=highest",  # the same to rounding, whoever computes
+    "optim.lr=0.003",
+    "optim.schedule=constant",
+    "optim.warmup_steps=1",
+    "optim.accum_steps=2",
+    "checkpoint.every_steps=20",
+    "checkpoint.keep=50",
+    "eval.every_steps=20",
+    "eval.batches=3",
+    "log.every_steps=5",
+    "log.tensorboard=False",
+]
 LIMIT = 150  # seconds, after which a run that hangs is killed
 
 
@@ -30,9 +44,13 @@ def free_port() -> int:
 
 
 def start(
-    workdir: Path, processes: int, *overrides: str, more: dict[int, list[str]] | None = None, devices: Any = None,
+    workdir: Path,
+    processes: int,
+    *overrides: str,
+    more: dict[int, list[str]] | None = None,
+    devices: Any = None,
     program: Sequence[str] = ("-m", "jaxlm.main"),
-) -> list[subprocess.Popen[str]]:  # fmt: skip
+) -> list[subprocess.Popen[str]]:
     """All processes of a run, with four devices together; `more` has arguments of some, `devices` other counts."""
     command = [sys.executable, *program, "--config", str(CONFIG), "--workdir", str(workdir), *flags(*overrides)]
     address, devices = f"127.0.0.1:{free_port()}", devices or [4 // processes] * processes

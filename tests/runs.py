@@ -24,12 +24,24 @@ CONFIG = ROOT / "configs/debug.py"
 STEPS, CHECKPOINT = 600, 100
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
 TINY = {
-    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "model.dropout": 0.1,
+    "steps": STEPS,
+    "batch_size": 8,
+    "seq_len": 16,
+    "model.d_model": 16,
+    "model.scan_unroll": 1,
+    "model.dropout": 0.1,
     "model.matmul_precision": "highest",  # a run of a process of its own must be the same to the bit
-    "optim.name": "adamw", "optim.lr": 0.003, "optim.schedule": "constant", "optim.warmup_steps": 1,
-    "optim.ema_decay": 0.9, "parallel.devices": 2, "checkpoint.every_steps": CHECKPOINT, "checkpoint.keep": 20,
-    "eval.every_steps": 150, "log.tensorboard": False,
-}  # fmt: skip
+    "optim.name": "adamw",
+    "optim.lr": 0.003,
+    "optim.schedule": "constant",
+    "optim.warmup_steps": 1,
+    "optim.ema_decay": 0.9,
+    "parallel.devices": 2,
+    "checkpoint.every_steps": CHECKPOINT,
+    "checkpoint.keep": 20,
+    "eval.every_steps": 150,
+    "log.tensorboard": False,
+}
 
 
 def xla_flags(devices: int) -> str:

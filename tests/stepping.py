@@ -26,8 +26,18 @@ MUON = ["optim.name=muon", "optim.eps=1e-3"]
 
 
 def make_config(*overrides: str) -> Config:
-    base = ["steps=10", "batch_size=16", f"seq_len={T}", "model.d_model=16", "model.scan_unroll=1", "optim.lr=0.01",
-            "optim.adam_lr=0.01", "optim.schedule=constant", "optim.warmup_steps=2", "optim.clip_norm=0.5"]  # fmt: skip
+    base = [
+        "steps=10",
+        "batch_size=16",
+        f"seq_len={T}",
+        "model.d_model=16",
+        "model.scan_unroll=1",
+        "optim.lr=0.01",
+        "optim.adam_lr=0.01",
+        "optim.schedule=constant",
+        "optim.warmup_steps=2",
+        "optim.clip_norm=0.5",
+    ]
     return load(CONFIG, [f"--config.{o}" for o in (*base, *overrides)])
 
 

@@ -41,19 +41,47 @@ def config(kind: str) -> Config:
     llama = kind == "llama"
     c.seed, c.steps, c.batch_size, c.seq_len = 0, 10, BATCH, SEQ
     c.model = dataclasses.replace(
-        c.model, num_layers=LAYERS, d_model=D, num_heads=HEADS, num_kv_heads=2 if llama else 0, d_ff=40 if llama else 0,
-        activation="swiglu" if llama else "gelu", norm="rmsnorm" if llama else "layernorm",
-        position="rope" if llama else "learned", rope_theta=500.0, use_bias=kind == "gpt", tie_embeddings=not llama,
-        dropout=0.0, logit_softcap=0.0, qk_norm=False, key_offset=False,
-        residual_init="scaled", dtype="float32", param_dtype="float32",
-        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-    )  # fmt: skip
+        c.model,
+        num_layers=LAYERS,
+        d_model=D,
+        num_heads=HEADS,
+        num_kv_heads=2 if llama else 0,
+        d_ff=40 if llama else 0,
+        activation="swiglu" if llama else "gelu",
+        norm="rmsnorm" if llama else "layernorm",
+        position="rope" if llama else "learned",
+        rope_theta=500.0,
+        use_bias=kind == "gpt",
+        tie_embeddings=not llama,
+        dropout=0.0,
+        logit_softcap=0.0,
+        qk_norm=False,
+        key_offset=False,
+        residual_init="scaled",
+        dtype="float32",
+        param_dtype="float32",
+        matmul_precision="highest",
+        attention="xla",
+        remat="none",
+        scan_unroll=1,
+    )
     c.loss = dataclasses.replace(c.loss, label_smoothing=0.0, z_loss=0.0, chunk=0)
     # eps is larger than usual: gradients that are 0 but for rounding (of key biases) would else become +-lr.
     c.optim = dataclasses.replace(
-        c.optim, name="adamw", lr=1e-2, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1, weight_decay=0.1, b1=0.9,
-        b2=0.95, eps=1e-5, clip_norm=0.5, accum_steps=1, ema_decay=0.0,
-    )  # fmt: skip
+        c.optim,
+        name="adamw",
+        lr=1e-2,
+        schedule="cosine",
+        warmup_steps=2,
+        min_lr_ratio=0.1,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-5,
+        clip_norm=0.5,
+        accum_steps=1,
+        ema_decay=0.0,
+    )
     return c
 
 
@@ -164,10 +192,14 @@ class Llama(torch.nn.Module):
         return self.lm_head(self.norm(x))
 
     NAMES = (
-        ("q", ("attention", "query")), ("k", ("attention", "key")), ("v", ("attention", "value")),
+        ("q", ("attention", "query")),
+        ("k", ("attention", "key")),
+        ("v", ("attention", "value")),
         ("o", ("attention", "out")),
-        ("up", ("mlp", "up")), ("gate", ("mlp", "gate")), ("down", ("mlp", "down")),
-    )  # fmt: skip
+        ("up", ("mlp", "up")),
+        ("gate", ("mlp", "gate")),
+        ("down", ("mlp", "down")),
+    )
 
     def take(self, p: Any) -> None:
         put(self.embed, p["embed"])

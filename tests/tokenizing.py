@@ -65,8 +65,15 @@ def hf_spec(kind: str) -> dict[str, Any]:
     library.enable_padding(length=7)
     spec = json.loads(library.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in fallback]
-    literal = {"id": 1000, "content": "self.", "single_word": False, "lstrip": True, "rstrip": True,
-               "normalized": False, "special": False}  # fmt: skip
+    literal = {
+        "id": 1000,
+        "content": "self.",
+        "single_word": False,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": False,
+        "special": False,
+    }
     spec["added_tokens"].append(literal)
     if kind == "metaspace":
         spec["model"]["byte_fallback"] = True

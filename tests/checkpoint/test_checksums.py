@@ -31,8 +31,12 @@ DAMAGE = {"cut": cut, "zero": zero, "flip": flip, "remove": Path.unlink}
 
 
 def hashed(step: Path) -> list[Path]:
-    return [item / name for item in step.iterdir() if (item / checksums.NAME).exists()
-            for name in (checksums.NAME, *json.loads((item / checksums.NAME).read_text())["files"])]  # fmt: skip
+    return [
+        item / name
+        for item in step.iterdir()
+        if (item / checksums.NAME).exists()
+        for name in (checksums.NAME, *json.loads((item / checksums.NAME).read_text())["files"])
+    ]
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -49,8 +49,14 @@ def test_changed_keys_are_said_and_kept(copy: Path, capsys: pytest.CaptureFixtur
     assert lines(copy)[-2]["lr"] == pytest.approx(0.001)
 
 
-REFUSED = [("seed", 0, 1), ("batch_size", 8, 16), ("seq_len", 16, 8), ("model.d_model", 16, 32),
-           ("data.vocab_size", 64, 32), ("optim.name", "adamw", "sgd")]  # fmt: skip
+REFUSED = [
+    ("seed", 0, 1),
+    ("batch_size", 8, 16),
+    ("seq_len", 16, 8),
+    ("model.d_model", 16, 32),
+    ("data.vocab_size", 64, 32),
+    ("optim.name", "adamw", "sgd"),
+]
 
 
 @pytest.mark.parametrize("key, old, new", REFUSED, ids=[key for key, *_ in REFUSED])

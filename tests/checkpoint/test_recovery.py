@@ -52,8 +52,14 @@ def test_batches_that_are_left_out(seed: int):
 
 def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, copy: Path):
     """What was skipped before it is used up already, and is no batch to step over."""
-    keys = {"steps": CHECKPOINT + 20, "checkpoint.every_steps": 5, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
-            "eval.every_steps": 0, "optim.max_skipped": 5}  # fmt: skip
+    keys = {
+        "steps": CHECKPOINT + 20,
+        "checkpoint.every_steps": 5,
+        "checkpoint.keep": 1,
+        "checkpoint.keep_best": 0,
+        "eval.every_steps": 0,
+        "optim.max_skipped": 5,
+    }
     poison(CHECKPOINT + 8, CHECKPOINT + 12)
     assert run(copy, **keys) == 0
     returns = [(r.to, r.first, r.last) for r in rollback.read(copy)]
@@ -184,9 +190,18 @@ def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
     np.testing.assert_allclose(got, [0.5, left / 20, left, left, left, left, left / 20, left], rtol=1e-6)
 
 
-NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,
-              '[{"to": "a", "batches": [1, 2], "why": ""}]', '{"to": 1}', '[{"to": 1, "batches": [2, 9.5], "why": ""}]',
-              '[{"to": 1, "batches": [2, 99999999999], "why": ""}]']  # fmt: skip
+NO_RETURNS = [
+    "",
+    "{",
+    "[1]",
+    '[{"to": 1}]',
+    '[{"to": 1, "batches": [], "why": ""}]',
+    "[" * 9999,
+    '[{"to": "a", "batches": [1, 2], "why": ""}]',
+    '{"to": 1}',
+    '[{"to": 1, "batches": [2, 9.5], "why": ""}]',
+    '[{"to": 1, "batches": [2, 99999999999], "why": ""}]',
+]
 
 
 @pytest.mark.parametrize("content", NO_RETURNS)

@@ -64,8 +64,13 @@ def test_a_run_that_went_back_to_the_beginning_keeps_what_it_went_on_with(tmp_pa
     new = config(200)
     rewarm = between(config(100), None, new, 100)
     assert rewarm is not None and between(new, rewarm, new, 0) == rewarm
-    content = {"config": dataclasses.asdict(new), "vocab_size": 9, "data_fingerprint": "", "history": [],
-               "rewarm": rewarm._asdict()}  # fmt: skip
+    content = {
+        "config": dataclasses.asdict(new),
+        "vocab_size": 9,
+        "data_fingerprint": "",
+        "history": [],
+        "rewarm": rewarm._asdict(),
+    }
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert of_run(new, tmp_path, 0, ()) == (None, None)  # a run without a checkpoint begins anew
     (tmp_path / "checkpoints/0").mkdir(parents=True)
@@ -78,8 +83,14 @@ def test_a_higher_rate_is_one_to_warm_up_to() -> None:
     assert rewarm.rates == pytest.approx({"lr": 0.02, "adam_lr": 0.004, "embed_lr": 0.1})
 
 
-KEYS = {"optim.schedule": "linear", "optim.min_lr_ratio": 0, "log.every_steps": 1, "checkpoint.every_steps": 5,
-        "eval.every_steps": 0, "model.dropout": 0}  # fmt: skip
+KEYS = {
+    "optim.schedule": "linear",
+    "optim.min_lr_ratio": 0,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "eval.every_steps": 0,
+    "model.dropout": 0,
+}
 
 
 def test_a_run_that_is_extended_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,16 @@ from jaxlm.config.files import load
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 # Sizes that no number of devices divides; without Muon, whose layers are shared too.
-SMALL = ["batch_size=24", "seq_len=8", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
-         "optim.name=adamw", "model.scan_unroll=1", "parallel.powersgd_rank=2"]  # fmt: skip
+SMALL = [
+    "batch_size=24",
+    "seq_len=8",
+    "model.num_layers=3",
+    "model.d_model=20",
+    "model.num_heads=2",
+    "optim.name=adamw",
+    "model.scan_unroll=1",
+    "parallel.powersgd_rank=2",
+]
 
 
 def report(*overrides: str) -> dict[str, Any]:

@@ -24,13 +24,28 @@ from tests.corpora import make_config
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PREPARATION = {
-    "documents", "bytes", "tokens", "processes", "peak_process_bytes", "seconds", "tokens_per_second", "mb_per_second",
-    "library", "library_tokens", "library_mb_per_second", "over_library",
-}  # fmt: skip
+    "documents",
+    "bytes",
+    "tokens",
+    "processes",
+    "peak_process_bytes",
+    "seconds",
+    "tokens_per_second",
+    "mb_per_second",
+    "library",
+    "library_tokens",
+    "library_mb_per_second",
+    "over_library",
+}
 FEEDING = {"tf_tokens_per_second", "thread_tokens_per_second", "seek_ms", "tf_seek_ms", "thread_seek_ms"}
 WAITING = {
-    "compute_ms", "devices", "sleep_share", "sleep_step_ms", "computation_share", "computation_step_ms",
-}  # fmt: skip
+    "compute_ms",
+    "devices",
+    "sleep_share",
+    "sleep_step_ms",
+    "computation_share",
+    "computation_step_ms",
+}
 
 
 @pytest.fixture
@@ -72,10 +87,20 @@ def check(result: dict[str, Any], texts: Path | None, tensorflow: bool, document
 @pytest.mark.slow
 def test_all_of_it(texts: Path, tmp_path: Path):
     command = [
-        sys.executable, ROOT / "tools/bench.py", "data", "--config", ROOT / "configs/base.py", "--rounds=1",
-        "--steps=3", "--compute_ms=5", "--config.data.source=text", f"--config.data.path={texts}",
-        "--config.data.vocab_size=400", "--config.seq_len=32", f"--config.data.cache_dir={tmp_path / 'cache'}",
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "tools/bench.py",
+        "data",
+        "--config",
+        ROOT / "configs/base.py",
+        "--rounds=1",
+        "--steps=3",
+        "--compute_ms=5",
+        "--config.data.source=text",
+        f"--config.data.path={texts}",
+        "--config.data.vocab_size=400",
+        "--config.seq_len=32",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2 and "training a tokenizer" in done.stderr

@@ -24,8 +24,15 @@ OTHER = "Something else, which nobody has seen: äöü.\n" * 60
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a text that is no longer there, nor its tokens."""
     folder = write(tmp_path_factory.mktemp("texts"), {"train/1.txt": LINES, "train/2.txt": LINES, "other.txt": OTHER})
-    keys = {"steps": 1, "data.source": "text", "data.path": folder / "train", "data.tokenizer": "bytes",
-            "data.cache_dir": folder / "cache", "eval.batches": 1, "eval.sample_tokens": 0}  # fmt: skip
+    keys = {
+        "steps": 1,
+        "data.source": "text",
+        "data.path": folder / "train",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": folder / "cache",
+        "eval.batches": 1,
+        "eval.sample_tokens": 0,
+    }
     assert run(folder / "run", **keys) == 0
     shutil.rmtree(folder / "train")
     shutil.rmtree(folder / "cache")

@@ -55,12 +55,16 @@ WRONG = {  # name: (overrides, words of the message)
     "tokens shorter than a sequence": (["data.source=tokens", "data.path=FILES/short.npy"], ["short.npy", "seq_len"]),
     "ids outside the vocabulary": (["data.source=tokens", "data.path=FILES/ids.npy"], ["ids.npy", "70", "63"]),
     "no path": (["data.source=text"], ["data.path"]),
-    "no cache": (["data.source=text", "data.path=FILES/good.txt", "data.tokenizer=bytes",
-                  "data.cache_dir=FILES/good.txt/cache"], ["data.cache_dir", "good.txt"]),
+    "no cache": (
+        ["data.source=text", "data.path=FILES/good.txt", "data.tokenizer=bytes", "data.cache_dir=FILES/good.txt/cache"],
+        ["data.cache_dir", "good.txt"],
+    ),
     "weights from nowhere": (["checkpoint.resume=FILES/nothing"], ["checkpoint.resume", "nothing"]),
     "cudnn": (["model.attention=cudnn"], ["model.attention", "cudnn", "xla"]),
-    "prompt": ([*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
-               ["eval.sample_prompt", "'Q'", "eval.sample_tokens"]),
+    "prompt": (
+        [*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
+        ["eval.sample_prompt", "'Q'", "eval.sample_tokens"],
+    ),
     "warmup": (["optim.warmup_steps=3"], ["optim.warmup_steps", "3", "2"]),
     "profile of more steps than there are": (["log.profile_steps=3"], ["log.profile_steps", "3", "2"]),
     "larger than JAX's integers": (["steps=3000000000"], ["steps", "3000000000", "2147483647"]),
@@ -71,7 +75,7 @@ WRONG = {  # name: (overrides, words of the message)
     "infinite in float32": (["optim.eps=1e300"], ["optim.eps", "1e+300", "3.4e+38"]),
     "zero in float32": (["optim.eps=1e-300"], ["optim.eps", "1e-300", "1.2e-38"]),
     "weights from a name too long": (["checkpoint.resume=" + "x" * 5000], ["checkpoint.resume", "too long"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -212,9 +216,14 @@ def test_damaged_checkpoints_are_4(damage: str, finished: Path, tmp_path: Path, 
 
 def shell(*argv: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, *map(str, argv)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
 
 
 def test_exit_codes_of_processes(finished: Path, tmp_path: Path):

@@ -56,10 +56,14 @@ def test_packed_documents(inspected, tmp_path: Path):
     assert seen.headers[0].endswith("documents: 1 · targets: 4 learned, 4 padding")
     assert seen.numbers["padding_share"] == 0.25 and "25.00% of all places are padding" in seen.out
     seen = inspected("--split", "val", seq_len=3, **packed)
-    assert sorted(seen.rows) == sorted([
-        ["‹⟨bos · 3 tokens⟩›abc"], ["‹⟨bos · 3 tokens⟩›def"], ["⟨continued · 3 tokens⟩‹f›ghi"],
-        ["⟨continued · 1 token⟩‹c›⟨bos⟩", "⟨continued · 2 tokens⟩‹i›j⟨bos⟩"],
-    ])  # fmt: skip
+    assert sorted(seen.rows) == sorted(
+        [
+            ["‹⟨bos · 3 tokens⟩›abc"],
+            ["‹⟨bos · 3 tokens⟩›def"],
+            ["⟨continued · 3 tokens⟩‹f›ghi"],
+            ["⟨continued · 1 token⟩‹c›⟨bos⟩", "⟨continued · 2 tokens⟩‹i›j⟨bos⟩"],
+        ]
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -89,7 +93,13 @@ def test_masks(inspected, tmp_path: Path, packing: str):
     if packing == "document":
         assert seen.rows == [[f"‹⟨bos · 24 tokens⟩{conversation}⟨bos⟩", "⟨padding · 1 place⟩"]] * 2
         assert seen.numbers["batch"] == {
-            "rows": 2, "targets": 50, "learned": 8, "masked": 40, "padding": 2, "documents": 2}  # fmt: skip
+            "rows": 2,
+            "targets": 50,
+            "learned": 8,
+            "masked": 40,
+            "padding": 2,
+            "documents": 2,
+        }
     else:  # the second bos is learned, as the end of the first conversation, and what follows it is not
         rest = conversation.removeprefix("<")
         assert seen.rows == [
@@ -139,8 +149,14 @@ def test_mixture(inspected, tmp_path: Path):
 
 def test_ids_without_a_text(inspected, tmp_path: Path):
     np.save(tmp_path / "ids.npy", np.arange(30, dtype=np.uint16))
-    seen = inspected(data__source="tokens", data__path=tmp_path / "ids.npy", data__vocab_size=50, seq_len=4,
-                     data__val_fraction=0.5, batch_size=3)  # fmt: skip
+    seen = inspected(
+        data__source="tokens",
+        data__path=tmp_path / "ids.npy",
+        data__vocab_size=50,
+        seq_len=4,
+        data__val_fraction=0.5,
+        batch_size=3,
+    )
     for row in seen.rows:
         found = re.match(r"‹(\d+) ›", row[0])
         assert found

@@ -17,19 +17,39 @@ from tools import chaos
 STEPS = 60
 FAULTS = "kill,disk"  # the others: test_resume.py, test_checksums.py, test_processes.py and test_watchdog.py
 KEYS = {
-    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "optim.ema_decay": 0.9,
-    "data.source": "text", "data.tokenizer": "sentencepiece", "data.vocab_size": 300, "data.val_fraction": 0.1,
-    "parallel.devices": 2, "checkpoint.every_steps": 6, "eval.every_steps": 12, "log.every_steps": 2,
-    "optim.warmup_steps": 1, "optim.schedule": "constant", "log.tensorboard": False,
-}  # fmt: skip
+    "steps": STEPS,
+    "batch_size": 8,
+    "seq_len": 16,
+    "model.d_model": 16,
+    "model.scan_unroll": 1,
+    "optim.ema_decay": 0.9,
+    "data.source": "text",
+    "data.tokenizer": "sentencepiece",
+    "data.vocab_size": 300,
+    "data.val_fraction": 0.1,
+    "parallel.devices": 2,
+    "checkpoint.every_steps": 6,
+    "eval.every_steps": 12,
+    "log.every_steps": 2,
+    "optim.warmup_steps": 1,
+    "optim.schedule": "constant",
+    "log.tensorboard": False,
+}
 
 
 def command(tmp_path: Path, *more: str) -> list[str]:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(3000)))
     flags = [f"--config.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in KEYS.items()]
-    return ["--config", str(ROOT / "configs/debug.py"), "--workdir", str(tmp_path / "chaos"),
-            f"--config.data.path={text}", *flags, *more]  # fmt: skip
+    return [
+        "--config",
+        str(ROOT / "configs/debug.py"),
+        "--workdir",
+        str(tmp_path / "chaos"),
+        f"--config.data.path={text}",
+        *flags,
+        *more,
+    ]
 
 
 @pytest.mark.slow

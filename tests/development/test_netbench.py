@@ -13,9 +13,20 @@ from jaxlm.config import UserError
 from tools import netbench
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--config", str(ROOT / "configs/debug.py"), "--tokens", "16", "--config.seq_len=16",
-        "--config.model.num_layers=1", "--config.model.d_model=128", "--config.optim.name=adamw",
-        "--rounds", "1", "--steps", "2"]  # fmt: skip
+TINY = [
+    "--config",
+    str(ROOT / "configs/debug.py"),
+    "--tokens",
+    "16",
+    "--config.seq_len=16",
+    "--config.model.num_layers=1",
+    "--config.model.d_model=128",
+    "--config.optim.name=adamw",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+]
 
 
 def can_make_namespaces() -> bool:

@@ -12,8 +12,16 @@ from jaxlm.run.console import Reporter
 from jaxlm.run.time_left import TimeLeft, coming
 from tests.runs import CONFIG
 
-LINE = {"step": 20, "loss": 9.0, "loss_mean": 1.5, "lr": 0.1, "grad_norm": 0.5, "mfu": None, "step_seconds": 2.0,
-        "tokens_per_second": 10.0}  # fmt: skip
+LINE = {
+    "step": 20,
+    "loss": 9.0,
+    "loss_mean": 1.5,
+    "lr": 0.1,
+    "grad_norm": 0.5,
+    "mfu": None,
+    "step_seconds": 2.0,
+    "tokens_per_second": 10.0,
+}
 CLOCK = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 

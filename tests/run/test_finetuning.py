@@ -26,8 +26,14 @@ from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")
 # The tests show eight devices, which are slower than two; the rest compiles and writes less.
-QUICK = ["--config.parallel.devices=2", "--config.model.scan_unroll=1", "--config.eval.every_steps=0",
-         "--config.checkpoint.every_steps=0", "--noconfig.log.tensorboard", "--noconfig.eval.baselines"]  # fmt: skip
+QUICK = [
+    "--config.parallel.devices=2",
+    "--config.model.scan_unroll=1",
+    "--config.eval.every_steps=0",
+    "--config.checkpoint.every_steps=0",
+    "--noconfig.log.tensorboard",
+    "--noconfig.eval.baselines",
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +172,16 @@ def test_chat_needs_a_run_that_learned_answers(generate: Generate):
 
 def test_it_is_shown_as_it_comes(recipe: Path):
     """The first words are there before the last are drawn; a reader that leaves ends it quietly."""
-    command = [sys.executable, str(ROOT / "tools/generate.py"), "--workdir", "runs/animals", "--prompt", "the ",
-               "--max_new_tokens", "20000"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "tools/generate.py"),
+        "--workdir",
+        "runs/animals",
+        "--prompt",
+        "the ",
+        "--max_new_tokens",
+        "20000",
+    ]
     with subprocess.Popen(command, cwd=recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(20).startswith(b"the ")

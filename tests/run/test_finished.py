@@ -31,10 +31,18 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys(text: Path, tmp_path: Path) -> list[str]:
-    return flags(**{
-        "data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
-        "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "eval.sample_prompt": "the ",
-    })  # fmt: skip
+    return flags(
+        **{
+            "data.source": "text",
+            "data.path": text,
+            "data.tokenizer": "bytes",
+            "data.val_fraction": 0.1,
+            "steps": 2,
+            "data.cache_dir": tmp_path / "cache",
+            "eval.sample_tokens": 5,
+            "eval.sample_prompt": "the ",
+        }
+    )
 
 
 def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

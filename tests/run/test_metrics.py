@@ -36,8 +36,13 @@ def test_peak_of_a_device(kind: str, teraflops: float | None) -> None:
 def test_lines_that_are_no_evaluation_are_passed_over(tmp_path: Path):
     line = {"step": 3, "eval_loss": 1.5, "eval_perplexity": None, "eval_accuracy": 0.5, "eval_bits_per_byte": None}
     changed = [line | {"step": 4} | other for other in ({"eval_perplexity": "x"}, {"sample": 1}, {"eval_accuracy": []})]
-    texts = [*map(json.dumps, [line, *changed, {"step": 5, "eval_loss": 2}, [], 1]), "{", "[" * 9999,
-             '{"step": 1e999, "eval_loss": 1}', "\udcff"]  # fmt: skip
+    texts = [
+        *map(json.dumps, [line, *changed, {"step": 5, "eval_loss": 2}, [], 1]),
+        "{",
+        "[" * 9999,
+        '{"step": 1e999, "eval_loss": 1}',
+        "\udcff",
+    ]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(texts).encode(errors="surrogateescape"))
     assert evaluations(tmp_path) == {3: line | {"eval_perplexity": math.inf}}
     assert validation_losses(tmp_path) == {3: 1.5, 4: 1.5, 5: 2.0}  # for these a loss is enough

@@ -130,9 +130,19 @@ def test_it_overfits_one_batch(tmp_path: Path):
     tokens = np.random.default_rng(0).permutation(np.arange(8 * 8 + 1)).astype(np.uint16)
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, tokens)
-    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
-            "data.vocab_size": 65, "seq_len": 8, "model.dropout": 0, "optim.lr": 0.02, "checkpoint.every_steps": 0,
-            "eval.every_steps": 0, "optim.ema_decay": 0, "steps": 100}  # fmt: skip
+    keys = {
+        "data.source": "tokens",
+        "data.path": tmp_path / "train.npy",
+        "data.val_path": tmp_path / "val.npy",
+        "data.vocab_size": 65,
+        "seq_len": 8,
+        "model.dropout": 0,
+        "optim.lr": 0.02,
+        "checkpoint.every_steps": 0,
+        "eval.every_steps": 0,
+        "optim.ema_decay": 0,
+        "steps": 100,
+    }
     assert run(tmp_path / "run", **keys) == 0
     losses = {m["step"]: m["loss"] for m in lines(tmp_path / "run") if "loss" in m}
     assert losses[1] == pytest.approx(math.log(65), rel=0.1)
@@ -142,8 +152,17 @@ def test_it_overfits_one_batch(tmp_path: Path):
 
 
 def test_loss_on_synthetic_data_approaches_what_is_possible(tmp_path: Path):
-    keys = {"model.d_model": 32, "model.dropout": 0, "optim.lr": 0.02, "batch_size": 16, "seq_len": 32, "steps": 400,
-            "optim.schedule": "linear", "eval.every_steps": 0, "checkpoint.every_steps": 0}  # fmt: skip
+    keys = {
+        "model.d_model": 32,
+        "model.dropout": 0,
+        "optim.lr": 0.02,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 400,
+        "optim.schedule": "linear",
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 0,
+    }
     assert run(tmp_path / "run", **keys) == 0
     loss = lines(tmp_path / "run")[-1]["eval_loss"]
     assert math.log(4) * 0.99 < loss < math.log(4) * 1.05
@@ -166,8 +185,16 @@ def test_evaluate_gives_the_score_of_the_run(whole: Path, capsys: pytest.Capture
 def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
-    keys = {"data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
-            "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "log.tensorboard": True}  # fmt: skip
+    keys = {
+        "data.source": "text",
+        "data.path": text,
+        "data.tokenizer": "bytes",
+        "data.val_fraction": 0.1,
+        "steps": 2,
+        "data.cache_dir": tmp_path / "cache",
+        "eval.sample_tokens": 5,
+        "log.tensorboard": True,
+    }
     assert run(tmp_path / "run", **keys) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and "this model" in shown and "│" in shown
@@ -193,7 +220,11 @@ def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     alone = {"XLA_FLAGS": xla_flags(1)}
     arguments = ["--workdir", tmp_path / "run", "--prompt", "the ", "--max_new_tokens", "20", "--seed", "1"]
     shown = subprocess.run(
-        [sys.executable, ROOT / "tools/generate.py", *arguments], env=os.environ | alone, capture_output=True,
-        text=True, check=False, timeout=120,
-    )  # fmt: skip
+        [sys.executable, ROOT / "tools/generate.py", *arguments],
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert (shown.returncode, shown.stderr, shown.stdout) == (0, "", first)

@@ -134,8 +134,13 @@ def test_devices_that_round_differently_judge_alike():
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int):
     """And the next one is what it would have been, at the learning rate of its own step."""
-    keys = {"optim.name": optimizer, "parallel.zero": zero, "parallel.reduce": "int8", "optim.schedule": "linear",
-            "model.dropout": 0.0}  # fmt: skip
+    keys = {
+        "optim.name": optimizer,
+        "parallel.zero": zero,
+        "parallel.reduce": "int8",
+        "optim.schedule": "linear",
+        "model.dropout": 0.0,
+    }
     config = load(CONFIG, flags(**keys))
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
     placement = Placement(config, devices)

@@ -14,9 +14,20 @@ from tests.stepping import VOCAB, T, make, make_config, split, start
 
 ROWS = 7680  # 61,440 tokens
 # An update is minus the gradient.
-SGD = ["optim.name=sgd", "optim.momentum=0", "optim.warmup_steps=0", "optim.lr=1", "optim.clip_norm=0",
-       "optim.weight_decay=0", "model.use_bias=true", "model.position=learned", "model.num_layers=1",
-       "model.d_model=8", "model.key_offset=false", "loss.chunk=0"]  # fmt: skip
+SGD = [
+    "optim.name=sgd",
+    "optim.momentum=0",
+    "optim.warmup_steps=0",
+    "optim.lr=1",
+    "optim.clip_norm=0",
+    "optim.weight_decay=0",
+    "model.use_bias=true",
+    "model.position=learned",
+    "model.num_layers=1",
+    "model.d_model=8",
+    "model.key_offset=false",
+    "loss.chunk=0",
+]
 
 
 def batch_of(rows: int) -> Any:

@@ -24,10 +24,24 @@ from jaxlm.train.schedules import make_schedule
 STEPS = 40
 DEFAULT = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 BASE = dataclasses.replace(
-    DEFAULT.optim, name="adamw", lr=0.1, adam_lr=0.03, embed_lr=0.06, schedule="linear", warmup_steps=3,
-    decay_fraction=0.4, min_lr_ratio=0.1, weight_decay=0.2, b1=0.9, b2=0.95, eps=1e-6, momentum=0.8, clip_norm=1.0,
-    accum_steps=1, ema_decay=0.0,
-)  # fmt: skip
+    DEFAULT.optim,
+    name="adamw",
+    lr=0.1,
+    adam_lr=0.03,
+    embed_lr=0.06,
+    schedule="linear",
+    warmup_steps=3,
+    decay_fraction=0.4,
+    min_lr_ratio=0.1,
+    weight_decay=0.2,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-6,
+    momentum=0.8,
+    clip_norm=1.0,
+    accum_steps=1,
+    ema_decay=0.0,
+)
 SHAPES = {
     "embed": {"embedding": (9, 4)},
     "layers": {
@@ -38,8 +52,13 @@ SHAPES = {
     "head": {"kernel": (4, 9)},
 }
 Flat = dict[tuple[str, ...], Any]
-MATRICES = {("embed", "embedding"), ("layers", "attention", "query", "kernel"), ("layers", "mlp", "down", "kernel"),
-            ("head", "kernel"), ("layers", "wide", "kernel")}  # fmt: skip
+MATRICES = {
+    ("embed", "embedding"),
+    ("layers", "attention", "query", "kernel"),
+    ("layers", "mlp", "down", "kernel"),
+    ("head", "kernel"),
+    ("layers", "wide", "kernel"),
+}
 
 
 def config(**changes: Any) -> OptimConfig:
@@ -273,12 +292,30 @@ def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple
 
 def real_params() -> Any:
     c = dataclasses.replace(
-        DEFAULT.model, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu",
-        norm="layernorm", position="learned", rope_theta=1e4, use_bias=True, tie_embeddings=False, dropout=0.0,
-        logit_softcap=0.0, qk_norm=True, key_offset=False,
-        residual_init="scaled", dtype="float32", param_dtype="float32",
-        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-    )  # fmt: skip
+        DEFAULT.model,
+        num_layers=2,
+        d_model=8,
+        num_heads=2,
+        num_kv_heads=1,
+        d_ff=12,
+        activation="swiglu",
+        norm="layernorm",
+        position="learned",
+        rope_theta=1e4,
+        use_bias=True,
+        tie_embeddings=False,
+        dropout=0.0,
+        logit_softcap=0.0,
+        qk_norm=True,
+        key_offset=False,
+        residual_init="scaled",
+        dtype="float32",
+        param_dtype="float32",
+        matmul_precision="highest",
+        attention="xla",
+        remat="none",
+        scan_unroll=1,
+    )
     shapes = jax.eval_shape(make_model(c, 11, 5).init, jax.random.key(0))
     return draw(0, jax.tree.map(lambda x: x.shape, shapes))
 

@@ -27,9 +27,22 @@ CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 ROWS, T, VOCAB, STEPS = 24, 8, 29, 3
 RTOL = 1e-5  # float32, some hundred additions in another order
 # Three layers and odd sizes: neither divides over the devices.
-BASE = ["steps=10", f"batch_size={ROWS}", f"seq_len={T}", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
-        "model.scan_unroll=1", "optim.lr=0.01", "optim.eps=1e-3", "optim.clip_norm=0.5", "optim.ema_decay=0.9",
-        "optim.warmup_steps=0", "optim.schedule=constant", "optim.weight_decay=0.1"]  # fmt: skip
+BASE = [
+    "steps=10",
+    f"batch_size={ROWS}",
+    f"seq_len={T}",
+    "model.num_layers=3",
+    "model.d_model=20",
+    "model.num_heads=2",
+    "model.scan_unroll=1",
+    "optim.lr=0.01",
+    "optim.eps=1e-3",
+    "optim.clip_norm=0.5",
+    "optim.ema_decay=0.9",
+    "optim.warmup_steps=0",
+    "optim.schedule=constant",
+    "optim.weight_decay=0.1",
+]
 
 
 def make_config(*overrides: str) -> Config:
@@ -149,8 +162,16 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
     """
     sgd = ("optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_norm=0", "optim.lr=1")
     want = train(3, *sgd, "parallel.overlap=true", steps_done=1)
-    got = train(3, *sgd, "parallel.overlap=true", "parallel.topk_density=0.1", "parallel.powersgd_rank=2",
-                f"parallel.reduce={reduce}", f"parallel.zero={zero}", steps_done=1)  # fmt: skip
+    got = train(
+        3,
+        *sgd,
+        "parallel.overlap=true",
+        "parallel.topk_density=0.1",
+        "parallel.powersgd_rank=2",
+        f"parallel.reduce={reduce}",
+        f"parallel.zero={zero}",
+        steps_done=1,
+    )
     lost = gap(got.params, want.params)
     if reduce in ("bf16", "fp16"):
         assert RTOL < lost < {"bf16": 2 * 2.0**-8, "fp16": 3 * 2.0**-11}[reduce]
