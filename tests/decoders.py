@@ -1,4 +1,4 @@
-"""Tiny decoders, and parameters that hide nothing."""
+"""Tiny decoders, with parameters for which an error in any part shows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ TINY = dataclasses.replace(
 
 
 def logits_of(model: Model) -> Callable[[Params, Any], jax.Array]:
-    """(params, tokens_BT) -> float32 logits_BTV"""
+    """Returns a function of (params, tokens_BT) that returns float32 logits_BTV."""
     return lambda params, tokens_BT: model.unembed(params, model.hidden(params, tokens_BT)).reshape(
         *tokens_BT.shape, -1
     )
@@ -52,7 +52,7 @@ def with_(**changes: Any) -> ModelConfig:
 
 
 def drawn(model: Model) -> Params:
-    """Parameters with norm scales that are not 1 and biases that are not 0, which give logits of order 1."""
+    """Draws parameters whose scales are not 1, whose biases are not 0, and that give logits of order 1."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, x: Any) -> np.ndarray:

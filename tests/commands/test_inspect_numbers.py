@@ -1,4 +1,4 @@
-"""The numbers and the picture of a corpus, of small ones whose own are known."""
+"""`jaxlm inspect` computes the known numbers of small corpora, and draws them."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert seen.numbers["documents"]["max"] == 19 and seen.numbers["tokens"]["counted"] == 100
 
 
-def test_one_document_and_little_that_is_not_nothing():
+def test_one_document_is_singular_and_a_tiny_share_is_not_zero():
     found = inspect.Documents(np.array([3]), 1)
     assert inspect_charts.document_chart(found, 16).title == "1 document"
     lengths = np.array([2] * 40_000 + [8])
@@ -58,13 +58,15 @@ def test_one_document_and_little_that_is_not_nothing():
     assert [bar.text for bar in chart.bars] == ["100.00%", "0", "<0.01%"]
 
 
-def test_a_sample_is_of_the_whole_corpus():
+def test_a_sample_spreads_over_the_whole_corpus():
     assert inspect.spread(5, 10).tolist() == [0, 1, 2, 3, 4]
     picked = inspect.spread(10**10, 10**6)
     assert len(picked) == 10**6 and picked[0] == 0 and set(np.diff(picked)) == {10**4}
 
 
-def test_documents_of_many_bare_tokens(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_documents_of_bare_tokens_are_counted_at_the_beginning_only(
+    inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(tmp_path, TWO)
     inspected(seq_len=4)
     tokenizer = next((tmp_path / "cache").glob("*/tokenizer"))
