@@ -55,12 +55,22 @@ def test_documents_name_files_that_exist(document: Path):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_way_to_read_it_has_the_length_that_is_said():
+def test_the_reading_order_lists_the_right_line_counts():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     lines = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
     assert len(rows) > 10
     for name, listed in rows:
         assert lines[name] == pytest.approx(int(listed), rel=0.1, abs=10), name
+    modules = [*PACKAGE.rglob("*.py")]
+    package = sum(len(path.read_text().splitlines()) for path in modules)
+    for document, actual in (
+        (r"architecture\.md.* trainer: (\d+) files, about ([\d,]+) lines", (len(rows), sum(lines.values()))),
+        (r"README\.md.*\[(\d+) files, ([\d,]+) lines", (len(rows), sum(lines.values()))),
+        (r"architecture\.md.*is about ([\d,]+) lines in (\d+) files", (package, len(modules))),
+    ):
+        text = "\n".join(f"{path.name} {path.read_text()}" for path in DOCUMENTS)
+        found = re.search(document, text, re.DOTALL)
+        assert found and [int(n.replace(",", "")) for n in found.groups()] == pytest.approx(actual, rel=0.05), document
 
 
 def test_comments_name_files_that_exist():

@@ -1,6 +1,6 @@
 """The kinds of data sources, and how they differ. No other module compares their names.
 
-To add a kind, add an entry here, a file in `jaxlm/data/sources/` and its entry in `jaxlm/data/sources/__init__.py`.
+To add a kind, add an entry here, a file in `jaxlm/data/sources/` and its entry in `jaxlm/data/sources/opening.py`.
 """
 
 from typing import Literal, NamedTuple

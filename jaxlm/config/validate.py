@@ -85,6 +85,9 @@ def _holds_secret(text: str) -> bool:
     return False
 
 
+Require = Callable[[bool, str, str], None]  # (whether a key's value is right, the key, what is allowed)
+
+
 def validate(c: Config) -> Config:
     """Replaces OWN by the optimizer's own values, in place, then checks every value and how the values fit together.
 
@@ -95,19 +98,36 @@ def validate(c: Config) -> Config:
       UserError: names the key, the value found and what is allowed.
     """
     set_own_values(c.optim)
+    _check_values(flatten(c))
+
+    def require(ok: bool, key: str, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"{key} is {show(flatten(c)[key])}; allowed: {allowed}")
+
+    _check_model(c.model, require)
+    _check_steps(c, require)
+    _check_parallel(c.parallel, c.model, require)
+    _check_data(c.data, require)
+    resume = "auto, never, or a workdir, after which @STEP or @best may follow"
+    require(c.checkpoint.resume != "", "checkpoint.resume", resume)
+    return c
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Checks the type and the range of each value."""
     types = key_types()
-    for key, value in flatten(c).items():
+    for key, value in values.items():
         _check_type(key, value, types[key])
         if types[key] is str:
             check_address(key, value)
 
     def require(ok: bool, key: str, allowed: str) -> None:
         if not ok:
-            raise UserError(f"{key} is {show(flatten(c)[key])}; allowed: {allowed}")
+            raise UserError(f"{key} is {show(values[key])}; allowed: {allowed}")
 
     for key in POSITIVE:
-        require(flatten(c)[key] > 0, key, "more than 0")
-    for key, value in flatten(c).items():
+        require(values[key] > 0, key, "more than 0")
+    for key, value in values.items():
         if types[key] in (int, float):
             require(value >= 0, key, "0 or more")
         if types[key] is int:
@@ -116,30 +136,29 @@ def validate(c: Config) -> Config:
         if types[key] is float:
             require(value == 0 or MIN_FLOAT <= value <= MAX_FLOAT, key, f"0, or {MIN_FLOAT} to {MAX_FLOAT}")
     for key, largest in LARGEST.items():
-        require(flatten(c)[key] <= largest, key, f"at most {largest}")
+        require(values[key] <= largest, key, f"at most {largest}")
     for key in BELOW_ONE:
-        require(flatten(c)[key] < 1, key, "at least 0 and less than 1")
+        require(values[key] < 1, key, "at least 0 and less than 1")
     for key in ("optim.min_lr_ratio", "optim.decay_fraction"):
-        require(flatten(c)[key] <= 1, key, "0 to 1")
+        require(values[key] <= 1, key, "0 to 1")
 
-    m, o, d = c.model, c.optim, c.data
+
+def _check_model(m: ModelConfig, require: Require) -> None:
     require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
-    kv_heads = m.num_kv_heads or m.num_heads
-    require(m.num_heads % kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
+    require(m.num_heads % m.kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
+    even = m.head_size % 2 == 0
     if m.position == "rope":
-        require(
-            (m.d_model // m.num_heads) % 2 == 0,
-            "model.num_heads",
-            f"with position=rope, one that leaves an even head size of d_model = {m.d_model}",
-        )
+        allowed = f"with position=rope, one that leaves an even head size of d_model = {m.d_model}"
+        require(even, "model.num_heads", allowed)
     if m.position == "sinusoidal":
         require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
-    head = m.d_model // m.num_heads
-    require(
-        not m.key_offset or (head >= 4 and head % 2 == 0),
-        "model.num_heads",
-        f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}",
-    )
+    if m.key_offset:
+        allowed = f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}"
+        require(even and m.head_size >= 4, "model.num_heads", allowed)
+
+
+def _check_steps(c: Config, require: Require) -> None:
+    o = c.optim
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
     if o.name == "muon":
         require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
@@ -147,18 +166,10 @@ def validate(c: Config) -> Config:
     require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
-    _check_parallel(c.parallel, m, require)
-    _check_data(d, require)
-    require(
-        c.checkpoint.resume != "",
-        "checkpoint.resume",
-        "auto, never, or a workdir, after which @STEP or @best may follow",
-    )
-    return c
 
 
-def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, str, str], None]) -> None:
-    d_ff = m.d_ff or 4 * m.d_model
+def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None:
+    d_ff = m.mlp_width
     require(p.zero <= 1, "parallel.zero", "0 or 1")
     require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
     require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
@@ -178,59 +189,61 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Callable[[bool, 
         )
 
 
-def _check_data(d: DataConfig, require: Callable[[bool, str, str], None]) -> None:
-    parts = [(part, SOURCES[part.source]) for part in ([p for _, p in mixture(d)] if d.mixture else [d])]
+def _check_data(d: DataConfig, require: Require) -> None:
+    parts = [part for _, part in mixture(d)] if d.mixture else [d]
+    _check_paths(d, parts, require)
+    _check_conversations(d, parts, require)
+    for part in parts:
+        _check_source(part, require)
+    if d.tokenizer == "hf":
+        allowed = "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it"
+        require(bool(d.tokenizer_path), "data.tokenizer_path", allowed)
+    ids = any(SOURCES[part.source].ids for part in parts)
+    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
+        floor = 2 if ids else 300  # sentencepiece: 256 bytes, special tokens and some trained pieces
+        require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
+
+
+def _check_paths(d: DataConfig, parts: list[DataConfig], require: Require) -> None:
     if d.mixture:
         require(not d.val_path, "data.val_path", "none with data.mixture, which holds out val_fraction of its sources")
-        data_dir = any(kind.splits for _, kind in parts)
+        data_dir = any(SOURCES[part.source].splits for part in parts)
         require(not d.path or data_dir, "data.path", "none with data.mixture, which names the paths of its sources")
-    else:
-        with_val_path = [name for name, kind in SOURCES.items() if kind.files]
-        with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
-        for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, with_path)):
-            require(
-                not path or d.source in sources,
-                f"data.{key}",
-                f"none with data.source={d.source}; {', '.join(sources)} have one",
-            )
+        return
+    with_val_path = [name for name, kind in SOURCES.items() if kind.files]
+    with_path = with_val_path + [name for name, kind in SOURCES.items() if kind.splits]
+    for key, path, sources in (("val_path", d.val_path, with_val_path), ("path", d.path, with_path)):
+        allowed = f"none with data.source={d.source}; {', '.join(sources)} have one"
+        require(not path or d.source in sources, f"data.{key}", allowed)
+
+
+def _check_conversations(d: DataConfig, parts: list[DataConfig], require: Require) -> None:
     if d.prompt_key or d.response_key:
         require(not d.messages_key, "data.messages_key", "none beside prompt_key and response_key")
         require(bool(d.response_key), "data.response_key", "a key, since data.prompt_key is set")
     if d.messages_key or (d.response_key and d.chat_template):
         fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
         require(fits, "data.chat_template", "a text with {role}, and with {content} once")
-    # A shell passes '...\n' as a backslash and an n, which the model would learn to write.
-    require(
-        "\\n" not in d.chat_template,
-        "data.chat_template",
-        r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'",
-    )
-    if not any(kind.records for _, kind in parts):
+    # A shell passes '...\\n' as a backslash and an n, which the model would learn to write.
+    allowed = r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'"
+    require("\\n" not in d.chat_template, "data.chat_template", allowed)
+    if not any(SOURCES[part.source].records for part in parts):
         have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
         for key in ("response_key", "messages_key"):
             require(not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; {have_keys} have keys")
-    for part, kind in parts:
-        if kind.records:
-            has_key = bool(d.text_key or d.response_key or d.messages_key)
-            require(has_key, "data.text_key", "the key of a record's text")
-        if kind.files:
-            require(bool(part.path), "data.path", f"a path; data.source={d.source} needs one")
-        if kind.splits:
-            require(bool(part.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
-            require(bool(part.split), "data.split", "the name of a split")
-        if not (part.val_path if kind.files else part.val_split if kind.splits else ""):
-            require(
-                0 < d.val_fraction < 1,
-                "data.val_fraction",
-                "more than 0 and less than 1 when no validation data is named",
-            )
-    if d.tokenizer == "hf":
-        require(
-            bool(d.tokenizer_path),
-            "data.tokenizer_path",
-            "a Hugging Face tokenizer.json or a folder with one; data.tokenizer=hf needs it",
-        )
-    ids = any(kind.ids for _, kind in parts)
-    if (d.tokenizer == "sentencepiece" and not d.tokenizer_path) or ids:
-        floor = 2 if ids else 300  # sentencepiece: 256 bytes, special tokens and some trained pieces
-        require(d.vocab_size >= floor, "data.vocab_size", f"at least {floor}")
+
+
+def _check_source(d: DataConfig, require: Require) -> None:
+    """Checks one source: the data itself, or a part of a mixture."""
+    kind = SOURCES[d.source]
+    if kind.records:
+        has_key = bool(d.text_key or d.response_key or d.messages_key)
+        require(has_key, "data.text_key", "the key of a record's text")
+    if kind.files:
+        require(bool(d.path), "data.path", f"a path; data.source={d.source} needs one")
+    if kind.splits:
+        require(bool(d.tfds_name), "data.tfds_name", "the name of a builder; data.source=tfds needs one")
+        require(bool(d.split), "data.split", "the name of a split")
+    if not (d.val_path if kind.files else d.val_split if kind.splits else ""):
+        allowed = "more than 0 and less than 1 when no validation data is named"
+        require(0 < d.val_fraction < 1, "data.val_fraction", allowed)

@@ -53,7 +53,7 @@ def test_messages_about_tokens(config: Config, tmp_path: Path):
         "text.txt": r"a \.txt file; allowed",
         "nowhere.bin": "no such file",
         "bad.npy": "unreadable",
-        "empty.bin": "only empty files",
+        "empty.bin": "nothing but empty files",
         "folder": "no files there",
     }
     for name, message in cases.items():
@@ -69,7 +69,7 @@ def test_files_to_validate_on_are_not_trained_on(config: Config, tmp_path: Path,
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "d" / name, (np.arange(1000) % 50).astype("<u2"))
     train, val = sorted((str(tmp_path / "d" / name) for name in names), key=lambda path: "train" not in path)
-    said = rf"holds .* and trains on both; allowed: data\.path={train} data\.val_path={val}, or globs$"
+    said = rf"holds .* and would train on both; allowed: data\.path={train} data\.val_path={val}, or globs$"
     with pytest.raises(UserError, match=said):
         open_corpus(config, f"{tmp_path / 'd'}{pattern}")
     assert len(open_corpus(config, train, val_path=val).val) == 1000
@@ -79,7 +79,7 @@ def test_files_to_validate_on_are_not_trained_on(config: Config, tmp_path: Path,
 def test_ids_of_32_bits_without_a_header_are_not_read_as_twice_as_many(config: Config, tmp_path: Path, vocab_size: int):
     ids = np.random.default_rng(0).integers(vocab_size, size=1000)
     ids.astype("<u4").tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a\.bin: looks like ids of 32 bits; allowed: .bin of uint16 without a header"):
+    with pytest.raises(UserError, match=r"a\.bin: looks like 32-bit ids; allowed: .bin of uint16 without a header"):
         open_corpus(config, tmp_path / "a.bin", vocab_size=vocab_size)
 
 

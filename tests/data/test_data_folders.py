@@ -44,8 +44,8 @@ def test_what_lies_beside_the_data_is_left_out_and_counted(config: Config, tmp_p
     corpus, said = opened(config, folder, capsys, source="parquet")
     assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 30
     names = ".cache/huggingface/a.parquet, .gitattributes, README.md, …"
-    left_out = f"without 4 files that are hidden or of another kind ({names})"
-    assert said == [f"data.path={folder}: {left_out}; a glob takes all that it matches"]
+    left_out = f"leaves out 4 files that are hidden or of another kind ({names})"
+    assert said == [f"data.path={folder}: {left_out}; a glob takes every file that it matches"]
     with pytest.raises(UserError, match=r"gitattributes: unreadable as Parquet"):
         opened(config, f"{folder}/*", capsys)
 
@@ -54,7 +54,7 @@ def test_files_of_a_folder_without_known_suffixes_are_all_data(config: Config, t
     folder = write(tmp_path / "d", {"part-0": RECORDS, "part-1.gz": b"", ".hidden": "x"})
     corpus, said = opened(config, folder, capsys, source="jsonl")
     assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 60
-    assert len(said) == 1 and "without a file that is hidden or of another kind (.hidden)" in said[0]
+    assert len(said) == 1 and "leaves out a file that is hidden or of another kind (.hidden)" in said[0]
 
 
 def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_path: Path, capsys: Any):
@@ -63,7 +63,7 @@ def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_pat
     assert sorted((text(corpus, "train"), text(corpus, "val"))) == sorted((LINES, LINES.upper()))
     assert len(said) == 1 and "(.git/config)" in said[0]
     write(tmp_path / "e", {".a": LINES})
-    with pytest.raises(UserError, match="only hidden files"):
+    with pytest.raises(UserError, match="nothing but hidden files"):
         opened(config, tmp_path / "e", capsys)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_p
     nanogpt(tmp_path / "d", {"vocab_size": 50})
     corpus, said = opened(config, tmp_path / "d", capsys, source="tokens", vocab_size=50)
     assert corpus.vocab_size == 50 and corpus.tokenizer is None
-    assert len(said) == 1 and "meta.pkl: not used, because it is not a table of characters" in said[0]
+    assert len(said) == 1 and "meta.pkl: ignored, because it is not a table of characters" in said[0]
     (tmp_path / "d/meta.pkl").unlink()
     assert opened(config, tmp_path / "d", capsys)[1] == []
 

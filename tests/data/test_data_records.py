@@ -85,7 +85,7 @@ def test_files_cut_short_are_refused(config: Config, tmp_path: Path, suffix: str
     for name, content in (("half", data[: len(data) // 2]), ("end", data[:-3]), ("no", b"plain text, not packed")):
         path = tmp_path / f"{name}.txt{suffix}"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a complete \{suffix} file"):
+        with pytest.raises(UserError, match=rf"{name}\.txt\{suffix}: unreadable .*not a whole \{suffix} file"):
             open_corpus(config, path)
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
 
@@ -254,7 +254,7 @@ def test_streams_one_after_the_other(config: Config, tmp_path: Path, suffix: str
     """As parallel packers write them; a later one that is damaged is not taken for the end."""
     pack = PACK[suffix]
     first, second = pack(jsonl(RECORDS[:30])), pack(jsonl(RECORDS[30:]))
-    padding = bytes(8) if suffix == ".xz" else b""
+    padding = bytes(3 << 20) if suffix == ".xz" else b""  # more than is read at once
     whole = write(tmp_path, {f"a.jsonl{suffix}": first + padding + second + padding}) / f"a.jsonl{suffix}"
     corpus = open_corpus(config, whole, source="jsonl")
     assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)

@@ -133,7 +133,7 @@ def test_messages_about_text(config: Config, tmp_path: Path):
         "nowhere.txt": r"data\.path is '.*nowhere\.txt': no such file or folder",
         "*.csv": r"data\.path is '.*\*\.csv': no files there",
         "none": r"no files there",
-        "empty.txt": r"only empty files",
+        "empty.txt": r"nothing but empty files",
         "bad.txt": r"bad\.txt: not UTF-8 at byte 56",
         "short.txt": r"^data\.path=.*short\.txt: 2 training tokens; allowed: at least seq_len \+ 1 = 17",
     }

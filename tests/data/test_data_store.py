@@ -203,7 +203,10 @@ def test_the_command_names_all_stores_of_a_mixture_and_none_of_token_ids(
     assert len(set(mixed["folders"])) == 2 and "folder" not in mixed
     assert said == [f"store {folder}" for folder in mixed["folders"]]
     said, facts = call("--config.data.source=tokens", f"--config.data.path={tmp_path / 'ids.npy'}")
-    assert said == [f"no store: data.path={tmp_path / 'ids.npy'} is token ids already"] and facts["folder"] is None
+    assert (
+        said == [f"no store: data.path={tmp_path / 'ids.npy'} consists of token ids already"]
+        and facts["folder"] is None
+    )
     damaged = Path(mixed["folders"][1], "train/00000.bin")
     damaged.write_bytes(bytes(damaged.stat().st_size))
     monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)

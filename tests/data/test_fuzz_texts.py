@@ -140,7 +140,7 @@ def test_an_archive_that_asks_for_the_memory(config: Config, tmp_path: Path):
 @pytest.mark.parametrize("name", ["huggingface:lm1b", "kaggle:some/config:1.0.0"])
 def test_datasets_that_are_code(config: Config, name: str):
     config.data.source, config.data.tfds_name = "tfds", name
-    with pytest.raises(UserError, match=rf"data\.tfds_name is '{name}': the datasets of a namespace are code"):
+    with pytest.raises(UserError, match=rf"data\.tfds_name is '{name}': a dataset with a namespace runs code"):
         prepare(config, progress=False)
 
 
@@ -152,7 +152,7 @@ def test_features_that_are_code(config: Config, tmp_path: Path, monkeypatch: pyt
                      "some/1.0.0/dataset_info.json": json.dumps(info)})  # fmt: skip
     monkeypatch.syspath_prepend(tmp_path)
     config.data.source, config.data.tfds_name, config.data.path = "tfds", "some:1.0.0", str(tmp_path)
-    with pytest.raises(UserError, match=r"features\.json asks for the code of a_module_of_others\.Feature"):
+    with pytest.raises(UserError, match=r"features\.json requires a_module_of_others\.Feature"):
         prepare(config, progress=False)
 
 

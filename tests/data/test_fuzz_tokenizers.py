@@ -100,5 +100,5 @@ def test_characters_without_a_piece(hf_specs: dict[str, str], tmp_path: Path):
     spec["model"]["vocab"] = [[piece, score] for piece, score in spec["model"]["vocab"]]
     tokenizer = load_tokenizer(write(tmp_path, {"tokenizer.json": json.dumps(spec)}) / "tokenizer.json")
     tokenizer.num_threads = 1
-    with pytest.raises(UserError, match=r"tokenizer\.json: `tokenizers` fails with it .*unk_id"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: `tokenizers` cannot encode a text with it .*unk_id"):
         tokenizer.encode(["漢字"])

@@ -1,1 +1,1 @@
-"""Sources of data, one file each. `opening.py` has the table of them."""
+"""Data sources, one file for each kind. `opening.py` has the table of them."""

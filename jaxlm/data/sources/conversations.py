@@ -1,35 +1,36 @@
-"""Conversations as text: a template formats each message, and only the assistant's words are trained on."""
+"""Writes conversations as text with a chat template. A run trains only on the assistant's messages."""
 
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError
 
-LEARNED = "assistant"  # the role whose words are trained on
+LEARNED = "assistant"  # the role whose messages are trained on
 ASKS = "user"
-TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # parts of the template itself; the name of any other role is data
+TEMPLATE_ROLES = ("system", ASKS, LEARNED)  # markup, as the template itself is; any other role is data
 
 Spans = tuple[tuple[int, int], ...]
 
 
 class TextPiece(NamedTuple):
-    """A text that is tokenized as one."""
+    """A text that is tokenized as a whole; `learned` says whether it is trained on."""
 
     text: str
-    learned: bool  # whether it is trained on
-    markup: Spans = ()  # characters [start, stop) from the template, in which special tokens are recognized
+    learned: bool
+    markup: Spans = ()  # characters [start, stop) that the template wrote: special tokens are recognized there
 
 
 def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
-    """Returns the pieces of a conversation, up to the assistant's last words.
+    """Returns the pieces of a conversation, without what follows the assistant's last message.
 
     Args:
       messages: [{"role": ..., "content": ...}, ...].
-      key: names the messages in errors.
-      template: of one message, with {role} and {content}. The text after {content} counts as content, so that the model
-        learns where to stop.
+      key: the name of `messages` in errors.
+      template: writes one message and holds {role} and {content}. The text after {content} belongs to the content,
+        so that a model learns where to stop.
 
     Raises:
-      UserError: these are not messages, or none is the assistant's. The error's text follows the record's name.
+      UserError: `messages` is not a list of messages with texts, or none is the assistant's. The error's text
+        continues a line that begins with the record's name.
     """
     pieces: list[TextPiece] = []
     if not isinstance(messages, list):
@@ -45,7 +46,7 @@ def conversation(messages: Any, key: str, template: str) -> list[TextPiece]:
     while pieces and not pieces[-1].learned:
         pieces.pop()
     if not pieces:
-        raise UserError(f": '{key}' has no message of role '{LEARNED}', so nothing to train on")
+        raise UserError(f": '{key}' has no message of role '{LEARNED}', so there is nothing to train on")
     pieces = [piece for piece in pieces if piece.text]
     if not pieces:
         raise UserError(f": '{key}' is empty; allowed: texts")
@@ -58,7 +59,7 @@ def trains_on_answers(data: DataConfig) -> bool:
 
 
 def question(prompt: str, data: DataConfig) -> list[TextPiece]:
-    """Returns the pieces of a user's message, up to the beginning of the answer."""
+    """The pieces of a user's message and of the opening of the answer."""
     if not _has_template(data):
         return [TextPiece(prompt, False)]
     opening = _message(LEARNED, "", data.chat_template)[0]
@@ -66,26 +67,26 @@ def question(prompt: str, data: DataConfig) -> list[TextPiece]:
 
 
 def after_answer(data: DataConfig) -> tuple[str, str]:
-    """Returns the template's text after an answer, and its text before the user's next message."""
+    """The text that the template writes after an answer, and the text that opens the user's next message."""
     if not _has_template(data):
         return "", ""
     return _message(LEARNED, "", data.chat_template)[1].text, _message(ASKS, "", data.chat_template)[0].text
 
 
 def _has_template(data: DataConfig) -> bool:
-    """Whether a template formats the messages; otherwise prompts and responses are used as they are."""
+    """Whether a template writes the messages; otherwise prompts and responses stay unchanged."""
     return bool(data.messages_key or data.chat_template)
 
 
 def _message(role: str, content: str, template: str) -> tuple[TextPiece, TextPiece]:
-    """Returns the template's text before a message, and the content with the text after it."""
+    """The opening of a message, and its content with the text that ends it."""
     (before, opens), (after, ends) = (_filled(part, role) for part in template.split("{content}"))
     shifted = tuple((start + len(content), stop + len(content)) for start, stop in ends)
     return TextPiece(before, False, opens), TextPiece(content + after, role == LEARNED, shifted)
 
 
 def _filled(part: str, role: str) -> tuple[str, Spans]:
-    """Fills a role into a part of the template. Returns the text, and which spans of it are markup."""
+    """A part of the template with the role filled in, and its spans of markup. A role that is data is not markup."""
     if role in TEMPLATE_ROLES:
         text = part.replace("{role}", role)
         return text, ((0, len(text)),)

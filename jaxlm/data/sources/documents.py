@@ -1,4 +1,4 @@
-"""Documents, and the units and sources that yield them."""
+"""Documents, the units that processes read them in, and sources, which list the units."""
 
 import dataclasses
 import hashlib
@@ -7,51 +7,51 @@ from typing import Any, Literal
 
 Split = Literal["train", "val"]
 
-BLOCK = 1 << 23  # bytes read at a time, and most characters tokenized at once
+BLOCK = 1 << 23  # bytes read at a time; characters tokenized as one text, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A document, or a part of one."""
+    """A document or a part of a document."""
 
     name: str
     text: str
     split: Split
-    first: bool = True  # False: continues the document before it
-    predicted: bool = True  # False: context that is not trained on, such as a prompt
-    markup: tuple[tuple[int, int], ...] = ()  # characters [start, stop) from a chat template
+    first: bool = True  # False: continues the part before it
+    predicted: bool = True  # whether it is trained on; False for a prompt, for example
+    markup: tuple[tuple[int, int], ...] = ()  # characters [start, stop) that a chat template wrote
 
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A file or record that was left out because it is unusable."""
+    """A file, a rest of a file or a record that was left out because it is unusable."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """The documents that one process reads; can be pickled."""
+    """The documents that one process reads at a time; can be pickled."""
 
     read: Callable[[], Iterator[Document | Skipped]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    name: str  # for messages
-    key: dict[str, Any]  # JSON; everything that shapes the documents
+    name: str  # shown to people
+    key: dict[str, Any]  # JSON: everything that determines the documents
     units: Callable[[], list[Unit]]
-    num_bytes: int  # size of all documents; 0 = unknown
+    num_bytes: int  # of all documents; 0 if unknown
     masked: bool = False  # whether some of the text is not trained on
-    skipped: int = 0  # number of files that were left out already
-    files: frozenset[Any] = frozenset()  # all files that the source reads
+    skipped: int = 0  # number of files already left out
+    files: frozenset[Any] = frozenset()  # the files that it reads
     notes: tuple[str, ...] = ()  # lines to print
 
 
 def held_out(name: str, val_fraction: float) -> bool:
-    """Whether a document belongs to validation. Its name alone decides, so that other documents may come and go."""
+    """Whether a document is held out for validation. Depends on its name alone, so that others may come and go."""
     nth = round(1 / val_fraction)
-    if abs(nth * val_fraction - 1) < 1e-9:  # a whole number, such as each 20th document
+    if abs(nth * val_fraction - 1) < 1e-9:  # 1 / val_fraction is a whole number: one in `nth` is held out
         return digest(name) % nth == 0
     return digest(name) % 2**32 < val_fraction * 2**32
 
@@ -61,7 +61,7 @@ def digest(name: str) -> int:
 
 
 def parts_of(text: str) -> Iterator[str]:
-    """Yields a text in parts of at most BLOCK characters, which bounds what is tokenized at once."""
+    """Yields a text in parts of at most BLOCK characters, cut before newlines where possible."""
     while len(text) > BLOCK:
         cut = text.rfind("\n", 1, BLOCK)
         cut = cut if cut > 0 else BLOCK

@@ -1,7 +1,7 @@
-"""Files: which ones a path names, their unpacked bytes, and their identity.
+"""Lists the files that a path names, reads them decompressed, and identifies their content.
 
-`.gz`, `.bz2`, `.xz` and `.zst` are unpacked; a truncated one is refused, not read up to its end. A path may be an
-address that fsspec knows (s3://, gs://, hf://, https://); it is then a UPath, which behaves like a Path.
+`.gz`, `.bz2`, `.xz` and `.zst` files are decompressed while they are read; a truncated one is an error. A path may be
+an address that fsspec knows (s3://, gs://, hf://, https://): it is then a UPath, which has the methods of a Path.
 """
 
 import bz2
@@ -20,29 +20,29 @@ from typing import Any, BinaryIO, TypeVar, cast
 from jaxlm.config import SOURCES, DataConfig, UserError
 from jaxlm.config.paths import user_path
 
-HASH_LIMIT = 1 << 30  # bytes; larger sets of files are identified by size and time, not by content
+HASH_LIMIT = 1 << 30  # bytes; files that are larger together are identified by size and time, not by content
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-XZ_MEMORY = 1 << 30  # bytes; a .xz file says how much memory its reader needs (`xz -9`: 65 MiB)
-UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # least size and most number of units; a unit becomes two or four mapped files
-LINE_BYTES = 1 << 20  # how far a cut looks for the end of a line
+XZ_MEMORY = 1 << 30  # bytes; a .xz file says how much its reader must allocate (`xz -9`: 65 MiB)
+UNIT_BYTES, MAX_UNITS = 16 << 20, 256  # bytes of a unit; each becomes 2 open files, 4 with masks
+LINE_BYTES = 1 << 20  # bytes searched for the end of a line where a file is cut
 
 T = TypeVar("T")
 
 
 def key_of(data: DataConfig) -> str:
-    """Returns the key that names a source, for messages."""
+    """The configuration key that names a source, as messages show it."""
     if data.mixture:
         return "a source of data.mixture"
     return f"data.{SOURCES[data.source].named_by}"
 
 
 def is_alone(data: DataConfig) -> bool:
-    """Whether the data is `data.val_path` alone, for scoring; training also needs `data.path`."""
+    """Whether the data is `data.val_path` alone, which can be scored; training needs `data.path` too."""
     return bool(data.val_path and not data.path)
 
 
 def named(data: DataConfig) -> str:
-    """Returns how messages call a source."""
+    """A source's key and value, as messages show them."""
     if is_alone(data):
         return f"data.val_path={data.val_path}"
     if data.mixture:
@@ -51,21 +51,24 @@ def named(data: DataConfig) -> str:
 
 
 def name_of(data: DataConfig) -> str:
-    """Returns the value of the key that names a source; "" if the kind of source says all."""
+    """The value of the key that names a source; "" if the kind of source needs no name."""
     key = SOURCES[data.source].named_by
     return "" if key == "source" else getattr(data, key)
 
 
 def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[dict[str, Path], list[str]]:
-    """Lists a file, the files of a folder, or the files that a glob matches.
+    """Lists the files that `pattern` names: a file, a folder or a glob.
+
+    In a folder, hidden files are left out, and if some files have one of the suffixes, so are all files without one.
+    Empty files are left out everywhere.
 
     Returns:
-      {name: path}, sorted by name, without empty files; and the names of files in a folder that are left out: hidden
-      ones and, if some have one of the suffixes, those without. A name is the path relative to the folder, or to the
-      part of a glob before its first wildcard.
+      {name: path}, sorted by name. A name is the path relative to the folder, or to the glob's part before its first
+      wildcard.
+      The names of the files in a folder that are left out for being hidden or of another kind.
 
     Raises:
-      UserError: there is no such path, or no data in it. The message names `key`.
+      UserError: there is no such path, or no usable file in it; names `key`.
     """
     path = located(key, pattern)
     plain = re.split(r"[*?[]", str(path))[0]
@@ -79,7 +82,7 @@ def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[
             files = {p.relative_to(root).as_posix(): p for p in _globbed(path, root) if p.is_file()}
         else:
             files = None
-    except Exception as error:  # a remote file system may raise anything
+    except Exception as error:  # a remote store may raise anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{key} is '{pattern}': cannot be listed ({' '.join(reason.split())})") from error
     if files is None:
@@ -88,35 +91,35 @@ def list_files(key: str, pattern: str, suffixes: tuple[str, ...] = ()) -> tuple[
         raise UserError(f"{key} is '{pattern}': no files there; allowed: a file, a folder or a glob with files")
     kept = _of_kind(files, suffixes) if path.is_dir() else files
     if not kept:
-        raise UserError(f"{key} is '{pattern}': only hidden files; allowed: other files, or a glob")
+        raise UserError(f"{key} is '{pattern}': nothing but hidden files; allowed: other files, or a glob")
     full = {name: path for name, path in _distinct(kept).items() if stat_of(path).st_size}
     if not full:
-        raise UserError(f"{key} is '{pattern}': only empty files; allowed: files with text")
+        raise UserError(f"{key} is '{pattern}': nothing but empty files; allowed: files with text")
     return full, sorted(files.keys() - kept.keys())
 
 
 def _of_kind(files: dict[str, Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Keeps the files that are not hidden, nor in a hidden folder; if some have one of the suffixes, only those."""
+    """The files that are neither hidden nor in a hidden folder; only those with a suffix in `suffixes`, if any has."""
     seen = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
     return {name: path for name, path in seen.items() if suffix_of(name) in suffixes} or seen
 
 
 def stat_of(path: Path) -> os.stat_result:
-    """Returns the status of a file. Raises UserError if it is gone."""
+    """The file's `os.stat_result`. Raises UserError if the file is gone or unreadable."""
     try:
         return path.stat()
     except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror or error}); allowed: files that stay") from error
+        raise UserError(f"{path}: unreadable ({error.strerror or error}); allowed: readable files") from error
 
 
 def suffix_of(name: str) -> str:
-    """Returns the suffix of a file under that of its packing: .jsonl for x.jsonl.gz."""
+    """The suffix of a file's name before any suffix in PACKED: .jsonl for x.jsonl.gz."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def located(key: str, path: str) -> Path:
-    """Returns the path, or the UPath of an address. Raises UserError, which names `key`, if fsspec does not know it."""
+    """The path, or the UPath of an address. Raises UserError, which names `key`, if the path is unusable."""
     if "://" not in path:
         return user_path(key, path)
     import upath
@@ -124,7 +127,7 @@ def located(key: str, path: str) -> Path:
     try:
         found = upath.UPath(path)
         assert found.fs is not None
-    except Exception as error:  # a remote file system may raise anything
+    except Exception as error:  # a remote store may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key} is '{path}': {reason}; allowed: a path, or an address that fsspec knows") from error
     return cast(Path, found)
@@ -135,19 +138,19 @@ def is_remote(path: Path) -> bool:
 
 
 def _globbed(path: Path, root: Path) -> Iterable[Path]:
-    """Yields the paths below `root` that the glob `path` matches; `**` does not follow links to folders."""
+    """The paths below `root` that match the glob `path`; `**` does not follow links to folders."""
     pattern = str(path) if str(root) == "." else str(path)[len(str(root)) :].lstrip("/")
     return root.glob(pattern)
 
 
 def real(paths: Iterable[Path]) -> frozenset[Any]:
-    """Returns the files that paths lead to, with links resolved."""
+    """The paths with links resolved; addresses stay unchanged."""
     return frozenset(path if is_remote(path) else path.resolve() for path in paths)
 
 
 def _distinct(files: dict[str, Path]) -> dict[str, Path]:
-    """Sorts files by name, and keeps a file that links give several names only once; otherwise validation could hold
-    what training has.
+    """The files sorted by name. A file that links give several names appears once, so that training and validation
+    cannot share it.
     """
     seen: dict[Any, str] = {}
     for name in sorted(files):
@@ -157,17 +160,17 @@ def _distinct(files: dict[str, Path]) -> dict[str, Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading its bytes, unpacked if its suffix says that it is packed.
+    """Opens a file for reading bytes, decompressed if its suffix is in PACKED.
 
     Raises:
-      UserError: the file cannot be read, now or later, or is damaged.
+      UserError: the file is damaged or cannot be opened or, inside the `with` block, cannot be read.
     """
     try:
         with path.open("rb") as raw, _unpacked(path, raw) as file:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        packed = f", or not a complete {path.suffix} file" if path.suffix in PACKED else ""
+        packed = f", or not a whole {path.suffix} file" if path.suffix in PACKED else ""
         raise UserError(f"{path}: unreadable ({reason}){packed}") from error
 
 
@@ -179,7 +182,7 @@ def _unpacked(path: Path, raw: BinaryIO) -> Any:
     if path.suffix == ".zst":
         import pyarrow  # its reader, unlike others, notices a truncated file
 
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # without readline
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")  # has no readline
         return io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20)
     return raw
 
@@ -189,8 +192,8 @@ def _xz() -> lzma.LZMADecompressor:
 
 
 class _Streams(io.RawIOBase):
-    """Reads the concatenated streams of a .bz2 or .xz file. Python's own readers mistake a damaged stream after the
-    first one for the end.
+    """Reads the streams of a .bz2 or .xz file one after the other, decompressed. Python's own readers take a damaged
+    stream after the first for the end of the file.
     """
 
     def __init__(self, raw: BinaryIO, make: Callable[[], Any]):
@@ -202,15 +205,17 @@ class _Streams(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while True:
             if self._stream.eof:
-                rest = self._stream.unused_data.lstrip(b"\0") or self._raw.read(1 << 20).lstrip(b"\0")  # or padding
-                if not rest:
-                    return 0
+                rest = self._stream.unused_data.lstrip(b"\0")  # without padding
+                while not rest:
+                    if not (block := self._raw.read(1 << 20)):
+                        return 0
+                    rest = block.lstrip(b"\0")
                 self._stream = self._make()
                 data = self._stream.decompress(rest, len(buffer))
             else:
                 more = self._raw.read(1 << 20) if self._stream.needs_input else b""
                 if self._stream.needs_input and not more:
-                    raise EOFError("it is truncated")
+                    raise EOFError("the file ends too soon")
                 data = self._stream.decompress(more, len(buffer))
             if data:
                 buffer[: len(data)] = data
@@ -218,13 +223,13 @@ class _Streams(io.RawIOBase):
 
 
 def content_hash(path: Path) -> str:
-    """Returns the sha256 of a file.
+    """The sha256 of a file's bytes, as hex digits.
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: the path is not a file, or it cannot be read.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
+        if path.exists() and not path.is_file():  # reading a pipe would never end
             raise UserError(f"{path}: not a file; allowed: a file")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -233,26 +238,28 @@ def content_hash(path: Path) -> str:
 
 
 def identify(files: dict[str, Path]) -> list[list[Any]]:
-    """Returns [name, size, hash of the content] of each file; beyond HASH_LIMIT bytes in all, the time of its change
-    instead of the hash, because hashing them at every start takes too long.
+    """[name, size, version] of each file.
+
+    The version is the sha256 of the content. If the files together exceed HASH_LIMIT bytes, it is the time of the
+    last change, because every start would have to read them all. For a remote file, its store gives the version.
     """
     stats = {name: stat_of(path) for name, path in files.items()}
     by_content = sum(s.st_size for s in stats.values()) <= HASH_LIMIT
     found = []
     for name, s in stats.items():
-        remote = cast(Any, files[name]) if is_remote(files[name]) else None  # its file system tells versions apart
+        remote = cast(Any, files[name]) if is_remote(files[name]) else None
         version = remote.fs.ukey(remote.path) if remote else content_hash(files[name]) if by_content else s.st_mtime_ns
         found.append([name, s.st_size, version])
     return found
 
 
 def unit_bytes(total: int) -> int:
-    """Returns about how many of `total` bytes one process reads at a time."""
+    """The size of a unit, in bytes, where a source has `total` bytes."""
     return max(UNIT_BYTES, -(-total // MAX_UNITS))
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """Groups items, in order, into about `limit` bytes each."""
+    """The items in order, in groups of about `limit` bytes; `size` returns an item's bytes."""
     groups: list[list[T]] = []
     left = 0
     for item in items:
@@ -265,8 +272,8 @@ def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[li
 
 
 def line_ends(path: Path, start: int, stop: int, step: int) -> list[int]:
-    """Returns where to cut the bytes start ... stop of an unpacked file: about every `step` bytes, at the end of a line
-    that is not empty.
+    """Where to cut the bytes [start, stop) of an uncompressed file, about every `step` bytes: the positions of newlines
+    that end a line that is not empty.
     """
     cuts = []
     with opened(path) as file:
@@ -279,7 +286,7 @@ def line_ends(path: Path, start: int, stop: int, step: int) -> list[int]:
 
 
 def skip(file: BinaryIO, num_bytes: int) -> None:
-    """Moves forward by `num_bytes`, even in a file that cannot seek."""
+    """Moves `num_bytes` forward in a file, by reading if it cannot seek."""
     if file.seekable():
         file.seek(num_bytes, io.SEEK_CUR)
         return

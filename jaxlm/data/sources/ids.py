@@ -18,6 +18,7 @@ from jaxlm.data.tokens import Tokens
 def corpus_of(
     config: Config, vocab_size: int, train: Sequence[Shard], val: Sequence[Shard], tokenizer: Tokenizer | None
 ) -> Corpus:
+    """The corpus of two lists of arrays of ids. Without a tokenizer, the ids have no text."""
     splits = [_tokens(part, tokenizer) for part in (train, val)]
     return Corpus(
         train=splits[0],
@@ -39,7 +40,7 @@ def _tokens(arrays: Sequence[Shard], tokenizer: Tokenizer | None) -> Tokens:
 
 
 def starts_of(arrays: Sequence[Shard], bos_id: int) -> np.ndarray:
-    """Returns where documents start: at each bos, and at the first token."""
+    """int64 [documents]: where documents start, which is at each bos and at the first token."""
     offsets = np.cumsum([0, *map(len, arrays)])
     found = [
         np.flatnonzero(np.asarray(array[at : at + BLOCK]) == bos_id) + offset + at
@@ -50,7 +51,7 @@ def starts_of(arrays: Sequence[Shard], bos_id: int) -> np.ndarray:
 
 
 def array_hash(array: Shard) -> str:
-    """Returns the sha256 of a 1-D array; if it is larger than HASH_LIMIT, of a sample of its blocks."""
+    """The sha256 of a 1-D array's dtype, size and content; of an array above HASH_LIMIT bytes, a sample of blocks."""
     digest = hashlib.sha256(f"{array.dtype.str} {array.size}".encode())
     step = BLOCK // array.itemsize
     starts = range(0, array.size, step)

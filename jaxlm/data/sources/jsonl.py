@@ -1,4 +1,4 @@
-"""JSON lines: one record per line."""
+"""The source `jsonl`: JSON lines, one record per line."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import PACKED, is_remote, line_ends, opened, skip
 from jaxlm.data.sources.records import Format, RecordPart, open_records
 
-MAX_LINE_BYTES = 1 << 28  # most bytes of a record, which is read as a whole
+MAX_LINE_BYTES = 1 << 28  # a line is read into memory as a whole
 
 
 def open_jsonl(data: DataConfig) -> Source:
-    """Opens files of JSON lines. Raises UserError as `open_records` does."""
+    """The documents of files of JSON lines. Raises UserError as `open_records` does."""
     return open_records(data, Format("line", _cut, _lines))
 
 
@@ -26,25 +26,25 @@ def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
 
 
 def _lines(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], bytes]]:
-    """Yields the lines that are not blank: (place, number, bytes).
+    """Yields (place, number, line) of each line that is not blank.
 
-    The place is the line's first byte (of the unpacked text). `number()` counts lines from 1, blank ones included; it
-    reads the file again, so it is called for messages only.
+    `place` is the line's first byte (in the decompressed text, if the file is packed); `number()` counts lines, blank
+    ones included, from 1, and counts only when it is called, because that reads the file again.
     """
-    place, counted, at = part.start, 0, 0  # `counted` lines lie before byte `at`
+    place, counted, at = part.start, 0, 0  # `counted` lines end before byte `at`
 
     def number() -> int:
         nonlocal counted, at
         counted, at = counted + _newlines(part.path, at, place), place
         return counted + 1
 
-    # readline of a remote file takes no limit.
+    # The `readline` of remote files takes no limit.
     limit = () if is_remote(part.path) and part.path.suffix not in PACKED else (MAX_LINE_BYTES + 1,)
     with opened(part.path) as file:
         if part.start:
             file.seek(part.start)
         while (part.stop is None or place < part.stop) and (line := file.readline(*limit)):
-            if len(line) > MAX_LINE_BYTES:  # a small packed file may hold one
+            if len(line) > MAX_LINE_BYTES:  # a small packed file may hold such a line
                 raise UserError(f"{part.path} line {number()}: more than {MAX_LINE_BYTES >> 20} MiB; allowed: less")
             if line.strip():
                 yield place, number, line

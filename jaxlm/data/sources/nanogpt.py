@@ -1,7 +1,8 @@
-"""Reads nanoGPT's meta.pkl, which says which characters ids stand for.
+"""Reads nanoGPT's meta.pkl, the table of the characters that ids stand for.
 
-It is a pickle, and unpickling runs whatever code a pickle names. So nothing is unpickled here: this module reads the
-instructions one by one, and follows only those that make strings, integers and dicts of them. It refuses all others.
+The file is a pickle, and unpickling runs whatever code it names. Nothing is unpickled here: the pickle's instructions
+are read one by one, and only those that make texts, numbers and dicts of them are followed. Any other instruction makes
+the file unreadable.
 """
 
 import pickletools
@@ -15,11 +16,11 @@ VALUES = ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2")
 
 
 def read_meta(path: Path) -> CharTokenizer | None:
-    """Returns the tokenizer of a meta.pkl as nanoGPT's prepare.py writes it; None if it is something else."""
+    """The tokenizer of a meta.pkl that nanoGPT's prepare.py wrote; None if the file holds something else."""
     try:
         itos = _follow(path.read_bytes()[:MAX_BYTES])["itos"]
         alphabet = [itos[i] for i in range(len(itos))]
-        # A CharTokenizer sorts its characters, as nanoGPT does.
+        # A CharTokenizer sorts its characters, as nanoGPT does; in another order the ids would differ.
         known = all(type(c) is str and len(c) == 1 for c in alphabet) and alphabet == sorted(set(alphabet))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -27,8 +28,8 @@ def read_meta(path: Path) -> CharTokenizer | None:
 
 
 def _follow(pickled: bytes) -> Any:
-    """Returns the content of a pickle of dicts, strings and small integers. Raises ValueError, LookupError or TypeError
-    if it holds anything else.
+    """The value of a pickle of dicts, texts and small numbers. Raises ValueError, LookupError, TypeError or
+    AttributeError if the pickle holds anything else.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -54,4 +55,4 @@ def _follow(pickled: bytes) -> Any:
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(name)
-    raise ValueError("it does not end")
+    raise ValueError("the pickle does not end")

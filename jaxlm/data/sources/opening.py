@@ -1,4 +1,4 @@
-"""Opens the data that a configuration names. A new source needs an entry here and one in `config/sources.py`."""
+"""Opens the data that a configuration names. A new kind of source needs an entry here and in `config/sources.py`."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from jaxlm.data.sources.text import open_text
 from jaxlm.data.sources.tfds import open_tfds
 from jaxlm.data.sources.tokens import open_tokens
 
-# Sources of documents, which are then tokenized.
+# Sources of documents, which are tokenized.
 TEXTS: dict[str, Callable[[DataConfig], Source]] = {
     "stdlib": open_stdlib,
     "text": open_text,
@@ -22,23 +22,23 @@ TEXTS: dict[str, Callable[[DataConfig], Source]] = {
     "tfds": open_tfds,
 }
 
-# Sources of token ids. The second argument says whether to print notes on stderr.
+# Sources of token ids. The second argument is whether to print notes to stderr.
 IDS: dict[str, Callable[[Config, bool], Corpus]] = {"tokens": open_tokens, "synthetic": open_synthetic}
 
 
 def open_source(data: DataConfig) -> Source:
-    """Opens the documents that `data.source` names.
+    """The documents that `data.source` names.
 
     Raises:
-      UserError: there are none, or they cannot be read.
+      UserError: there are no documents, or they cannot be read.
     """
     return TEXTS[data.source](data)
 
 
 def open_ids(config: Config, progress: bool) -> Corpus:
-    """Opens the token ids that `data.source` names.
+    """The token ids that `data.source` names.
 
     Raises:
-      UserError: there are none, they cannot be read, or they do not fit the configuration.
+      UserError: there are no ids, they cannot be read, or they do not fit the configuration.
     """
     return IDS[config.data.source](config, progress)

@@ -1,4 +1,4 @@
-"""Parquet: one record per row."""
+"""The source `parquet`: Parquet files, one record per row."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from jaxlm.data.sources.records import Format, NoColumn, RecordPart, conversatio
 
 
 def open_parquet(data: DataConfig) -> Source:
-    """Opens Parquet files. Raises UserError as `open_records` does."""
+    """The documents of Parquet files. Raises UserError as `open_records` does."""
     return open_records(data, Format("row", _cut, _rows))
 
 
@@ -19,7 +19,7 @@ def _cut(part: RecordPart, limit: int) -> list[RecordPart]:
     rows, pieces = 0, []
     try:
         opened_file = _parquet(part.path)
-    except UserError:  # reported, or skipped, when the file is read
+    except UserError:  # reading the file raises or skips it
         return [part]
     with opened_file as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -42,7 +42,10 @@ def _parquet(path: Path) -> Any:
 
 
 def _rows(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callable[[], int], dict[str, Any]]]:
-    """Yields the rows: (number, function that returns it, columns that the keys name). Numbers count from 1."""
+    """Yields (number, a function that returns the number, columns) of each row.
+
+    Rows count from 1. Only the columns in which the configured keys lead to texts are read.
+    """
     import pyarrow
 
     keys = {k: getattr(data, k) for k in conversation_keys(data) if k != "chat_template" and getattr(data, k)}

@@ -14,38 +14,38 @@ from jaxlm.data.sources.splits import find_files
 
 
 class RecordPart(NamedTuple):
-    """A part of a file, or all of it."""
+    """A file or a part of a file."""
 
     name: str
     path: Path
-    split: Split | None  # None: the place of each record decides
+    split: Split | None  # None: decided for each record by its place
     num_bytes: int
-    start: int = 0  # in bytes, or in row groups
+    start: int = 0  # in bytes, or in row groups for Parquet
     stop: int | None = None
-    first_row: int = 0  # rows of a Parquet file before this part
+    first_row: int = 0  # the number of rows before the part, in a Parquet file
 
 
 class NoColumn(UserError):
-    """The key is wrong, not the file, so `data.on_error=skip` does not apply."""
+    """The configured key is wrong, not the file."""
 
 
 class Format(NamedTuple):
-    """How a kind of file holds records."""
+    """How to read records from a kind of file."""
 
-    unit: str  # what a record is called: a line, a row
-    cut: Callable[[RecordPart, int], list[RecordPart]]  # (file, limit) -> parts of about `limit` bytes
-    # part -> (place of a record in the file, function that returns its number from 1, its bytes or columns) for each
+    unit: str  # the name of a record in errors: line, row
+    cut: Callable[[RecordPart, int], list[RecordPart]]  # cuts a file in parts of about that many bytes
+    # Yields each record's place in the file, a function that returns its number (from 1), and its bytes or columns.
     read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
 
 
 def open_records(data: DataConfig, form: Format) -> Source:
-    """Opens the documents of `data.path` and `data.val_path`.
+    """The documents of `data.path` and `data.val_path`.
 
-    Without `data.val_path`, a record's file and its place in the file decide whether it is held out.
+    Without `data.val_path`, the hash of a record's file name and place decides whether it is held out.
 
     Raises:
-      UserError: there are no files. While documents are read: a file is damaged, or a record is unusable, and
-        `data.on_error` is stop.
+      UserError: there are no files or, while documents are read, a key names no column or, if `data.on_error` is stop,
+        a file is damaged or a record is unusable.
     """
     files, val, notes = find_files(data)
     shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *conversation_keys(data))}
@@ -80,7 +80,7 @@ def _read(parts: list[RecordPart], data: DataConfig, form: Format) -> Iterator[D
         except UserError as error:
             if data.on_error == "stop" or isinstance(error, NoColumn):
                 raise
-            yield Skipped(str(error))  # the rest of a damaged file
+            yield Skipped(str(error))  # in place of the rest of a damaged file
 
 
 def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
@@ -105,21 +105,21 @@ def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Doc
 
 
 def _within(spans: Spans, start: int, length: int) -> Spans:
-    """Clips the spans of a text to its part [start, start + length), and shifts them to that part."""
+    """The spans of a text that fall in its part of `length` characters from `start`, relative to the part."""
     clipped = [(max(a - start, 0), min(b - start, length)) for a, b in spans]
     return tuple((a, b) for a, b in clipped if a < b)
 
 
 def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
-    """Returns the pieces of a record. Raises UserError, whose text follows the record's name."""
+    """The pieces of a record. Raises UserError, whose text continues a line that begins with the record's name."""
     value: Any = record
     if isinstance(record, bytes):
         try:
             value = json.loads(record.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f": not UTF-8 at byte {error.start} of it; allowed: UTF-8") from None
+            raise UserError(f": not UTF-8 at byte {error.start} of the line; allowed: UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f": not JSON ({error}); allowed: one object per line") from None
+            raise UserError(f": not JSON ({error}); allowed: one JSON object per line") from None
     if data.messages_key:
         return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, data.chat_template)
     if data.response_key:
@@ -133,7 +133,7 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
 
 
 def _at(value: Any, name: str, key: str) -> Any:
-    """Returns the value of a key, whose dots lead into objects."""
+    """The value under `key`, whose dots lead into nested objects; `name` is the configuration key that holds it."""
     if isinstance(value, dict) and key in value:
         return value[key]
     for part in key.split("."):

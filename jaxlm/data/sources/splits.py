@@ -1,4 +1,4 @@
-"""Decides which files of a path are for training, which for validation, and which are no data, such as a README."""
+"""Decides which files of a path are for training, which for validation, and which are not data, such as a README."""
 
 import re
 from pathlib import Path
@@ -7,26 +7,26 @@ from typing import NamedTuple
 from jaxlm.config import SOURCES, DataConfig, UserError
 from jaxlm.data.sources.files import is_alone, key_of, list_files, located, named, stat_of, suffix_of
 
-MEANT = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}  # {suffix: the source that is probably meant when `text` reads such files}
+# Suffixes that suggest another source than `text`.
+MEANT = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TRAIN_WORDS, VAL_WORDS = {"train", "training"}, {"val", "valid", "validation", "test"}
-SHOWN = 3  # most names in a note
+SHOWN = 3  # names in a note, at most
 
 
 class Files(NamedTuple):
     train: dict[str, Path]  # {name: path}
-    val: dict[str, Path]  # the same; empty if a part of `train` is held out
+    val: dict[str, Path]  # {name: path}; empty if a part of `train` is held out
     notes: tuple[str, ...]  # lines to print
 
 
 def find_files(data: DataConfig) -> Files:
-    """Returns the files of `data.path` without those of `data.val_path`, and the files of `data.val_path`.
+    """Returns the files of `data.path` that are not in `data.val_path`, the files of `data.val_path`, and notes.
+
+    Without `data.val_path`, the source's `split_files` (train.bin and val.bin) are the two if `data.path` holds both.
 
     Raises:
-      UserError: there are none, or validation files would be trained on.
+      UserError: there are no files to train on, one of the `split_files` is empty, or validation files would be
+        trained on.
     """
     kind = SOURCES[data.source]
     if kind.split_files and not is_alone(data):
@@ -40,7 +40,7 @@ def find_files(data: DataConfig) -> Files:
     if not val and kind.split_files and train.keys() >= {*kind.split_files}:
         left_out = sorted({*left_out, *train} - {*kind.split_files, *kind.beside})
         train, val = ({name: train[name]} for name in kind.split_files)
-    if not val and kind.suffixes:  # in other sources each file is a document, test_x.txt too
+    if not val and kind.suffixes:  # in a text source test_x.txt is a document like any other
         _check_names(data, train)
     notes = [
         _left_out(named(data), left_out),
@@ -51,7 +51,7 @@ def find_files(data: DataConfig) -> Files:
 
 
 def _check_not_empty(files: list[Path]) -> None:
-    """Raises UserError if both files exist and one is empty; otherwise the other one would be split."""
+    """Raises UserError if all files exist and one is empty: otherwise the other would be split without notice."""
     if all(path.is_file() for path in files):
         for path in files:
             if not stat_of(path).st_size:
@@ -59,29 +59,29 @@ def _check_not_empty(files: list[Path]) -> None:
 
 
 def _check_names(data: DataConfig, files: dict[str, Path]) -> None:
-    """Raises UserError if the names of one path's files say that some are for training and some for validation."""
+    """Raises UserError if, by their names, some files of one path are for training and some for validation."""
     words = {name: set(re.split("[^a-z]+", name.lower())) for name in files}
     train = [name for name in files if words[name] & TRAIN_WORDS]
     val = [name for name in files if words[name] & VAL_WORDS and name not in train]
     if train and val:
-        allowed = "the former alone" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
+        allowed = "only the first" if data.mixture else f"data.path={files[train[0]]} data.val_path={files[val[0]]}"
         raise UserError(
-            f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and trains on both; "
+            f"{key_of(data)} is '{data.path}', which holds {train[0]} and {val[0]}, and would train on both; "
             f"allowed: {allowed}, or globs"
         )
 
 
 def _left_out(where: str, names: list[str]) -> str:
-    """Returns a line about files that are left out; "" if there are none."""
+    """A line that names the files that are left out; empty if there are none."""
     if not names:
         return ""
     shown = ", ".join(names[:SHOWN]) + ", …" * (len(names) > SHOWN)
     what = "a file that is" if len(names) == 1 else f"{len(names)} files that are"
-    return f"{where}: without {what} hidden or of another kind ({shown}); a glob takes all that it matches"
+    return f"{where}: leaves out {what} hidden or of another kind ({shown}); a glob takes every file that it matches"
 
 
 def _meant(data: DataConfig, names: list[str]) -> str:
-    """Returns a line about files that another source is probably meant to read; "" if there are none."""
+    """A line that suggests another source if some files have its suffix; empty if none have."""
     for suffix, source in MEANT.items():
         count = sum(suffix_of(name) == suffix for name in names)
         if count:

@@ -1,4 +1,4 @@
-"""The source code of Python's standard library: a corpus that is on every machine."""
+"""The source `stdlib`: the code of Python's standard library, a corpus that every machine has."""
 
 import sysconfig
 from pathlib import Path
@@ -11,10 +11,10 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 
 
 def open_stdlib(data: DataConfig) -> Source:
-    """Opens the running Python's standard library, without its tests.
+    """The .py files of the standard library, without its tests; each is a document.
 
     Raises:
-      UserError: this Python comes without its source code.
+      UserError: this Python has no .py files of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
@@ -24,7 +24,7 @@ def open_stdlib(data: DataConfig) -> Source:
         try:
             if path.read_bytes().decode():
                 files[name] = path
-        except (UnicodeDecodeError, OSError):  # such as a broken link
+        except (UnicodeDecodeError, OSError):  # OSError: a broken link, for example
             skipped += 1
     if not files:
         raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")

@@ -1,4 +1,4 @@
-"""Random token ids whose best possible loss is known."""
+"""The source `synthetic`: generated token ids whose best possible loss is known."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ TRAIN, VAL = 1 << 20, 1 << 15  # tokens
 
 
 def open_synthetic(config: Config, progress: bool) -> Corpus:
-    """Makes x[t+1] = (5 x[t] + 1 + noise) mod vocab_size, noise in {0, 1, 2, 3}. Best possible loss: ln 4 = 1.386 nats.
+    """A corpus of x[t+1] = (5 x[t] + 1 + noise) mod vocab_size, with noise drawn uniformly from {0, 1, 2, 3}.
 
-    The ids depend on `seed` and `data.vocab_size` alone.
+    The best possible loss is ln 4 = 1.386 nats. The ids depend only on `seed` and `data.vocab_size`.
     """
     vocab_size = config.data.vocab_size
     train = [_chains(vocab_size, TRAIN, seed=[config.seed % 2**64, 0])]
@@ -21,7 +21,7 @@ def open_synthetic(config: Config, progress: bool) -> Corpus:
 
 
 def _chains(vocab_size: int, num_tokens: int, seed: list[int], length: int = 4096) -> np.ndarray:
-    """Returns uint32 [num_tokens]: chains of `length` ids, computed side by side and then concatenated."""
+    """uint32 [num_tokens]: chains of `length` tokens, computed side by side and then concatenated."""
     rng = np.random.default_rng(seed)
     x = np.empty((length, num_tokens // length), np.uint32)
     x[0] = rng.integers(vocab_size, size=x.shape[1])

@@ -1,4 +1,4 @@
-"""Text files: each file is a document; of a single file, the end is held out."""
+"""The source `text`: each file is a document; of a single file, the end is held out."""
 
 import codecs
 import dataclasses
@@ -16,10 +16,10 @@ from jaxlm.data.sources.splits import find_files
 
 
 def open_text(data: DataConfig) -> Source:
-    """Opens the documents of `data.path` and `data.val_path`.
+    """The documents of `data.path` and `data.val_path`.
 
     Raises:
-      UserError: there are none. While documents are read: a file is not text, and `data.on_error` is stop.
+      UserError: there are no files or, while documents are read, a file is not text and `data.on_error` is stop.
     """
     files, val, notes = find_files(data)
     if not val:
@@ -31,9 +31,9 @@ def open_text(data: DataConfig) -> Source:
 
 
 def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Source:
-    """Makes each file a document; names decide which `val_fraction` of them is held out: at least one, not all."""
+    """One document per file. Names decide which `val_fraction` of them is held out: at least one, never all."""
     held = {name for name in files if held_out(name, data.val_fraction)}
-    if not held:  # few files: hold one out, again decided by names
+    if not held:  # with few files, hold out the one whose name has the lowest hash
         held = {min(files, key=digest)}
     if len(held) == len(files):
         held.remove(max(files, key=digest))
@@ -42,7 +42,7 @@ def by_name(data: DataConfig, files: dict[str, Path], skipped: int = 0) -> Sourc
 
 
 def _one_file(data: DataConfig, name: str, path: Path) -> Source:
-    """Makes the last `val_fraction` of a file's characters a validation document, and the rest a training document."""
+    """Two documents: the last `val_fraction` of a file's characters is for validation, the rest for training."""
 
     def units() -> list[Unit]:
         cut = _byte_of_character(path, 1 - data.val_fraction)
@@ -54,7 +54,7 @@ def _one_file(data: DataConfig, name: str, path: Path) -> Source:
 
 
 def _byte_of_character(path: Path, share: float) -> int:
-    """Returns the byte (of the unpacked text) at which the given share of a file's characters ends."""
+    """The byte (of the decompressed text, if the file is packed) where the first `share` of the characters ends."""
     with opened(path) as file:
         counts = [int(np.count_nonzero(_opens_character(block))) for block in iter(partial(file.read, BLOCK), b"")]
     ends = np.cumsum([0, *counts])
@@ -67,16 +67,17 @@ def _byte_of_character(path: Path, share: float) -> int:
 
 
 def _opens_character(block: bytes) -> np.ndarray:
+    """bool [n]: which bytes begin a character of UTF-8."""
     return (np.frombuffer(block, np.uint8) & 0xC0) != 0x80
 
 
 class TextPart(NamedTuple):
-    """A part of a text file, or all of it."""
+    """A text file or a part of one."""
 
     name: str
     path: Path
     split: Split
-    start: int = 0  # in bytes of the unpacked text
+    start: int = 0  # in bytes of the decompressed text
     stop: int | None = None
     first: bool = True
 
@@ -86,12 +87,12 @@ def _text_source(data: DataConfig, key: dict[str, Any], parts: list[TextPart], s
     skips = data.on_error == "skip"
     name = name_of(data) or data.val_path or data.source
     size = _text_size(*(part.path for part in parts))
-    files = real(part.path for part in parts)
-    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped, files=files)
+    paths = real(part.path for part in parts)
+    return Source(name, key, lambda: _units(parts, cuts=not skips, skips=skips), size, skipped=skipped, files=paths)
 
 
 def _units(parts: list[TextPart], cuts: bool, skips: bool = False) -> list[Unit]:
-    """Groups parts into units of about the same size. With `cuts`, large parts are cut at ends of lines."""
+    """Units of about the same size; large parts are cut at the ends of lines if `cuts` is set."""
     limit = unit_bytes(sum(map(_part_size, parts)))
     pieces: list[TextPart] = []
     for part in parts:
@@ -111,13 +112,13 @@ def _part_size(part: TextPart) -> int:
 
 
 def _text_size(*paths: Path) -> int:
-    """Returns the bytes of the text in files; 0 = unknown."""
+    """Bytes of text in the files; 0 if unknown, because a file is packed."""
     return 0 if any(path.suffix in PACKED for path in paths) else sum(path.stat().st_size for path in paths)
 
 
 def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skipped]:
     for part in parts:
-        if skips:  # read it all before using any of it, so that a bad file contributes nothing
+        if skips:  # read the file to its end first, so that a damaged one gives no text at all
             try:
                 for _ in read_parts(part.path, part.start, part.stop):
                     pass
@@ -131,13 +132,14 @@ def _read_text(parts: list[TextPart], skips: bool) -> Iterator[Document | Skippe
 
 
 def read_parts(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Yields the text of a file between two bytes, unchanged, in parts of about BLOCK bytes that end before a newline
-    wherever possible.
+    """Yields the text of a file from byte `start` to `stop`, unchanged, in parts of about BLOCK bytes.
 
-    No sentencepiece token joins a line with the newline after it, so the parts get the same tokens as the whole text.
+    A part ends before a newline where possible. sentencepiece's tokens never reach from a line into the newline after
+    it, so the parts get the same ids as the whole.
 
     Raises:
-      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the unpacked text).
+      UserError: the file cannot be read, is not UTF-8 or holds a NUL; names the byte (of the decompressed text, if the
+        file is packed).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, offset, block = "", start, b"-"

@@ -1,7 +1,7 @@
-"""Documents of tensorflow_datasets: any builder with a text feature.
+"""The source `tfds`: datasets of tensorflow_datasets with a text feature.
 
-A missing dataset is fetched in a process of its own, which ends when no more bytes arrive: without a network,
-tensorflow_datasets would try for minutes.
+A child process fetches a dataset that is not on disk, and is killed when no more bytes arrive: without a network,
+tensorflow_datasets would retry for minutes.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from jaxlm.data.sources.documents import Document, Skipped, Source, Split, Unit,
 from jaxlm.data.sources.files import MAX_UNITS, key_of
 from jaxlm.data.tf_import import import_tensorflow
 
-STALL_SECONDS = 60  # longest wait for a new byte
-UNIT_EXAMPLES = 20_000  # examples that one process reads at a time
+STALL_SECONDS = 60  # without a new byte, after which a download is given up
+UNIT_EXAMPLES = 20_000  # examples of a unit, about
 
 T = TypeVar("T")
 
 
 def open_tfds(data: DataConfig) -> Source:
-    """Opens the documents of `data.tfds_name`, in the order of its files.
+    """The documents of the dataset `data.tfds_name`, in the order of its files.
 
     Raises:
       UserError: the dataset, its split or its text feature is not available.
@@ -61,7 +61,8 @@ def open_tfds(data: DataConfig) -> Source:
         found = units_of(data.split, "train") + units_of(data.val_split, "val")
         if sum(splits.values()) > UNIT_EXAMPLES:
             return found
-        # One unit, which this process reads: other processes would first spend seconds importing TensorFlow.
+        # This process reads a single unit itself; several would go to processes that first import tensorflow, which
+        # takes seconds.
         return [Unit(partial(_read_all, found))]
 
     return Source(f"{data.tfds_name} {data.split}", key, units, num_bytes=0)
@@ -73,9 +74,7 @@ def _read_all(units: list[Unit]) -> Iterator[Document | Skipped]:
 
 
 def _read(data: DataConfig, split: str, which: Split | None, index: int, count: int) -> Iterator[Document]:
-    """Reads part `index` of the `count` parts of a split. If `which` is None, an example's place decides whether it is
-    held out.
-    """
+    """Yields part `index` of `count` of a split. If `which` is None, an example's place decides if it is held out."""
     import tensorflow_datasets as tfds
 
     builder = _builder(data)
@@ -85,23 +84,22 @@ def _read(data: DataConfig, split: str, which: Split | None, index: int, count: 
         for place, example in enumerate(_examples(builder, part)[1](), before):
             name = f"{split}:{place}"
             drawn: Split = "val" if which is None and held_out(name, data.val_fraction) else "train"
-            for index, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
-                yield Document(name, piece, which or drawn, first=index == 0)
+            for i, piece in enumerate(parts_of(_text(example[data.text_key], name, data))):
+                yield Document(name, piece, which or drawn, first=i == 0)
     except UserError:
         raise
-    except Exception as error:  # two libraries read, each with its own errors
-        reason = (
-            " ".join(str(error).split()).split("}} ")[-1] or type(error).__name__
-        )  # drops the names of TensorFlow's operations
+    except Exception as error:  # tf.data and ArrayRecord raise exceptions of their own
+        # Without the prefix {{…}} of TensorFlow's messages.
+        reason = " ".join(str(error).split()).split("}} ")[-1] or type(error).__name__
         raise UserError(f"{builder.data_dir}: split {split} is unreadable ({reason})") from error
 
 
 def _examples(builder: Any, split: Any) -> tuple[int, Callable[[], Iterator[dict[str, Any]]]]:
-    """Returns the number of examples in a split (0 if unknown), and a function that yields them."""
+    """The number of examples of a split (0 if unknown), and a function that iterates over them."""
     import tensorflow_datasets as tfds
 
     import_tensorflow()
-    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # tf.data does not read it
+    if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:  # tf.data cannot read it
         source = builder.as_data_source(split=split)
         return len(source), lambda: iter(source)
     read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
@@ -125,9 +123,9 @@ def _builder(data: DataConfig) -> Any:
     try:
         _keep_to_own_features(tfds.features.FeatureConnector)
         if naming.parse_builder_name_kwargs(data.tfds_name)[0].namespace:
-            raise ValueError("the datasets of a namespace are code from elsewhere, which would run here")
+            raise ValueError("a dataset with a namespace runs code from outside tensorflow_datasets")
         return tfds.builder(data.tfds_name, data_dir=_data_dir(data), try_gcs=False)
-    except Exception as error:  # the dataset's own code or its hub may raise anything
+    except Exception as error:  # whatever the dataset's own code or its hub raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{key_of(data)} is '{data.tfds_name}': {reason}; allowed: a dataset of tensorflow_datasets, "
@@ -137,19 +135,22 @@ def _builder(data: DataConfig) -> Any:
 
 @cache
 def _keep_to_own_features(connector: Any) -> None:
-    """Refuses features.json files that name Python classes outside tensorflow_datasets, which would be imported."""
+    """Refuses classes from outside tensorflow_datasets, whose modules would be imported.
+
+    A dataset's features.json names the Python classes that read it.
+    """
     find = connector.cls_from_name
 
     def own(name: str) -> Any:
         if not str(name).startswith("tensorflow_datasets."):
-            raise ValueError(f"its features.json asks for the code of {name}")
+            raise ValueError(f"its features.json requires {name}, which is not a class of tensorflow_datasets")
         return find(name)
 
     connector.cls_from_name = staticmethod(own)
 
 
 def _load(builder: Any, data: DataConfig) -> dict[str, int]:
-    """Fetches the dataset if it is missing. Returns {split: number of its examples, 0 if unknown}."""
+    """{split: number of examples, 0 if unknown}. Fetches the dataset if it is not on disk."""
     try:
         import_tensorflow()
     except ImportError as error:
@@ -180,7 +181,7 @@ def _load(builder: Any, data: DataConfig) -> dict[str, int]:
 
 
 def _download(builder: Any, data: DataConfig) -> None:
-    """Runs `download_and_prepare` in a child process, as long as bytes arrive."""
+    """Runs `download_and_prepare` in a child process, which is killed when no byte arrives for STALL_SECONDS."""
     code = (
         "import sys, tensorflow_datasets as t; "
         "t.builder(sys.argv[1], data_dir=sys.argv[2], try_gcs=False).download_and_prepare()"
@@ -188,8 +189,12 @@ def _download(builder: Any, data: DataConfig) -> None:
     root = Path(_data_dir(data) or Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1])
     print(f"fetching {data.tfds_name} into {root}", file=sys.stderr)
     with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-c", code, data.tfds_name, str(root)]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, data.tfds_name, str(root)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
         seen, since = -1, time.monotonic()
         try:
             while child.poll() is None and time.monotonic() - since < STALL_SECONDS:
@@ -206,7 +211,7 @@ def _download(builder: Any, data: DataConfig) -> None:
         reason = f"nothing arrived for {STALL_SECONDS} s" if stalled else last_line
         raise UserError(
             f"{key_of(data)} is '{data.tfds_name}', which is not in {root} and cannot be fetched ({reason}); allowed: "
-            f"one prepared there, by tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"
+            f"a dataset prepared there with tensorflow_datasets.builder(name, data_dir=...).download_and_prepare()"
         )
 
 
@@ -214,15 +219,13 @@ def _bytes_under(root: Path) -> int:
     total = 0
     for folder, _, names in os.walk(root):
         for name in names:
-            with contextlib.suppress(OSError):  # renamed in the meantime
+            with contextlib.suppress(OSError):  # the file was renamed or removed meanwhile
                 total += os.path.getsize(os.path.join(folder, name))
     return total
 
 
 def _bounded(function: Callable[[], T], seconds: float, data: DataConfig) -> T:
-    """Returns or raises what the function does. Raises UserError if it takes longer than `seconds`, perhaps because it
-    waits for a network.
-    """
+    """Returns or raises what the function does; raises UserError after `seconds`: it may wait for a network."""
     result: list[T] = []
     raised: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Token ids: a prepared token store, or files of ids, such as those of nanoGPT."""
+"""The source `tokens`: a prepared token store, or files of ids such as a nanoGPT folder."""
 
 import itertools
 from pathlib import Path
@@ -22,16 +22,16 @@ KIND = SOURCES["tokens"]
 
 
 def open_tokens(config: Config, progress: bool) -> Corpus:
-    """Opens a prepared token store or files of token ids.
+    """The corpus of a prepared store or of files of token ids.
 
     Raises:
-      UserError: the data is missing, of another kind, or does not fit the configuration.
+      UserError: the data is missing or of another kind, or does not fit the configuration.
     """
     data = config.data
     if data.val_path and _is_store("data.val_path", data.val_path):
         raise UserError(
-            f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids; a store "
-            "belongs in data.path, and holds out a part of itself"
+            f"data.val_path is '{data.val_path}', a token store; allowed: files of token ids, or the store as "
+            "data.path, because a store has its own validation part"
         )
     if is_alone(data) or not _is_store(key_of(data), data.path):
         return _of_files(config, progress)
@@ -45,14 +45,15 @@ def _is_store(key: str, path: str) -> bool:
 
 
 def _of_files(config: Config, progress: bool = False) -> Corpus:
-    """Opens .bin files (uint16, little-endian, as nanoGPT writes them, or with llm.c's header) or .npy files (1-D
-    integers); those of a folder or a glob follow each other. Tokens are read on demand.
+    """The corpus of .bin files (little-endian uint16, as nanoGPT writes them, or with llm.c's header) or .npy files
+    (1-D integers). Tokens are read from the files on demand; several files are read in the order of their names.
 
-    Without `data.val_path`, the last `data.val_fraction` of the tokens is held out; in a folder of nanoGPT's, val.bin.
-    With `progress`, notes about files go to stderr.
+    Without `data.val_path`, val.bin is held out in a nanoGPT folder, and otherwise the last `data.val_fraction` of the
+    tokens, from the start of a document if a tokenizer is known. `progress` prints notes to stderr, such as which files
+    are left out.
 
     Raises:
-      UserError: a file is missing or of another kind, or holds an id that is not below `data.vocab_size`.
+      UserError: a file is missing or of another kind, or an id is too large for the tokenizer or `data.vocab_size`.
     """
     data, files = config.data, find_files(config.data)
     _check_kind([*files.train.values(), *files.val.values()])
@@ -66,16 +67,14 @@ def _of_files(config: Config, progress: bool = False) -> Corpus:
             )
         if vocab_size > size:
             notes.append(
-                f"data.vocab_size={vocab_size}: the tokenizer has {size} ids, and the model has logits for these alone;"
+                f"data.vocab_size={vocab_size}: the tokenizer has {size} ids, and the model has logits only for these;"
                 " model.vocab_multiple pads its tables"
             )
         vocab_size = size
     elif meta := _meta(files):
         tokenizer = read_meta(meta)
         vocab_size = tokenizer.vocab_size if tokenizer else vocab_size
-        notes += (
-            [] if tokenizer else [f"{meta}: not used, because it is not a table of characters as nanoGPT writes it"]
-        )
+        notes += [] if tokenizer else [f"{meta}: ignored, because it is not a table of characters as nanoGPT writes it"]
     for note in notes if progress else ():
         say_once(note)
     opened = [[open_array(path, vocab_size) for path in part.values()] for part in (files.train, files.val)]
@@ -86,7 +85,7 @@ def _of_files(config: Config, progress: bool = False) -> Corpus:
         whole = Tokens(train)
         cut = int(len(whole) * (1 - data.val_fraction))
         starts = starts_of(train, tokenizer.bos_id) if tokenizer else np.empty(0)
-        if len(starts) > 1:  # at the end of a document
+        if len(starts) > 1:  # cut where a document starts
             cut = int(next(iter(starts[starts >= cut]), len(whole)))
         train, val = whole.parts(0, cut), whole.parts(cut, len(whole))
     return corpus_of(config, vocab_size, train, val, tokenizer)
@@ -103,7 +102,7 @@ def _check_kind(paths: list[Path]) -> None:
 
 
 def _meta(files: Files) -> Path | None:
-    """Returns the path of nanoGPT's table of characters beside its files; None if there is none."""
+    """The path of nanoGPT's table of characters beside train.bin and val.bin; None if there is none."""
     if (*files.train, *files.val) != KIND.split_files:
         return None
     path = next(iter(files.train.values())).with_name(KIND.beside[0])

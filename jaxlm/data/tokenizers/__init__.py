@@ -1,4 +1,4 @@
-"""Tokenizers: from text to ids and back without loss, one file for each kind."""
+"""Tokenizers, which turn text into ids and back without loss: one file for each kind."""
 
 from jaxlm.data.tokenizers.base import Tokenizer, to_bytes
 from jaxlm.data.tokenizers.loading import load_tokenizer, make_tokenizer

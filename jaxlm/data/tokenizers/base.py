@@ -1,7 +1,8 @@
-"""The interface of tokenizers, and the two that need no library.
+"""The base class of tokenizers, and the two tokenizers that need no library.
 
-Every id stands for a fixed string of UTF-8 bytes, its piece. So decoding is a join, and the ids of a text give its
-exact number of bytes. Lone surrogates, for which UTF-8 has no bytes, take three ("surrogatepass").
+Every id stands for a fixed string of bytes, its piece. Decoding therefore joins pieces, and the UTF-8 bytes of a text
+can be counted exactly from its ids. A lone surrogate, which strict UTF-8 cannot encode, has three bytes
+("surrogatepass").
 """
 
 import abc
@@ -16,10 +17,10 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError
 
-SPEC = "jaxlm_tokenizer.json"  # describes a saved tokenizer: {"kind": ..., and what that kind needs}
+SPEC = "jaxlm_tokenizer.json"  # in a saved folder: {"kind": ..., and the data of that kind}
 UNKNOWN = "\ufffd".encode()
 
-Texts = Callable[[], Iterable[str]]  # yields all documents at each call
+Texts = Callable[[], Iterable[str]]  # each call iterates over the documents anew
 
 
 def to_bytes(text: str) -> bytes:
@@ -27,17 +28,17 @@ def to_bytes(text: str) -> bytes:
 
 
 def code_points(text: str) -> np.ndarray:
-    """Returns the code points of a text, uint32 [len(text)]."""
+    """uint32 [len(text)]: the code points of a text."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 class Tokenizer(abc.ABC):
-    """Maps texts to ids 0 … vocab_size - 1. The id `bos_id` opens a document and stands for no text."""
+    """Maps text to ids 0 … vocab_size - 1 and back. The id `bos_id` opens a document and stands for no text."""
 
-    library: str | None = None  # the package that encodes; another version of it may give other ids
+    library: str | None = None  # the package that encodes; another version may give other ids
     num_threads: int  # threads that `encode` may use
-    specials: dict[str, int]  # {name: id} of special tokens; `encode` never returns their ids (markup.py)
-    end_ids: frozenset[int]  # ids that end a text: bos, and the end tokens of a pretrained model
+    specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
+    end_ids: frozenset[int]  # ids that end a text: bos, and other ends that a pretrained model may write
 
     def __init__(self, pieces: list[bytes], bos_id: int):
         self.pieces = pieces
@@ -52,10 +53,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns the ids of each text, int32 [n], without bos."""
+        """The int32 ids [n] of each text, without bos."""
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Returns the text that ids [n] stand for. Bytes that are not UTF-8, as a model may sample, become U+FFFD."""
+        """The text that ids [n] stand for. Bytes that are not UTF-8, which a model may sample, become U+FFFD."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         data = b"".join([self.pieces[i] for i in ids])
         try:
@@ -64,32 +65,32 @@ class Tokenizer(abc.ABC):
             return data.decode("utf-8", "replace")
 
     def decoder(self) -> Callable[[Iterable[int], bool], str]:
-        """Returns (ids, final) -> text, which decodes ids as they arrive. It holds back the bytes of an incomplete
-        character; with `final` they become U+FFFD.
+        """Returns a function (ids, final) -> text, which decodes a stream of ids. It holds back the bytes of an
+        incomplete character until the rest comes; with `final`, they become U+FFFD.
         """
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         return lambda ids, final: decode(b"".join([self.pieces[i] for i in ids]), final)
 
     def bytes_per_token(self) -> np.ndarray:
-        """Returns the number of UTF-8 bytes that each id stands for, int32 [vocab_size]; they add up over a text."""
+        """int32 [vocab_size]: bytes that each id stands for. Summed over a text's ids, they are its UTF-8 bytes."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes into an existing folder what `load` needs, among it `SPEC`, which names the `kind`."""
+        """Writes the files that `load` needs to an existing folder. One is `SPEC`, which holds the `kind`."""
 
     @classmethod
     @abc.abstractmethod
     def load(cls, folder: Path, spec: dict[str, Any]) -> "Tokenizer":
-        """Loads what `save` wrote; `spec` is the content of `SPEC`.
+        """Loads a tokenizer that `save` wrote; `spec` is the content of the folder's `SPEC`.
 
         Raises:
-          UserError, OSError, ValueError, KeyError, TypeError: the folder is not what `save` wrote.
+          UserError, OSError, ValueError, KeyError, TypeError: the files are not as `save` writes them.
         """
 
     @classmethod
     def corpus_key(cls, data: DataConfig) -> dict[str, Any] | None:
-        """Returns what shapes a tokenizer made from a corpus besides the texts, as JSON; None if no text shapes it."""
+        """JSON: everything besides the texts that determines the tokenizer of a corpus; None if texts do not matter."""
         return None
 
     @classmethod
@@ -99,15 +100,15 @@ class Tokenizer(abc.ABC):
 
         Args:
           train_texts, all_texts: the corpus without and with its validation documents.
-          say: prints a line.
+          say: shows a line to people.
 
         Raises:
-          UserError: no tokenizer can be made from this corpus.
+          UserError: no tokenizer can be made from the corpus.
         """
 
 
 class ByteTokenizer(Tokenizer):
-    """One token for each byte of UTF-8."""
+    """One token per byte of UTF-8."""
 
     def __init__(self) -> None:
         super().__init__([*(bytes([i]) for i in range(256)), b""], bos_id=256)
@@ -130,16 +131,16 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token for each character of an alphabet."""
+    """One token per character of an alphabet."""
 
     def __init__(self, alphabet: list[str]):
         self.alphabet = sorted(alphabet)
         super().__init__([*map(to_bytes, self.alphabet), b""], bos_id=len(alphabet))
-        self._ids = np.full(0x110000, -1, np.int32)  # indexed by code point
+        self._ids = np.full(0x110000, -1, np.int32)  # by code point
         self._ids[[ord(c) for c in self.alphabet]] = np.arange(len(alphabet))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Raises UserError if a character is not in the alphabet."""
+        """The int32 ids of each text. Raises UserError if a character is not in the alphabet."""
         encoded = []
         for text in texts:
             ids = self._ids[code_points(text)]

@@ -1,12 +1,12 @@
-"""Tokenizers of pretrained models: Hugging Face's `tokenizer.json`, through the `tokenizers` library.
+"""Tokenizers of pretrained models: Hugging Face's `tokenizer.json`, read with the `tokenizers` library.
 
-Bits per byte need the exact bytes that every id stands for. So loading a file removes the steps that change a text: a
-space before the text, NFC, and stripping around added tokens. Ids then differ from those of `transformers` only where
-one of these steps would have acted. A file that changes texts in other ways is refused, and each text is compared with
-the bytes that its ids stand for.
+Bits per byte need the exact bytes that every id stands for. Loading a file therefore turns off the steps that change a
+text: a space put before the text, NFC, and stripping around added tokens. Ids differ from those of `transformers` only
+where one of these steps would have acted. A file that changes texts in other ways is refused, and each text is compared
+with the bytes that its ids stand for.
 
-Special tokens are markup between texts. The name of one inside a text ("<|endoftext|>") is ordinary letters; in text
-from a chat template it becomes the token's id (markup.py).
+Special tokens are markup between texts. The name of one inside a text ("<|endoftext|>") is plain text; in the text that
+a chat template writes, it becomes the token's id (markup.py).
 """
 
 import contextlib
@@ -24,17 +24,40 @@ from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.tokenizers.base import Texts, Tokenizer, to_bytes, write_spec
 
 FILE = "tokenizer.json"
-# Names of the token that opens a document or, in families without one, of the token that separates documents.
+# Names of the token that opens a document in families of models or, in families without one, separates documents.
+# The first that a tokenizer has is its bos.
 BOS = (
-    "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]", "<BOS_TOKEN>", "<BOS>", "<|bos_token|>",
-    "<｜begin▁of▁sentence｜>", "<|begin_of_sentence|>", "<|endoftext|>", "<|end_of_text|>",
-)  # fmt: skip
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<|bos|>",
+    "[BOS]",
+    "<BOS_TOKEN>",
+    "<BOS>",
+    "<|bos_token|>",
+    "<｜begin▁of▁sentence｜>",
+    "<|begin_of_sentence|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)
 # Names of the tokens that end a document or an answer.
 ENDS = (
-    "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<|end_of_sentence|>",
-    "<｜end▁of▁sentence｜>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>",
-)  # fmt: skip
-SURROGATES = re.compile("([\ud800-\udfff]+)")  # the library refuses texts with surrogates
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+)
+SURROGATES = re.compile("([\ud800-\udfff]+)")  # the library accepts no text that holds them
 SURROGATES_OR_SPACE_SIGN = re.compile("([\u2581\ud800-\udfff]+)")  # some files write a space as U+2581
 BYTE_PIECES = tuple(f"<0x{i:02X}>" for i in range(256))
 
@@ -45,7 +68,7 @@ class HfTokenizer(Tokenizer):
     library = "tokenizers"
 
     def __init__(self, content: bytes, name: str):
-        """Args: content: of a tokenizer.json; name: names it in errors.
+        """Loads a tokenizer from the `content` of a tokenizer.json; errors call it `name`.
 
         Raises:
           UserError: the file is unreadable, has no bos, or its ids do not stand for fixed bytes.
@@ -72,7 +95,7 @@ class HfTokenizer(Tokenizer):
         bos = next((text for text in BOS if text in special), None)
         if bos is None:
             raise UserError(
-                f"{name}: its special tokens are {show(sorted(special))}; allowed: one of them that opens "
+                f"{name}: its special tokens are {show(sorted(special))}; allowed: one that opens "
                 f"a document ({' '.join(BOS)})"
             )
         size = max(vocab.values()) + 1
@@ -86,18 +109,19 @@ class HfTokenizer(Tokenizer):
         self.specials = {text: vocab[text] for text in special if text not in BYTE_PIECES}
         self.end_ids |= {vocab[text] for text in ENDS if text in special}
         self._content, self._name = content, name
-        self._library.encode_special_tokens = True  # encodes their names as text
+        self._library.encode_special_tokens = True  # their names are plain text
         self._as_bytes = SURROGATES if alphabet else SURROGATES_OR_SPACE_SIGN
         self._byte_ids = [vocab[c] for c in alphabet or BYTE_PIECES]
-        # Some models find the names of special and byte pieces in a text. Cut in two, the names are ordinary text.
+        # Some models match the names of special and byte pieces in a text. `_encode_names` cuts the names in two, so
+        # that they do not match.
         names = [*special, *([] if alphabet else BYTE_PIECES)]
         self._names = re.compile(f"(?=({'|'.join(re.escape(name) for name in names)}))")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Raises UserError if the ids of a text stand for another text."""
+        """The int32 ids of each text. Raises UserError if they stand for another text."""
         parts: list[str] = []
         ends = [0]
-        as_bytes: dict[int, list[int]] = {}  # {index of the part: ids}
+        as_bytes: dict[int, list[int]] = {}  # index of a part: its ids
         for text in texts:
             for i, part in enumerate([text] if text.isascii() else self._as_bytes.split(text)):
                 if i % 2:
@@ -118,19 +142,19 @@ class HfTokenizer(Tokenizer):
             with _parallel(self.num_threads > 1):
                 encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         except BaseException as error:
-            if type(error) is not Exception and not _panicked(error):  # the library raises plain Exceptions
+            if type(error) is not Exception and not _panicked(error):  # the library raises plain Exception, or panics
                 raise
-            raise UserError(f"{self._name}: `tokenizers` fails with it ({show(str(error))})") from error
+            raise UserError(f"{self._name}: `tokenizers` cannot encode a text with it ({show(str(error))})") from error
         return [encoding.ids for encoding in encodings]
 
     def _encode_names(self, text: str) -> list[int]:
+        """The ids of a text that holds names of special or byte pieces, as plain text."""
         cuts = [match.start() + 1 for match in self._names.finditer(text)]
         parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
         ids = list(itertools.chain.from_iterable(self._encode(parts)))
         if not self._stands_for(ids, text):
             raise UserError(
-                f"{self._name}: changes the text {show(text)}; allowed: a tokenizer that gives back "
-                "every text that it is given"
+                f"{self._name}: changes the text {show(text)}; allowed: a tokenizer whose ids stand for the same text"
             )
         return ids
 
@@ -151,13 +175,13 @@ class HfTokenizer(Tokenizer):
 
 
 def _panicked(error: BaseException) -> bool:
-    """Whether the error is a panic of the library's, which derives from BaseException alone."""
+    """Whether the error is a panic of the library, whose class derives from BaseException alone."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def _parallel(on: bool) -> Iterator[None]:
-    """Lets the library use one thread or all. It reads the environment variable at every call."""
+    """Makes the library use all threads or one, by the environment variable that it reads at every call."""
     key = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(key)
     os.environ[key] = "true" if on else "false"
@@ -171,7 +195,7 @@ def _parallel(on: bool) -> Iterator[None]:
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that GPT-2 writes for each byte: itself where it is visible, else one from U+0100 on."""
+    """The character that GPT-2's vocabulary writes for each byte: itself if visible, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
     return [chr(b if b in visible else next(others)) for b in range(256)]
@@ -182,19 +206,17 @@ BYTE_OF = {c: b for b, c in enumerate(BYTE_ALPHABET)}
 
 
 def _piece_bytes(text: str, alphabet: list[str], literal: bool) -> bytes:
-    """Returns the bytes of the piece that the vocabulary writes as `text`; `literal` for added tokens of a byte-level
-    vocabulary.
-    """
+    """The bytes of the piece that the vocabulary writes as `text`. In a byte-level one, added tokens are `literal`."""
     if alphabet:
         return to_bytes(text) if literal or not all(c in BYTE_OF for c in text) else bytes(BYTE_OF[c] for c in text)
     return bytes([int(text[3:5], 16)]) if text in BYTE_PIECES else to_bytes(text.replace("\u2581", " "))
 
 
 def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
-    """Removes from a tokenizer.json the steps that change texts.
+    """Removes the steps that change texts from `spec`, the content of a tokenizer.json.
 
     Returns:
-      The characters that stand for the 256 bytes in a byte-level vocabulary; empty for one with byte fallback.
+      The characters that a byte-level vocabulary writes for the 256 bytes; [] for a vocabulary with byte fallback.
 
     Raises:
       UserError: other steps change texts, or some bytes have no piece.
@@ -205,12 +227,15 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
             raise UserError(f"{name}: {key} is {show(found)}; allowed: {allowed}")
 
     model, splits = spec["model"], _steps(spec.get("pre_tokenizer"), "pretokenizers")
-    kind = model.get("type", "BPE" if "merges" in model else None)  # old files of BPE models do not name their type
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files do not name BPE
     require(kind in ("BPE", "Unigram"), "model.type", kind, "BPE, Unigram")
     byte_level = any(step["type"] == "ByteLevel" for step in splits)
-    fallback = model.get("byte_fallback")
-    allowed = "true, or a pre_tokenizer ByteLevel: otherwise some texts have no ids"
-    require(byte_level or fallback is True, "model.byte_fallback", fallback, allowed)
+    require(
+        byte_level or model.get("byte_fallback") is True,
+        "model.byte_fallback",
+        model.get("byte_fallback"),
+        "true, or a pre_tokenizer ByteLevel: otherwise some texts have no ids",
+    )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         require(not model.get(key), f"model.{key}", model.get(key), "none")
     vocab = model["vocab"] if kind == "BPE" else {piece for piece, _ in model["vocab"]}
@@ -223,8 +248,8 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
     for step in splits:
         removes = step.get("behavior") == "Removed"
         safe = ("Split", "Punctuation", "Digits", "UnicodeScripts", "ByteLevel" if byte_level else "Metaspace")
-        found = step["type"] + " Removed" * removes
-        require(step["type"] in safe and not removes, "pre_tokenizer", found, f"{', '.join(safe)} that remove nothing")
+        found, allowed = step["type"] + " Removed" * removes, f"{', '.join(safe)} that remove nothing"
+        require(step["type"] in safe and not removes, "pre_tokenizer", found, allowed)
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
         if step["type"] == "Metaspace":
@@ -246,7 +271,7 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """Returns the steps of a normalizer or pre-tokenizer, in their order."""
+    """The steps of a normalizer or pre-tokenizer, in order; `key` names the steps of a Sequence."""
     if part is None:
         return []
     return [s for child in part[key] for s in _steps(child, key)] if part["type"] == "Sequence" else [part]

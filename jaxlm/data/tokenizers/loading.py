@@ -1,4 +1,4 @@
-"""Loads or trains the tokenizer that a configuration or a folder names."""
+"""Loads or makes the tokenizer that a configuration or a path names."""
 
 import json
 from collections.abc import Callable
@@ -24,24 +24,22 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 def make_tokenizer(
     data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None] = lambda line: None
 ) -> Tokenizer:
-    """Loads or trains the tokenizer that `data.tokenizer` names.
+    """The tokenizer that `data.tokenizer` names, loaded or trained.
 
     Args:
       train_texts, all_texts: the corpus without and with its validation documents.
-      say: prints a line.
+      say: shows a line to people.
 
     Raises:
-      UserError: the tokenizer cannot be loaded, or cannot be trained on this corpus.
+      UserError: the tokenizer cannot be loaded, or none can be made from the corpus.
     """
     if data.tokenizer_path:
         hf, path = data.tokenizer == "hf", Path(data.tokenizer_path).expanduser()
-        other_file = (
-            hf and path.is_file() and path.suffix != ".json"
-        )  # `load_tokenizer` would take it for a sentencepiece model
+        other_file = hf and path.is_file() and path.suffix != ".json"  # it would be read as a sentencepiece model
         tokenizer = None if other_file else load_tokenizer(data.tokenizer_path)
         if tokenizer is None or isinstance(tokenizer, HfTokenizer) != hf:
             found = "not a Hugging Face tokenizer" if hf else "a Hugging Face tokenizer"
-            allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf takes it"
+            allowed = "a tokenizer.json or a folder with one" if hf else "other tokenizers; data.tokenizer=hf reads it"
             raise UserError(
                 f"data.tokenizer_path is {data.tokenizer_path!r}, which is {found}; "
                 f"allowed with data.tokenizer={data.tokenizer}: {allowed}"
@@ -51,13 +49,14 @@ def make_tokenizer(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, or a sentencepiece model.
+    """Loads a tokenizer from a folder that `save` wrote, a Hugging Face tokenizer.json or its folder, or a
+    sentencepiece model.
 
     Raises:
-      UserError: there is no tokenizer, or it is unusable.
+      UserError: there is no tokenizer at `path`, or it is unusable.
     """
     path = user_path("data.tokenizer_path", str(path))
-    if not (path.is_file() or path.is_dir()):  # a pipe would never end
+    if not (path.is_file() or path.is_dir()):  # reading a pipe would never end
         found = "not a file" if path.exists() else "no such file"
         raise UserError(
             f"{path}: {found}; allowed: a tokenizer folder, a Hugging Face tokenizer.json or a "
@@ -93,15 +92,16 @@ def _load_folder(folder: Path) -> Tokenizer:
     except (UserError, OSError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: unreadable ({error}); allowed: as jaxlm wrote it") from error
+        raise UserError(f"{file}: unreadable ({error}); allowed: a description that jaxlm wrote") from error
     raise UserError(f"{file}: kind is {show(kind)}; allowed: {', '.join(sorted(TOKENIZERS))}")
 
 
-OWN = (SPEC, HF_FILE)  # older versions called SPEC tokenizer.json, as Hugging Face calls its own file
+# Names of the description in a saved folder. Old ones are called tokenizer.json, as Hugging Face's file is.
+OWN = (SPEC, HF_FILE)
 
 
 def _own_spec(folder: Path) -> Path | None:
-    """Returns the file in a folder that describes what `save` wrote; None if jaxlm did not write the folder."""
+    """The description that `save` wrote to a folder; None if the folder holds none."""
     if (folder / SPEC).is_file():
         return folder / SPEC
     try:

@@ -1,4 +1,4 @@
-"""Special tokens: their names become ids in text from a chat template, and stay letters in text from people."""
+"""Special tokens in texts: a name becomes its id in text that a chat template writes, and is plain text elsewhere."""
 
 import itertools
 import re
@@ -11,9 +11,9 @@ from jaxlm.data.tokenizers.base import Tokenizer
 
 
 def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[Spans]) -> list[np.ndarray]:
-    """Returns the ids of each text, int32 [n]. A name of a special token becomes its id within the text's `markup`.
+    """The int32 ids [n] of each text. A special token's name within one of the text's `markup` spans becomes its id.
 
-    A text without such names is tokenized as a whole, as `Tokenizer.encode` does.
+    A text without such names is tokenized as a whole, by `Tokenizer.encode`.
     """
     names = _special_names(tokenizer)
     cut = [[text] if names is None else _cut(text, spans, names) for text, spans in zip(texts, markup, strict=True)]
@@ -26,20 +26,18 @@ def encode_marked(tokenizer: Tokenizer, texts: Sequence[str], markup: Sequence[S
 
 
 def first_special(tokenizer: Tokenizer, markup: str) -> int | None:
-    """Returns the id of the first special token in a text from a template; None if it has none."""
+    """The id of the first special token in `markup`, a text that a template writes; None if there is none."""
     names = _special_names(tokenizer)
     found = names and names.search(markup)
     return tokenizer.specials[found[0]] if found else None
 
 
 def _special_names(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    names = sorted(
-        tokenizer.specials, key=len, reverse=True
-    )  # the longest first, because one name may begin with another
+    names = sorted(tokenizer.specials, key=len, reverse=True)  # longest first, because one may begin with another
     return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _cut(text: str, spans: Spans, names: re.Pattern[str]) -> list[str]:
-    """Cuts a text around names in its spans: [text, name, text, ..., text]."""
+    """Cuts a text at the names in its spans: [text, name, text, ..., text]."""
     found = [match.span() for start, stop in spans for match in names.finditer(text, start, stop)]
     return [text[a:b] for a, b in itertools.pairwise([0, *itertools.chain.from_iterable(found), len(text)])]

@@ -1,4 +1,4 @@
-"""sentencepiece: lossless models trained on the corpus, and models made elsewhere."""
+"""sentencepiece tokenizers: lossless models trained on the corpus, and models made elsewhere."""
 
 import importlib.metadata
 import io
@@ -13,24 +13,25 @@ import numpy as np
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
 
-SAMPLE_CHARACTERS = 20_000_000  # most characters of the training text that sentencepiece is trained on
-# A unigram model takes 17 s of a core for each million characters, and needs more characters the more pieces it has:
-# on Python source, 1024 pieces give 2.203 bytes a token after two million and 2.206 after four; 8192, 3.65 and 3.81.
+SAMPLE_CHARACTERS = 20_000_000  # of the training text, on which sentencepiece is trained, at most
+# Training a unigram model takes 17 s of one core per million characters, and larger vocabularies need more characters.
+# On Python source, 2 and 4 million characters give 2.203 and 2.206 bytes per token with 1024 pieces, and 3.65 and 3.81
+# with 8192 pieces.
 UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE = 2_000_000, 1000
 
-# A sentence is a line with the newlines before it. So "\n        return" may become one piece, but no piece has a
-# newline after other characters, and cutting a text before newlines does not change its ids.
+# A sentence is a line with the newlines before it, so "\n        return" may become one piece, and no piece has a
+# newline after any other character. Text can therefore be cut before newlines without changing its ids.
 SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
 CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
 LINE = re.compile(r"\n*[^\n]+|\n+")
-MAX_LINE = 1000  # characters; longer lines are cut, because the time grows faster than the length
-# sentencepiece writes a space as U+2581 and refuses surrogates, so these characters are encoded as bytes.
+MAX_LINE = 1000  # characters; longer lines are cut, because encoding time grows faster than the length
+# sentencepiece writes a space as U+2581 and accepts no surrogates, so these characters are encoded as bytes.
 AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
 SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
 
 
 def _library() -> Any:
-    """Returns the package, untyped: it makes its functions at run time, where no type checker sees them."""
+    """The module sentencepiece, as Any, because type checkers do not see the functions that it makes at run time."""
     import sentencepiece
 
     return sentencepiece
@@ -42,10 +43,10 @@ class SentencePieceTokenizer(Tokenizer):
     library = "sentencepiece"
 
     def __init__(self, model: bytes, lossless: bool, name: str):
-        """`name` names the model in errors.
+        """Loads the bytes of a `model`; errors call it `name`.
 
         Raises:
-          UserError: this is not a sentencepiece model, or it has no bos.
+          UserError: the bytes are not a sentencepiece model, or it has no bos.
         """
         try:
             sp = self._processor = _library().SentencePieceProcessor(model_proto=model)
@@ -61,17 +62,17 @@ class SentencePieceTokenizer(Tokenizer):
         self._lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
         self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
-        # Most models made elsewhere put a space before the text, which is not part of it.
+        # Most models made elsewhere put a space before the text; decoding removes it.
         self._adds_space = not lossless and first.startswith(b" ")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        if not self._lossless:  # it may normalize and add a space, so texts are not cut
+        if not self._lossless:  # the model may normalize and add a space, so texts cannot be cut
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
             encoded = self._processor.encode(texts, num_threads=self.num_threads)
             return [np.array(ids, np.int32) for ids in encoded]
         lines: list[str] = []
         ends = [0]
-        ids: dict[str, list[int]] = {}  # of a line, or of characters encoded as bytes
+        ids: dict[str, list[int]] = {}  # the ids of a line, or of characters encoded as bytes
         for text in texts:
             if self._as_bytes is AS_BYTES and not _has_any_as_bytes(text):
                 lines += _lines(text)
@@ -83,13 +84,13 @@ class SentencePieceTokenizer(Tokenizer):
                     else:
                         lines += _lines(part)
             ends.append(len(lines))
-        # A third of the lines of code occur more than once ("\n        else:"). The library gets each of them once.
+        # A third of the lines of code are repeated ("\n        else:"); the library encodes each of them once.
         new = dict.fromkeys(lines)
         if ids or len(new) < 0.8 * len(lines):
             new = [line for line in new if line not in ids]
             ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
             encoded = list(map(ids.__getitem__, lines))
-        else:  # with few repeated lines, as in prose, finding them costs more than it saves
+        else:  # few repeated lines, as in prose: a lookup per line would cost more than it saves
             encoded = self._processor.encode(lines, num_threads=self.num_threads)
         spans = itertools.pairwise(ends)
         return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
@@ -122,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
     def corpus_key(cls, data: DataConfig) -> dict[str, Any]:
         version = importlib.metadata.version("sentencepiece")
         key = {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
-        if data.sentencepiece == "unigram":  # the store's SHAPE has the sample of BPE
+        if data.sentencepiece == "unigram":  # for BPE, SHAPE in store.py holds it
             key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
         return key
 
@@ -131,18 +132,18 @@ class SentencePieceTokenizer(Tokenizer):
         cls, data: DataConfig, train_texts: Texts, all_texts: Texts, say: Callable[[str], None]
     ) -> "SentencePieceTokenizer":
         limit, unigram = sample_characters(data.sentencepiece, data.vocab_size), data.sentencepiece == "unigram"
-        how_long = f" (unigram: about 10 s for each of up to {limit / 1e6:.0f} MB)" if unigram else ""
+        how_long = f" (unigram: about 10 s per MB, for up to {limit / 1e6:.0f} MB)" if unigram else ""
         say(f"training a tokenizer of {data.vocab_size} pieces{how_long}")
         sample = spread_sample((c for text in train_texts() for c in CHUNK.findall(text)), limit)
         model = train_sentencepiece(sample, data.vocab_size, data.sentencepiece)
         tokenizer = cls(model, lossless=True, name="trained model")
         if tokenizer.vocab_size < data.vocab_size:
-            say(f"data.vocab_size is {data.vocab_size}; this text gives {tokenizer.vocab_size}")
+            say(f"data.vocab_size is {data.vocab_size}; this text gives only {tokenizer.vocab_size} pieces")
         return tokenizer
 
 
 def _lines(text: str) -> list[str]:
-    """Cuts a text into lines, which changes no ids, and cuts lines that are too long."""
+    """Cuts a text into lines, which does not change its ids, and cuts lines longer than MAX_LINE, which may."""
     lines = LINE.findall(text)
     if max(map(len, lines), default=0) <= MAX_LINE:
         return lines
@@ -156,7 +157,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _has_any_as_bytes(text: str) -> bool:
-    """Whether AS_BYTES matches anywhere, ten times as fast."""
+    """Whether AS_BYTES matches in a text, ten times as fast."""
     if text.isascii():
         return False
     try:
@@ -176,14 +177,14 @@ def _piece_bytes(sp: Any, i: int) -> bytes:
 
 
 def sample_characters(kind: Literal["bpe", "unigram"], vocab_size: int) -> int:
-    """Returns the most characters of the training text that a model is trained on."""
+    """The most characters of the training text that a model is trained on."""
     if kind == "bpe":
         return SAMPLE_CHARACTERS
     return min(max(UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE * vocab_size), SAMPLE_CHARACTERS)
 
 
 def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
-    """Returns every k-th chunk, with k the smallest power of two that keeps them within `limit` characters."""
+    """Every k-th chunk, where k is the smallest power of two that keeps at most `limit` characters."""
     kept: list[str] = []
     size, k = 0, 1
     for i, chunk in enumerate(chunks):
@@ -197,17 +198,17 @@ def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
-    """Trains a lossless model with at most `vocab_size` pieces; its bytes are the same on every machine.
+    """Trains a lossless model with at most `vocab_size` pieces and returns its bytes, the same on every machine.
 
-    Pieces may hold several words ("self." or "\\n        return"): on Python source, 2048 pieces of BPE then give 3.23
-    bytes a token instead of 2.90 with splits at spaces.
+    Pieces may hold several words ("self." or "\\n        return"). On Python source with 2048 pieces, BPE then gives
+    3.23 bytes per token; splitting at spaces gives 2.90.
 
     Raises:
-      UserError: the text does not suffice for a model of that size.
+      UserError: no model of that size can be trained on the text.
     """
     sentencepiece = _library()
-    # The number of threads changes the unigram pieces, so it is fixed. By default, unigram starts from a million
-    # pieces; from 25 for each final piece, 2 MB of code train in 12 s instead of 21.
+    # The number of threads changes the pieces of unigram, so it is fixed. By default, unigram starts from a million
+    # pieces; with 25 per piece of the vocabulary, training on 2 MB of code takes 12 s instead of 21 s.
     pinned = {"num_threads": 1}
     if kind == "unigram":
         pinned = {"num_threads": 16, "seed_sentencepiece_size": min(25 * vocab_size, 1_000_000)}
@@ -240,18 +241,20 @@ def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", 
 
     try:
         try:
-            return train(texts, coverage=0.9995)  # byte pieces cover the rarest characters
+            return train(texts, coverage=0.9995)  # the rarest characters are encoded as bytes
         except RuntimeError as error:
             if "required_chars" not in str(error):
                 raise
             return train(_without_rare_characters(texts, (vocab_size - 258) // 2), coverage=1.0)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"data.vocab_size is {vocab_size}: no sentencepiece model of this text ({reason})") from error
+        raise UserError(
+            f"data.vocab_size is {vocab_size}: cannot train a sentencepiece model on this text ({reason})"
+        ) from error
 
 
 def _without_rare_characters(texts: list[str], keep: int) -> Iterator[str]:
-    """Yields the texts with all but the `keep` most frequent characters replaced by newlines."""
+    """The texts with all but the `keep` most frequent characters replaced by newlines."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
         np.add.at(counts, code_points(text), 1)
