@@ -1,4 +1,4 @@
-"""The trainer, whose step takes minutes to compile."""
+"""The trainer with a step that takes minutes to compile."""
 
 import sys
 import time

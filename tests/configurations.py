@@ -1,4 +1,4 @@
-"""What tests of the configuration share."""
+"""Helpers of the configuration's tests."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ BASE = ROOT / "configs" / "base.py"
 
 
 def refusal(*overrides: str, path: Path = BASE) -> str:
-    """The one line with which the overrides are refused."""
+    """Returns the message, of one line, that refuses the overrides."""
     with pytest.raises(UserError) as caught:
         files.load(path, list(overrides))
     message = str(caught.value)

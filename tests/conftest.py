@@ -1,4 +1,4 @@
-"""Eight simulated devices, caches of the test session's own, and runs that several files look at."""
+"""Eight simulated devices, temporary caches, and fixtures that several files share."""
 
 import gc
 import json
@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 
-# Read when JAX starts: before any import of it. Tiny programs take longer to optimize than to run.
+# JAX reads these at its first import. Optimizing is off, because tiny programs take longer to optimize than to run.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-# Files that take minutes, the longest first: two workers share the files, and end together.
-LONG = ("test_processes", "test_step", "test_launch", "test_parallel", "test_resume", "test_chaos", "test_run",
-        "test_workdir", "test_storage", "test_recovery")  # fmt: skip
+# Files that take minutes, the longest first, so that both workers, which share the files, end at about the same time.
+LONG = (
+    "test_processes",
+    "test_step",
+    "test_launch",
+    "test_parallel",
+    "test_resume",
+    "test_chaos",
+    "test_run",
+    "test_workdir",
+    "test_storage",
+    "test_recovery",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,11 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    # What one test compiled another loads, in whichever process and worker.
+    # All tests share one compilation cache, across processes and workers.
     base = tmp_path_factory.getbasetemp()
     compiled = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on some machines XLA prints about each program that it loads
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on some machines XLA prints a line for each program that it loads
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -42,14 +52,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from jaxlm.host.runtime import IMPORTER
 
     for thread in threading.enumerate():
-        if thread.name == IMPORTER:  # the interpreter's end would cut it off
+        if thread.name == IMPORTER:  # otherwise it would be running when the interpreter ends
             thread.join()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs() -> Iterator[None]:
-    """Drops what a file compiled: each program holds memory mappings, of which a process has a limited number, and XLA
-    crashes when there are none left.
+    """Drops the compiled programs after each file. Each program holds memory mappings, of which a process has a limited
+    number; XLA crashes when it runs out.
     """
     yield
     import jax
@@ -60,7 +70,7 @@ def programs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """A run sets what XLA and oneDNN read when they start; it is given back."""
+    """Restores the environment variables that a run sets for XLA and oneDNN."""
     before = {key: os.environ.get(key) for key in ("XLA_FLAGS", "ONEDNN_DEFAULT_FPMATH_MODE")}
     yield
     for key, value in before.items():
@@ -71,7 +81,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is never stopped."""
+    """The workdir of a run that is never stopped."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     from tests.runs import run
 
@@ -81,7 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the same that ends at the first checkpoint."""
+    """The workdir of the same run, with steps up to the first checkpoint only."""
     workdir = tmp_path_factory.mktemp("runs") / "short"
     from tests.runs import CHECKPOINT, run
 
@@ -91,12 +101,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(short: Path, tmp_path: Path) -> Path:
+    """A copy of `short` that a test may change."""
     return Path(shutil.copytree(short, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")
 def hf_specs() -> dict[str, str]:
-    """A tokenizer.json of each kind."""
+    """The text of a tokenizer.json of each kind."""
     from tests.tokenizing import HF_KINDS, hf_spec
 
     return {kind: json.dumps(hf_spec(kind)) for kind in HF_KINDS}
@@ -111,7 +122,7 @@ def hf(hf_specs: dict[str, str]) -> dict[str, Any]:
 
 @pytest.fixture
 def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs the command on what is in `tmp_path`."""
+    """A function that runs `jaxlm inspect` on the files in `tmp_path` and returns what it printed."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -127,7 +138,7 @@ def inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, which is not written to."""
+    """The workdir of a run of two steps. Tests do not write to it."""
     from jaxlm.config.files import load
     from jaxlm.run import training
     from tests.exit_codes import flags

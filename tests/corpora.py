@@ -1,4 +1,4 @@
-"""Small corpora of text files, for the tests of sources and of the store."""
+"""Helpers that write and open small corpora, for the tests of the data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +45,23 @@ def text(corpus: Corpus, split: str) -> str:
 
 
 def documents(source: Source, split: str) -> list[Document]:
-    """Those of a split, from unit after unit."""
+    """Returns the documents of a split, unit by unit."""
     found = [document for unit in source.units() for document in unit.read()]
     return [d for d in found if isinstance(d, Document) and d.split == split]
 
 
 def corpus_of(*sets: np.ndarray) -> Corpus:
-    """Ids to train and to validate on; several are the sources of a mixture, a, b, ..."""
+    """Returns a corpus that trains and validates on the same ids. Several sets make a mixture of sources a, b, ..."""
     parts = [Tokens([ids]) for ids in sets]
     shares = tuple(MixtureSource("abcdef"[i], 1 / len(parts), part, part) for i, part in enumerate(parts))
-    return Corpus(train=chain(parts), val=chain(parts), vocab_size=1 + max(int(ids.max()) for ids in sets),
-                  tokenizer=None, bytes_per_token=None, fingerprint="", folder=None, facts={},
-                  shares=shares if len(parts) > 1 else ())  # fmt: skip
+    return Corpus(
+        train=chain(parts),
+        val=chain(parts),
+        vocab_size=1 + max(int(ids.max()) for ids in sets),
+        tokenizer=None,
+        bytes_per_token=None,
+        fingerprint="",
+        folder=None,
+        facts={},
+        shares=shares if len(parts) > 1 else (),
+    )

@@ -1,4 +1,4 @@
-"""Tiny decoders, and parameters that hide nothing."""
+"""Tiny decoders, with parameters for which an error in any part shows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,15 +14,34 @@ from tests.runs import ROOT
 VOCAB, MAX_LEN = 13, 12
 BASE = files.load(ROOT / "configs/base.py")
 TINY = dataclasses.replace(
-    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=0, d_ff=20, activation="gelu", norm="layernorm",
-    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.0, logit_softcap=0.0,
-    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
-    matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-)  # fmt: skip
+    BASE.model,
+    num_layers=2,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=0,
+    d_ff=20,
+    activation="gelu",
+    norm="layernorm",
+    position="rope",
+    rope_theta=100.0,
+    use_bias=False,
+    tie_embeddings=False,
+    dropout=0.0,
+    logit_softcap=0.0,
+    qk_norm=False,
+    key_offset=False,
+    residual_init="scaled",
+    dtype="float32",
+    param_dtype="float32",
+    matmul_precision="highest",
+    attention="xla",
+    remat="none",
+    scan_unroll=1,
+)
 
 
 def logits_of(model: Model) -> Callable[[Params, Any], jax.Array]:
-    """(params, tokens_BT) -> float32 logits_BTV"""
+    """Returns a function of (params, tokens_BT) that returns float32 logits_BTV."""
     return lambda params, tokens_BT: model.unembed(params, model.hidden(params, tokens_BT)).reshape(
         *tokens_BT.shape, -1
     )
@@ -33,7 +52,7 @@ def with_(**changes: Any) -> ModelConfig:
 
 
 def drawn(model: Model) -> Params:
-    """Parameters with norm scales that are not 1 and biases that are not 0, which give logits of order 1."""
+    """Draws parameters whose scales are not 1, whose biases are not 0, and that give logits of order 1."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, x: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Command lines in this process: their exit codes, what they say, and what they leave."""
+"""Runs command lines in this process: their exit codes, their errors, and the files that they leave."""
 
 import importlib
 import runpy
@@ -12,8 +12,18 @@ from jaxlm.host.exit_codes import exit_code
 from tests.runs import ROOT
 
 COMMANDS = ROOT / "jaxlm/commands"
-TINY = ["steps=2", "batch_size=8", "seq_len=16", "model.d_model=16", "model.scan_unroll=1", "optim.name=adamw",
-        "optim.warmup_steps=0", "parallel.devices=2", "log.tensorboard=False", "eval.batches=1"]  # fmt: skip
+TINY = [
+    "steps=2",
+    "batch_size=8",
+    "seq_len=16",
+    "model.d_model=16",
+    "model.scan_unroll=1",
+    "optim.name=adamw",
+    "optim.warmup_steps=0",
+    "parallel.devices=2",
+    "log.tensorboard=False",
+    "eval.batches=1",
+]
 
 
 def flags(*overrides: str) -> list[str]:
@@ -21,10 +31,10 @@ def flags(*overrides: str) -> list[str]:
 
 
 def in_process(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and stderr of `python -m jaxlm.main`."""
+    """Returns the exit code and stderr of `python -m jaxlm.main`."""
     try:
         code = exit_code(lambda: main.run(argv))
-    except SystemExit as stop:  # of the parser
+    except SystemExit as stop:  # the parser exits
         code = int(stop.code or 0)
     return code, capsys.readouterr().err
 
@@ -34,13 +44,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def tool(name: str, *argv: object) -> int:
-    """Exit code of `jaxlm NAME`, or of what is in tools/ alone."""
+    """Returns the exit code of `jaxlm NAME`, or of tools/NAME.py if there is no such command."""
     try:
         if (COMMANDS / f"{name}.py").exists():
             command = importlib.import_module(f"jaxlm.commands.{name}")
             return exit_code(lambda: command.main([*map(str, argv)]))
         return _script(name, [*map(str, argv)])
-    except SystemExit as stop:  # of the parser
+    except SystemExit as stop:  # the parser exits
         return int(stop.code or 0)
 
 

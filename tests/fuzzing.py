@@ -1,4 +1,4 @@
-"""Files that are damaged in every way, and a reader that reads them or refuses them in one line."""
+"""Generates files that are damaged in many ways, and checks that a reader reads or refuses each of them."""
 
 import copy
 import json
@@ -14,10 +14,16 @@ from jaxlm.config import Config, UserError
 from tests.corpora import make_config
 
 RECORDS = [
-    {"text": f"text {i} 漢字", "doc": {"text": "a"}, "prompt": "p", "response": f"answer {i}", "number": i,
-     "messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]}
+    {
+        "text": f"text {i} 漢字",
+        "doc": {"text": "a"},
+        "prompt": "p",
+        "response": f"answer {i}",
+        "number": i,
+        "messages": [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}],
+    }
     for i in range(30)
-]  # fmt: skip
+]
 
 
 def fuzz_config(folder: Path) -> Config:
@@ -27,18 +33,23 @@ def fuzz_config(folder: Path) -> Config:
 
 
 def fuzz(cases: st.SearchStrategy[Any], read: Callable[[Any], object], max_examples: int) -> None:
-    """Each case is read, or refused by a UserError; of all, some are the one and some the other."""
+    """Checks that `read` accepts each case or refuses it with a UserError, and that both happen."""
     seen = Counter()
 
-    @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
-              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
     @given(cases)
     def check(case: Any) -> None:
         try:
             read(case)
             seen["read"] += 1
         except UserError as error:
-            assert str(error).split(), "nothing is said"
+            assert str(error).split(), "the message is empty"
             seen["refused"] += 1
 
     check()
@@ -47,7 +58,7 @@ def fuzz(cases: st.SearchStrategy[Any], read: Callable[[Any], object], max_examp
 
 @st.composite
 def damaged(draw: Any, seeds: list[bytes]) -> bytes:
-    """Bits flipped, bytes written over, left out, put in, repeated or moved, the end cut off; or arbitrary bytes."""
+    """Draws bytes with flipped bits, or overwritten, removed, inserted, repeated, moved or cut; or random bytes."""
     data = bytearray(draw(st.sampled_from(seeds)))
     at = st.integers(0, 63) | st.integers(0, max(len(data), 1))
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 4]))):
@@ -72,7 +83,7 @@ def damaged(draw: Any, seeds: list[bytes]) -> bytes:
     return bytes(data)
 
 
-DEEP, LONG = "of any depth", "of many digits"  # stand for what json.dumps does not write
+DEEP, LONG = "of any depth", "of many digits"  # placeholders for values that json.dumps cannot write
 ATOMS = st.sampled_from([
     None, True, False, 0, -1, 1, 2, 257, 2**31, 2**32 - 1, 2**63, 2**64, -(2**63), 10**400, 0.5, -0.0, 257.0, 1e308,
     float("nan"), float("inf"), "", "a", "\0", "\ud800", "\n", "../../x", "/etc/passwd", "x" * 500, DEEP, LONG, [], {},
@@ -84,7 +95,7 @@ VALUES = ATOMS | st.text(max_size=5) | st.integers() | st.lists(ATOMS, max_size=
 
 @st.composite
 def changed(draw: Any, trees: list[Any]) -> bytes:
-    """JSON with values replaced by others of any type, or by one another, and keys left out, renamed or put in."""
+    """Draws JSON with values replaced by values of any type or by each other, and keys removed, renamed or added."""
     tree = {"": copy.deepcopy(draw(st.sampled_from(trees)))}
     for _ in range(draw(st.sampled_from([1, 1, 2, 3]))):
         places = [(tree, "")]
@@ -112,7 +123,7 @@ def changed(draw: Any, trees: list[Any]) -> bytes:
 
 
 def _items(value: Any) -> list[Any]:
-    """Keys of an object, or some places of a list."""
+    """Returns the keys of an object, or some indices of a list."""
     if isinstance(value, list):
         return sorted({0, 1, 2, len(value) // 2, len(value) - 1} & set(range(len(value))))
     return [key for key in value if key] if isinstance(value, dict) else []

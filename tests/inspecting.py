@@ -1,4 +1,4 @@
-"""`jaxlm inspect` on small corpora, and what it printed."""
+"""Runs `jaxlm inspect` on small corpora, and parses its output."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def flags(folder: Path, **keys: Any) -> list[str]:
 
 
 class Seen:
-    """What a command printed: headers of rows, their lines, all of it, and the numbers."""
+    """The output of `jaxlm inspect`: the headers and lines of its rows, all of the text, and the JSON numbers."""
 
     def __init__(self, out: str):
         self.out, self.numbers = out, json.loads(out.splitlines()[-1])
@@ -43,7 +43,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     capsys.readouterr()
     try:
         code = exit_code(lambda: inspect_data.main(["--config", str(CONFIG), *map(str, argv)]))
-    except SystemExit as stop:  # of the parser
+    except SystemExit as stop:  # the parser exits
         code = int(stop.code or 0)
     captured = capsys.readouterr()
     return code, captured.out, captured.err

@@ -1,4 +1,4 @@
-"""Reductions of drawn gradients under pmap, and what each device got."""
+"""Reduces random gradients under pmap, and checks the result of each device."""
 
 import dataclasses
 import importlib
@@ -13,17 +13,17 @@ from jaxlm.sync import Group, make_sync
 from tests.runs import CONFIG
 
 AXIS = "d"
-RING = importlib.import_module("jaxlm.sync.ring")  # the module, which has the function's name
+RING = importlib.import_module("jaxlm.sync.ring")  # by name, because jaxlm.sync.ring is also a function
 EPS = float(np.finfo(np.float32).eps)
 BASE = load(CONFIG).parallel
-# Parameters as a model has them; sizes that no number of devices divides.
+# Shapes like those of a model, with sizes that no number of devices divides.
 SHAPES = {
     "embed": {"embedding": (50, 21)},
     "final_norm": {"scale": (21,)},
     "layers": {"mlp": {"kernel": (3, 21, 44)}, "norm": {"scale": (3, 21)}},
 }
 EXACT, LOSSY = ("pmean", "ring"), ("bf16", "fp16", "int8", "topk", "powersgd")
-SHARDED = (*EXACT, "bf16", "fp16", "int8")  # those that go with ZeRO-1
+SHARDED = (*EXACT, "bf16", "fp16", "int8")  # the reductions that work with ZeRO-1
 GROUPS = [(2, None), (3, None), (8, None), (2, ((0, 3), (5, 1), (4, 2)))]
 
 
@@ -32,7 +32,7 @@ def parallel(reduce: str, **keys: Any) -> ParallelConfig:
 
 
 def draw(devices: int, seed: int, shapes: Any = SHAPES) -> Any:
-    """Gradients of each device, of the sizes that gradients have: tensors differ by orders of magnitude."""
+    """Draws gradients for each device. As in training, tensors differ by orders of magnitude."""
     rng = np.random.default_rng(seed)
 
     def one(shape: tuple[int, ...]) -> np.ndarray:
@@ -51,7 +51,7 @@ COMPILED: dict[Any, Any] = {}
 
 
 def reduce(config: ParallelConfig, group: Group, grads: Any, state: Any = None) -> Result:
-    """What every device has after a reduction, whole."""
+    """Returns the whole result that each device has after a reduction."""
     devices = len(jax.tree.leaves(grads)[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), grads)
     sync = make_sync(config, group, like)
@@ -74,7 +74,7 @@ def groups_of(group: Group, devices: int) -> list[list[int]]:
 
 
 def check_same_everywhere(result: Result, group: Group) -> None:
-    """Replicas that differ in one bit drift apart."""
+    """Checks that all devices of a group have the same bits, because replicas that differ drift apart."""
     for leaf in [*jax.tree.leaves(result.means), result.norms]:
         for members in groups_of(group, len(leaf)):
             for device in members:

@@ -26,7 +26,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
-    """Each pair (i, i + C/2) as a complex number, turned by the position times theta^(-2i/C)."""
+    """Rotates each pair (i, i + C/2), as a complex number, by the position times theta^(-2i/C)."""
     T, C = x_TC.shape
     turned = (x_TC[:, : C // 2] + 1j * x_TC[:, C // 2 :]) * np.exp(
         1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C))
@@ -35,7 +35,7 @@ def rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
 
 
 def offset_keys(k_TC: np.ndarray) -> np.ndarray:
-    """The second half of the channels of each half are those of the row before."""
+    """Takes the second half of the channels of each half from the row before."""
     quarter, shifted = k_TC.shape[1] // 4, k_TC.copy()
     for first in (quarter, k_TC.shape[1] // 2 + quarter):
         half = slice(first, first + k_TC.shape[1] // 2 - quarter)

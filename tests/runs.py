@@ -1,4 +1,4 @@
-"""Runs of a tiny model, in this process or in one of their own, and what they left."""
+"""Runs a tiny model, in this process or in a new one, and reads the files that it leaves."""
 
 import json
 import os
@@ -24,16 +24,28 @@ CONFIG = ROOT / "configs/debug.py"
 STEPS, CHECKPOINT = 600, 100
 TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
 TINY = {
-    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "model.dropout": 0.1,
-    "model.matmul_precision": "highest",  # a run of a process of its own must be the same to the bit
-    "optim.name": "adamw", "optim.lr": 0.003, "optim.schedule": "constant", "optim.warmup_steps": 1,
-    "optim.ema_decay": 0.9, "parallel.devices": 2, "checkpoint.every_steps": CHECKPOINT, "checkpoint.keep": 20,
-    "eval.every_steps": 150, "log.tensorboard": False,
-}  # fmt: skip
+    "steps": STEPS,
+    "batch_size": 8,
+    "seq_len": 16,
+    "model.d_model": 16,
+    "model.scan_unroll": 1,
+    "model.dropout": 0.1,
+    "model.matmul_precision": "highest",  # a run in another process must be the same bit for bit
+    "optim.name": "adamw",
+    "optim.lr": 0.003,
+    "optim.schedule": "constant",
+    "optim.warmup_steps": 1,
+    "optim.ema_decay": 0.9,
+    "parallel.devices": 2,
+    "checkpoint.every_steps": CHECKPOINT,
+    "checkpoint.keep": 20,
+    "eval.every_steps": 150,
+    "log.tensorboard": False,
+}
 
 
 def xla_flags(devices: int) -> str:
-    """XLA_FLAGS as they are, with another number of devices."""
+    """Returns XLA_FLAGS with another number of devices."""
     return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
 
 
@@ -58,7 +70,7 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def numbers(workdir: Path, upto: int = STEPS) -> list[dict[str, Any]]:
-    """The metrics but the times."""
+    """Returns the metrics without times."""
     return [{k: v for k, v in m.items() if k not in TIMES} for m in lines(workdir) if m["step"] <= upto]
 
 
@@ -71,7 +83,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
 
 
 def state_of(workdir: Path, step: int) -> train_step.TrainState:
-    """All that a checkpoint holds."""
+    """Returns the whole state in a checkpoint."""
     config = load(CONFIG, flags())
     placement = Placement(config, jax.devices()[:2])
     fresh = placement.initial(make_model(config.model, 64, config.seq_len))

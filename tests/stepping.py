@@ -1,4 +1,4 @@
-"""Steps under pmap on ragged batches, and the same by plain `jax.grad` and optax on one device."""
+"""Runs steps under pmap on ragged batches, and the same steps with plain `jax.grad` and optax on one device."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,16 +18,27 @@ from tests.decoders import logits_of
 from tests.runs import CONFIG
 
 VOCAB, T, STEPS = 29, 8, 3
-RTOL = 1e-5  # what the trainer promises for float32, whose eps is 1.2e-7
+RTOL = 1e-5  # the trainer's promise for float32, whose eps is 1.2e-7
 
-# eps is far above the rounding of a gradient: with 1e-8 Adam gives the rounding of a zero gradient the size of a step
+# eps is far above the rounding error of a gradient. With 1e-8, Adam would scale the rounding of a zero gradient up to a
+# whole step.
 ADAMW = ["optim.name=adamw", "optim.eps=1e-3", "optim.weight_decay=0.1"]
 MUON = ["optim.name=muon", "optim.eps=1e-3"]
 
 
 def make_config(*overrides: str) -> Config:
-    base = ["steps=10", "batch_size=16", f"seq_len={T}", "model.d_model=16", "model.scan_unroll=1", "optim.lr=0.01",
-            "optim.adam_lr=0.01", "optim.schedule=constant", "optim.warmup_steps=2", "optim.clip_norm=0.5"]  # fmt: skip
+    base = [
+        "steps=10",
+        "batch_size=16",
+        f"seq_len={T}",
+        "model.d_model=16",
+        "model.scan_unroll=1",
+        "optim.lr=0.01",
+        "optim.adam_lr=0.01",
+        "optim.schedule=constant",
+        "optim.warmup_steps=2",
+        "optim.clip_norm=0.5",
+    ]
     return load(CONFIG, [f"--config.{o}" for o in (*base, *overrides)])
 
 
@@ -36,7 +47,10 @@ def make(config: Config) -> Model:
 
 
 def ragged_batch(rows: int, seed: int) -> Any:
-    """A global batch `[rows, T]`: the first eighth of the rows has no target, the second few, the rest about half."""
+    """Returns a global batch `[rows, T]` with missing targets.
+
+    The first eighth of the rows has no target, the second at most one, the others about half of their targets.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, VOCAB, (rows, T + 1), dtype=np.int32)
     there = rng.random((rows, T)) < rng.uniform(0.1, 0.9, (rows, 1))
@@ -50,7 +64,7 @@ def split(batch: train_step.Batch, devices: int) -> train_step.Batch:
 
 
 def lively(params: Any) -> Any:
-    """Other parameters than at the start, where a model without opinions has the same loss whatever goes wrong."""
+    """Adds noise to initial parameters. An untrained model predicts all tokens alike, so its loss would hide errors."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(tree, [x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
@@ -63,7 +77,7 @@ class Result(NamedTuple):
     ema: Any
 
 
-COMPILED: dict[tuple[str, int], Any] = {}  # steps and initial states, of (configuration, devices)
+COMPILED: dict[tuple[str, int], Any] = {}  # (configuration, devices) -> the compiled step and the initial state
 
 
 def start(config: Config, devices: int) -> train_step.TrainState:
@@ -75,7 +89,7 @@ def start(config: Config, devices: int) -> train_step.TrainState:
 
 
 def built(config: Config, devices: int) -> tuple[Any, train_step.TrainState]:
-    """The step on so many devices, and the state that it starts from."""
+    """Returns the step on `devices` devices, and its initial state."""
     key, local, model = (str(config), devices), jax.devices()[:devices], make(config)
     if key not in COMPILED:
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
@@ -96,14 +110,14 @@ def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> R
 
 @cache
 def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """Initial parameters, optimizer state, and an update, without the code of `step.py`."""
+    """Returns initial parameters, optimizer state, and an update that does not use `step.py`."""
     config = make_config(*optimizer)
     model, c = make(config), config.optim
     if c.name == "adamw":
         schedule = optax.linear_schedule(c.lr / 2, c.lr, 1)  # two warmup steps, then constant
         chain = optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=matrix_mask)
     else:
-        chain = make_optimizer(c, config.steps)  # on one device, nothing shared
+        chain = make_optimizer(c, config.steps)  # on one device, without sharing
     chain = optax.chain(optax.clip_by_global_norm(c.clip_norm), chain)
 
     def loss(params: Any, batch: train_step.Batch) -> jax.Array:
@@ -122,7 +136,7 @@ def reference_update(optimizer: tuple[str, ...]) -> tuple[Any, Any, Any]:
 
 
 def run_reference(optimizer: tuple[str, ...], batches: list[train_step.Batch]) -> Result:
-    """The weighted mean over the whole batch, on one device."""
+    """Trains on the weighted mean over the whole batch, on one device."""
     params, opt_state, update = reference_update(optimizer)
     losses, norms = [], []
     for batch in batches:
@@ -133,7 +147,7 @@ def run_reference(optimizer: tuple[str, ...], batches: list[train_step.Batch]) -
 
 
 def gap(a: Any, b: Any) -> float:
-    """The largest difference of two trees' leaves, relative to the largest value of the leaf."""
+    """Returns the largest difference between leaves of two trees, relative to the largest value of the leaf in `b`."""
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.max(np.abs(x - y)) / np.max(np.abs(y))), a, b)))
 
 

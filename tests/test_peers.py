@@ -1,6 +1,6 @@
-"""GPT-2's and Llama's decoders written plainly in PyTorch: the same weights give the same numbers as jaxlm.
+"""Compares jaxlm with plain PyTorch decoders of GPT-2 and Llama: the same weights must give the same numbers.
 
-`python -m pytest -m peers`, with the `peers` extra installed.
+Run `python -m pytest -m peers` with the `peers` extra installed.
 """
 
 import dataclasses
@@ -36,29 +36,57 @@ def fast_compile() -> Iterator[None]:
 
 
 def config(kind: str) -> Config:
-    """`gpt` with biases everywhere, `gpt_no_bias` without, `llama` with two key/value heads."""
+    """Returns the configuration of `gpt` (with biases), `gpt_no_bias`, or `llama` (two key/value heads)."""
     c = files.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
     llama = kind == "llama"
     c.seed, c.steps, c.batch_size, c.seq_len = 0, 10, BATCH, SEQ
     c.model = dataclasses.replace(
-        c.model, num_layers=LAYERS, d_model=D, num_heads=HEADS, num_kv_heads=2 if llama else 0, d_ff=40 if llama else 0,
-        activation="swiglu" if llama else "gelu", norm="rmsnorm" if llama else "layernorm",
-        position="rope" if llama else "learned", rope_theta=500.0, use_bias=kind == "gpt", tie_embeddings=not llama,
-        dropout=0.0, logit_softcap=0.0, qk_norm=False, key_offset=False,
-        residual_init="scaled", dtype="float32", param_dtype="float32",
-        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-    )  # fmt: skip
+        c.model,
+        num_layers=LAYERS,
+        d_model=D,
+        num_heads=HEADS,
+        num_kv_heads=2 if llama else 0,
+        d_ff=40 if llama else 0,
+        activation="swiglu" if llama else "gelu",
+        norm="rmsnorm" if llama else "layernorm",
+        position="rope" if llama else "learned",
+        rope_theta=500.0,
+        use_bias=kind == "gpt",
+        tie_embeddings=not llama,
+        dropout=0.0,
+        logit_softcap=0.0,
+        qk_norm=False,
+        key_offset=False,
+        residual_init="scaled",
+        dtype="float32",
+        param_dtype="float32",
+        matmul_precision="highest",
+        attention="xla",
+        remat="none",
+        scan_unroll=1,
+    )
     c.loss = dataclasses.replace(c.loss, label_smoothing=0.0, z_loss=0.0, chunk=0)
-    # eps is larger than usual: gradients that are 0 but for rounding (of key biases) would else become +-lr.
+    # A larger eps than usual. Otherwise gradients that are 0 except for rounding (of key biases) would become +-lr.
     c.optim = dataclasses.replace(
-        c.optim, name="adamw", lr=1e-2, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1, weight_decay=0.1, b1=0.9,
-        b2=0.95, eps=1e-5, clip_norm=0.5, accum_steps=1, ema_decay=0.0,
-    )  # fmt: skip
+        c.optim,
+        name="adamw",
+        lr=1e-2,
+        schedule="cosine",
+        warmup_steps=2,
+        min_lr_ratio=0.1,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-5,
+        clip_norm=0.5,
+        accum_steps=1,
+        ema_decay=0.0,
+    )
     return c
 
 
 class GPT(torch.nn.Module):
-    """GPT-2 (Radford et al.), with its GELU, which is the tanh approximation."""
+    """GPT-2 (Radford et al.), with its tanh approximation of GELU."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -104,7 +132,7 @@ class GPT(torch.nn.Module):
             put(b["fc_out"], m["down"])
 
     def give(self, what: str) -> Any:
-        """Weights or gradients as jaxlm's tree."""
+        """Returns weights (`data`) or gradients (`grad`) as jaxlm's tree."""
         layers = []
         for b in self.blocks:
             qkv = get(b["qkv"], what)
@@ -127,7 +155,7 @@ class GPT(torch.nn.Module):
 
 
 class Llama(torch.nn.Module):
-    """Llama 2 (Touvron et al.) as in its Hugging Face code: rotate-half, grouped-query attention, SwiGLU."""
+    """Llama 2 (Touvron et al.) as in Hugging Face's code: rotate-half, grouped-query attention, SwiGLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,10 +192,14 @@ class Llama(torch.nn.Module):
         return self.lm_head(self.norm(x))
 
     NAMES = (
-        ("q", ("attention", "query")), ("k", ("attention", "key")), ("v", ("attention", "value")),
+        ("q", ("attention", "query")),
+        ("k", ("attention", "key")),
+        ("v", ("attention", "value")),
         ("o", ("attention", "out")),
-        ("up", ("mlp", "up")), ("gate", ("mlp", "gate")), ("down", ("mlp", "down")),
-    )  # fmt: skip
+        ("up", ("mlp", "up")),
+        ("gate", ("mlp", "gate")),
+        ("down", ("mlp", "down")),
+    )
 
     def take(self, p: Any) -> None:
         put(self.embed, p["embed"])
@@ -196,7 +228,7 @@ class Llama(torch.nn.Module):
 
 
 def put(module: Any, p: Any) -> None:
-    """Flax's weights of one layer into PyTorch's, whose linear layers are `[out, in]`."""
+    """Copies jaxlm's weights of a layer into a PyTorch module. PyTorch's linear layers are `[out, in]`."""
     with torch.no_grad():
         for name, x in p.items():
             parameter = module.bias if name == "bias" else module.weight
@@ -204,7 +236,7 @@ def put(module: Any, p: Any) -> None:
 
 
 def get(module: Any, what: str) -> dict[str, np.ndarray]:
-    """The inverse: weights (`data`) or gradients (`grad`)."""
+    """The inverse of `put`: returns weights (`data`) or gradients (`grad`)."""
     names = {torch.nn.Linear: "kernel", torch.nn.Embedding: "embedding"}
     out = {}
     for name, parameter in module.named_parameters():
@@ -215,7 +247,7 @@ def get(module: Any, what: str) -> dict[str, np.ndarray]:
 
 
 def batches(n: int) -> list[dict[str, np.ndarray]]:
-    """Places without a target, more of them on the first device than on the second."""
+    """Draws batches with missing targets, more on the first device than on the second."""
     rng = np.random.default_rng(1)
     out = []
     for _ in range(n):
@@ -231,7 +263,7 @@ def torch_loss(peer: Any, batch: dict[str, np.ndarray]) -> Any:
 
 
 def same_start(kind: str) -> tuple[Config, Any, Any, Any]:
-    """jaxlm's model, its parameters with noise on them, and the peer that has the same."""
+    """Returns the configuration, jaxlm's model, random parameters, and a peer with the same parameters."""
     c = config(kind)
     model = make_model(c.model, VOCAB, SEQ)
     rng = np.random.default_rng(0)
@@ -243,7 +275,7 @@ def same_start(kind: str) -> tuple[Config, Any, Any, Any]:
     peer = Llama() if kind == "llama" else GPT(bias=kind == "gpt")
     peer.take(params)
     assert jax.tree.structure(peer.give("data")) == jax.tree.structure(params)
-    jax.tree.map(np.testing.assert_array_equal, peer.give("data"), params)  # each weight has its place
+    jax.tree.map(np.testing.assert_array_equal, peer.give("data"), params)  # each weight came back to its place
     return c, model, params, peer
 
 
@@ -277,7 +309,7 @@ def test_logits_loss_and_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_three_adamw_steps_on_two_devices(kind: str) -> None:
-    """PyTorch's AdamW on the whole batch: losses, gradient norms, rates and weights of jaxlm's step under pmap."""
+    """Compares losses, gradient norms, rates and weights of jaxlm's step with PyTorch's AdamW on the whole batch."""
     c, model, start, peer = same_start(kind)
     optimizer = torch.optim.AdamW(
         [
@@ -308,9 +340,9 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
         np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=2e-5)
         np.testing.assert_allclose(metrics["lr"], lr, rtol=1e-6)
     assert clipped and state.step == 3
-    # Each step moves a weight by up to lr = 0.01; Adam divides gradients, and so their rounding, by their own size.
+    # Each step moves a weight by up to lr = 0.01. Adam divides gradients by their size, which scales up their rounding.
     assert_close(state.params, peer.give("data"), 2e-5)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(start), strict=True):
         name = jax.tree_util.keystr(path)
-        # A bias of keys adds the same to all scores of a query, and so changes nothing where there is no rotation.
+        # Without rotation, a bias of keys adds the same to all scores of a query, so it changes nothing.
         assert (np.abs(a - b).max() > 1e-2) == ("['key']['bias']" not in name), name

@@ -1,4 +1,4 @@
-"""Rooms import only rooms below them, and say which; documents name files that exist."""
+"""Checks that rooms import exactly the rooms that they list, and that documents and comments name existing files."""
 
 import ast
 import re
@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxlm"
-ROOMS = ["config", "host", "model", "sync", "data", "train", "checkpoint", "run", "commands"]  # from the ground up
+ROOMS = ["config", "host", "model", "sync", "data", "train", "checkpoint", "run", "commands"]  # from bottom to top
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of jaxlm that a file imports, anywhere in it."""
+    """Yields the modules of jaxlm that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("jaxlm"))
@@ -23,17 +23,17 @@ def imports(path: Path) -> Iterator[str]:
 
 def imported_rooms(room: str) -> set[str]:
     found = {name.split(".")[1] for path in (PACKAGE / room).rglob("*.py") for name in imports(path)}
-    return found - {room, "configs", "__version__"}  # packaged files, and a text: no rooms
+    return found - {room, "configs", "__version__"}  # packaged files and a string, not rooms
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_what_it_says(room: str):
-    said = re.search(
+    listed = re.search(
         r"^May import: (.*)\.$", ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or "", re.M
     )
-    assert said, f"jaxlm/{room}/__init__.py does not say what it may import"
-    allowed = [] if said[1] == "nothing" else said[1].split(", ")
-    assert imported_rooms(room) == set(allowed)  # no more, and nothing that is said in vain
+    assert listed, f"jaxlm/{room}/__init__.py does not say what it may import"
+    allowed = [] if listed[1] == "nothing" else listed[1].split(", ")
+    assert imported_rooms(room) == set(allowed)  # no more and no less
     assert set(allowed) <= set(ROOMS[: ROOMS.index(room)])
 
 
@@ -55,12 +55,12 @@ def test_documents_name_files_that_exist(document: Path):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_way_to_read_it_has_the_length_that_is_said():
+def test_the_reading_order_lists_the_right_line_counts():
     rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     lines = {name: len((ROOT / name).read_text().splitlines()) for name, _ in rows}
     assert len(rows) > 10
-    for name, said in rows:
-        assert lines[name] == pytest.approx(int(said), rel=0.1, abs=10), name
+    for name, listed in rows:
+        assert lines[name] == pytest.approx(int(listed), rel=0.1, abs=10), name
     modules = [*PACKAGE.rglob("*.py")]
     package = sum(len(path.read_text().splitlines()) for path in modules)
     for document, actual in (
@@ -69,13 +69,13 @@ def test_the_way_to_read_it_has_the_length_that_is_said():
         (r"architecture\.md.*is about ([\d,]+) lines in (\d+) files", (package, len(modules))),
     ):
         text = "\n".join(f"{path.name} {path.read_text()}" for path in DOCUMENTS)
-        said = re.search(document, text, re.DOTALL)
-        assert said and [int(n.replace(",", "")) for n in said.groups()] == pytest.approx(actual, rel=0.05), document
+        found = re.search(document, text, re.DOTALL)
+        assert found and [int(n.replace(",", "")) for n in found.groups()] == pytest.approx(actual, rel=0.05), document
 
 
 def test_comments_name_files_that_exist():
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "configs").glob("*.py")]
     known = {path.name for path in [*files, *(ROOT / "tests").rglob("*.py")]}
-    theirs = {"model.py", "prepare.py", "script.py", "train.py"}  # nanoGPT's, and a user's
+    theirs = {"model.py", "prepare.py", "script.py", "train.py"}  # files of nanoGPT and of users
     for path in files:
         assert set(re.findall(r"\b\w+\.py\b", path.read_text())) <= known | theirs, path

@@ -1,4 +1,4 @@
-"""Texts that are hard on tokenizers, and Hugging Face tokenizers of each kind."""
+"""Texts that are difficult for tokenizers, and Hugging Face tokenizers of each kind."""
 
 import json
 import sysconfig
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxlm.data.tokenizers.base import Tokenizer, to_bytes
 
 CODE = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text("utf-8")
-ANYTHING = st.text(st.characters(exclude_categories=[]), max_size=60)  # surrogates and unassigned ones too
+ANYTHING = st.text(st.characters(exclude_categories=[]), max_size=60)  # includes surrogates and unassigned code points
 HARD = st.lists(
     st.sampled_from(
         ["\u2581", " ", "\n", "\r\n", "\t", "\0", "\ud800", "\udc00", "\u2585", "é", "e\u0301", "漢", "\U0001f600",
@@ -32,7 +32,7 @@ def check(tokenizer: Tokenizer, text: str) -> None:
 
 
 def hf_spec(kind: str) -> dict[str, Any]:
-    """The tokenizer.json of a small tokenizer that the library trains; all that changes texts is on, as in the wild."""
+    """Trains a small tokenizer and returns its tokenizer.json, with all options that change texts, as in the wild."""
     from tokenizers import Tokenizer as Library
     from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -40,7 +40,7 @@ def hf_spec(kind: str) -> dict[str, Any]:
     fallback = [f"<0x{i:02X}>" for i in range(256)]
     sign = "\u2581"
     if kind == "byte-level":
-        library: Any = Library(models.BPE())  # whose type stubs leave properties without setters
+        library: Any = Library(models.BPE())  # Any, because the type stubs have properties without setters
         library.normalizer = normalizers.NFC()
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -65,8 +65,15 @@ def hf_spec(kind: str) -> dict[str, Any]:
     library.enable_padding(length=7)
     spec = json.loads(library.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in fallback]
-    literal = {"id": 1000, "content": "self.", "single_word": False, "lstrip": True, "rstrip": True,
-               "normalized": False, "special": False}  # fmt: skip
+    literal = {
+        "id": 1000,
+        "content": "self.",
+        "single_word": False,
+        "lstrip": True,
+        "rstrip": True,
+        "normalized": False,
+        "special": False,
+    }
     spec["added_tokens"].append(literal)
     if kind == "metaspace":
         spec["model"]["byte_fallback"] = True

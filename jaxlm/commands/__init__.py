@@ -1,6 +1,6 @@
 """The commands, one file each: `main(argv)` runs `jaxlm NAME` and returns its exit code.
 
-`jaxlm/__main__.py` has the table of commands; that of training is `jaxlm/main.py`.
+`jaxlm/__main__.py` has the table of commands; training is in `jaxlm/main.py`.
 
 May import: config, host, model, sync, data, train, checkpoint, run.
 """

@@ -1,4 +1,4 @@
-"""Damage to any file of a checkpoint is found, and the newest whole one is taken."""
+"""Damage to any file of a checkpoint is found, and a run resumes from the newest undamaged checkpoint."""
 
 import json
 import shutil
@@ -31,8 +31,13 @@ DAMAGE = {"cut": cut, "zero": zero, "flip": flip, "remove": Path.unlink}
 
 
 def hashed(step: Path) -> list[Path]:
-    return [item / name for item in step.iterdir() if (item / checksums.NAME).exists()
-            for name in (checksums.NAME, *json.loads((item / checksums.NAME).read_text())["files"])]  # fmt: skip
+    """Returns the files of a checkpoint that have a hash, and the files of the hashes."""
+    return [
+        item / name
+        for item in step.iterdir()
+        if (item / checksums.NAME).exists()
+        for name in (checksums.NAME, *json.loads((item / checksums.NAME).read_text())["files"])
+    ]
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -52,7 +57,7 @@ def test_any_damage_is_found_and_named(how: str, short: Path, tmp_path: Path):
     assert checksums.damage(step) is None
 
 
-def test_a_whole_item_that_is_gone_is_missed(short: Path, tmp_path: Path):
+def test_a_missing_item_is_found(short: Path, tmp_path: Path):
     for item in ("params", "ema", "train"):
         step = Path(shutil.copytree(short / "checkpoints" / str(CHECKPOINT), tmp_path / item))
         shutil.rmtree(step / item)
@@ -60,8 +65,8 @@ def test_a_whole_item_that_is_gone_is_missed(short: Path, tmp_path: Path):
         assert reason is not None and item in reason
 
 
-def test_what_orbax_adds_by_itself_is_of_no_use_to_the_state(short: Path, copy: Path):
-    """Files without a hash: damaged or gone, what is restored is the same, or the checkpoint is refused."""
+def test_files_without_a_hash_do_not_affect_the_state(short: Path, copy: Path):
+    """Orbax adds some files without a hash. If they are damaged or gone, the restored state is the same."""
     step = copy / "checkpoints" / str(CHECKPOINT)
     others = [p for p in step.rglob("*") if p.is_file() and p not in hashed(step)]
     assert others
@@ -75,10 +80,10 @@ def test_what_orbax_adds_by_itself_is_of_no_use_to_the_state(short: Path, copy: 
 
 
 @pytest.mark.parametrize("newer", [[], [STEPS]])
-def test_the_newest_whole_checkpoint_is_gone_on_from(
+def test_a_run_resumes_from_the_newest_undamaged_checkpoint(
     newer: list[int], whole: Path, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """To the same numbers as if nothing had been; the damaged one is put aside, and what is not ours is left alone."""
+    """The numbers are those of a run without damage. The damaged checkpoint is put aside; other files stay."""
     workdir = Path(shutil.copytree(whole if newer else short, tmp_path / "run"))
     (workdir / "notes.txt").write_text("mine")
     (workdir / "checkpoints/notes").mkdir()
@@ -93,7 +98,7 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(
     assert (workdir / "notes.txt").read_text() == "mine" and (workdir / "checkpoints/notes").is_dir()
 
 
-def test_none_whole_is_exit_code_4_and_writes_nothing(copy: Path, capsys: pytest.CaptureFixture[str]):
+def test_no_undamaged_checkpoint_is_exit_code_4_and_writes_nothing(copy: Path, capsys: pytest.CaptureFixture[str]):
     for step in (0, CHECKPOINT):
         (copy / f"checkpoints/{step}/params/{checksums.NAME}").write_text("{")
     before = sorted(copy.rglob("*"))
@@ -103,7 +108,7 @@ def test_none_whole_is_exit_code_4_and_writes_nothing(copy: Path, capsys: pytest
     assert sorted(copy.rglob("*")) == before
 
 
-def test_tools_take_the_newest_whole_one_too(copy: Path, capsys: pytest.CaptureFixture[str]):
+def test_tools_also_read_the_newest_undamaged_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]):
     assert open_run(copy, None).step == CHECKPOINT
     cut(max((copy / f"checkpoints/{CHECKPOINT}/ema").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()))
     capsys.readouterr()
@@ -114,8 +119,8 @@ def test_tools_take_the_newest_whole_one_too(copy: Path, capsys: pytest.CaptureF
         open_run(copy, CHECKPOINT)
 
 
-def as_before(step: Path) -> None:
-    """Makes a checkpoint what older versions wrote: without hashes, and without the promise of any."""
+def remove_hashes(step: Path) -> None:
+    """Turns a checkpoint into one of an older version, without hashes and without the promise of any."""
     about = json.loads((step / checksums.ABOUT).read_text())
     assert about["custom_metadata"] == checksums.PROMISE
     (step / checksums.ABOUT).write_text(json.dumps(about | {"custom_metadata": {}}))
@@ -123,9 +128,9 @@ def as_before(step: Path) -> None:
         path.unlink()
 
 
-def test_checkpoints_of_before_there_were_hashes(short: Path, copy: Path):
+def test_checkpoints_of_older_versions_without_hashes_are_accepted(short: Path, copy: Path):
     for step in (0, CHECKPOINT):
-        as_before(copy / f"checkpoints/{step}")
+        remove_hashes(copy / f"checkpoints/{step}")
     assert run(copy, steps=CHECKPOINT + 1) == 0
     assert lines(copy)[-1]["step"] == CHECKPOINT + 1
     shutil.rmtree(copy / f"checkpoints/{CHECKPOINT}/params")
@@ -134,7 +139,7 @@ def test_checkpoints_of_before_there_were_hashes(short: Path, copy: Path):
 
 
 def test_a_checkpoint_that_has_lost_all_hashes_is_damaged(copy: Path):
-    """Also where Orbax's file, which promises them, is gone with them."""
+    """Also if Orbax's file, which promises them, is damaged or gone."""
     step = copy / f"checkpoints/{CHECKPOINT}"
     for path in step.rglob(checksums.NAME):
         path.unlink()
@@ -148,8 +153,8 @@ def test_a_checkpoint_that_has_lost_all_hashes_is_damaged(copy: Path):
     assert (copy / f"checkpoints/{CHECKPOINT}.damaged").is_dir()
 
 
-def test_hashes_go_nowhere_else(tmp_path: Path):
-    """A manifest that leads out of its folder is no way to learn of other files."""
+def test_a_manifest_cannot_name_files_outside_of_its_folder(tmp_path: Path):
+    """Otherwise a manifest could reveal other files."""
     (tmp_path / "step/params").mkdir(parents=True)
     (tmp_path / "secret").write_text("x")
     content = {"items": ["params"], "files": {"../../secret": [1, "0" * 64]}}

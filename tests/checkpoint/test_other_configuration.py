@@ -1,4 +1,4 @@
-"""Going on with another configuration: what may be changed, and what is refused."""
+"""Resuming with another configuration: which changes are accepted, and which are refused."""
 
 import json
 import shutil
@@ -19,15 +19,15 @@ from tests.runs import (
 )
 
 
-def test_more_steps_go_on_as_if_they_had_been_planned(whole: Path, copy: Path):
+def test_more_steps_continue_as_if_planned_from_the_start(whole: Path, copy: Path):
     assert run(copy, steps=CHECKPOINT + 60) == 0
     upto = CHECKPOINT + 60
     assert [m for m in numbers(copy) if "loss" in m] == [m for m in numbers(whole, upto) if "loss" in m]
-    # That of the end of the short run is there besides those of the long one's period.
+    # There is one evaluation more, from the end of the short run.
     assert [m["step"] for m in lines(copy) if "eval_loss" in m] == [100, 150, 160]
 
 
-def test_other_number_of_devices_goes_on_with_the_same_numbers(whole: Path, copy: Path):
+def test_another_number_of_devices_continues_with_the_same_numbers(whole: Path, copy: Path):
     assert run(copy, parallel__devices=4, steps=CHECKPOINT + 30, optim__accum_steps=2) == 0
     got = [m for m in numbers(copy) if "loss" in m and m["step"] > CHECKPOINT]
     want = [m for m in numbers(whole, CHECKPOINT + 30) if "loss" in m and m["step"] > CHECKPOINT]
@@ -36,8 +36,8 @@ def test_other_number_of_devices_goes_on_with_the_same_numbers(whole: Path, copy
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_changed_keys_are_said_and_kept(copy: Path, capsys: pytest.CaptureFixture[str]):
-    """What may change: steps, learning rate, loss, dropout."""
+def test_changed_keys_are_printed_and_saved(copy: Path, capsys: pytest.CaptureFixture[str]):
+    """Steps, learning rate, loss and dropout may change."""
     keys = {"steps": CHECKPOINT + 1, "optim.lr": 0.001, "loss.label_smoothing": 0.1, "model.dropout": 0.0}
     assert run(copy, **keys) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "changed since the last run" in line]
@@ -49,12 +49,18 @@ def test_changed_keys_are_said_and_kept(copy: Path, capsys: pytest.CaptureFixtur
     assert lines(copy)[-2]["lr"] == pytest.approx(0.001)
 
 
-REFUSED = [("seed", 0, 1), ("batch_size", 8, 16), ("seq_len", 16, 8), ("model.d_model", 16, 32),
-           ("data.vocab_size", 64, 32), ("optim.name", "adamw", "sgd")]  # fmt: skip
+REFUSED = [
+    ("seed", 0, 1),
+    ("batch_size", 8, 16),
+    ("seq_len", 16, 8),
+    ("model.d_model", 16, 32),
+    ("data.vocab_size", 64, 32),
+    ("optim.name", "adamw", "sgd"),
+]
 
 
 @pytest.mark.parametrize("key, old, new", REFUSED, ids=[key for key, *_ in REFUSED])
-def test_what_would_change_the_past_is_refused(short: Path, key: str, old: Any, new: Any):
+def test_changes_of_what_earlier_steps_depend_on_are_refused(short: Path, key: str, old: Any, new: Any):
     before = contents(short)
     with pytest.raises(UserError) as refusal:
         run(short, **{"steps": CHECKPOINT, key: new})
@@ -93,10 +99,10 @@ def test_resume_takes_weights_into_a_new_run(short: Path, tmp_path: Path):
     keys = {"seed": 7, "steps": 1, "checkpoint.resume": short}
     assert run(tmp_path / "run", **keys) == 0
     there, here = state_of(short, CHECKPOINT), state_of(tmp_path / "run", 0)
-    assert_identical(here.params, there.ema)  # what the other run is judged by
+    assert_identical(here.params, there.ema)  # the weights that the other run evaluates
     assert_identical(here.ema, here.params)
     assert int(here.step) == 0 and all(not x.any() for x in jax.tree.leaves(here.opt_state))
-    # From step 1 on the run's own checkpoints count, with the same command.
+    # From step 1 on, the same command resumes from the run's own checkpoints.
     assert run(tmp_path / "run", **(keys | {"steps": 2})) == 0
     assert [m["step"] for m in lines(tmp_path / "run") if "loss" in m] == [1, 2]
 
@@ -110,22 +116,22 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_killed_before_its_first_save_is_no_run_yet(tmp_path: Path):
+def test_a_run_killed_before_its_first_save_may_start_with_other_keys(tmp_path: Path):
     assert run(tmp_path / "run", steps=1) == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/checkpoints").mkdir()
-    assert run(tmp_path / "run", steps=1, seed=5) == 0  # another seed contradicts nothing
+    assert run(tmp_path / "run", steps=1, seed=5) == 0  # another seed is accepted, because there is no checkpoint
     assert lines(tmp_path / "run")[0]["step"] == 1
 
 
-def test_never_starts_a_new_run(tmp_path: Path):
+def test_with_resume_never_a_new_run_starts(tmp_path: Path):
     assert run(tmp_path / "run", steps=1, checkpoint__resume="never") == 0
     assert lines(tmp_path / "run")[0]["step"] == 1
 
 
-def test_goes_on_with_other_devices_and_other_ways_to_exchange(tmp_path: Path):
-    """8, 3, 1, then 4 devices, ZeRO on and off, other accumulation: the losses are those of a run that changed nothing;
-    what was changed is said.
+def test_a_run_continues_with_other_devices_and_reductions(tmp_path: Path):
+    """With 8, 3, 1, then 4 devices, ZeRO on and off, and other accumulation, the losses are those of an unchanged run.
+    The changes are recorded.
     """
     keys = {"log.every_steps": 1, "batch_size": 24, "eval.every_steps": 0}
     assert run(tmp_path / "plain", steps=4, **keys) == 0
@@ -144,8 +150,8 @@ def test_goes_on_with_other_devices_and_other_ways_to_exchange(tmp_path: Path):
     assert all("parallel.devices" in h for h in history)
 
 
-def test_a_lossy_exchange_may_be_given_up(tmp_path: Path):
-    """The next loss is that of the same parameters, whoever computes it."""
+def test_an_exact_reduction_may_replace_a_lossy_one(tmp_path: Path):
+    """The next loss belongs to the same parameters, so it is the same with both reductions."""
     keys = {"log.every_steps": 1, "eval.every_steps": 0, "checkpoint.every_steps": 2}
     assert run(tmp_path / "int8", steps=3, **keys | {"parallel.reduce": "int8"}) == 0
     shutil.copytree(tmp_path / "int8", tmp_path / "pmean")

@@ -1,4 +1,4 @@
-"""After bad batches a run goes back and on without them, as one that never had them; else it ends."""
+"""After bad batches, a run goes back and continues like a run without these batches, or ends if it cannot recover."""
 
 import re
 import shutil
@@ -32,8 +32,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_batches_that_are_left_out(seed: int):
-    """Step n trains on the n-th of the batches that are left."""
+def test_left_out_batches_are_missing_from_the_order(seed: int):
+    """Step n trains on the n-th of the remaining batches."""
     rng = np.random.default_rng(seed)
     config = load(CONFIG, flags())
     corpus = data.prepare(config)
@@ -45,15 +45,23 @@ def test_batches_that_are_left_out(seed: int):
     assert [int(order.batch_number(step)) for step in range(1, 61)] == want
     got = order.batches(0, 60)["inputs"]
     np.testing.assert_array_equal(got, every.batches(0, 200)["inputs"][np.array(want) - 1])
-    np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from anywhere
-    assert int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).batch_number(9999)) > 2**31  # not one by one
+    np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from any step
+    assert (
+        int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).batch_number(9999)) > 2**31
+    )  # too many to count one by one
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 
-def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, copy: Path):
-    """What was skipped before it is used up already, and is no batch to step over."""
-    keys = {"steps": CHECKPOINT + 20, "checkpoint.every_steps": 5, "checkpoint.keep": 1, "checkpoint.keep_best": 0,
-            "eval.every_steps": 0, "optim.max_skipped": 5}  # fmt: skip
+def test_the_only_kept_checkpoint_may_lie_within_the_bad_steps(poison: Any, copy: Path):
+    """Batches that were skipped before it are used up already, so the return does not leave them out."""
+    keys = {
+        "steps": CHECKPOINT + 20,
+        "checkpoint.every_steps": 5,
+        "checkpoint.keep": 1,
+        "checkpoint.keep_best": 0,
+        "eval.every_steps": 0,
+        "optim.max_skipped": 5,
+    }
     poison(CHECKPOINT + 8, CHECKPOINT + 12)
     assert run(copy, **keys) == 0
     returns = [(r.to, r.first, r.last) for r in rollback.read(copy)]
@@ -65,14 +73,14 @@ def test_a_checkpoint_that_is_kept_alone_may_lie_in_the_bad_steps(poison: Any, c
     "steps, first, before, want",
     [
         ([0, 50, 100], 101, [], 100),
-        ([0, 50, 100], 100, [], 50),  # what was saved in the bad step itself is none
+        ([0, 50, 100], 100, [], 50),  # a checkpoint of the bad step itself does not count
         ([50, 100], 30, [], 50),
-        ([0, 50, 100], 101, [100], 50),  # nothing good came of going back to it
+        ([0, 50, 100], 101, [100], 50),  # no step was good after going back to it
         ([0, 50, 100], 102, [100], 100),
         ([100], 101, [100], 100),
     ],
 )
-def test_where_it_goes_back_to(steps: list[int], first: int, before: list[int], want: int):
+def test_the_checkpoint_to_go_back_to(steps: list[int], first: int, before: list[int], want: int):
     returns = [rollback.Return(to, to + 1, to + 5, "") for to in before]
     assert rollback.target(steps, first, returns) == want
 
@@ -90,7 +98,7 @@ def test_bad_steps_are_skipped_and_counted(poison: Any, copy: Path, capsys: pyte
     assert not (copy / rollback.NAME).exists()
 
 
-def test_after_many_in_a_row_it_goes_back_and_on_without_them(
+def test_after_many_bad_steps_in_a_row_the_run_goes_back_and_leaves_their_batches_out(
     poison: Any, short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     bad, upto = (CHECKPOINT + 11, CHECKPOINT + 13), CHECKPOINT + 30
@@ -113,7 +121,7 @@ def test_after_many_in_a_row_it_goes_back_and_on_without_them(
     assert_identical(state_of(poisoned, upto), state_of(plain, upto))
     epochs = {m["step"]: m["epochs"] for m in lines(plain) if "epochs" in m}
     assert epochs[upto] == pytest.approx(epochs[CHECKPOINT] * (upto + 3) / CHECKPOINT)
-    # A finished run is scored again, with a file that says something else refused.
+    # Impossible returns are refused, even if the run is finished.
     (plain / rollback.NAME).write_text('[{"to": 5, "batches": [3, 4], "why": ""}]')
     with pytest.raises(UserError, match=rollback.NAME):
         run(plain, **keys)
@@ -125,20 +133,20 @@ def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     went_back = re.search(r"went back (\d) times", error)
     assert error.count("\n") == 1 and "diverged" in error and went_back and int(went_back[1]) >= 2
-    returns = rollback.read(tmp_path / "run")  # after one to a later checkpoint, since good steps, all is tried anew
+    returns = rollback.read(tmp_path / "run")  # a second return soon after the first lowers the rates
     assert [r.lr for r in returns[:2]] == [1.0, 0.5]
     assert sum(f"{r.first} to {r.last}" in error for r in returns) == int(went_back[1])
     checkpoints = Checkpoints(tmp_path / "run")
     for step in checkpoints.steps():
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params(step, ema=False)))
     checkpoints.close()
-    # The same command tries no further, until more returns are allowed.
+    # The same command makes no more attempts unless more returns are allowed.
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3
     assert rollback.read(tmp_path / "run") == returns
 
 
 def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch: pytest.MonkeyPatch):
-    """Stopped before its validation loss was known to be none, a run goes on from it, and again when it is stopped."""
+    """If the only checkpoint precedes an evaluation that gives NaN, the run continues from it, and resumes later."""
     shutil.rmtree(copy / "checkpoints/0")
     found = [line for line in (copy / "metrics.jsonl").read_text().splitlines(True) if "eval_loss" not in line]
     (copy / "metrics.jsonl").write_text("".join(found))
@@ -156,7 +164,7 @@ def test_the_only_checkpoint_may_be_that_of_the_bad_step(copy: Path, monkeypatch
     assert run(copy, **{"steps": CHECKPOINT + 3, "eval.every_steps": 50}) == 0
 
 
-def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path: Path):
+def test_returns_of_a_run_without_checkpoints_are_discarded(tmp_path: Path):
     assert run(tmp_path / "run", steps=1) == 0
     shutil.rmtree(tmp_path / "run/checkpoints")
     rollback.write(tmp_path / "run", [rollback.Return(0, 1, 1, "")])
@@ -164,8 +172,8 @@ def test_a_file_about_returns_of_a_run_without_checkpoints_is_of_no_use(tmp_path
     assert not (tmp_path / "run" / rollback.NAME).exists()
 
 
-def test_rates_after_returns():
-    """A new warm-up after each; a later return multiplies what the earlier ones left."""
+def test_learning_rates_after_returns():
+    """Each return starts a new warmup, and its factor multiplies those of earlier returns."""
     c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
     schedule = make_schedule(
         c, 1000, "lr", LrHistory(None, rollback.lr_cuts([rollback.Return(100, 101, 105, "", lr) for lr in (1, 0.5)]))
@@ -174,8 +182,8 @@ def test_rates_after_returns():
     np.testing.assert_allclose(got, [0.5, 0.25 / 20, 0.25 * 10 / 20, 0.25, 0.25], rtol=1e-6)
 
 
-def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
-    """The rate is that of all returns from there on, and nothing warms up again where an earlier one went back to."""
+def test_a_return_to_an_earlier_checkpoint_applies_later_cuts_at_once():
+    """From there on, all factors apply, and the rates do not warm up again at the checkpoint of an earlier return."""
     c = load(CONFIG, flags(**{"optim.schedule": "constant", "optim.warmup_steps": 20, "optim.lr": 0.5})).optim
     returns = [rollback.Return(to, to + 1, to + 5, "", lr) for to, lr in ((100, 1), (100, 0.5), (50, 0.5), (300, 1))]
     schedule = make_schedule(c, 1000, "lr", LrHistory(None, rollback.lr_cuts(returns)))
@@ -184,19 +192,28 @@ def test_a_return_to_an_earlier_checkpoint_takes_the_cuts_after_it_along():
     np.testing.assert_allclose(got, [0.5, left / 20, left, left, left, left, left / 20, left], rtol=1e-6)
 
 
-NO_RETURNS = ["", "{", "[1]", '[{"to": 1}]', '[{"to": 1, "batches": [], "why": ""}]', "[" * 9999,
-              '[{"to": "a", "batches": [1, 2], "why": ""}]', '{"to": 1}', '[{"to": 1, "batches": [2, 9.5], "why": ""}]',
-              '[{"to": 1, "batches": [2, 99999999999], "why": ""}]']  # fmt: skip
+NO_RETURNS = [
+    "",
+    "{",
+    "[1]",
+    '[{"to": 1}]',
+    '[{"to": 1, "batches": [], "why": ""}]',
+    "[" * 9999,
+    '[{"to": "a", "batches": [1, 2], "why": ""}]',
+    '{"to": 1}',
+    '[{"to": 1, "batches": [2, 9.5], "why": ""}]',
+    '[{"to": 1, "batches": [2, 99999999999], "why": ""}]',
+]
 
 
 @pytest.mark.parametrize("content", NO_RETURNS)
-def test_what_is_no_list_of_returns(content: str, tmp_path: Path):
+def test_an_invalid_list_of_returns_is_refused(content: str, tmp_path: Path):
     (tmp_path / rollback.NAME).write_text(content)
     with pytest.raises(UserError, match=rollback.NAME):
         rollback.read(tmp_path)
 
 
-def test_a_spike_that_is_skipped_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_skipped_spike_is_reported_as_a_spike(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     keys = {"steps": 40, "optim.on_spike": "skip", "optim.spike_factor": 1.01, "optim.max_skipped": 40}
     assert run(tmp_path / "run", **keys, **{"eval.every_steps": 0}) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if " skipped, with batch " in line]

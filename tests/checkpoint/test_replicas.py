@@ -1,4 +1,4 @@
-"""A device whose copy of the state differs in one bit is found and named, and nothing of it is saved."""
+"""A device whose copy of the state differs in one bit is found and named, and that state is not saved."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ DTYPES = {"float32": np.uint32, "bfloat16": np.uint16, "int32": np.uint32, "floa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_sum_of_words(dtype: str):
+def test_the_checksum_is_a_weighted_sum_of_words(dtype: str):
     x = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 7)) * 99, dtype))
     words = x.reshape(-1).view(DTYPES[dtype]).tolist()
     want = sum(w * (i * 2654435761 % 2**32 | 1) for i, w in enumerate(words)) % 2**32
@@ -28,14 +28,14 @@ def test_the_sum_of_words(dtype: str):
 
 
 def replicated(value: np.ndarray, mesh: Mesh, changed: dict[int, np.ndarray]) -> jax.Array:
-    """An array that should be the same everywhere, and is not on some devices."""
+    """Returns an array that should be the same on all devices, and differs on the devices in `changed`."""
     copies = [jax.device_put(changed.get(i, value), d) for i, d in enumerate(mesh.devices.flat)]
     return jax.make_array_from_single_device_arrays(value.shape, NamedSharding(mesh, PartitionSpec()), copies)
 
 
 @pytest.mark.parametrize("bit", [0, 7, 15, 31])
 @pytest.mark.parametrize("place", [0, 11])
-def test_any_bit_of_one_device(bit: int, place: int):
+def test_any_changed_bit_of_one_device_is_found(bit: int, place: int):
     mesh = Mesh(np.array(jax.devices()[:4]), (train_step.AXIS,))
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     other = value.copy()
@@ -57,13 +57,13 @@ def test_any_bit_of_one_device(bit: int, place: int):
         ([[1, 2], [1, 2], [1, 3], [1, 3]], "d0 and d1 and d2 and d3 differ in b"),
     ],
 )
-def test_who_is_at_fault(sums: list[list[int]], words: str | None):
+def test_the_message_names_the_devices_that_differ(sums: list[list[int]], words: str | None):
     assert difference(["a", "b"], {f"d{i}": s for i, s in enumerate(sums)}) == words
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process has all cores")
 def test_hosts_with_other_numbers_of_cores_are_not_compared():
-    """XLA on CPU cuts a product by them, and so rounds otherwise."""
+    """XLA on CPU splits a product by the number of cores, so the rounding differs."""
     cores = os.sched_getaffinity(0)
     if len(cores) < 2:
         pytest.skip("one core")
@@ -76,7 +76,7 @@ def test_hosts_with_other_numbers_of_cores_are_not_compared():
     assert _hardware("cpu") == before
 
 
-def test_a_run_ends_and_goes_on_from_the_checkpoint_before(
+def test_a_run_ends_and_resumes_from_the_previous_checkpoint(
     copy: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     keys: dict[str, Any] = {"steps": CHECKPOINT + 20, "checkpoint.every_steps": 10}

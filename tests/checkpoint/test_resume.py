@@ -1,4 +1,4 @@
-"""Stopping and going on leaves no trace."""
+"""A run that is stopped and resumed gives the results of a run that is never stopped."""
 
 import shutil
 import signal
@@ -36,7 +36,7 @@ from tests.runs import (
 )
 
 
-def test_sigterm_stops_with_75_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+def test_sigterm_stops_with_75_and_the_same_command_resumes_bit_for_bit(whole: Path, tmp_path: Path):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
     process.send_signal(signal.SIGTERM)
@@ -50,7 +50,7 @@ def test_sigterm_stops_with_75_and_the_same_command_goes_on_bit_for_bit(whole: P
     assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
 
 
-def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: Path):
+def test_after_kill_9_the_same_command_resumes_bit_for_bit(whole: Path, tmp_path: Path):
     process = start(tmp_path / "run")
     wait_for_step(process, tmp_path / "run", CHECKPOINT + 10)
     process.kill()
@@ -59,14 +59,14 @@ def test_kill_9_and_the_same_command_goes_on_bit_for_bit(whole: Path, tmp_path: 
     reached = lines(tmp_path / "run")[-1]["step"]
     assert CHECKPOINT < reached < STEPS
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
-        file.write('{"step": 99')  # half a line, as when it is killed while it writes one
+        file.write('{"step": 99')  # half a line, as if killed while writing it
     assert run(tmp_path / "run") == 0
     assert numbers(tmp_path / "run") == numbers(whole)
     assert_identical(state_of(tmp_path / "run", STEPS), state_of(whole, STEPS))
 
 
-def test_an_average_that_begins_later_is_in_float32(tmp_path: Path):
-    """As one that was there from the start, also where parameters are not."""
+def test_a_moving_average_that_starts_later_is_in_float32(tmp_path: Path):
+    """Like one that exists from the start, even if the parameters are in bfloat16."""
     keys = {"steps": 1, "model.param_dtype": "bfloat16", "eval.every_steps": 0}
     assert run(tmp_path / "run", **keys | {"optim.ema_decay": 0}) == 0
     config = load(CONFIG, flags(**keys))
@@ -82,7 +82,7 @@ def test_an_average_that_begins_later_is_in_float32(tmp_path: Path):
 
 
 class Ended(BaseException):
-    """The process would be gone."""
+    """Stands for the end of the process."""
 
 
 class InProcess(StopSignal):
@@ -101,7 +101,7 @@ class InProcess(StopSignal):
         ("at the end", STEPS),
     ],
 )
-def test_signal_while_it_compiles_or_evaluates(
+def test_a_signal_while_a_run_compiles_or_evaluates(
     when: str,
     step: int,
     whole: Path,
@@ -109,7 +109,7 @@ def test_signal_while_it_compiles_or_evaluates(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """It is not waited for what takes long. An evaluation that is cut short is made first when the run goes on."""
+    """The run does not wait for long work. When it resumes, it first repeats the evaluation that was cut short."""
     stop, end = InProcess(), threading.Event()
     places: dict[str, tuple[Any, str]] = {
         "compile": (train_step, "make_train_step"),
@@ -123,7 +123,7 @@ def test_signal_while_it_compiles_or_evaluates(
     def make_signalling(*args: Any) -> Any:
         inner = make(*args)
 
-        def traced(*inputs: Any) -> Any:  # runs once, when it is compiled
+        def traced(*inputs: Any) -> Any:  # runs once, at compilation
             asked()
             return inner(*inputs)
 
@@ -158,7 +158,7 @@ def test_signal_while_it_compiles_or_evaluates(
         assert run(tmp_path / "run", steps=CHECKPOINT) == 0
         assert_identical(state_of(tmp_path / "run", CHECKPOINT), state_of(whole, CHECKPOINT))
         return
-    scored = when == "at the end"  # the line of an evaluation has its sample
+    scored = when == "at the end"  # otherwise its line is missing, because it would include the sample
     assert numbers(tmp_path / "run") == [
         m for m in numbers(whole, step) if m["step"] < step or scored or "eval_loss" not in m
     ]
@@ -166,14 +166,14 @@ def test_signal_while_it_compiles_or_evaluates(
     assert numbers(tmp_path / "run")[: len(numbers(whole, step))] == numbers(whole, step)
     before = numbers(tmp_path / "run")
     assert run(tmp_path / "run", steps=before[-1]["step"]) == 0
-    assert numbers(tmp_path / "run") == before  # it is finished
+    assert numbers(tmp_path / "run") == before  # a finished run writes nothing
 
 
 def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     train_batches = Setup.train_batches
 
     class Broken:
-        """Real batches, of which the fourth cannot be read."""
+        """The real batches, but the fourth cannot be read."""
 
         def __init__(self, *args: Any):
             self.inner, self.left = train_batches(*args), 4
@@ -199,10 +199,12 @@ def test_an_error_in_the_loop_leaves_cleanly(tmp_path: Path, monkeypatch: pytest
         thread.join(timeout=5)
     assert not [t for t in left if t.is_alive()]
     monkeypatch.undo()
-    assert int(state_of(tmp_path / "run", 0).step) == 0  # what was under way is whole
+    assert int(state_of(tmp_path / "run", 0).step) == 0  # the save under way was completed
 
 
-def test_diverged_run_is_exit_code_3_and_leaves_no_checkpoint_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_diverged_run_is_exit_code_3_and_its_newest_checkpoint_is_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     keys = {
         "optim.name": "sgd",
         "optim.lr": 1e30,
@@ -217,4 +219,6 @@ def test_diverged_run_is_exit_code_3_and_leaves_no_checkpoint_of_it(tmp_path: Pa
     checkpoints = Checkpoints(tmp_path / "run")
     params = checkpoints.restore_params(newest, ema=False)
     checkpoints.close()
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), f"checkpoint {newest} cannot be gone on from"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), (
+        f"checkpoint {newest} has values that are not finite"
+    )

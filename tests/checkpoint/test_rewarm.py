@@ -1,4 +1,4 @@
-"""A run that goes on at a higher learning rate than it had warms up again, and keeps to that when it is stopped."""
+"""A run that continues at a higher learning rate warms up again, and follows the same rates if it is stopped."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def config(steps: int, **optim: Any) -> Config:
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear"])
-def test_a_finished_run_rises_again_in_all_rates(schedule: str) -> None:
+def test_all_rates_of_a_finished_run_warm_up_again(schedule: str) -> None:
     old, new = config(100, schedule=schedule), config(200, schedule=schedule)
     rewarm = between(old, None, new, 100)
     assert rewarm is not None
@@ -33,18 +33,18 @@ def test_a_finished_run_rises_again_in_all_rates(schedule: str) -> None:
         before = np.asarray(make_schedule(old.optim, 100, key)(np.arange(100)))
         schedules = [make_schedule(new.optim, 200, key, LrHistory(r)) for r in (None, rewarm)]
         plain, after = (np.asarray(schedule(np.arange(100, 200))) for schedule in schedules)
-        assert plain[0] > 20 * before[-1], "it would jump"
+        assert plain[0] > 20 * before[-1], "without rewarm, the rate jumps"
         rising = before[-1] + (plain[:20] - before[-1]) * np.arange(1, 21) / 20
         np.testing.assert_allclose(after[:20], rising, rtol=1e-5)
         np.testing.assert_array_equal(after[20:], plain[20:])
         assert np.abs(np.diff(np.concatenate([before[-1:], after]))).max() <= peak / 20 * 1.001
-    assert between(new, rewarm, new, 130) == rewarm  # stopped, and gone on with
-    again = between(new, rewarm, config(400, schedule=schedule), 110)  # in the middle of it
+    assert between(new, rewarm, new, 130) == rewarm  # stopped and resumed
+    again = between(new, rewarm, config(400, schedule=schedule), 110)  # in the middle of the rise
     at_110 = float(make_schedule(new.optim, 200, "lr", LrHistory(rewarm))(109))
     assert schedule == "wsd" or (again is not None and again.step == 110 and again.rates["lr"] == at_110)
 
 
-def test_where_the_rate_does_not_rise_nothing_changes() -> None:
+def test_nothing_changes_unless_a_rate_rises() -> None:
     wsd = config(100)
     for old, new, step in [
         (wsd, wsd, 50),
@@ -59,30 +59,43 @@ def test_where_the_rate_does_not_rise_nothing_changes() -> None:
         assert between(old, None, new, step) is None
 
 
-def test_a_run_that_went_back_to_the_beginning_keeps_what_it_went_on_with(tmp_path: Path) -> None:
-    """Stopped there, it goes on at the rates that it has without being stopped."""
+def test_a_run_that_went_back_to_step_0_keeps_its_rewarm(tmp_path: Path) -> None:
+    """If it is stopped there, it resumes at the rates of a run that is not stopped."""
     new = config(200)
     rewarm = between(config(100), None, new, 100)
     assert rewarm is not None and between(new, rewarm, new, 0) == rewarm
-    content = {"config": dataclasses.asdict(new), "vocab_size": 9, "data_fingerprint": "", "history": [],
-               "rewarm": rewarm._asdict()}  # fmt: skip
+    content = {
+        "config": dataclasses.asdict(new),
+        "vocab_size": 9,
+        "data_fingerprint": "",
+        "history": [],
+        "rewarm": rewarm._asdict(),
+    }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert of_run(new, tmp_path, 0, ()) == (None, None)  # a run without a checkpoint begins anew
+    assert of_run(new, tmp_path, 0, ()) == (None, None)  # a run without a checkpoint starts from scratch
     (tmp_path / "checkpoints/0").mkdir(parents=True)
     assert of_run(new, tmp_path, 0, ()) == (rewarm, None)
 
 
-def test_a_higher_rate_is_one_to_warm_up_to() -> None:
+def test_a_higher_peak_causes_a_rewarm() -> None:
     rewarm = between(config(100), None, config(100, embed_lr=0.3, warmup_steps=0), 50)
     assert rewarm is not None and (rewarm.step, rewarm.updates) == (50, LEAST_WARMUP)
     assert rewarm.rates == pytest.approx({"lr": 0.02, "adam_lr": 0.004, "embed_lr": 0.1})
 
 
-KEYS = {"optim.schedule": "linear", "optim.min_lr_ratio": 0, "log.every_steps": 1, "checkpoint.every_steps": 5,
-        "eval.every_steps": 0, "model.dropout": 0}  # fmt: skip
+KEYS = {
+    "optim.schedule": "linear",
+    "optim.min_lr_ratio": 0,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "eval.every_steps": 0,
+    "model.dropout": 0,
+}
 
 
-def test_a_run_that_is_extended_and_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_extended_run_rewarms_the_same_when_it_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workdir = tmp_path / "run"
     assert run(workdir, steps=10, **KEYS) == 0
     assert run(workdir, steps=30, **KEYS) == 0
@@ -98,7 +111,7 @@ def test_a_run_that_is_extended_and_stopped(tmp_path: Path, capsys: pytest.Captu
     shutil.copytree(workdir, tmp_path / "stopped")
     for step in (20, 25, 30):
         shutil.rmtree(tmp_path / f"stopped/checkpoints/{step}")
-    assert run(tmp_path / "stopped", steps=30, **KEYS) == 0  # goes on in the middle of the rise
+    assert run(tmp_path / "stopped", steps=30, **KEYS) == 0  # resumes in the middle of the rise
     assert "learning rate rises" not in capsys.readouterr().out
     assert numbers(tmp_path / "stopped") == numbers(workdir)
     assert_identical(state_of(tmp_path / "stopped", 30).params, state_of(workdir, 30).params)

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: training goes on, nothing that is not saved counts as saved, and all is made good."""
+"""While storage fails, training continues and nothing unsaved counts as saved. Afterwards, everything is written."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from tests.runs import CHECKPOINT, CONFIG, ROOT, assert_identical, flags, lines,
 
 
 class Outage:
-    """While `on`, the operating system's answer to writing below a folder is that the disk is full."""
+    """While `on`, writing below `folder` fails because the disk is full."""
 
     def __init__(self) -> None:
         self.folder, self.on, self.refused = "", False, 0
@@ -33,7 +33,7 @@ class Outage:
 
 
 OUTAGE = Outage()
-sys.addaudithook(OUTAGE)  # for good: it can't be taken away
+sys.addaudithook(OUTAGE)  # stays until the process ends, because audit hooks cannot be removed
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def outage(tmp_path: Path) -> Iterator[Outage]:
 def test_an_outage_leaves_no_trace(
     outage: Outage, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Metrics and checkpoints that fell into it are written after it; the run ends as if nothing had been."""
+    """Metrics and checkpoints of that time are written afterwards; the run ends like one without an outage."""
     monkeypatch.setattr(retry, "FIRST", 0.05)
     report = metrics.Log.__call__
 
@@ -60,15 +60,15 @@ def test_an_outage_leaves_no_trace(
     assert outage.refused > 5
     assert "the state of step 100 is NOT saved: No space left" in said and "newest checkpoint is of step 0" in said
     assert "metrics are NOT written" in said
-    # Nor is anything left there that is half written.
+    # No half-written checkpoints are left.
     there = sorted(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
     assert there[0] == 0 and there[-1] == 300 and not {100, 200} & set(there)
-    assert any(200 < step < 300 for step in there)  # tried again as soon as it could be, not at the next period
+    assert any(200 < step < 300 for step in there)  # saved as soon as possible, not at the next period
     assert numbers(tmp_path / "run") == numbers(whole, 3 * CHECKPOINT)
     assert_identical(state_of(tmp_path / "run", 300), state_of(whole, 300))
 
 
-def test_a_last_state_that_cannot_be_saved_is_an_error(
+def test_failing_to_save_the_last_state_is_an_error(
     outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(retry, "FIRST", 0.05)
@@ -101,8 +101,8 @@ def mounts(folder: Path, size: str) -> bool:
     return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def test_a_disk_that_is_really_full(tmp_path: Path):
-    """What fails here fails in C++, in the middle of a checkpoint; and then there is room again."""
+def test_a_really_full_disk(tmp_path: Path):
+    """Here C++ code fails in the middle of a checkpoint. Then there is room again."""
     (tmp_path / "disk").mkdir()
     if not mounts(tmp_path / "disk", "3m"):
         pytest.skip("needs root, to mount a small file system")
@@ -128,7 +128,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path):
         ballast.unlink()
         out, error = process.communicate(timeout=120)
         assert process.returncode == 0, (out, error)
-        assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["600"]  # nor is anything half written there
+        assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["600"]  # and no half-written one
     finally:
         time.sleep(0.1)
         subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)

@@ -1,4 +1,4 @@
-"""A workdir belongs to one run at a time, and nothing in it that the run did not make is written over."""
+"""A workdir belongs to one run at a time, and a run overwrites only its own files."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def refusal(workdir: Path, **keys: Any) -> str:
-    """The line with which a run there is refused; what is there stays as it is."""
+    """Returns the line that refuses a run in a workdir, and checks that its files stay as they are."""
     before = contents(workdir)
     with pytest.raises(UserError) as caught:
         run(workdir, **keys)
@@ -33,7 +33,7 @@ def refusal(workdir: Path, **keys: Any) -> str:
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
-def test_what_others_wrote_is_not_written_over(name: str, tmp_path: Path):
+def test_files_of_others_are_not_overwritten(name: str, tmp_path: Path):
     if name in FOLDERS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("my own")
@@ -50,11 +50,11 @@ def test_other_files_are_left_alone(tmp_path: Path):
         (tmp_path / name).write_text("my own")
     assert run(tmp_path, steps=1, checkpoint__every_steps=0, eval__every_steps=0) == 0
     assert all((tmp_path / name).read_text() == "my own" for name in names)
-    assert not list(tmp_path.glob(".config.json.*"))  # a temporary of our own
+    assert not list(tmp_path.glob(".config.json.*"))  # the run's own temporary files
 
 
 def test_one_run_at_a_time(tmp_path: Path):
-    """Also when the first is killed: then the second goes on."""
+    """When the first run is killed, the second resumes it."""
     workdir = tmp_path / "run"
     first = start(workdir)
     try:
@@ -82,14 +82,14 @@ TEXT = {"data.source": "text", "steps": 1, "eval.batches": 1, "eval.sample_token
 
 @pytest.fixture
 def text(tmp_path: Path) -> dict[str, Any]:
-    """Keys of a run on a text."""
+    """The keys of a run on a text."""
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     return TEXT | {"data.path": tmp_path / "text", "data.cache_dir": tmp_path / "cache"}
 
 
-def test_tokenizer_of_a_start_that_was_killed_is_replaced(text: dict[str, Any], tmp_path: Path):
+def test_the_tokenizer_of_a_run_killed_before_its_first_save_is_replaced(text: dict[str, Any], tmp_path: Path):
     assert run(tmp_path / "run", **text, **{"data.tokenizer": "bytes"}) == 0
-    shutil.rmtree(tmp_path / "run/checkpoints")  # as if it had been killed before it saved
+    shutil.rmtree(tmp_path / "run/checkpoints")  # as if killed before it saved
     assert run(tmp_path / "run", **text, **{"data.tokenizer": "chars"}) == 0
     characters = set(Path(text["data.path"]).read_text())
     assert load_tokenizer(tmp_path / "run/tokenizer").vocab_size == len(characters) + 1  # and bos
@@ -105,7 +105,7 @@ def test_another_tokenizer_in_a_workdir_is_noticed(content: str, text: dict[str,
 def test_data_of_another_vocabulary_is_not_scored(text: dict[str, Any], tmp_path: Path):
     assert run(tmp_path / "run", **text, **{"data.tokenizer": "bytes"}) == 0
     opened = open_run(tmp_path / "run", None)
-    for vocab_size in (5000, 257):  # the second as large as the run's, and still something else
+    for vocab_size in (5000, 257):  # the second is as large as the run's, but its ids are different
         config = open_run(tmp_path / "run", None).config
         config.data.source, config.data.vocab_size = "synthetic", vocab_size
         with pytest.raises(UserError, match=r"data\.source is 'synthetic': .* token ids are not those of the run"):
@@ -113,7 +113,7 @@ def test_data_of_another_vocabulary_is_not_scored(text: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "tokenizer", "metrics.jsonl", "config.json"])
-def test_what_is_in_the_way_is_said_before_training(name: str, copy: Path):
+def test_files_in_the_way_are_refused_before_training(name: str, copy: Path):
     if (copy / name).is_dir():
         shutil.rmtree(copy / name)
     (copy / name).unlink(missing_ok=True)
@@ -125,13 +125,13 @@ def test_what_is_in_the_way_is_said_before_training(name: str, copy: Path):
 
 
 @pytest.mark.parametrize("line", ["my own notes", '{"step": "a"}', "\udcff", "[]"])
-def test_metrics_that_are_none(line: str, copy: Path):
+def test_invalid_metrics_are_refused(line: str, copy: Path):
     with open(copy / "metrics.jsonl", "ab") as file:
         file.write(os.fsencode(line) + b"\n")
     assert "metrics.jsonl" in refusal(copy)
 
 
-def test_half_a_line_of_a_run_that_was_killed_is_dropped(copy: Path):
+def test_half_a_line_of_a_killed_run_is_dropped(copy: Path):
     before = lines(copy)
     with open(copy / "metrics.jsonl", "a") as file:
         file.write('{"step": 1')
@@ -156,7 +156,7 @@ def edit(workdir: Path, change: Any) -> None:
         ("config", []),
     ],
 )
-def test_config_json_that_was_damaged(key: str, value: Any, copy: Path):
+def test_a_damaged_config_json_is_refused(key: str, value: Any, copy: Path):
     edit(copy, lambda content: content.update({key: value}))
     message = refusal(copy)
     assert ("config.json" in message and key in message) or "data has changed" in message
@@ -164,13 +164,13 @@ def test_config_json_that_was_damaged(key: str, value: Any, copy: Path):
         open_run(copy, None)
 
 
-def test_config_json_that_is_no_json(copy: Path):
+def test_a_config_json_that_is_not_json_is_refused(copy: Path):
     for content in ("[" * 100_000, "{", "[]", '"x"'):
         (copy / "config.json").write_text(content)
         assert "config.json" in refusal(copy)
 
 
-def test_a_key_that_is_newer_than_the_run_takes_the_value_of_base(copy: Path, capsys: pytest.CaptureFixture[str]):
+def test_keys_that_the_saved_configuration_lacks(copy: Path, capsys: pytest.CaptureFixture[str]):
     edit(copy, lambda content: content["config"]["optim"].pop("embed_lr"))
     edit(copy, lambda content: content["config"].pop("deterministic"))
     assert run(copy, steps=CHECKPOINT + 1, optim__embed_lr=0.1) == 0
@@ -178,7 +178,7 @@ def test_a_key_that_is_newer_than_the_run_takes_the_value_of_base(copy: Path, ca
     assert "optim.embed_lr is new: 0.1" in shown and "deterministic is new: False" in shown
     assert json.loads((copy / "config.json").read_text())["config"]["optim"]["embed_lr"] == 0.1
     edit(copy, lambda content: content["config"]["model"].pop("key_offset"))
-    assert "model.key_offset was False" in refusal(copy)  # what runs did before, not what base.py does
+    assert "model.key_offset was False" in refusal(copy)  # the behavior before the key existed, not base.py's
     edit(copy, lambda content: content["config"]["optim"].update(unheard_of=1))
     assert "optim.unheard_of" in refusal(copy)
     edit(copy, lambda content: content["config"].update(steps=-5) or content["config"]["optim"].pop("unheard_of"))
@@ -204,7 +204,7 @@ def test_a_folder_that_is_no_step_is_left_alone(name: str, copy: Path):
     assert (copy / "checkpoints" / name).is_dir()
 
 
-def test_a_file_in_place_of_a_checkpoint_is_said(copy: Path):
+def test_a_file_in_place_of_a_checkpoint_is_refused(copy: Path):
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
     (copy / "checkpoints/1500").write_text("")
@@ -221,7 +221,7 @@ def test_a_profile_is_always_written(steps: int, count: int, traced: int | None,
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
-def test_tools_read_a_run_that_is_at_work(tmp_path: Path):
+def test_tools_read_a_run_while_it_trains(tmp_path: Path):
     workdir = tmp_path / "run"
     process = start(workdir)
     try:
@@ -233,8 +233,8 @@ def test_tools_read_a_run_that_is_at_work(tmp_path: Path):
         process.communicate()
 
 
-def test_interrupted_while_it_starts(tmp_path: Path):
-    """No traceback of ours: a line, and the shell is told of the signal."""
+def test_ctrl_c_while_a_command_starts(tmp_path: Path):
+    """Prints one line without a traceback, and its exit code tells the shell of the signal."""
     code = "import sys; from jaxlm import main\ndef stop():\n raise KeyboardInterrupt\nsys.exit(main.exit_code(stop))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (130, "", 1)

@@ -1,4 +1,4 @@
-"""The step alone, beside the trainer around it: numbers of the right size, of steps that are all made."""
+"""`jaxlm bench` reports plausible times of the step and of the trainer, and skips no step."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,10 @@ from jaxlm.train import guard
 from tests.runs import CONFIG, flags
 
 
-def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """So many steps on one batch would make every other a spike, were it learned by heart."""
+def test_step_and_trainer_are_timed_and_no_step_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """If the model memorized the batch of the step alone, these many steps would make all other batches spikes."""
     made: list[bench.Trainer] = []
     summary = bench.summary
     monkeypatch.setattr(bench, "summary", lambda ours, rounds: made.append(ours) or summary(ours, rounds))
@@ -22,17 +24,17 @@ def test_both_are_timed_and_no_step_is_skipped(monkeypatch: pytest.MonkeyPatch, 
     out = capsys.readouterr().out.splitlines()
     assert [line.split(" · ")[0] for line in out[:-1]] == ["round 1/2", "round 2/2"]
     result = json.loads(out[-1])
-    assert result["step_ms"] > 0 and 0.2 < result["trainer_over_step"] < 20  # by a wide margin: machines are noisy
+    assert result["step_ms"] > 0 and 0.2 < result["trainer_over_step"] < 20  # wide limits, because machines are noisy
     assert result["tokens_per_second"] == pytest.approx(8 * 16 / result["trainer_ms"] * 1e3)
     assert int(made[0].state.guard.skipped) == 0
 
 
 @pytest.mark.parametrize("argv, words", [(["--rounds", "0"], "--rounds is 0"), (["--config.seq_lenn=3"], "seq_len")])
-def test_wrong_arguments(argv: list[str], words: str):
+def test_wrong_arguments_are_refused(argv: list[str], words: str):
     with pytest.raises(UserError, match=words):
         bench.main(["--config", str(CONFIG), *argv])
 
 
-def test_a_folder_without_nanogpt(tmp_path: Path):
+def test_a_folder_without_nanogpt_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"no model\.py in it"):
         bench.main(["--config", str(CONFIG), *flags(), "--nanogpt", str(tmp_path)])

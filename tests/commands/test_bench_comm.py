@@ -1,4 +1,4 @@
-"""What a compiled step moves, read from its text, is what the strategies' formulas say."""
+"""The bytes that a compiled step moves, read from its text, agree with the strategies' formulas."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,17 @@ from jaxlm.commands.collectives import _group_size, collectives
 from jaxlm.config.files import load
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
-# Sizes that no number of devices divides; without Muon, whose layers are shared too.
-SMALL = ["batch_size=24", "seq_len=8", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
-         "optim.name=adamw", "model.scan_unroll=1", "parallel.powersgd_rank=2"]  # fmt: skip
+# Sizes that no number of devices divides, and no Muon, which would also share its layers.
+SMALL = [
+    "batch_size=24",
+    "seq_len=8",
+    "model.num_layers=3",
+    "model.d_model=20",
+    "model.num_heads=2",
+    "optim.name=adamw",
+    "model.scan_unroll=1",
+    "parallel.powersgd_rank=2",
+]
 
 
 def report(*overrides: str) -> dict[str, Any]:
@@ -51,8 +59,8 @@ def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureF
     assert ("parameters" in result["bytes_sent"]) == ("parallel.zero=1" in overrides)
 
 
-def test_bytes_of_each_kind():
-    """Of a program whose numbers are known, loops within loops included."""
+def test_bytes_of_each_kind_of_collective():
+    """Counts the collectives of a program with known numbers, also in nested loops."""
 
     def program(x: jax.Array) -> Any:
         def body(y: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -93,10 +101,10 @@ def test_bytes_of_each_kind():
     ],
 )
 def test_size_of_a_group(groups: str, size: int):
-    """As jax 0.10 to 0.12 write it."""
+    """The forms that jax 0.10 to 0.12 write."""
     assert _group_size(f"%x = f32[8]{{0}} all-reduce(%y), channel_id=1, {groups}, to_apply=%add") == size
 
 
-def test_an_unknown_form_of_groups_is_no_guess():
+def test_an_unknown_form_of_groups_is_an_error():
     with pytest.raises(ValueError, match="unknown groups"):
         _group_size("%x = f32[8]{0} all-reduce(%y), replica_groups=other(8), to_apply=%add")

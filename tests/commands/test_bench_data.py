@@ -1,4 +1,4 @@
-"""`tools/bench.py data`: what it says is complete, and means what its names say."""
+"""`jaxlm bench data` reports all its numbers, and each means what its name says."""
 
 import dataclasses
 import json
@@ -24,13 +24,28 @@ from tests.corpora import make_config
 ROOT = Path(__file__).resolve().parents[2]
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 PREPARATION = {
-    "documents", "bytes", "tokens", "processes", "peak_process_bytes", "seconds", "tokens_per_second", "mb_per_second",
-    "library", "library_tokens", "library_mb_per_second", "over_library",
-}  # fmt: skip
+    "documents",
+    "bytes",
+    "tokens",
+    "processes",
+    "peak_process_bytes",
+    "seconds",
+    "tokens_per_second",
+    "mb_per_second",
+    "library",
+    "library_tokens",
+    "library_mb_per_second",
+    "over_library",
+}
 FEEDING = {"tf_tokens_per_second", "thread_tokens_per_second", "seek_ms", "tf_seek_ms", "thread_seek_ms"}
 WAITING = {
-    "compute_ms", "devices", "sleep_share", "sleep_step_ms", "computation_share", "computation_step_ms",
-}  # fmt: skip
+    "compute_ms",
+    "devices",
+    "sleep_share",
+    "sleep_step_ms",
+    "computation_share",
+    "computation_step_ms",
+}
 
 
 @pytest.fixture
@@ -53,7 +68,7 @@ def check(result: dict[str, Any], texts: Path | None, tensorflow: bool, document
         assert preparation["documents"] == len(list(texts.iterdir()))
         assert preparation["mb_per_second"] == pytest.approx(preparation["bytes"] / preparation["seconds"] / 1e6)
         assert preparation["tokens_per_second"] == pytest.approx(preparation["tokens"] / preparation["seconds"])
-        assert preparation["peak_process_bytes"] > 20e6  # a child's begins at its parent's size, here that of pytest
+        assert preparation["peak_process_bytes"] > 20e6  # a child's peak starts at the size of its parent, here pytest
         assert preparation["processes"] == 1
     assert feeding.keys() == {"seq_len", "batch_size", "concat", "document"}
     assert (feeding["document"] is not None) == documents
@@ -70,12 +85,22 @@ def check(result: dict[str, Any], texts: Path | None, tensorflow: bool, document
 
 
 @pytest.mark.slow
-def test_all_of_it(texts: Path, tmp_path: Path):
+def test_the_whole_command(texts: Path, tmp_path: Path):
     command = [
-        sys.executable, ROOT / "tools/bench.py", "data", "--config", ROOT / "configs/base.py", "--rounds=1",
-        "--steps=3", "--compute_ms=5", "--config.data.source=text", f"--config.data.path={texts}",
-        "--config.data.vocab_size=400", "--config.seq_len=32", f"--config.data.cache_dir={tmp_path / 'cache'}",
-    ]  # fmt: skip
+        sys.executable,
+        ROOT / "tools/bench.py",
+        "data",
+        "--config",
+        ROOT / "configs/base.py",
+        "--rounds=1",
+        "--steps=3",
+        "--compute_ms=5",
+        "--config.data.source=text",
+        f"--config.data.path={texts}",
+        "--config.data.vocab_size=400",
+        "--config.seq_len=32",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2 and "training a tokenizer" in done.stderr
@@ -87,10 +112,12 @@ def test_all_of_it(texts: Path, tmp_path: Path):
     check(result, texts, tensorflow=True, documents=True, compute_ms=5)
     preparation = result["preparation"]
     assert preparation["library"] == "sentencepiece"
-    assert preparation["library_tokens"] == preparation["tokens"] - preparation["documents"]  # all but each bos
+    assert (
+        preparation["library_tokens"] == preparation["tokens"] - preparation["documents"]
+    )  # all except one bos per document
     assert preparation["bytes"] / 4 < preparation["tokens"] < preparation["bytes"]
     assert 0.01 < preparation["over_library"] < 20 and 0.01 < preparation["library_mb_per_second"] < 1000
-    assert {path.name for path in tmp_path.iterdir()} == {"texts"}  # nothing is left
+    assert {path.name for path in tmp_path.iterdir()} == {"texts"}  # temporary files are gone
 
 
 @pytest.mark.parametrize("source", ["text", "synthetic"])
@@ -118,7 +145,7 @@ def test_without_tensorflow(
 def byte_level_bpe(text: str, path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    library: Any = Tokenizer(models.BPE())  # whose stubs leave properties without setters
+    library: Any = Tokenizer(models.BPE())  # Any, because the stubs have properties without setters
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
@@ -130,7 +157,7 @@ def byte_level_bpe(text: str, path: Path) -> None:
 def test_the_library_does_the_work_of_the_store(
     tokenizer: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """In as many processes, on the same texts: it gives as many tokens, but for what opens each document."""
+    """On the same texts and with as many processes, it returns as many tokens, except for one bos per document."""
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 60_000)
     monkeypatch.setattr(bench_tokenizing, "num_processes", lambda: 2)
     config = make_config(tmp_path)
@@ -148,10 +175,10 @@ def test_the_library_does_the_work_of_the_store(
     built, alone = bench_tokenizing.build_store(data, 16), bench_tokenizing.encode_alone(library, folder, data)
     assert built.processes == 2
     assert alone.tokens == built.tokens - built.documents > 1000
-    assert 0 < alone.seconds < built.seconds  # processes start within the store's time alone
+    assert 0 < alone.seconds < built.seconds  # only the store's time includes starting processes
 
 
-def test_what_the_ratio_is(capsys: pytest.CaptureFixture[str]):
+def test_the_ratio_is_a_median_over_rounds(capsys: pytest.CaptureFixture[str]):
     builds = [
         bench_tokenizing.Built(seconds, 1, 1_000_000, 10, 2, peak) for seconds, peak in ((4.0, 7), (2.0, 9), (8.0, 8))
     ]
@@ -163,7 +190,7 @@ def test_what_the_ratio_is(capsys: pytest.CaptureFixture[str]):
 
 
 class Slow:
-    """A stream that gives a batch every so many seconds."""
+    """A stream that takes `seconds` for each batch."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -203,7 +230,7 @@ def test_feeding_is_the_tokens_of_whole_batches(synthetic: Config, monkeypatch: 
     assert 8 * 4 / 0.01 / 3 < rate <= 8 * 4 / 0.01
 
 
-def test_the_synthetic_computation_takes_its_time():
+def test_a_longer_synthetic_computation_takes_longer():
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -233,12 +260,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("argument", WRONG)
-def test_wrong_values(argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_wrong_values_are_refused(argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(ROOT)
     argv = ["--config", "configs/base.py", "--config.data.source=text", "--config.data.path=README.md", argument]
     try:
         code = exit_code(lambda: bench_data.main(argv))
-    except SystemExit as stop:  # of argparse
+    except SystemExit as stop:  # argparse exits
         code = stop.code
     assert code == 2
     out, error = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""evaluate.py on other data than the run's: what of it is scored, and that nothing else is read."""
+"""`jaxlm evaluate` on data other than the run's: which part is scored, and that nothing else is read."""
 
 import json
 import math
@@ -22,10 +22,17 @@ OTHER = "Something else, which nobody has seen: äöü.\n" * 60
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a text that is no longer there, nor its tokens."""
+    """A run whose text and token store are deleted."""
     folder = write(tmp_path_factory.mktemp("texts"), {"train/1.txt": LINES, "train/2.txt": LINES, "other.txt": OTHER})
-    keys = {"steps": 1, "data.source": "text", "data.path": folder / "train", "data.tokenizer": "bytes",
-            "data.cache_dir": folder / "cache", "eval.batches": 1, "eval.sample_tokens": 0}  # fmt: skip
+    keys = {
+        "steps": 1,
+        "data.source": "text",
+        "data.path": folder / "train",
+        "data.tokenizer": "bytes",
+        "data.cache_dir": folder / "cache",
+        "eval.batches": 1,
+        "eval.sample_tokens": 0,
+    }
     assert run(folder / "run", **keys) == 0
     shutil.rmtree(folder / "train")
     shutil.rmtree(folder / "cache")
@@ -41,7 +48,7 @@ def scores(capsys: pytest.CaptureFixture[str], folder: Path, **keys: Any) -> tup
 
 def test_a_file_is_scored_as_a_whole_and_nothing_else_is_read(texts: Path, capsys: pytest.CaptureFixture[str]):
     found, _ = scores(capsys, texts, val_path=texts / "other.txt")
-    assert found["eval_tokens"] == len(OTHER.encode())  # all but the bos
+    assert found["eval_tokens"] == len(OTHER.encode())  # all except the bos
     run = open_run(texts / "run", None)
     ids = np.concatenate([[256], np.frombuffer(OTHER.encode(), np.uint8)]).astype(np.int32)
     assert (len(ids) - 1) % 16 == 4
@@ -55,14 +62,14 @@ def test_a_file_is_scored_as_a_whole_and_nothing_else_is_read(texts: Path, capsy
     assert [sum(shard["train"]["tokens"] for shard in m["shards"]) for m in made] == [0]
 
 
-def test_of_data_path_what_is_held_out_is_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
+def test_data_path_scores_its_held_out_part(texts: Path, capsys: pytest.CaptureFixture[str]):
     found, said = scores(capsys, texts, path=texts / "other.txt", val_fraction=0.25)
     assert found["eval_tokens"] == pytest.approx(len(OTHER.encode()) / 4, rel=0.02)
     assert f"scores the held-out part of data.path={texts / 'other.txt'}; --config.data.val_path scores all" in said
 
 
 def test_records_and_ids(texts: Path, finished: Path, capsys: pytest.CaptureFixture[str]):
-    """Of another kind than the run's data, and ids that are scored by a run on ids."""
+    """Records scored by a run on text, and ids scored by a run on ids."""
     (texts / "r.jsonl").write_text("".join(json.dumps({"text": f"record {i}"}) + "\n" for i in range(9)))
     found, _ = scores(capsys, texts, val_path=texts / "r.jsonl", source="jsonl")
     assert found["eval_tokens"] == 9 * (1 + len("record 0")) - 1
@@ -85,7 +92,7 @@ def test_text_is_scored_by_a_run_on_a_folder_of_nanogpt(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     "other, source", [("text TEXTS/other.txt", "text"), ("stdlib", "text"), ("jsonl r.jsonl", None)]
 )
-def test_other_data_than_a_mixture_is_of_the_kind_that_it_has(
+def test_other_data_takes_its_source_from_the_files_of_the_mixture(
     other: str, source: str | None, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     mixed = Path(shutil.copytree(texts / "run", tmp_path / "run"))
@@ -101,7 +108,7 @@ def test_other_data_than_a_mixture_is_of_the_kind_that_it_has(
     assert error.count("\n") == 1 and "data.source is not given; allowed" in error and "text, jsonl, parquet" in error
 
 
-def test_what_cannot_be_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
+def test_data_that_cannot_be_scored_is_refused(texts: Path, capsys: pytest.CaptureFixture[str]):
     cases = {
         "data.val_path=nowhere.txt": "data.val_path is 'nowhere.txt': no such file",
         "data.val_path=": "data.val_path is ''; allowed: a file or a folder",
@@ -113,7 +120,7 @@ def test_what_cannot_be_scored(texts: Path, capsys: pytest.CaptureFixture[str]):
         assert error.count("\n") == 1 and said in error, error
 
 
-def test_a_store_is_not_to_be_scored_as_a_whole(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_token_store_as_val_path_is_refused(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "manifest.json").write_text("{}")
     argv = ("--config.data.source=tokens", f"--config.data.val_path={tmp_path}")
     assert tool("evaluate", "--workdir", finished, *argv) == 2

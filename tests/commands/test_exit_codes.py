@@ -1,4 +1,4 @@
-"""What a user can do wrong: one line on stderr that names it, the promised exit code, and nothing written."""
+"""A user's mistake prints one line that names it, ends with the documented exit code, and writes nothing."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tests.runs import CONFIG, ROOT
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Corpora that are no use, and one that is."""
+    """Unusable corpora and configurations, and a usable corpus."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 500)
     (tmp_path / "short.txt").write_text("too short")
@@ -55,12 +55,16 @@ WRONG = {  # name: (overrides, words of the message)
     "tokens shorter than a sequence": (["data.source=tokens", "data.path=FILES/short.npy"], ["short.npy", "seq_len"]),
     "ids outside the vocabulary": (["data.source=tokens", "data.path=FILES/ids.npy"], ["ids.npy", "70", "63"]),
     "no path": (["data.source=text"], ["data.path"]),
-    "no cache": (["data.source=text", "data.path=FILES/good.txt", "data.tokenizer=bytes",
-                  "data.cache_dir=FILES/good.txt/cache"], ["data.cache_dir", "good.txt"]),
+    "no cache": (
+        ["data.source=text", "data.path=FILES/good.txt", "data.tokenizer=bytes", "data.cache_dir=FILES/good.txt/cache"],
+        ["data.cache_dir", "good.txt"],
+    ),
     "weights from nowhere": (["checkpoint.resume=FILES/nothing"], ["checkpoint.resume", "nothing"]),
     "cudnn": (["model.attention=cudnn"], ["model.attention", "cudnn", "xla"]),
-    "prompt": ([*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
-               ["eval.sample_prompt", "'Q'", "eval.sample_tokens"]),
+    "prompt": (
+        [*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
+        ["eval.sample_prompt", "'Q'", "eval.sample_tokens"],
+    ),
     "warmup": (["optim.warmup_steps=3"], ["optim.warmup_steps", "3", "2"]),
     "profile of more steps than there are": (["log.profile_steps=3"], ["log.profile_steps", "3", "2"]),
     "larger than JAX's integers": (["steps=3000000000"], ["steps", "3000000000", "2147483647"]),
@@ -71,11 +75,11 @@ WRONG = {  # name: (overrides, words of the message)
     "infinite in float32": (["optim.eps=1e300"], ["optim.eps", "1e+300", "3.4e+38"]),
     "zero in float32": (["optim.eps=1e-300"], ["optim.eps", "1e-300", "1.2e-38"]),
     "weights from a name too long": (["checkpoint.resume=" + "x" * 5000], ["checkpoint.resume", "too long"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_configuration_or_data(name: str, files: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_configuration_or_data_is_refused(name: str, files: Path, capsys: pytest.CaptureFixture[str]):
     overrides, words = WRONG[name]
     workdir = files / "run"
     argv = flags(*(o.replace("FILES", str(files)) for o in overrides))
@@ -86,14 +90,14 @@ def test_wrong_configuration_or_data(name: str, files: Path, capsys: pytest.Capt
     assert error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert not workdir.exists()
-    stores = files / "cache"  # a token store is not of the run
+    stores = files / "cache"  # token stores do not belong to the run
     assert {p: b for p, b in contents(files).items() if stores not in p.parents} == before
 
 
-def test_a_tracker_that_is_not_installed(
+def test_a_missing_tracker_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not, where it is
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     argv = ["--config", str(CONFIG), "--workdir", str(tmp_path / "run"), *flags("log.wandb=True")]
     code, error = in_process(argv, capsys)
@@ -128,10 +132,10 @@ def test_a_tracker_that_is_not_installed(
         (["--config", "FILES/huge.py"], ["optim.lr", "3.4e+38"]),
     ],
 )
-def test_wrong_command_line(
+def test_a_wrong_command_line_is_refused(
     argv: list[str], words: list[str], files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(files)  # runs/ would be made here
+    monkeypatch.chdir(files)  # a run would create runs/ here
     before = contents(files)
     code, error = in_process([a.replace("FILES", str(files)).replace("CONFIG", str(CONFIG)) for a in argv], capsys)
     assert code == 2
@@ -140,7 +144,7 @@ def test_wrong_command_line(
 
 
 @pytest.mark.parametrize("where", ["good.txt", "good.txt/below", "good.txt/far/below", "/proc/run", "/dev/null/run"])
-def test_workdir_that_cannot_be(where: str, files: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_impossible_workdir_is_refused(where: str, files: Path, capsys: pytest.CaptureFixture[str]):
     before = contents(files)
     workdir = str(files / where)
     code, error = in_process(["--config", str(CONFIG), "--workdir", workdir, *flags()], capsys)
@@ -149,7 +153,9 @@ def test_workdir_that_cannot_be(where: str, files: Path, capsys: pytest.CaptureF
     assert contents(files) == before
 
 
-def test_workdir_of_another_run_or_of_none(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_workdir_of_another_run_or_program_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     before = contents(finished)
     argv = ["--config", str(CONFIG), "--workdir", str(finished)]
     code, error = in_process([*argv, *flags("seed=5", "model.d_model=32")], capsys)
@@ -165,7 +171,7 @@ def test_workdir_of_another_run_or_of_none(finished: Path, tmp_path: Path, capsy
     assert contents(tmp_path) == {workdir / "config.json": b'{"name": "of another program"}'}
 
 
-def test_other_data_in_the_same_place(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_changed_data_is_refused(files: Path, capsys: pytest.CaptureFixture[str]):
     np.save(files / "ids.npy", np.arange(1000, dtype=np.uint16) % 60)
     keys = flags("data.source=tokens", f"data.path={files / 'ids.npy'}")
     argv = ["--config", str(CONFIG), "--workdir", str(files / "run"), *keys]
@@ -178,7 +184,9 @@ def test_other_data_in_the_same_place(files: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("damage", ["truncated", "data missing", "metadata missing", "item missing"])
-def test_damaged_checkpoints_are_4(damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_damaged_checkpoints_end_with_exit_code_4(
+    damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     workdir = Path(shutil.copytree(finished, tmp_path / "run"))
     newest = workdir / "checkpoints/2"
     for folder in (step / item for step in newest.parent.iterdir() for item in ("params", "train")):
@@ -207,14 +215,19 @@ def test_damaged_checkpoints_are_4(damage: str, finished: Path, tmp_path: Path, 
     assert error.count("\n") == 1 and str(newest) in error and "none of the 2 checkpoints is whole" in error, error
 
 
-# The same as the shell sees it
+# The same, in processes of their own
 
 
 def shell(*argv: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, *map(str, argv)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
 
 
 def test_exit_codes_of_processes(finished: Path, tmp_path: Path):
@@ -235,7 +248,7 @@ def test_exit_codes_of_processes(finished: Path, tmp_path: Path):
     assert damaged.returncode == 4 and damaged.stderr.count("\n") == 1 and damaged.stdout == "", damaged
 
 
-def test_a_tool_that_ctrl_c_stops_says_so(capsys: pytest.CaptureFixture[str]):
+def test_a_command_stopped_by_ctrl_c_says_so(capsys: pytest.CaptureFixture[str]):
     def program() -> int:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What the model is shown to see: rows of small corpora, letter by letter; and what the command refuses."""
+"""`jaxlm inspect` prints the rows of small corpora letter by letter, and refuses wrong options."""
 
 import collections
 import io
@@ -22,9 +22,9 @@ from tests.inspecting import CHAT, CONFIG, ROOT, TWO, call, flags
 # Rows
 
 
-def test_documents_that_run_on(inspected, tmp_path: Path):
+def test_concatenated_documents(inspected, tmp_path: Path):
     write(tmp_path, TWO)
-    seen = inspected(seq_len=11)  # one window is all there is
+    seen = inspected(seq_len=11)  # the corpus is one window
     assert seen.rows == [["‹⟨bos · 4 tokens⟩›abc", "⟨bos · 7 tokens⟩defghij"]] * 2
     assert seen.headers[1] == "update 1 · row 2 of 2 · documents: 2 · targets: 11 learned"
     assert seen.numbers["batch"] == {"rows": 2, "targets": 22, "learned": 22, "masked": 0, "padding": 0, "documents": 4}
@@ -56,26 +56,32 @@ def test_packed_documents(inspected, tmp_path: Path):
     assert seen.headers[0].endswith("documents: 1 · targets: 4 learned, 4 padding")
     assert seen.numbers["padding_share"] == 0.25 and "25.00% of all places are padding" in seen.out
     seen = inspected("--split", "val", seq_len=3, **packed)
-    assert sorted(seen.rows) == sorted([
-        ["‹⟨bos · 3 tokens⟩›abc"], ["‹⟨bos · 3 tokens⟩›def"], ["⟨continued · 3 tokens⟩‹f›ghi"],
-        ["⟨continued · 1 token⟩‹c›⟨bos⟩", "⟨continued · 2 tokens⟩‹i›j⟨bos⟩"],
-    ])  # fmt: skip
+    assert sorted(seen.rows) == sorted(
+        [
+            ["‹⟨bos · 3 tokens⟩›abc"],
+            ["‹⟨bos · 3 tokens⟩›def"],
+            ["⟨continued · 3 tokens⟩‹f›ghi"],
+            ["⟨continued · 1 token⟩‹c›⟨bos⟩", "⟨continued · 2 tokens⟩‹i›j⟨bos⟩"],
+        ]
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("packing", ["concat", "document"])
-def test_padding_is_that_of_all_rows(tmp_path: Path, split: Any, packing: str):
+def test_the_padding_share_covers_all_rows(tmp_path: Path, split: Any, packing: str):
     lengths = np.random.default_rng(0).integers(0, 60, 40)
     write(tmp_path, {f"{s}/{i}.txt": "x" * (n + 1) for s in "tv" for i, n in enumerate(lengths.tolist())})
     config = load(CONFIG, flags(tmp_path, seq_len=32, data__packing=packing))
     corpus = prepare(config, progress=False)
     part = inspect.View(corpus, config, split).parts[0]
-    config.batch_size = part.num_eval_rows if split == "val" else part.rows_per_epoch  # an epoch in a batch
+    config.batch_size = part.num_eval_rows if split == "val" else part.rows_per_epoch  # one batch holds an epoch
     view = inspect.View(corpus, config, split)
     counts, (share, rows) = view.batch(0).counts(), view.padding()
     assert share == pytest.approx(counts["padding"] / (counts["rows"] * 32))
     assert (share > 0) == (split == "val" or packing == "document") and sum(rows) == pytest.approx(1)
-    tokens = lengths.sum() + 2 * 40  # with bos; packed ones are all learned, else all but the first and two windows
+    tokens = (
+        lengths.sum() + 2 * 40
+    )  # with bos. Packed: all are learned; otherwise, all except the first and less than two windows
     assert 0 <= tokens - counts["learned"] <= (0 if packing == "document" else 1 if split == "val" else 63)
 
 
@@ -85,12 +91,18 @@ def test_masks(inspected, tmp_path: Path, packing: str):
     write(tmp_path, {"t": lines, "v": lines})
     keys = {"data__source": "jsonl", "data__messages_key": "m", "data__chat_template": "<{role}>{content};"}
     seen = inspected("--split", "val", seq_len=25, data__packing=packing, **keys)
-    conversation = "<user>ab;<assistant>›cd;"  # 6 + 3 + 11 and 3 tokens, after a bos
+    conversation = "<user>ab;<assistant>›cd;"  # bos, then 6 + 3 + 11 masked and 3 learned tokens
     if packing == "document":
         assert seen.rows == [[f"‹⟨bos · 24 tokens⟩{conversation}⟨bos⟩", "⟨padding · 1 place⟩"]] * 2
         assert seen.numbers["batch"] == {
-            "rows": 2, "targets": 50, "learned": 8, "masked": 40, "padding": 2, "documents": 2}  # fmt: skip
-    else:  # the second bos is learned, as the end of the first conversation, and what follows it is not
+            "rows": 2,
+            "targets": 50,
+            "learned": 8,
+            "masked": 40,
+            "padding": 2,
+            "documents": 2,
+        }
+    else:  # the second bos is learned, as the end of the first conversation; the tokens after it are not
         rest = conversation.removeprefix("<")
         assert seen.rows == [
             [f"‹⟨bos · 24 tokens⟩{conversation}", "⟨bos · 1 token⟩"],
@@ -130,17 +142,23 @@ def test_mixture(inspected, tmp_path: Path):
             assert found["batch"] == pytest.approx(sources.count(path) / 6)
             assert found["so_far"] == pytest.approx(total[path] / (6 * (step + 1)))
             shares.add((found["batch"], found["so_far"]))
-    assert len(shares) > 4, "the shares of a batch and of all before it differ"
+    assert len(shares) > 4, "the shares of a batch and of all batches so far must differ"
     epochs = seen.numbers["mixture"][0]["epochs"]
     tokens = len(prepare(load(CONFIG, flags(tmp_path, **keys)), progress=False).shares[0].train)
     assert epochs == pytest.approx(total[paths["a"]] / ((tokens - 8) // 8))
     assert f"wanted 75.0% · {epochs:.3g} epochs in all" in seen.out
 
 
-def test_ids_without_a_text(inspected, tmp_path: Path):
+def test_ids_without_a_tokenizer(inspected, tmp_path: Path):
     np.save(tmp_path / "ids.npy", np.arange(30, dtype=np.uint16))
-    seen = inspected(data__source="tokens", data__path=tmp_path / "ids.npy", data__vocab_size=50, seq_len=4,
-                     data__val_fraction=0.5, batch_size=3)  # fmt: skip
+    seen = inspected(
+        data__source="tokens",
+        data__path=tmp_path / "ids.npy",
+        data__vocab_size=50,
+        seq_len=4,
+        data__val_fraction=0.5,
+        batch_size=3,
+    )
     for row in seen.rows:
         found = re.match(r"‹(\d+) ›", row[0])
         assert found
@@ -150,7 +168,7 @@ def test_ids_without_a_text(inspected, tmp_path: Path):
     assert "15 tokens\n15 of 50 ids occur" in seen.out and "  id 14  " in seen.out
 
 
-def test_characters_that_would_disturb_a_terminal(inspected, tmp_path: Path):
+def test_characters_that_would_disturb_a_terminal_are_escaped(inspected, tmp_path: Path):
     text = "\x1b[31m\x07\x7f\r\t\u202e\u2028\xa0‹é› :x: \\ 漢"
     write(tmp_path, {"t/1.txt": text, "v/1.txt": text})
     num = len(text.encode())
@@ -163,7 +181,7 @@ def test_characters_that_would_disturb_a_terminal(inspected, tmp_path: Path):
     assert seen.rows[0][0].startswith(rf"⟨continued · {num + 1 - cut} tokens⟩‹\xc3›\xa9\u203a :x:")
 
 
-def test_a_terminal_is_shown_styles(tmp_path: Path):
+def test_a_terminal_gets_styles(tmp_path: Path):
     write(tmp_path, TWO)
     config = load(CONFIG, flags(tmp_path, seq_len=5))
     corpus = prepare(config, progress=False)
@@ -176,7 +194,7 @@ def test_a_terminal_is_shown_styles(tmp_path: Path):
 
 # Refusals
 
-WRONG = {  # options: words of the message
+WRONG = {  # options: words in the message
     ("--split", "test"): ["--split is 'test'", "train, val"],
     ("--step", "-1"): ["--step is -1", "0 to steps - 1 = 1749"],
     ("--step", "1750"): ["--step is 1750", "0 to steps - 1 = 1749"],
@@ -196,7 +214,7 @@ WRONG = {  # options: words of the message
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
-def test_refusals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, ...]):
+def test_wrong_options_are_refused(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, ...]):
     write(tmp_path, TWO | {"folder.svg/file": ""})
     prepare(load(CONFIG, flags(tmp_path, seq_len=3)), progress=False)
     before = sorted(tmp_path.rglob("*"))
@@ -208,7 +226,7 @@ def test_refusals(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, wrong
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_picture_that_cannot_be_written_in_the_end(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_a_picture_whose_write_fails_is_refused(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path, TWO)
 
     write_text = Path.write_text

@@ -1,4 +1,4 @@
-"""The numbers and the picture of a corpus, of small ones whose own are known."""
+"""`jaxlm inspect` computes the known numbers of small corpora, and draws them."""
 
 import json
 import re
@@ -21,13 +21,25 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tokens, documents = seen.numbers["tokens"], seen.numbers["documents"]
     assert tokens["most_frequent"] == [[ord("x"), 220], [ord("y"), 220], [256, 6]]
     assert (tokens["total"], tokens["counted"], tokens["distinct"]) == (446, 446, 3)
-    assert documents == {"total": 6, "counted": 6, "mean": 446 / 6, "median": 9.0, "min": 3, "max": 401,
-                         "longer_than_seq_len": 2 / 6}  # fmt: skip
+    assert documents == {
+        "total": 6,
+        "counted": 6,
+        "mean": 446 / 6,
+        "median": 9.0,
+        "min": 3,
+        "max": 401,
+        "longer_than_seq_len": 2 / 6,
+    }
     assert re.search(r"'x' +█{40} 49\.33%", seen.out) and re.search(r"⟨bos⟩ +█ 1\.35%", seen.out)
     assert re.search(r"4 to 7 +█{40} 33\.33%", seen.out) and re.search(r"256 to 511 +█{20} 16\.67%", seen.out)
     assert "sample" not in seen.out
     assert re.findall(r"(\d+) to \d+ +(?:█+ )?(\S+)\n", seen.out)[-5:] == [
-        ("16", "16.67%"), ("32", "0"), ("64", "0"), ("128", "0"), ("256", "16.67%")]  # fmt: skip
+        ("16", "16.67%"),
+        ("32", "0"),
+        ("64", "0"),
+        ("128", "0"),
+        ("256", "16.67%"),
+    ]
 
     monkeypatch.setattr(inspect, "SAMPLE_TOKENS", 100)
     monkeypatch.setattr(inspect, "BLOCK", 20)
@@ -38,7 +50,7 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert seen.numbers["documents"]["max"] == 19 and seen.numbers["tokens"]["counted"] == 100
 
 
-def test_one_document_and_little_that_is_not_nothing():
+def test_one_document_is_singular_and_a_tiny_share_is_not_zero():
     found = inspect.Documents(np.array([3]), 1)
     assert inspect_charts.document_chart(found, 16).title == "1 document"
     lengths = np.array([2] * 40_000 + [8])
@@ -46,19 +58,26 @@ def test_one_document_and_little_that_is_not_nothing():
     assert [bar.text for bar in chart.bars] == ["100.00%", "0", "<0.01%"]
 
 
-def test_a_sample_is_of_the_whole_corpus():
+def test_a_sample_spreads_over_the_whole_corpus():
     assert inspect.spread(5, 10).tolist() == [0, 1, 2, 3, 4]
     picked = inspect.spread(10**10, 10**6)
     assert len(picked) == 10**6 and picked[0] == 0 and set(np.diff(picked)) == {10**4}
 
 
-def test_documents_of_many_bare_tokens(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_documents_of_bare_tokens_are_counted_at_the_beginning_only(
+    inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(tmp_path, TWO)
     inspected(seq_len=4)
     tokenizer = next((tmp_path / "cache").glob("*/tokenizer"))
     np.save(tmp_path / "ids.npy", np.array([[256, 1, 2, 3, 4]] * 100, np.uint16).ravel())
-    keys = {"data__source": "tokens", "data__path": tmp_path / "ids.npy", "data__tokenizer_path": tokenizer,
-            "data__vocab_size": 257, "seq_len": 4}  # fmt: skip
+    keys = {
+        "data__source": "tokens",
+        "data__path": tmp_path / "ids.npy",
+        "data__tokenizer_path": tokenizer,
+        "data__vocab_size": 257,
+        "seq_len": 4,
+    }
     assert inspected(**keys).numbers["documents"]["total"] == 95
     monkeypatch.setattr(inspect, "SAMPLE_TOKENS", 52)
     monkeypatch.setattr(inspect, "BLOCK", 10)

@@ -1,4 +1,4 @@
-"""`pip install .` in an environment of its own: the command, the packaged configurations, a user's own file."""
+"""An installed wheel in a new environment: the command, the packaged configurations, a user's own configuration."""
 
 import os
 import site
@@ -27,7 +27,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `jaxlm` of a new environment, which takes all other packages from this one."""
+    """The `jaxlm` command of a new environment that uses all other packages of this one."""
     folder = tmp_path_factory.mktemp("install")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)]
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [*pip, "--python", str(folder / "env"), "install", "--no-deps", "--no-index", str(wheel)], check=True
     )
-    # An entry of this environment's own is a folder of packages: the editable jaxlm in it is not seen.
+    # Adds this environment's packages. Its own .pth files are not read there, so its editable jaxlm is not seen.
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "env/bin/jaxlm"
 
@@ -61,7 +61,7 @@ def test_an_installed_jaxlm_trains_in_an_empty_folder(program: Path, tmp_path: P
     assert call(program, tmp_path, "--version").stdout.startswith("jaxlm 0.")
 
 
-def test_a_packaged_configuration_is_found_by_its_name(program: Path, tmp_path: Path):
+def test_a_packaged_configuration_is_found_by_name(program: Path, tmp_path: Path):
     refused = call(program, tmp_path, "train", "--config", "debug", "--config.steps=0")
     assert (refused.returncode, refused.stderr) == (2, "jaxlm: steps is 0; allowed: more than 0\n")
     unknown = call(program, tmp_path, "train", "--config", "nothing")

@@ -1,4 +1,4 @@
-"""What a user of the tools can do wrong: one line on stderr that names it, the promised exit code, nothing written."""
+"""A mistake with a tool prints one line that names it, ends with the documented exit code, and writes nothing."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.runs import CONFIG
         ([], ["--workdir"]),
     ],
 )
-def test_tools(
+def test_wrong_runs_and_steps_are_refused(
     name: str, argv: list[str], words: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "empty").mkdir()
@@ -53,13 +53,15 @@ def test_tools(
         (["--prompt=x"], ["tokenizer"]),  # a run on bare tokens
     ],
 )
-def test_generate(argv: list[str], words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_options_of_generate_are_refused(
+    argv: list[str], words: list[str], finished: Path, capsys: pytest.CaptureFixture[str]
+):
     assert tool("generate", "--workdir", finished, *argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
 
 
-def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_evaluate_refuses_wrong_keys(finished: Path, capsys: pytest.CaptureFixture[str]):
     for override, word in (("data.nothing=1", "data.nothing"), ("data.source=paper", "paper")):
         assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
         error = capsys.readouterr().err
@@ -67,8 +69,8 @@ def test_evaluate_with_other_keys(finished: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("override", ["model.d_model=32", "seq_len=32", "eval.batches=2", "optim.lr=0.1"])
-def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.CaptureFixture[str]):
-    """What would change nothing, or the model, is refused."""
+def test_evaluate_refuses_keys_that_it_would_ignore(override: str, finished: Path, capsys: pytest.CaptureFixture[str]):
+    """Keys that would change nothing, or change the model, are refused."""
     assert tool("evaluate", "--workdir", finished, f"--config.{override}") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and override.split("=")[0] in error and "as in the run" in error
@@ -76,7 +78,7 @@ def test_evaluate_ignores_no_key(override: str, finished: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["chaos", "chaos_signals"])
-def test_a_file_in_place_of_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_file_in_place_of_a_folder_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "file").write_text("mine")
     config = ["--config", CONFIG] if name == "chaos" else []
     assert tool(name, *config, "--workdir", tmp_path / "file") == 2

@@ -1,4 +1,4 @@
-"""The tool that breaks runs, on a small one: every promise holds, and one that is broken is noticed."""
+"""tools/chaos.py on a small run: all promises hold, and a broken one is noticed."""
 
 import json
 import os
@@ -15,21 +15,41 @@ from tests.runs import ROOT
 from tools import chaos
 
 STEPS = 60
-FAULTS = "kill,disk"  # the others: test_resume.py, test_checksums.py, test_processes.py and test_watchdog.py
+FAULTS = "kill,disk"  # test_resume.py, test_checksums.py, test_processes.py and test_watchdog.py test the others
 KEYS = {
-    "steps": STEPS, "batch_size": 8, "seq_len": 16, "model.d_model": 16, "model.scan_unroll": 1, "optim.ema_decay": 0.9,
-    "data.source": "text", "data.tokenizer": "sentencepiece", "data.vocab_size": 300, "data.val_fraction": 0.1,
-    "parallel.devices": 2, "checkpoint.every_steps": 6, "eval.every_steps": 12, "log.every_steps": 2,
-    "optim.warmup_steps": 1, "optim.schedule": "constant", "log.tensorboard": False,
-}  # fmt: skip
+    "steps": STEPS,
+    "batch_size": 8,
+    "seq_len": 16,
+    "model.d_model": 16,
+    "model.scan_unroll": 1,
+    "optim.ema_decay": 0.9,
+    "data.source": "text",
+    "data.tokenizer": "sentencepiece",
+    "data.vocab_size": 300,
+    "data.val_fraction": 0.1,
+    "parallel.devices": 2,
+    "checkpoint.every_steps": 6,
+    "eval.every_steps": 12,
+    "log.every_steps": 2,
+    "optim.warmup_steps": 1,
+    "optim.schedule": "constant",
+    "log.tensorboard": False,
+}
 
 
 def command(tmp_path: Path, *more: str) -> list[str]:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(3000)))
     flags = [f"--config.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in KEYS.items()]
-    return ["--config", str(ROOT / "configs/debug.py"), "--workdir", str(tmp_path / "chaos"),
-            f"--config.data.path={text}", *flags, *more]  # fmt: skip
+    return [
+        "--config",
+        str(ROOT / "configs/debug.py"),
+        "--workdir",
+        str(tmp_path / "chaos"),
+        f"--config.data.path={text}",
+        *flags,
+        *more,
+    ]
 
 
 @pytest.mark.slow
@@ -48,7 +68,7 @@ def test_every_promise_holds(tmp_path: Path):
     assert kinds == ["undisturbed", *FAULTS.split(",")]
 
 
-def test_what_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_different_metrics_or_parameters_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bench = chaos.Bench(load(ROOT / "configs/debug.py"), [], tmp_path, random.Random(0))
     for name, loss in (("whole", 1.0), ("kill", 1.0), ("term", 1.0000001)):
         (tmp_path / name).mkdir()
@@ -65,8 +85,8 @@ def test_what_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("counts", [{"save": 40, "metrics": 30}, {"store": 5, "save": 40, "delete": 30, "metrics": 30}])
-def test_moments_are_of_what_the_run_does(counts: dict[str, int], tmp_path: Path):
-    """A run of synthetic tokens builds no store, and one that keeps all checkpoints deletes none."""
+def test_kills_happen_only_at_what_the_run_does(counts: dict[str, int], tmp_path: Path):
+    """A run on synthetic tokens builds no store, and a run that keeps all checkpoints deletes none."""
     bench = chaos.Bench(load(ROOT / "configs/debug.py"), [], tmp_path, random.Random(0), counts, startup=1.0)
     first = [chaos._moment(bench) for _ in range(10)]
     assert all(m.get("kind") == "store" for m in first) == ("store" in counts)
@@ -86,7 +106,9 @@ def test_moments_are_of_what_the_run_does(counts: dict[str, int], tmp_path: Path
         (["--config.seq_len=x"], ["seq_len", "'x'"]),
     ],
 )
-def test_wrong_arguments(argv: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_arguments_are_refused(
+    argv: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys, "argv", ["chaos.py", *command(tmp_path), *argv])
     with pytest.raises(UserError) as refusal:
         chaos.main()
@@ -94,7 +116,7 @@ def test_wrong_arguments(argv: list[str], words: list[str], tmp_path: Path, monk
     assert not (tmp_path / "chaos").exists()
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_with_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["chaos.py", *command(tmp_path)])
     (tmp_path / "chaos").mkdir()
     (tmp_path / "chaos/mine").touch()

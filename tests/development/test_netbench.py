@@ -1,4 +1,4 @@
-"""Hosts made of network namespaces, on a link that is as slow as asked for."""
+"""tools/netbench.py limits the link between its hosts as asked."""
 
 import json
 import os
@@ -13,9 +13,20 @@ from jaxlm.config import UserError
 from tools import netbench
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--config", str(ROOT / "configs/debug.py"), "--tokens", "16", "--config.seq_len=16",
-        "--config.model.num_layers=1", "--config.model.d_model=128", "--config.optim.name=adamw",
-        "--rounds", "1", "--steps", "2"]  # fmt: skip
+TINY = [
+    "--config",
+    str(ROOT / "configs/debug.py"),
+    "--tokens",
+    "16",
+    "--config.seq_len=16",
+    "--config.model.num_layers=1",
+    "--config.model.d_model=128",
+    "--config.optim.name=adamw",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+]
 
 
 def can_make_namespaces() -> bool:
@@ -33,14 +44,14 @@ def namespaces() -> tuple[set[str], set[Path]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2, to make network namespaces")
 def test_the_link_is_as_slow_as_asked_for():
-    """Two hosts, each on a core; what a step must send needs its time, and what is left out is not waited for."""
+    """A step takes the time that its bytes need on the link; a reduction that sends less takes less."""
     command = [sys.executable, str(ROOT / "tools/netbench.py"), *TINY, "--mbit", "4", "--reduce", "pmean,topk"]
     before = namespaces()
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd="/")
     assert result.returncode == 0, result.stderr
     seconds = json.loads(result.stdout.splitlines()[-1])["seconds"]
-    sent = 4 * (2 * 65 * 128 + 12 * 128**2)  # an all-reduce of two sends as much as there is
-    at_once = 256e3  # bytes that the link lets through before it limits
+    sent = 4 * (2 * 65 * 128 + 12 * 128**2)  # with two hosts, an all-reduce sends as many bytes as it reduces
+    at_once = 256e3  # bytes that pass before the limit applies
     assert (sent - at_once) * 8 / 4e6 < seconds["jaxlm pmean"] < 2 * sent * 8 / 4e6
     assert seconds["jaxlm topk"] < seconds["jaxlm pmean"] / 2
     assert namespaces() == before
@@ -57,7 +68,7 @@ def test_the_link_is_as_slow_as_asked_for():
         (["--config.parallel.reduce=int8"], ["parallel.reduce", "--reduce"]),
     ],
 )
-def test_wrong_arguments(argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_wrong_arguments_are_refused(argv: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["netbench", *argv])
     with pytest.raises(UserError) as error:
         netbench.main()

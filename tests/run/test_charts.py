@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are given."""
+"""The values that TensorBoard and Weights & Biases get."""
 
 import struct
 import sys
@@ -19,7 +19,7 @@ SCORES = {"step": 2, "eval_loss": 3.0, "eval_loss/text /home/me/books/*.txt": 2.
 
 
 def events(folder: Path) -> list[Any]:
-    """The records of the event file: a length, its checksum, the message, its checksum."""
+    """Reads the records of the event file. Each is a length, its checksum, the message, and its checksum."""
     from tensorboard.compat.proto import event_pb2
 
     kinds: Any = event_pb2
@@ -68,7 +68,7 @@ def test_short_names(names: list[str], short: list[str]):
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The package is optional; this stands for it."""
+    """Uses a stand-in for the package, which is optional."""
     begun, logged = [], []
     run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
     package: Any = types.SimpleNamespace(init=lambda **keys: begun.append(keys) or run, Html=lambda text: text)

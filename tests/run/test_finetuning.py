@@ -1,4 +1,4 @@
-"""The commands of docs/finetuning.md: a model learns texts, then answers, and is asked."""
+"""Runs the commands of docs/finetuning.md: trains a model on texts, then on answers, and asks it."""
 
 import os
 import re
@@ -25,14 +25,20 @@ from jaxlm.run.open_run import open_run
 from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")
-# The tests show eight devices, which are slower than two; the rest compiles and writes less.
-QUICK = ["--config.parallel.devices=2", "--config.model.scan_unroll=1", "--config.eval.every_steps=0",
-         "--config.checkpoint.every_steps=0", "--noconfig.log.tensorboard", "--noconfig.eval.baselines"]  # fmt: skip
+# Two devices are faster than the eight of the tests; the other keys make runs compile and write less.
+QUICK = [
+    "--config.parallel.devices=2",
+    "--config.model.scan_unroll=1",
+    "--config.eval.every_steps=0",
+    "--config.checkpoint.every_steps=0",
+    "--noconfig.log.tensorboard",
+    "--noconfig.eval.baselines",
+]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
-    """A folder in which the data was made and both runs were trained, as the document says."""
+    """A folder with the data and both trained runs of the document."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("recipe")
     os.chdir(folder)
     (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -45,13 +51,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iter
 
 
 def commands(program: str) -> list[list[str]]:
-    """The arguments of a program in the document."""
+    """Returns the arguments of each call of a program in the document."""
     blocks = re.findall(r"```bash\n(.*?)```", DOCUMENT, re.DOTALL)
     return [shlex.split(b.removeprefix(program).replace("\\\n", " ")) for b in blocks if b.startswith(program)]
 
 
 class Generate:
-    """`jaxlm generate` in this process: its exit code, output and errors."""
+    """Runs `jaxlm generate` in this process: checks its exit code, returns its output, keeps its errors."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]):
         self.capfd, self.error = capfd, ""
@@ -76,19 +82,19 @@ def test_the_answer_ends_by_itself(generate: Generate):
     (argv,) = commands("jaxlm generate")
     assert generate(*argv) == "the blue owl\n" and generate.error == ""
     assert generate(*CHAT, "--chat", "--prompt", "hen, red", "--step", "best") == "the red hen\n"
-    # A prompt as the template writes it ends at the same place.
+    # A prompt that is already formatted with the template gets the same answer.
     raw = "<|user|>\nowl, blue\n<|assistant|>\n"
     assert generate(*CHAT, "--prompt", raw) == f"{raw}the blue owl\n"
 
 
 def test_the_sample_of_a_run_is_an_answer_and_can_be_cut(recipe: Path):
-    """A signal need not wait until it is whole."""
+    """So that a signal need not wait for the whole sample."""
     run = open_run(Path("runs/chat"), None)
     parts: Any = SimpleNamespace(config=run.config, corpus=SimpleNamespace(tokenizer=run.tokenizer), model=run.model)
     params = jax.device_put(run.params)
     whole, cut = (sample_text(parts, params, lambda now=now: now) for now in (False, True))
     assert whole == "owl, blue\nthe blue owl"
-    assert cut and whole.startswith(cut) and len(cut) <= len("owl, blue\n") + 1  # the first token alone
+    assert cut and whole.startswith(cut) and len(cut) <= len("owl, blue\n") + 1  # only the first token
 
 
 def test_stop_texts(generate: Generate):
@@ -97,7 +103,7 @@ def test_stop_texts(generate: Generate):
 
 
 def test_several_samples(generate: Generate):
-    """Each is whole, in order, though one may be done before another; the first is that of one sample."""
+    """Prints whole samples in order, whichever ends first. The first equals that of a single sample."""
     argv = ("--workdir", "runs/animals", "--prompt", "the ", "--max_new_tokens", "20", "--stop", "\n", "--seed", "5")
     alone, text = generate(*argv), generate(*argv, "--num_samples", "3")
     parts = re.fullmatch(r"--- sample 1 ---\n(.*\n)--- sample 2 ---\n(.*\n)--- sample 3 ---\n(.*\n)", text)
@@ -106,8 +112,8 @@ def test_several_samples(generate: Generate):
 
 
 @pytest.mark.parametrize("prompt", ["--chat", "- é\n\U0001f600"])
-def test_any_prompt(prompt: str, generate: Generate, tmp_path: Path):
-    """Given as two arguments, as one, in a file."""
+def test_any_prompt_works(prompt: str, generate: Generate, tmp_path: Path):
+    """As two arguments, as one argument, and in a file."""
     few = (*TEXT, "--max_new_tokens", "5")
     text = generate(*few, "--prompt", prompt)
     assert text.startswith(prompt) and generate.error == ""
@@ -120,7 +126,7 @@ def test_any_prompt(prompt: str, generate: Generate, tmp_path: Path):
 def test_a_prompt_from_stdin(
     argv: list[str], piped: str | None, generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """By --prompt -, or because it is a file or a pipe; what is neither is not read."""
+    """Reads stdin with --prompt -, or if stdin is a file or a pipe, but not if it is neither."""
     source = tmp_path / "stdin"
     source.write_text(piped or "")
     expected = generate(*TEXT, "--max_new_tokens", "8", "--prompt", "the red" if piped else "")
@@ -140,7 +146,9 @@ def test_a_prompt_from_stdin(
 @pytest.mark.parametrize(
     "content, words", [(b"\xff", ["--prompt_file", "not UTF-8 at byte 0"]), (None, ["--prompt_file", "No such file"])]
 )
-def test_a_file_that_is_no_prompt(content: bytes | None, words: list[str], generate: Generate, tmp_path: Path):
+def test_an_unusable_prompt_file_is_refused(
+    content: bytes | None, words: list[str], generate: Generate, tmp_path: Path
+):
     if content is not None:
         (tmp_path / "prompt").write_bytes(content)
     assert generate(*TEXT, "--prompt_file", str(tmp_path / "prompt"), code=2) == ""
@@ -148,7 +156,7 @@ def test_a_file_that_is_no_prompt(content: bytes | None, words: list[str], gener
 
 
 def test_a_long_prompt_is_cropped(generate: Generate):
-    """The last 64 tokens count; all of it is shown."""
+    """The model sees the last 64 tokens; the output shows the whole prompt."""
     end = "the red cat\n" * 5 + "the "
     prompt = "zebra " * 20 + end
     few = ("--max_new_tokens", "9")
@@ -158,16 +166,24 @@ def test_a_long_prompt_is_cropped(generate: Generate):
     assert generate(*TEXT, *few, "--prompt", "other " * 20 + end).endswith(text[len(prompt) :])
 
 
-def test_chat_needs_a_run_that_learned_answers(generate: Generate):
+def test_chat_needs_a_run_trained_on_answers(generate: Generate):
     assert generate(*TEXT, "--chat", code=2) == ""
     assert "--chat: runs/animals was trained on texts" in generate.error and generate.error.count("\n") == 1
     assert generate(*TEXT, "--prompt=a", "--prompt_file=b", code=2) == "" and "--prompt_file" in generate.error
 
 
-def test_it_is_shown_as_it_comes(recipe: Path):
-    """The first words are there before the last are drawn; a reader that leaves ends it quietly."""
-    command = [sys.executable, str(ROOT / "tools/generate.py"), "--workdir", "runs/animals", "--prompt", "the ",
-               "--max_new_tokens", "20000"]  # fmt: skip
+def test_text_is_shown_as_it_is_generated(recipe: Path):
+    """Shows the first words before the last are generated. Ends quietly when the reader leaves."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools/generate.py"),
+        "--workdir",
+        "runs/animals",
+        "--prompt",
+        "the ",
+        "--max_new_tokens",
+        "20000",
+    ]
     with subprocess.Popen(command, cwd=recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(20).startswith(b"the ")
@@ -180,7 +196,7 @@ def test_it_is_shown_as_it_comes(recipe: Path):
 @pytest.mark.parametrize("prompt", ["owl, blue", "the ", "\n", "", "-x", "-", "it's\n$HOME", "\u2028", "Ω"])
 @pytest.mark.parametrize("name", ["animals", "chat", "letters"])
 def test_the_hint_works_as_it_is_printed(name: str, prompt: str, generate: Generate):
-    """Whatever the sample's prompt, also where the tokenizer does not know it."""
+    """For any prompt of the sample, even if the tokenizer cannot encode it."""
     config = files.load_workdir(f"runs/{name.replace('letters', 'chat')}")
     config.eval.sample_prompt = prompt
     tokenizer = CharTokenizer(list("<|>\nuserasistant")) if name == "letters" else ByteTokenizer()

@@ -1,4 +1,4 @@
-"""A finished run that is asked for again answers from what it wrote."""
+"""The command of a finished run prints its results from the files that it wrote."""
 
 import json
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def closing(shown: str) -> str:
-    """From the last evaluation on, without the time of day."""
+    """Returns the output after the last evaluation began, without times of day."""
     return re.sub(r"^[\d-]{10} [\d:]{8} ", "", shown, flags=re.M).rpartition("step ")[2]
 
 
@@ -31,13 +31,23 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys(text: Path, tmp_path: Path) -> list[str]:
-    return flags(**{
-        "data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
-        "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "eval.sample_prompt": "the ",
-    })  # fmt: skip
+    return flags(
+        **{
+            "data.source": "text",
+            "data.path": text,
+            "data.tokenizer": "bytes",
+            "data.val_fraction": 0.1,
+            "steps": 2,
+            "data.cache_dir": tmp_path / "cache",
+            "eval.sample_tokens": 5,
+            "eval.sample_prompt": "the ",
+        }
+    )
 
 
-def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_finished_run_answers_at_once(
+    keys: list[str], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     workdir = tmp_path / "run"
     argv = ["--config", str(CONFIG), "--workdir", str(workdir), *keys]
     assert main.run(argv) == 0
@@ -56,7 +66,7 @@ def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.Cap
     def answers(*more: str, workdir: Path = workdir, limited: bool = False) -> bool:
         return finished.answer(load(CONFIG, [*keys, *more]), workdir, limited)
 
-    assert answers() and answers("--config.steps=9", limited=True)  # as --max_minutes gave it fewer
+    assert answers() and answers("--config.steps=9", limited=True)  # --max_minutes has given it fewer steps
     assert not answers("--config.steps=9") and not answers("--config.eval.batches=1")
     assert not answers(workdir=tmp_path / "none")
 
@@ -64,7 +74,7 @@ def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.Cap
     *others, score = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert json.loads(score)["eval_loss"]
     (copy / "metrics.jsonl").write_text("".join(others))
-    assert not answers(workdir=copy)  # stopped in its last evaluation
+    assert not answers(workdir=copy)  # as if stopped in its last evaluation
     (copy / "metrics.jsonl").write_text("".join([*others, score]))
     assert answers(workdir=copy)
     next(p for p in (copy / "checkpoints/2/params").rglob("*") if p.is_file()).write_text("damaged")
@@ -75,7 +85,7 @@ def test_at_once(keys: list[str], text: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_command_of_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By its name if that finds it, else by its shortest path; without an installation, through Python."""
+    """Names the command if PATH finds it, else its shortest path; without an installation, Python with -m jaxlm."""
     folder = tmp_path / "an env/bin"
     folder.mkdir(parents=True)
     for name in ("python", "jaxlm"):

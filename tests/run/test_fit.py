@@ -1,4 +1,4 @@
-"""A time limit: fewer steps where not all fit, with the schedule of the smaller number."""
+"""A time limit lowers the number of steps if not all fit, and the schedule follows the lower number."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tests.runs import CONFIG, flags, lines
     ids=["all", "nearly all", "none", "late"],
 )
 def test_steps_that_fit(left: float, expected: int):
-    """1000 steps of a second each, and 5 seconds to compile another number of them."""
+    """Asks for 1000 steps of a second each; another number of steps takes 5 seconds to compile."""
     assert fitting(1000, left, compiling=5.0, seconds=1.0) == pytest.approx(expected, abs=1)
 
 
@@ -38,12 +38,12 @@ def test_a_run_in_a_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [m["step"] for m in lines(workdir) if "loss" in m][-1] == steps
     assert [m["lr"] for m in lines(workdir) if "lr" in m][-1] == pytest.approx(0.01 / (steps - 1), rel=0.01)
 
-    # The run has its number of steps now, whatever time there is.
+    # From now on the run keeps its number of steps, whatever the time limit.
     assert main([*arguments, "--max_minutes", "0.01"]) == 0
     assert "finished" in capsys.readouterr().out
 
 
-def test_time_enough_changes_nothing():
+def test_enough_time_changes_nothing():
     config = load(CONFIG, flags(steps=30))
     assert fit(config, time.monotonic() + 600) == config
 
@@ -56,6 +56,6 @@ def test_time_for_no_step_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
-def test_impossible_limits(minutes: str, tmp_path: Path):
+def test_impossible_limits_are_refused(minutes: str, tmp_path: Path):
     with pytest.raises(UserError, match=r"--max_minutes is .*; allowed: more than 0"):
         main(["--config", str(CONFIG), "--workdir", str(tmp_path / "run"), "--max_minutes", minutes])

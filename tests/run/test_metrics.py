@@ -1,4 +1,4 @@
-"""Peak speeds of devices, and lines that are none of a run's; the rest of metrics is tested with whole runs."""
+"""Peak speeds of devices, and invalid lines in metrics.jsonl. Whole runs test the other metrics."""
 
 import json
 import math
@@ -33,14 +33,19 @@ def test_peak_of_a_device(kind: str, teraflops: float | None) -> None:
     assert peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
 
 
-def test_lines_that_are_no_evaluation_are_passed_over(tmp_path: Path):
+def test_lines_without_a_valid_evaluation_are_ignored(tmp_path: Path):
     line = {"step": 3, "eval_loss": 1.5, "eval_perplexity": None, "eval_accuracy": 0.5, "eval_bits_per_byte": None}
     changed = [line | {"step": 4} | other for other in ({"eval_perplexity": "x"}, {"sample": 1}, {"eval_accuracy": []})]
-    texts = [*map(json.dumps, [line, *changed, {"step": 5, "eval_loss": 2}, [], 1]), "{", "[" * 9999,
-             '{"step": 1e999, "eval_loss": 1}', "\udcff"]  # fmt: skip
+    texts = [
+        *map(json.dumps, [line, *changed, {"step": 5, "eval_loss": 2}, [], 1]),
+        "{",
+        "[" * 9999,
+        '{"step": 1e999, "eval_loss": 1}',
+        "\udcff",
+    ]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(texts).encode(errors="surrogateescape"))
     assert evaluations(tmp_path) == {3: line | {"eval_perplexity": math.inf}}
-    assert validation_losses(tmp_path) == {3: 1.5, 4: 1.5, 5: 2.0}  # for these a loss is enough
+    assert validation_losses(tmp_path) == {3: 1.5, 4: 1.5, 5: 2.0}  # only the losses must be valid here
     (tmp_path / "none").mkdir()
     (tmp_path / "none/metrics.jsonl").mkdir()
     assert evaluations(tmp_path / "none") == {}

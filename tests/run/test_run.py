@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they write, and that they learn."""
+"""Whole runs of a tiny model: the files that they write, and that they learn."""
 
 import json
 import math
@@ -92,8 +92,8 @@ def test_config_json_is_enough_to_run_it_again(short: Path, tmp_path: Path):
     assert_identical(state_of(tmp_path / "again", CHECKPOINT), state_of(short, CHECKPOINT))
 
 
-def test_a_saved_state_is_that_of_its_step_though_the_loop_went_on(whole: Path, short: Path):
-    """The run that went on wrote its checkpoint while the next steps wrote over the donated arrays."""
+def test_a_saved_state_is_that_of_its_step_although_the_loop_continued(whole: Path, short: Path):
+    """The longer run wrote this checkpoint while the next steps overwrote the donated arrays."""
     assert_identical(state_of(whole, CHECKPOINT), state_of(short, CHECKPOINT))
     assert not np.array_equal(
         state_of(whole, 2 * CHECKPOINT).params["embed"]["embedding"],
@@ -112,7 +112,7 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
         saver.wait()
     assert steps_in(tmp_path / "checkpoints") == [2, 5, 6]
     saver.close()
-    # A run that goes on knows from its metrics which was the best.
+    # A resumed run knows the best checkpoint from its metrics.
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": 1.0}\n{"step": 5, "eval_loss": 5.0}\n{"step": 6')
     saver = Saver(tmp_path, config.checkpoint)
     for step in (7, 8, 9):
@@ -126,13 +126,23 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
 
 
 def test_it_overfits_one_batch(tmp_path: Path):
-    """The corpus is one batch: each epoch, one step long, is those sequences again."""
+    """The corpus is one batch, so each epoch is one step on the same sequences."""
     tokens = np.random.default_rng(0).permutation(np.arange(8 * 8 + 1)).astype(np.uint16)
     for name in ("train.npy", "val.npy"):
         np.save(tmp_path / name, tokens)
-    keys = {"data.source": "tokens", "data.path": tmp_path / "train.npy", "data.val_path": tmp_path / "val.npy",
-            "data.vocab_size": 65, "seq_len": 8, "model.dropout": 0, "optim.lr": 0.02, "checkpoint.every_steps": 0,
-            "eval.every_steps": 0, "optim.ema_decay": 0, "steps": 100}  # fmt: skip
+    keys = {
+        "data.source": "tokens",
+        "data.path": tmp_path / "train.npy",
+        "data.val_path": tmp_path / "val.npy",
+        "data.vocab_size": 65,
+        "seq_len": 8,
+        "model.dropout": 0,
+        "optim.lr": 0.02,
+        "checkpoint.every_steps": 0,
+        "eval.every_steps": 0,
+        "optim.ema_decay": 0,
+        "steps": 100,
+    }
     assert run(tmp_path / "run", **keys) == 0
     losses = {m["step"]: m["loss"] for m in lines(tmp_path / "run") if "loss" in m}
     assert losses[1] == pytest.approx(math.log(65), rel=0.1)
@@ -141,15 +151,24 @@ def test_it_overfits_one_batch(tmp_path: Path):
     assert last["eval_loss"] < 0.02 and last["eval_accuracy"] == 1.0 and last["eval_tokens"] == 64
 
 
-def test_loss_on_synthetic_data_approaches_what_is_possible(tmp_path: Path):
-    keys = {"model.d_model": 32, "model.dropout": 0, "optim.lr": 0.02, "batch_size": 16, "seq_len": 32, "steps": 400,
-            "optim.schedule": "linear", "eval.every_steps": 0, "checkpoint.every_steps": 0}  # fmt: skip
+def test_loss_on_synthetic_data_approaches_the_best_possible(tmp_path: Path):
+    keys = {
+        "model.d_model": 32,
+        "model.dropout": 0,
+        "optim.lr": 0.02,
+        "batch_size": 16,
+        "seq_len": 32,
+        "steps": 400,
+        "optim.schedule": "linear",
+        "eval.every_steps": 0,
+        "checkpoint.every_steps": 0,
+    }
     assert run(tmp_path / "run", **keys) == 0
     loss = lines(tmp_path / "run")[-1]["eval_loss"]
     assert math.log(4) * 0.99 < loss < math.log(4) * 1.05
 
 
-# The command lines over a run
+# The commands on a run
 
 
 def test_evaluate_gives_the_score_of_the_run(whole: Path, capsys: pytest.CaptureFixture[str]):
@@ -166,15 +185,23 @@ def test_evaluate_gives_the_score_of_the_run(whole: Path, capsys: pytest.Capture
 def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
-    keys = {"data.source": "text", "data.path": text, "data.tokenizer": "bytes", "data.val_fraction": 0.1, "steps": 2,
-            "data.cache_dir": tmp_path / "cache", "eval.sample_tokens": 5, "log.tensorboard": True}  # fmt: skip
+    keys = {
+        "data.source": "text",
+        "data.path": text,
+        "data.tokenizer": "bytes",
+        "data.val_fraction": 0.1,
+        "steps": 2,
+        "data.cache_dir": tmp_path / "cache",
+        "eval.sample_tokens": 5,
+        "log.tensorboard": True,
+    }
     assert run(tmp_path / "run", **keys) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and "this model" in shown and "│" in shown
     next_command = shlex.split(shown.splitlines()[-1].removeprefix("next: "))
     assert list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
     score = lines(tmp_path / "run")[-1]
-    # Bytes are the tokens, and the start of the document is none of them.
+    # The tokens are bytes, and the start of the document is not a target.
     assert score["eval_bits_per_byte"] == pytest.approx(score["eval_loss"] / math.log(2), rel=0.02)
 
     def sample(seed: int) -> str:
@@ -182,18 +209,22 @@ def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert tool("generate", "--workdir", tmp_path / "run", *arguments) == 0
         return capsys.readouterr().out
 
-    # What was said to be next works as printed.
+    # The printed next command works.
     shown = subprocess.run([*next_command, "--max_new_tokens", "5"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0 and shown.stdout.startswith("def"), (next_command, shown)
 
     first = sample(1)
     assert first.startswith("the ") and first == sample(1) != sample(2)
 
-    # On a machine with fewer devices than the run had.
+    # On a machine with fewer devices than the run used.
     alone = {"XLA_FLAGS": xla_flags(1)}
     arguments = ["--workdir", tmp_path / "run", "--prompt", "the ", "--max_new_tokens", "20", "--seed", "1"]
     shown = subprocess.run(
-        [sys.executable, ROOT / "tools/generate.py", *arguments], env=os.environ | alone, capture_output=True,
-        text=True, check=False, timeout=120,
-    )  # fmt: skip
+        [sys.executable, ROOT / "tools/generate.py", *arguments],
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert (shown.returncode, shown.stderr, shown.stdout) == (0, "", first)

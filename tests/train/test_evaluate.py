@@ -1,4 +1,4 @@
-"""Validation scores against a float64 loop over the windows, one sequence at a time."""
+"""Compares validation scores with a float64 loop over the windows, one sequence at a time."""
 
 import math
 from functools import cache
@@ -36,7 +36,7 @@ def make_config(*overrides: str) -> Config:
 def model_and_params() -> tuple[Any, Any]:
     model = make_model(make_config().model, VOCAB, T)
     params = model.init(jax.random.key(0))
-    # Other weights than at the start: a model without opinions scores all tokens alike.
+    # Adds noise, because an untrained model scores all tokens alike.
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(2)
     return model, jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) for x in leaves])
@@ -53,7 +53,7 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
 
 @cache
 def reference(num_targets: int, starts: tuple[int, ...] | None = None) -> dict[str, float]:
-    """In NumPy float64 from the logits, window by window; the last one is cut, not padded."""
+    """Computes the scores in NumPy float64 from the logits, window by window. The last window is cut, not padded."""
     model, params = model_and_params()
     apply, (nll, correct, size) = jax.jit(logits_of(model)), (0.0, 0, 0.0)
     for start in starts or range(0, num_targets, T):
@@ -78,7 +78,7 @@ def reference(num_targets: int, starts: tuple[int, ...] | None = None) -> dict[s
 def test_every_target_counts_once_on_any_number_of_devices(devices: int):
     scores = score(devices)
     want = reference(len(TOKENS) - 1)
-    assert 0.02 < want["eval_accuracy"] < 0.98  # else it would say little
+    assert 0.02 < want["eval_accuracy"] < 0.98  # otherwise it would test little
     assert scores.keys() == want.keys()
     for key, value in want.items():
         assert scores[key] == pytest.approx(value, rel=RTOL), key
@@ -86,7 +86,7 @@ def test_every_target_counts_once_on_any_number_of_devices(devices: int):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_limit_is_the_score_of_windows_spread_over_the_set(devices: int):
+def test_a_limit_scores_windows_spread_over_the_set(devices: int):
     scores = score(devices, limit=1)
     want = reference(len(TOKENS) - 1, tuple(i * 20 // ROWS * T for i in range(ROWS)))  # of 20 windows
     prefix = reference(len(TOKENS) - 1, tuple(i * T for i in range(ROWS)))
@@ -97,8 +97,8 @@ def test_limit_is_the_score_of_windows_spread_over_the_set(devices: int):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_sources_of_a_mixture_have_losses_of_their_own(devices: int):
-    """Each is that of the source scored alone, and the whole is that of all targets."""
-    cut = ROWS * T + 3  # the first has 8 windows and a rest, the second 11 and a rest
+    """Each equals the loss of its source scored alone, and the total is the mean over all targets."""
+    cut = ROWS * T + 3  # the first has 8 windows and a remainder, the second 11 and a remainder
     sets = (TOKENS[:cut], TOKENS[cut:])
     both, alone = score(devices, *sets), [score(devices, tokens) for tokens in sets]
     assert [both["eval_loss/a"], both["eval_loss/b"]] == [a["eval_loss"] for a in alone]
@@ -110,7 +110,7 @@ def test_sources_of_a_mixture_have_losses_of_their_own(devices: int):
 
 
 def test_a_few_batches_of_a_mixture_estimate_the_loss_of_all_its_targets():
-    """Of 4 windows and 12: a batch of each counts with the windows that it stands for."""
+    """The sources have 4 and 12 windows. One batch of each is weighted by the number of windows of its source."""
     sets = (TOKENS[: 4 * T + 1], TOKENS[6 * T : 18 * T + 1])
     scores, alone = score(2, *sets, limit=1), [score(2, tokens, limit=1) for tokens in sets]
     assert scores["eval_tokens"] == (4 + 8) * T
@@ -132,8 +132,8 @@ def test_no_bits_per_byte_without_text():
     assert scores["eval_loss"] == pytest.approx(reference(len(TOKENS) - 1)["eval_loss"], rel=RTOL)
 
 
-def test_score_does_not_depend_on_how_it_was_trained():
-    """Dropout, label smoothing, z-loss and chunks are of training; the score is the plain loss."""
+def test_the_score_does_not_depend_on_training_options():
+    """The score is the plain loss, without dropout, label smoothing and z-loss, and whatever the chunk size."""
     keys = {"model.dropout": 0.5, "loss.label_smoothing": 0.3, "loss.z_loss": 0.1, "loss.chunk": 5}
     assert score(2, **keys)["eval_loss"] == pytest.approx(reference(len(TOKENS) - 1)["eval_loss"], rel=RTOL)
 

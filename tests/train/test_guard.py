@@ -1,4 +1,4 @@
-"""Which updates are made, against a reference in NumPy; and that a skipped one leaves no trace in the step."""
+"""Compares the guard's decisions with a NumPy reference, and checks that a skipped step leaves no trace."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ TARGETS, VOCAB = 4.0, 64
 
 
 def reference(losses: np.ndarray, norms: np.ndarray, factor: float, skips: bool) -> tuple[list[bool], list[float]]:
-    """Whether each update is made, and the factor on its gradient, in float64."""
+    """Returns whether each update is made, and the factor on its gradient, in float64."""
     mean_square, known, updated, scales = 0.0, 0, [], []
     for loss, norm in zip(losses, norms, strict=True):
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
@@ -61,7 +61,7 @@ def test_judgements(factor: float, on_spike: str):
     rng = np.random.default_rng(0)
     losses, norms = (np.exp(rng.normal(size=300) * 0.2) for _ in range(2))
     losses[[5, 77]], norms[[9, 78, 200]] = [np.nan, np.inf], [np.inf, np.nan, np.nan]
-    losses[[3, 100, 150]] *= 10  # high losses are no spikes
+    losses[[3, 100, 150]] *= 10  # high losses are not spikes
     norms[220:] *= 1e-3
     norms[[4, 101, 102, 210, 290]] *= [20, 20, 1e12, 20, 1e5]
     norms[[0, 20, 21]] = 0  # batches without targets
@@ -69,7 +69,7 @@ def test_judgements(factor: float, on_spike: str):
     updated, scales, states = judge_all(losses, norms, spike_factor=factor, on_spike=on_spike)
     assert updated == want
     np.testing.assert_allclose(scales, wanted, rtol=1e-5)
-    spikes = 4 if factor else 0  # the one of step 4 comes before enough norms are known
+    spikes = 4 if factor else 0  # the one in step 4 comes before enough norms are known
     assert int(states[-1].spikes) == sum(np.array(scales) < 1) == spikes
     assert int(states[-1].skipped) == updated.count(False) == 5 + (spikes if on_spike == "skip" else 0)
     assert max(int(g.in_row) for g in states) == 2
@@ -77,8 +77,8 @@ def test_judgements(factor: float, on_spike: str):
 
 
 @pytest.mark.parametrize("times", [15.0, 1e4])
-def test_a_norm_that_has_changed_for_good_is_soon_the_usual_one(times: float):
-    """As when a model begins to learn after a plateau. No batch is dropped meanwhile."""
+def test_a_norm_that_has_changed_for_good_soon_counts_as_usual(times: float):
+    """For example, when a model begins to learn after a plateau. No batch is dropped meanwhile."""
     norms = np.concatenate([np.full(100, 0.1), np.full(100, 0.1 * times)])
     updated, scales, _ = judge_all(np.ones(200), norms, spike_factor=10.0)
     assert all(updated)
@@ -87,8 +87,8 @@ def test_a_norm_that_has_changed_for_good_is_soon_the_usual_one(times: float):
     assert np.array(scales)[scaled].min() > 9.9 / times
 
 
-def test_surprises_that_come_again_and_again_are_not_scaled_down():
-    """One batch in twenty with a wrong label, when all the rest is known by heart."""
+def test_large_gradients_that_recur_are_not_scaled_down():
+    """For example, when one batch in twenty has a wrong label and the model has memorized the others."""
     norms = np.where(np.random.default_rng(0).random(2000) < 0.05, 1.0, 1e-3)
     _, scales, _ = judge_all(np.ones(2000), norms, spike_factor=10.0)
     surprises = np.array(scales)[200:][norms[200:] == 1]
@@ -96,7 +96,7 @@ def test_surprises_that_come_again_and_again_are_not_scaled_down():
 
 
 def test_losses_that_stay_high_are_counted():
-    """More than twice that of a model that knows nothing, or of the first step where that is more."""
+    """High is more than twice the loss of an untrained model, or of the first step if that is higher."""
     usual = 2 * np.log(VOCAB)
     losses = [1.0, *[usual * 1.01] * 3, usual * 0.99, usual * 1.01, np.nan, np.inf]
     assert [int(g.high) for g in judge_all(losses, np.ones(8))[2]] == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -104,8 +104,8 @@ def test_losses_that_stay_high_are_counted():
     assert [int(g.high) for g in judge_all(losses, np.ones(3))[2]] == [0, 0, 1]
 
 
-def test_devices_that_round_differently_judge_alike():
-    """Each device has the norm and the guard's state with a rounding of its own, around the limit."""
+def test_devices_that_round_differently_decide_alike():
+    """Each device has its own rounding of the norm and of the guard's state, close to the limit."""
     c, rng = load(CONFIG, flags(**{"optim.on_spike": "skip"})).optim, np.random.default_rng(0)
     group = Group("devices", 4)
 
@@ -127,15 +127,20 @@ def test_devices_that_round_differently_judge_alike():
         apart.append(len(set(norm > np.float32(c.spike_factor) * np.sqrt(state.mean_square))) > 1)
         for x in (good, after.mean_square, after.first_loss, after.skipped, after.spikes, after.in_row):
             assert len(set(np.asarray(x).tolist())) == 1
-    assert sum(apart) > 5  # each for itself would have judged otherwise
+    assert sum(apart) > 5  # without agreement, devices would have decided differently
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int):
-    """And the next one is what it would have been, at the learning rate of its own step."""
-    keys = {"optim.name": optimizer, "parallel.zero": zero, "parallel.reduce": "int8", "optim.schedule": "linear",
-            "model.dropout": 0.0}  # fmt: skip
+    """The next step is the one that would have followed without it, at the learning rate of its own number."""
+    keys = {
+        "optim.name": optimizer,
+        "parallel.zero": zero,
+        "parallel.reduce": "int8",
+        "optim.schedule": "linear",
+        "model.dropout": 0.0,
+    }
     config = load(CONFIG, flags(**keys))
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
     placement = Placement(config, devices)
@@ -165,7 +170,7 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
         return jax.tree.map(lambda x: None if is_count(x) else x, opt_state, is_leaf=is_count)
 
     assert_identical(moments(after.opt_state), moments(before.opt_state))
-    # With its good parameters again it goes on, as one whose count of steps was set forward.
+    # With good parameters again, it continues like a state whose count of steps was set forward.
     forward = before._replace(
         step=before.step + 1, opt_state=after.opt_state, guard=after.guard._replace(in_row=np.int32(0))
     )
@@ -176,7 +181,7 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
     assert not np.array_equal(got.params["embed"]["embedding"], before.params["embed"]["embedding"])
 
 
-def test_whether_a_process_is_to_stop_goes_through_the_step():
+def test_the_step_passes_on_that_a_process_is_asked_to_stop():
     config = load(CONFIG, flags())
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
     step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
@@ -188,7 +193,7 @@ def test_whether_a_process_is_to_stop_goes_through_the_step():
         assert (float(found) > 0) == any(asked)
 
 
-def test_a_checkpoint_of_before_keeps_its_count_of_skipped_steps(tmp_path: Path):
+def test_an_older_checkpoint_keeps_its_count_of_skipped_steps(tmp_path: Path):
     config = load(CONFIG, flags())
     placement = Placement(config, jax.devices()[:2])
     fresh = placement.initial(make_model(config.model, 64, config.seq_len))

@@ -1,4 +1,4 @@
-"""The mean loss between two training lines: against NumPy, and the same for a run that was stopped between them."""
+"""The mean loss since the previous training line: as in NumPy, and the same if the run is stopped in between."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 def test_mean_of_finite_losses(every: int):
     losses = np.random.default_rng(0).uniform(1, 9, 23).astype(np.float32)
     losses[[3, 9]] = np.nan, np.inf
-    losses[4:8] = np.nan  # nothing to take a mean of, where every is 4
+    losses[4:8] = np.nan  # if `every` is 4, there is nothing to average here
     config = load(CONFIG, flags(steps=len(losses), log__every_steps=every, eval__every_steps=0))
     push = jax.jit(lambda mean, loss, step: loss_mean.push(mean, loss, step, config))
     mean, last = loss_mean.init(), 0
@@ -60,6 +60,6 @@ def test_a_run_stopped_between_two_lines_writes_the_same_next_one(tmp_path: Path
     assert len(set(losses.values())) == STEPS
 
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped/checkpoints" / str(STEPS))  # as if it was killed after step 7
+    shutil.rmtree(tmp_path / "stopped/checkpoints" / str(STEPS))  # as if killed after step 7
     assert run(tmp_path / "stopped", **KEYS) == 0
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")

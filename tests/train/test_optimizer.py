@@ -1,4 +1,4 @@
-"""Optimizers against the papers' formulas in NumPy and against optax, and Muon's sharing of work."""
+"""Compares optimizers with the papers' formulas in NumPy and with optax, and tests how Muon shares its work."""
 
 import dataclasses
 import math
@@ -24,10 +24,24 @@ from jaxlm.train.schedules import make_schedule
 STEPS = 40
 DEFAULT = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 BASE = dataclasses.replace(
-    DEFAULT.optim, name="adamw", lr=0.1, adam_lr=0.03, embed_lr=0.06, schedule="linear", warmup_steps=3,
-    decay_fraction=0.4, min_lr_ratio=0.1, weight_decay=0.2, b1=0.9, b2=0.95, eps=1e-6, momentum=0.8, clip_norm=1.0,
-    accum_steps=1, ema_decay=0.0,
-)  # fmt: skip
+    DEFAULT.optim,
+    name="adamw",
+    lr=0.1,
+    adam_lr=0.03,
+    embed_lr=0.06,
+    schedule="linear",
+    warmup_steps=3,
+    decay_fraction=0.4,
+    min_lr_ratio=0.1,
+    weight_decay=0.2,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-6,
+    momentum=0.8,
+    clip_norm=1.0,
+    accum_steps=1,
+    ema_decay=0.0,
+)
 SHAPES = {
     "embed": {"embedding": (9, 4)},
     "layers": {
@@ -38,8 +52,13 @@ SHAPES = {
     "head": {"kernel": (4, 9)},
 }
 Flat = dict[tuple[str, ...], Any]
-MATRICES = {("embed", "embedding"), ("layers", "attention", "query", "kernel"), ("layers", "mlp", "down", "kernel"),
-            ("head", "kernel"), ("layers", "wide", "kernel")}  # fmt: skip
+MATRICES = {
+    ("embed", "embedding"),
+    ("layers", "attention", "query", "kernel"),
+    ("layers", "mlp", "down", "kernel"),
+    ("head", "kernel"),
+    ("layers", "wide", "kernel"),
+}
 
 
 def config(**changes: Any) -> OptimConfig:
@@ -60,12 +79,12 @@ def draw(seed: int, shapes: Any = None) -> Any:
 
 
 def lr_at(n: int, peak: float = 0.1) -> float:
-    """Linear warmup over 3 updates, then linear decay to a tenth."""
+    """Returns the rate of update n: linear warmup over 3 updates, then linear decay to a tenth."""
     return peak * min((n + 1) / 3, 1) * (1 - 0.9 * max(n - 3, 0) / 37)
 
 
 def run(optimizer: optax.GradientTransformation, updates: int, shapes: Any = None) -> Flat:
-    """Parameters after some updates with random gradients."""
+    """Returns the parameters after some updates with random gradients."""
     params = draw(0, shapes)
     state = optimizer.init(params)
 
@@ -79,7 +98,7 @@ def run(optimizer: optax.GradientTransformation, updates: int, shapes: Any = Non
     return flat(params)
 
 
-# NumPy rules: (memory of this parameter, gradient, n) -> direction, in float64.
+# Update rules in NumPy, in float64: (memory of this parameter, gradient, n) -> direction.
 
 
 def adam(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:  # Kingma and Ba, algorithm 1
@@ -109,12 +128,12 @@ def adafactor(memory: dict[str, Any], g: np.ndarray, n: int) -> np.ndarray:  # S
     else:
         memory["v"] = v = decay * memory.get("v", 0) + (1 - decay) * square
     u = g / np.sqrt(v)
-    own = tuple(range(memory["stacked"], g.ndim))  # each layer's is clipped
+    own = tuple(range(memory["stacked"], g.ndim))  # each layer's update is clipped by itself
     return u / np.maximum(1, np.sqrt((u**2).mean(own, keepdims=True)))
 
 
 def newton_schulz(x: np.ndarray) -> np.ndarray:
-    """By singular values: each step maps s to a s + b s^3 + c s^5."""
+    """Orthogonalizes through singular values: each step maps s to a s + b s^3 + c s^5."""
     u, s, v = np.linalg.svd(x, full_matrices=False)
     s = s / np.sqrt((s**2).sum(-1, keepdims=True))
     for _ in range(5):
@@ -139,7 +158,7 @@ def follow(
 
 
 @pytest.mark.parametrize("name, rule", [("adamw", adam), ("lion", lion), ("sgd", nesterov), ("adafactor", adafactor)])
-def test_updates_are_those_of_the_formulas(name: str, rule: Callable[..., np.ndarray]) -> None:
+def test_updates_follow_the_formulas(name: str, rule: Callable[..., np.ndarray]) -> None:
     shapes = (
         SHAPES | {"layers": SHAPES["layers"] | {"wide": {"kernel": (2, 130, 128)}}} if name == "adafactor" else SHAPES
     )
@@ -152,7 +171,7 @@ def test_updates_are_those_of_the_formulas(name: str, rule: Callable[..., np.nda
 
 
 def test_adafactor_does_not_depend_on_the_size_of_gradients() -> None:
-    """Updates have a root mean square of 1, also where squares of gradients are 1e-18."""
+    """Updates have a root mean square of 1, even if squared gradients are about 1e-18."""
     optimizer = make_optimizer(config(name="adafactor", warmup_steps=0, lr=1.0, weight_decay=0.0), STEPS)
     params = draw(0)
     grads = jax.tree.map(lambda g: 1e-9 * g, draw(1))
@@ -163,8 +182,8 @@ def test_adafactor_does_not_depend_on_the_size_of_gradients() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("embed_lr", [0.06, 0.0])
-def test_muon_is_that_of_the_formulas(tied: bool, embed_lr: float) -> None:
-    """Momentum, Newton-Schulz and decay for matrices of the layers; Adam, at own rates, for tables and the rest."""
+def test_muon_follows_the_formulas(tied: bool, embed_lr: float) -> None:
+    """Matrices of layers: momentum, Newton-Schulz and decay. Embeddings and the rest: Adam, with rates of their own."""
     shapes = SHAPES | {"positions": {"embedding": (7, 4)}}
     if tied:
         del shapes["head"]
@@ -173,7 +192,9 @@ def test_muon_is_that_of_the_formulas(tied: bool, embed_lr: float) -> None:
     tables, rest = (follow(adam, 5, shapes, peak, decay=0.0) for peak in (embed_lr or 0.03, 0.03))
     for key in got:
         own = key[0] == "layers" and key[-1] == "kernel"
-        table = key[0] == "embed" and not tied  # a tied one is the output layer; all rows of positions learn
+        table = (
+            key[0] == "embed" and not tied
+        )  # a tied embedding is the output layer; all rows of the positions are trained
         expected = (hidden if own else tables if table else rest)[key]
         np.testing.assert_allclose(got[key], expected, rtol=0, atol=2e-4 if own else 3e-6, err_msg=str(key))
 
@@ -193,7 +214,7 @@ MASK = {
 }
 
 
-def test_updates_are_those_of_optax() -> None:
+def test_updates_equal_those_of_optax() -> None:
     def rate(n: Any) -> Any:
         return 0.1 * jnp.minimum((n + 1) / 3, 1) * (1 - 0.9 * jnp.maximum(n - 3, 0) / 37)
 
@@ -209,8 +230,8 @@ def test_updates_are_those_of_optax() -> None:
             np.testing.assert_allclose(got[key], expected[key], rtol=1e-6, atol=1e-6, err_msg=f"{name} {key}")
 
 
-def test_muon_is_that_of_optax_without_momentum() -> None:
-    """Momenta differ (optax averages and removes the bias); Newton-Schulz does not see their scale."""
+def test_muon_without_momentum_equals_that_of_optax() -> None:
+    """Momenta differ (optax averages and corrects the bias); Newton-Schulz is invariant to their scale."""
     shapes = {"layers": {"a": {"kernel": (3, 4, 6)}, "b": {"kernel": (3, 8, 4)}}}
     dims = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     peer = optax.contrib.muon(
@@ -230,7 +251,7 @@ def test_muon_is_that_of_optax_without_momentum() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 24), (8, 64), (64, 8), (3, 16, 40), (3, 40, 16)])
 def test_orthogonalize(shape: tuple[int, ...]) -> None:
-    """Singular vectors stay, singular values come near 1; the scale of the matrix does not matter."""
+    """Singular vectors stay, singular values come close to 1, and the scale of the matrix does not matter."""
     assert NEWTON_SCHULZ == (3.4445, -4.7750, 2.0315)
     x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     u, _, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
@@ -243,7 +264,9 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(jax.jit(orthogonalize)(0 * x), 0 * x)
     large, small = max(shape[-2:]), min(shape[-2:])
     text = str(jax.make_jaxpr(orthogonalize)(x))
-    assert f"{small},{small}]" in text and (large == small or f"{large},{large}]" not in text)  # the smaller product
+    assert f"{small},{small}]" in text and (
+        large == small or f"{large},{large}]" not in text
+    )  # it computes the smaller of the two products
 
 
 @pytest.mark.parametrize(
@@ -251,9 +274,9 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
     [(1, 1, None), (2, 2, None), (3, 3, None), (8, 8, None), (4, 2, ((0, 1), (2, 3))), (6, 3, ((0, 1, 2), (3, 4, 5)))],
 )
 def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple[int, ...], ...] | None) -> None:
-    """Three layers and five: devices that divide them, that do not, and more devices than layers."""
+    """Three and five layers, on devices that divide them, that do not, and that are more than the layers."""
     shapes = {"layers": {"a": {"kernel": (3, 4, 6), "bias": (3, 6)}, "b": {"kernel": (5, 8, 4)}}}
-    hosts = devices // size  # each with gradients of its own, to see that they do not mix
+    hosts = devices // size  # each has its own gradients, which must not mix
     params, grads = draw(0, shapes), [draw(1 + host, shapes) for host in range(hosts)]
     shared = make_optimizer(config(name="muon"), STEPS, by_host(Group("devices", size, members)))
     alone = make_optimizer(config(name="muon"), STEPS)
@@ -273,19 +296,37 @@ def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple
 
 def real_params() -> Any:
     c = dataclasses.replace(
-        DEFAULT.model, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu",
-        norm="layernorm", position="learned", rope_theta=1e4, use_bias=True, tie_embeddings=False, dropout=0.0,
-        logit_softcap=0.0, qk_norm=True, key_offset=False,
-        residual_init="scaled", dtype="float32", param_dtype="float32",
-        matmul_precision="highest", attention="xla", remat="none", scan_unroll=1,
-    )  # fmt: skip
+        DEFAULT.model,
+        num_layers=2,
+        d_model=8,
+        num_heads=2,
+        num_kv_heads=1,
+        d_ff=12,
+        activation="swiglu",
+        norm="layernorm",
+        position="learned",
+        rope_theta=1e4,
+        use_bias=True,
+        tie_embeddings=False,
+        dropout=0.0,
+        logit_softcap=0.0,
+        qk_norm=True,
+        key_offset=False,
+        residual_init="scaled",
+        dtype="float32",
+        param_dtype="float32",
+        matmul_precision="highest",
+        attention="xla",
+        remat="none",
+        scan_unroll=1,
+    )
     shapes = jax.eval_shape(make_model(c, 11, 5).init, jax.random.key(0))
     return draw(0, jax.tree.map(lambda x: x.shape, shapes))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
 def test_only_matrices_decay(name: str) -> None:
-    """With gradients of 0, what moves is what decays: not the stacked scales and biases, though they are 2-D."""
+    """With zero gradients, only decay moves parameters. Stacked scales and biases do not decay, although 2-D."""
     params = real_params()
     optimizer = make_optimizer(
         config(name=name, warmup_steps=0, schedule="constant", lr=0.1, adam_lr=0.1, embed_lr=0.1), STEPS
@@ -295,7 +336,7 @@ def test_only_matrices_decay(name: str) -> None:
     for key, p in flat(params).items():
         matrix = key[-1] in ("kernel", "embedding")
         if name == "muon" and key[0] != "layers":
-            matrix = False  # Adam's part of Muon has no decay
+            matrix = False  # parameters that Muon leaves to Adam do not decay
         np.testing.assert_allclose(updates[key], -0.1 * 0.2 * p * matrix, rtol=1e-6, atol=1e-12, err_msg=str(key))
     mask = flat(matrix_mask(params))
     assert {k for k, v in mask.items() if v} == {k for k in mask if k[-1] in ("kernel", "embedding")}
@@ -305,7 +346,7 @@ def test_only_matrices_decay(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
 def test_the_schedule_counts_updates(name: str) -> None:
-    """The n-th update is scaled by the rate of n: with a constant gradient and no memory, updates are in that ratio."""
+    """Update n is scaled by rate n: with a constant gradient and no memory, updates have these ratios."""
     c = config(name=name, momentum=0.0, b1=0.0, b2=0.0, weight_decay=0.0, schedule="linear", adam_lr=0.1, embed_lr=0.1)
     optimizer = make_optimizer(c, STEPS)
     params, grads = draw(0), draw(1)

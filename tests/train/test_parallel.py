@@ -1,5 +1,5 @@
-"""The step with every way to share and to overlap, against the plain step on one device: losses, gradient norms,
-parameters, their moving average, and the optimizer's state as a checkpoint has it.
+"""Compares the step, with each way to share and to overlap, with the plain step on one device: losses, gradient norms,
+parameters, their moving average, and the optimizer's state as it is in a checkpoint.
 """
 
 from pathlib import Path
@@ -25,11 +25,24 @@ from jaxlm.train.placement import Placement
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 ROWS, T, VOCAB, STEPS = 24, 8, 29, 3
-RTOL = 1e-5  # float32, some hundred additions in another order
-# Three layers and odd sizes: neither divides over the devices.
-BASE = ["steps=10", f"batch_size={ROWS}", f"seq_len={T}", "model.num_layers=3", "model.d_model=20", "model.num_heads=2",
-        "model.scan_unroll=1", "optim.lr=0.01", "optim.eps=1e-3", "optim.clip_norm=0.5", "optim.ema_decay=0.9",
-        "optim.warmup_steps=0", "optim.schedule=constant", "optim.weight_decay=0.1"]  # fmt: skip
+RTOL = 1e-5  # float32, with some hundred additions in another order
+# Three layers and odd sizes, so that neither divides evenly over the devices.
+BASE = [
+    "steps=10",
+    f"batch_size={ROWS}",
+    f"seq_len={T}",
+    "model.num_layers=3",
+    "model.d_model=20",
+    "model.num_heads=2",
+    "model.scan_unroll=1",
+    "optim.lr=0.01",
+    "optim.eps=1e-3",
+    "optim.clip_norm=0.5",
+    "optim.ema_decay=0.9",
+    "optim.warmup_steps=0",
+    "optim.schedule=constant",
+    "optim.weight_decay=0.1",
+]
 
 
 def make_config(*overrides: str) -> Config:
@@ -54,7 +67,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 
 
 def lively(params: Any) -> Any:
-    """An output layer starts at zero, and then no gradient reaches the others."""
+    """Replaces the output layer, which is initially zero: then no gradient would reach the other layers."""
     return {
         k: {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))} if k == "head" else v
         for k, v in params.items()
@@ -120,10 +133,10 @@ def test_zero_1_is_the_same_training_with_a_part_of_the_state(name: str, devices
     got = train(devices, f"optim.name={name}", "parallel.zero=1", *overrides)
     want = train(1, f"optim.name={name}")
     assert_same(got, want)
-    # Live buffers: 1/N, and at most N numbers more for each tensor of a layer.
+    # Bytes per device: 1/N of all, and at most one float32 more for each tensor of a layer.
     tensors = sum(x.shape[0] if x.ndim > 1 else 1 for x in jax.tree.leaves(want.opt_state))
     assert got.optimizer_bytes <= want.optimizer_bytes / devices + 4 * tensors
-    assert want.optimizer_bytes > 8 * 4 * tensors  # so that the bound says something
+    assert want.optimizer_bytes > 8 * 4 * tensors  # so that the bound is not trivial
 
 
 @pytest.mark.parametrize(
@@ -134,7 +147,7 @@ def test_zero_1_is_the_same_training_with_a_part_of_the_state(name: str, devices
         (4, ["optim.accum_steps=3", "parallel.bucket_mb=0.001", "parallel.reduce=ring", "model.tie_embeddings=true"]),
     ],
 )
-def test_overlapped_is_the_same_training(devices: int, overrides: list[str]):
+def test_overlap_is_the_same_training(devices: int, overrides: list[str]):
     model = tuple(o for o in overrides if o.startswith("model.tie"))
     got = train(devices, "optim.name=adamw", "parallel.overlap=true", *overrides)
     assert_same(got, train(1, "optim.name=adamw", *model))
@@ -143,14 +156,22 @@ def test_overlapped_is_the_same_training(devices: int, overrides: list[str]):
 @pytest.mark.parametrize(
     "reduce, zero", [("bf16", 0), ("fp16", 0), ("int8", 0), ("topk", 0), ("powersgd", 0), ("int8", 1)]
 )
-def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
-    """One step of plain SGD: parameters without what devices keep are those of the exact mean. Where nothing is kept,
-    they are as near as the strategy promises. And a state with residuals is saved and comes back.
+def test_lossy_reductions_layer_by_layer(reduce: str, zero: int):
+    """After one step of plain SGD, the parameters minus the mean residual equal those of the exact mean. Without
+    residuals, the parameters are as close as the strategy promises. A state with residuals can be saved and restored.
     """
     sgd = ("optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip_norm=0", "optim.lr=1")
     want = train(3, *sgd, "parallel.overlap=true", steps_done=1)
-    got = train(3, *sgd, "parallel.overlap=true", "parallel.topk_density=0.1", "parallel.powersgd_rank=2",
-                f"parallel.reduce={reduce}", f"parallel.zero={zero}", steps_done=1)  # fmt: skip
+    got = train(
+        3,
+        *sgd,
+        "parallel.overlap=true",
+        "parallel.topk_density=0.1",
+        "parallel.powersgd_rank=2",
+        f"parallel.reduce={reduce}",
+        f"parallel.zero={zero}",
+        steps_done=1,
+    )
     lost = gap(got.params, want.params)
     if reduce in ("bf16", "fp16"):
         assert RTOL < lost < {"bf16": 2 * 2.0**-8, "fp16": 3 * 2.0**-11}[reduce]
@@ -166,7 +187,7 @@ def test_lossy_ones_layer_by_layer(reduce: str, zero: int):
 
 
 def check_comes_back(result: Result) -> None:
-    """And all devices hold the same bits of what is replicated."""
+    """Saves and restores the state, and checks that replicated arrays have the same bits on all devices."""
     Replicas(result.config, result.placement.here).check(1, result.state)
     saved = result.placement.saved(result.state)
     assert saved is not None
@@ -181,7 +202,7 @@ def check_comes_back(result: Result) -> None:
 
 @pytest.mark.parametrize("devices", [2, 3, 8])
 def test_factored_second_moments_of_parts(devices: int):
-    """Matrices of 128 and more, as Adafactor factors them: its rows and columns are sharded too."""
+    """Adafactor factors matrices with dimensions of at least 128; ZeRO-1 also shards their row and column moments."""
     config = make_config("optim.name=adafactor")
     shapes = {"embed": {"embedding": (150, 130)}, "layers": {"mlp": {"kernel": (2, 130, 141), "bias": (2, 141)}}}
     rng = np.random.default_rng(0)
@@ -212,7 +233,7 @@ def test_factored_second_moments_of_parts(devices: int):
 
 
 def test_these_gradients_need_the_exchange():
-    """Devices' own gradients differ by far more than the tests above allow."""
+    """The gradients of single devices differ by far more than the tests above allow."""
     config = make_config("optim.name=adamw")
     model = make_model(config.model, VOCAB, T)
     params = model.init(jax.random.key(0)) | {
@@ -237,7 +258,7 @@ def saved_in(workdir: Path, trained: Result) -> Checkpoints:
 
 @pytest.mark.parametrize("devices, overrides", [(2, ["parallel.zero=1"]), (4, ["parallel.zero=1"]), (1, [])])
 def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, overrides: list[str], tmp_path: Path):
-    """Saved by three with ZeRO-1 and residuals, restored by others, with and without."""
+    """Saved by three devices with ZeRO-1 and residuals; restored by other numbers, with and without ZeRO-1."""
     saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
     config = make_config("optim.name=muon", "parallel.reduce=int8", *overrides)
     checkpoints = saved_in(tmp_path, saved)
@@ -248,16 +269,19 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_devices(devices: int, ove
     whole = jax.device_get(placement.saved(found))
     for name in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(whole, name), getattr(saved, name))
-    # What was left out of the gradients: its mean over the devices is what it was.
+    # The residuals' mean over the devices stays the same.
     for a, b in zip(jax.tree.leaves(whole.sync), jax.tree.leaves(jax.device_get(saved.state.sync)), strict=True):
         assert len(a) == devices and np.abs(b).max() > 0
         np.testing.assert_allclose(a.mean(axis=0), b.mean(axis=0), rtol=0, atol=1e-6 * np.abs(b).max())
 
 
-def test_another_reduction_starts_with_nothing_kept(tmp_path: Path):
+def test_another_reduction_takes_over_residuals_only_if_it_has_them(tmp_path: Path):
     saved = train(3, "optim.name=muon", "parallel.zero=1", "parallel.reduce=int8")
     checkpoints = saved_in(tmp_path, saved)
-    for reduce, kept in (("pmean", False), ("topk", True)):  # the residual means the same to both lossy ones
+    for reduce, kept in (
+        ("pmean", False),
+        ("topk", True),
+    ):  # the residual has the same meaning in both lossy reductions
         config = make_config("optim.name=muon", f"parallel.reduce={reduce}")
         placement = Placement(config, jax.devices()[:3])
         found = checkpoints.restore(STEPS, placement, placement.initial(make_model(config.model, VOCAB, T)))

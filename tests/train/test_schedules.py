@@ -1,4 +1,4 @@
-"""Learning-rate schedules against formulas and against optax."""
+"""Compares learning-rate schedules with formulas and with optax."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ def config(**changes: Any) -> OptimConfig:
 
 
 def expected_lr(schedule: str, n: int, steps: int, warmup: int, r: float) -> float:
-    """One value, from the definitions; warmup reaches the peak with its last update."""
+    """Returns the factor of update n by the definitions. Warmup reaches the peak with its last update."""
     if n < warmup:
         return (n + 1) / warmup
     done = (n - warmup) / (steps - warmup)
@@ -34,7 +34,7 @@ def expected_lr(schedule: str, n: int, steps: int, warmup: int, r: float) -> flo
     if schedule == "rsqrt":
         return max(r, math.sqrt(max(warmup, 1)) / math.sqrt(n + 1))
     if schedule == "wsd":
-        left = (steps - n) / (0.4 * steps)  # of the last 40%
+        left = (steps - n) / (0.4 * steps)  # remaining share of the last 40%
         return 1.0 if left >= 1 else left + r * (1 - left)
     return 1.0
 
@@ -50,7 +50,7 @@ def test_schedule(schedule: str, warmup: int) -> None:
     assert (np.diff(rates[:warmup]) > 0).all() and (np.diff(rates[max(warmup - 1, 0) :]) <= 1e-6).all()
     if schedule != "constant":
         assert rates[-1] < peak / 2
-        # One step farther it would be at the end; what is after the end stays there.
+        # The schedule reaches its end one step later, and stays there.
         late = make_schedule(config(schedule=schedule, warmup_steps=warmup, lr=peak), steps)(
             jnp.array([steps, 3 * steps])
         )
@@ -58,7 +58,7 @@ def test_schedule(schedule: str, warmup: int) -> None:
             np.testing.assert_allclose(late, peak * r, rtol=1e-6)
 
 
-def test_schedules_of_optax() -> None:
+def test_schedules_equal_those_of_optax() -> None:
     steps, warmup, n = 50, 10, np.arange(50)
     after = np.maximum(n - warmup, 0)
     rise = optax.linear_schedule(0.0, 2.0, warmup)
@@ -73,7 +73,7 @@ def test_schedules_of_optax() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "rsqrt", "wsd"])
 def test_schedules_at_their_limits(schedule: str) -> None:
-    """A run of one step, of warmup only, and without decay has finite, positive rates."""
+    """Runs of one step, of warmup alone, and without decay have finite, positive rates."""
     for steps, warmup, fraction in [(1, 0, 0.4), (1, 1, 0.4), (5, 5, 0.4), (5, 0, 0.0), (5, 2, 1.0)]:
         c = config(schedule=schedule, warmup_steps=warmup, decay_fraction=fraction, min_lr_ratio=0.0)
         rates = np.asarray(make_schedule(c, steps)(jnp.arange(steps)))
@@ -86,8 +86,8 @@ def test_schedules_at_their_limits(schedule: str) -> None:
     np.testing.assert_allclose(flat_, 0.1, rtol=1e-6)
 
 
-def test_the_peak_can_be_another() -> None:
+def test_another_peak_scales_the_schedule() -> None:
     c = config(schedule="cosine", adam_lr=0.5, embed_lr=0.0)
     n = jnp.arange(STEPS)
-    for key in ("adam_lr", "embed_lr"):  # 0 = that of adam_lr
+    for key in ("adam_lr", "embed_lr"):  # embed_lr 0 means adam_lr
         np.testing.assert_allclose(make_schedule(c, STEPS, key)(n), 5 * make_schedule(c, STEPS)(n), rtol=1e-6)

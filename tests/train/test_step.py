@@ -1,6 +1,6 @@
-"""One optimizer step on any number of devices against plain `jax.grad` and optax on one.
+"""Compares an optimizer step on any number of devices with plain `jax.grad` and optax on one.
 
-Batches are ragged: random places have no target, and some devices none at all.
+Batches are ragged: random places have no target, and some devices have no targets at all.
 """
 
 from typing import Any
@@ -62,12 +62,12 @@ def test_muon_with_shared_work_is_muon_on_one_device(devices: int, accum: int):
 
 
 def test_these_batches_tell_a_mean_of_device_means_from_the_right_one():
-    """Were the devices' means averaged, loss, gradients and parameters would be far from those tested above."""
+    """If the means of devices were averaged, the results would be far from those tested above."""
     batch = BATCHES[16][0]
     per_device = [{k: v[2 * i : 2 * i + 2] for k, v in batch.items()} for i in range(8)]
     targets = [int((part["targets"] >= 0).sum()) for part in per_device]
     assert targets[0] == 0 and len(set(targets)) > 4
-    means = [run_reference(tuple(ADAMW), [part]) for part in per_device[1:]]  # that of device 0 would be 0 / 0
+    means = [run_reference(tuple(ADAMW), [part]) for part in per_device[1:]]  # the mean of device 0 would be 0 / 0
     right = reference(tuple(ADAMW), 16)
     biased = np.mean([m.losses[0] for m in means])
     assert abs(biased / right.losses[0] - 1) > 100 * RTOL
@@ -84,7 +84,7 @@ def test_dropout_masks_belong_to_sequences_not_to_devices():
 
 
 def test_dropout_masks_change_from_row_to_row_and_from_step_to_step():
-    config = make_config("optim.name=sgd", "optim.lr=1e-30", "model.dropout=0.3")  # parameters stay as they are
+    config = make_config("optim.name=sgd", "optim.lr=1e-30", "model.dropout=0.3")  # parameters do not change
     batches = []
     for place_of_row in (0, 1, 15, 15):
         batch = {k: np.repeat(v[5:6], 16, axis=0) for k, v in BATCHES[16][0].items()}
@@ -125,7 +125,7 @@ def update_norm(config: Config) -> tuple[float, float]:
 
 def test_clip_norm_bounds_the_update_and_keeps_its_direction():
     unclipped, norm = update_norm(make_config(*SGD, "optim.clip_norm=0"))
-    # A difference of parameters of size 1 has an error of eps of each of a thousand parameters.
+    # The difference of parameters of size 1 has an error of eps in each of about a thousand parameters.
     tolerance = 1e-4
     assert norm > 0.5 and abs(unclipped / norm - 1) < tolerance
     clipped, reported = update_norm(make_config(*SGD, "optim.clip_norm=0.1"))
@@ -144,7 +144,7 @@ def test_ema_follows_its_formula():
 
 
 def test_reported_rate_is_the_one_used():
-    """With plain SGD, the update is the rate times the gradient, whose norm is reported too."""
+    """With plain SGD, the update is the rate times the gradient, whose norm is also reported."""
     config = make_config(*SGD, "optim.clip_norm=0", "optim.schedule=linear", "optim.min_lr_ratio=0", "steps=4")
     step, state = built(config, 2)
     for n in range(3):
@@ -159,7 +159,7 @@ def test_reported_rate_is_the_one_used():
 
 @pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
 def test_bfloat16_masters_learn_what_float32_ones_do(optimizer: list[str]):
-    """Optimizer state and average stay in float32, and small updates are not lost: their mean is kept."""
+    """Optimizer state and moving average stay in float32. Stochastic rounding keeps small updates in the mean."""
     extra = [
         "optim.ema_decay=0.9",
         "optim.lr=3e-4",
@@ -184,7 +184,7 @@ def test_bfloat16_masters_learn_what_float32_ones_do(optimizer: list[str]):
             for x in (got, want)
         )
         along = np.dot(moved, wanted) / np.dot(wanted, wanted)
-        assert 0.9 < along < 1.1, name  # rounded to the nearest, most of them would not move
+        assert 0.9 < along < 1.1, name  # with rounding to the nearest, most parameters would not move
     scale = state.params["final_norm"]["scale"]
     assert np.abs(np.asarray(train_step.float32(scale)) - before["final_norm"]["scale"]).max() > 0
 
@@ -195,7 +195,7 @@ def test_old_state_is_donated_and_replaced():
     new, _ = step(old, split(BATCHES[16][0], 4))
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
-    # Natural shapes, no leading device dimension, and placed so that the next step finds them where they are.
+    # Arrays have no device axis, and have the placement that the next step expects.
     again = Placement(config, jax.devices()[:4]).initial(make(config))
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, again)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(again), strict=True):
@@ -214,7 +214,7 @@ def test_batch_without_targets_has_a_gradient_of_zero(name: str):
     state, _ = step(state, split(BATCHES[16][0], 4))
     state, _ = step(state, split(BATCHES[16][0], 4))
     kept = jax.device_get(state.loss_mean)
-    state, metrics = step(state, split(empty, 4))  # it has no loss to take a mean of
+    state, metrics = step(state, split(empty, 4))  # an empty batch has no loss to average
     assert int(kept.count) == 1 and metrics["loss_mean"] == kept.value and state.loss_mean.count == 1
 
 
@@ -227,7 +227,7 @@ def test_reported_loss_is_the_plain_one_whatever_is_minimized():
     plain = reference(tuple(ADAMW), 16)
     result = run_pmap(make_config(*ADAMW, "loss.label_smoothing=0.2", "loss.z_loss=0.1"), 2, BATCHES[16])
     assert result.losses[0] == pytest.approx(plain.losses[0], rel=RTOL)
-    assert abs(result.grad_norms[0] / plain.grad_norms[0] - 1) > 100 * RTOL, "it minimizes the plain loss"
+    assert abs(result.grad_norms[0] / plain.grad_norms[0] - 1) > 100 * RTOL, "the step minimizes the plain loss"
 
 
 def test_initial_state_depends_on_the_seed_alone():

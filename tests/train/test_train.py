@@ -43,7 +43,7 @@ def test_the_loop_reports_the_step_before_and_waits_only_for_hooks() -> None:
 
 
 @pytest.mark.parametrize("tokens, ahead", [(4, GROUP), (GROUP_BYTES // 4, 1)], ids=["small", "large"])
-def test_batches_come_in_order_and_no_more_are_taken_than_asked_for(tokens: int, ahead: int) -> None:
+def test_batches_come_in_order_and_no_more_are_taken_than_needed(tokens: int, ahead: int) -> None:
     taken = 0
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
