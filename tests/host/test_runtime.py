@@ -66,7 +66,7 @@ os._exit(0)  # XLA's oneDNN may abort when its program is dropped just after it 
 
 @pytest.mark.parametrize("precision", ["highest", "default", "fastest"])
 def test_products_are_as_exact_as_the_configuration_says(precision: str):
-    """The unit roundoff is 2**-24 in float32 and 2**-8 in bfloat16. Errors are relative to the largest |row||column|."""
+    """float32 has a unit roundoff of 2**-24, bfloat16 of 2**-8. Errors are relative to the largest |row| |column|."""
     result = subprocess.run(
         [sys.executable, "-c", PRODUCTS, str(CONFIG), precision],
         capture_output=True,
