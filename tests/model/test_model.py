@@ -70,7 +70,7 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("row", [GRID[i] for i in (0, 4, 8, 9, 13)], ids="-".join)
 def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) -> None:
-    """Compares gradients with differences of the float64 reference's loss along a random direction in each parameter."""
+    """Along a random direction in each parameter, gradients equal differences of the float64 reference's loss."""
     c = grid_config(*row)
     model = make_model(c, VOCAB, MAX_LEN)
     params, tokens_BT = drawn(model), some_tokens(2, 7)

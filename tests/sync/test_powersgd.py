@@ -34,7 +34,7 @@ def test_powersgd_recovers_a_mean_of_low_rank(size: int):
 
 
 def test_powersgd_improves_with_a_warm_start():
-    """If the same gradient comes again without a residual, the error falls to that of the SVD, the best of this rank."""
+    """With the same gradient again and no residual, the error falls to that of the SVD, the best of this rank."""
     each = np.random.default_rng(7).normal(size=(2, 30, 40)).astype(np.float32)
     grads = {"layers": {"a": np.stack([each[:1], each[:1]])}}
     config = parallel("powersgd", powersgd_rank=4)
