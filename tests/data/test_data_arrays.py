@@ -64,7 +64,7 @@ def test_unusable_token_files_are_refused(config: Config, tmp_path: Path):
 @pytest.mark.parametrize("names", [("x_val_0.npy", "x_train_0.npy"), ("train/a.npy", "test/a.npy")])
 @pytest.mark.parametrize("pattern", ["", "/**/*.npy"])
 def test_training_on_validation_files_is_refused(config: Config, tmp_path: Path, names: tuple[str, str], pattern: str):
-    """llm.c leaves training and validation files in one folder."""
+    """llm.c leaves training and validation files in one folder; the message says which paths to set instead."""
     for name in names:
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "d" / name, (np.arange(1000) % 50).astype("<u2"))

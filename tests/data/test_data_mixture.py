@@ -1,4 +1,4 @@
-"""Mixtures: each source has its exact share at any time, and messages name what is wrong."""
+"""Each source of a mixture has its share at any time, and messages name what is wrong in a mixture."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_all_sources_share_one_tokenizer(folder: Path, tmp_path: Path):
 
 
 def test_token_ids_without_a_tokenizer_are_refused(folder: Path, tmp_path: Path):
-    """They are refused beside text, which has a tokenizer, and beside other ids."""
+    """Such ids are refused beside text, which has a tokenizer, and beside other ids."""
     config = make_config(tmp_path)
     np.save(tmp_path / "ids.npy", np.array([256, *range(49)] * 100))
     said = (

@@ -74,7 +74,7 @@ def test_many_shards_open_with_few_open_files(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])
 def test_a_file_that_is_cut_short_while_it_is_open_is_named(suffix: str, tmp_path: Path):
-    """Reading it raises an error. If it were mapped into memory, reading would kill the process."""
+    """Reading the file raises an error; if it were mapped into memory, reading would kill the process."""
     config, path = load(CONFIG, []), tmp_path / f"ids{suffix}"
     ids = np.random.default_rng(0).integers(0, 64, 200_000).astype("<u2")
     ids.tofile(path) if suffix == ".bin" else np.save(path, ids)

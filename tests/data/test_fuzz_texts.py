@@ -121,7 +121,7 @@ def test_a_line_that_would_fill_the_memory_is_refused(config: Config, tmp_path: 
 
 
 def test_lines_are_read_from_stores_elsewhere(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Their files, such as those of s3://, have a `readline` without a limit of its size."""
+    """The files of some stores, such as s3://, have a `readline` that takes no size limit."""
     fsspec.filesystem("memory").pipe("/lines/a.jsonl", jsonl(RECORDS))
     monkeypatch.setattr(memory.MemoryFile, "readline", lambda file: io.BytesIO.readline(file))
     read_documents(with_keys(config, "jsonl", "memory://lines/a.jsonl", ({}, "stop")))

@@ -205,7 +205,7 @@ def test_nothing_is_unpickled(config: Config, tmp_path: Path):
 
 
 def test_no_line_of_jaxlm_runs_what_it_reads():
-    """Only `--config FILE` runs, because it is code. Discuss any other line that matches the pattern before adding it."""
+    """Only `--config FILE` runs, because it is code. Discuss any other line that matches the pattern first."""
     runs = re.compile(
         r"(?<![\w.])(eval|exec)\(|\b(pickle|cloudpickle|dill|marshal|shelve|joblib|yaml)\.|\b(np|numpy|torch)\.load\("
         r"|allow_pickle|extractall|unpack_archive|exec_module|runpy"

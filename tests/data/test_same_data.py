@@ -54,7 +54,7 @@ def test_only_paths_of_data_may_change():
 
 
 def test_a_store_is_found_again_under_another_name_of_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The name does not matter, because sources name files relative to their folder."""
+    """The same store is found, because sources name files relative to their folder."""
     monkeypatch.chdir(tmp_path)
     config, records = make_config(tmp_path), "".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60))
     for source, files in (("text", {"a/1.txt": LINES, "a/b/2.txt": LINES * 2}), ("jsonl", {"a/1": records})):

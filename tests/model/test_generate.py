@@ -27,7 +27,7 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compile() -> Iterator[None]:
-    """XLA without most of its optimizations: tiny models compile in half the time."""
+    """Turns off most of XLA's optimizations, so that tiny models compile in half the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -177,7 +177,7 @@ def test_residuals_keep_what_a_reduction_leaves_out(name: str, zero: int, size: 
 @pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("name", [*EXACT, *LOSSY])
 def test_nan_and_infinity_reach_all_devices(name: str, size: int, bad: float):
-    """The step sees them in the gradient's norm, because they never become a finite number that is wrong."""
+    """One such number makes the gradient's norm non-finite on all devices, and never becomes a wrong finite number."""
     grads = draw(size, 20)
     grads["layers"]["mlp"]["kernel"][1, 2, 3, 4] = bad
     result = reduce(parallel(name), Group(AXIS, size), grads)
