@@ -1,4 +1,4 @@
-"""A value that a key gains is never taken for an old one: each has an entry in its table."""
+"""Each value of a key with choices has an entry in the key's table, so a new value never behaves like an old one."""
 
 from collections.abc import Collection
 from typing import Literal, get_args, get_origin
@@ -27,11 +27,11 @@ TABLES: dict[str, list[Collection[str]]] = {
     "optim.schedule": [SCHEDULES],
     "parallel.reduce": [REDUCTIONS],
 }
-# Their values are told apart where the type checker or the code itself finds one that is left out.
+# Code branches on these keys, and the type checker or the code itself finds a value without a branch.
 BRANCHES = {"model.position", "data.packing", "optim.on_spike"}
-# JAX or sentencepiece are given the value, and refuse one that they do not know.
+# JAX or sentencepiece gets the value, and refuses an unknown one.
 PASSED_ON = {"model.dtype", "model.param_dtype", "data.sentencepiece"}
-# Asked for one of their values alone, which is what the others differ from.
+# The code compares these keys with single values, and all other values share the remaining branch.
 SWITCHES = {"model.attention", "model.matmul_precision", "data.on_error"}
 
 
@@ -53,5 +53,5 @@ def test_reductions_without_parts_are_refused_with_zero():
     assert without == set(WITHOUT_PARTS)
 
 
-def test_a_source_is_of_texts_or_of_ids():
+def test_the_schema_marks_the_sources_of_token_ids():
     assert {name for name, kind in SOURCES.items() if kind.ids} == IDS.keys()

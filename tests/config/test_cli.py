@@ -1,4 +1,4 @@
-"""Configurations from files, command lines and workdirs: what is read, what is refused, and how the refusal reads."""
+"""Configurations are read from files, command lines and workdirs, or refused with a message that names the mistake."""
 
 import dataclasses
 import importlib.util
@@ -56,7 +56,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("line, said", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_file(tmp_path: Path, line: str, said: str) -> None:
+def test_a_broken_file_is_refused_with_the_reason(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         f"from configs import base\ndef get_config():\n    c = base.get_config()\n    {line}\n    return c\n"
@@ -64,7 +64,7 @@ def test_a_broken_file(tmp_path: Path, line: str, said: str) -> None:
     assert re.search(said, refusal(path=path)), refusal(path=path)
 
 
-def test_a_file_that_is_not_a_configuration(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(path=tmp_path / "none.py")
     assert "no such file" in refusal(path=tmp_path)  # a folder
     (tmp_path / "empty.py").write_text("")
@@ -78,7 +78,7 @@ def test_a_file_that_is_not_a_configuration(tmp_path: Path) -> None:
 # Overrides
 
 
-def test_overrides_of_every_type(base: Config) -> None:
+def test_overrides_set_values_of_every_type(base: Config) -> None:
     args = [
         "--config.steps=77",
         "--config.batch_size",
@@ -140,24 +140,24 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("form", ["--config.{}=1", "--config.{} 1"])
 @pytest.mark.parametrize("key", UNKNOWN)
-def test_an_unknown_key_names_the_nearest(key: str, form: str) -> None:
+def test_the_message_for_an_unknown_key_suggests_the_nearest_key(key: str, form: str) -> None:
     said = refusal(*form.format(key).split())
     assert said == f"command line: unknown key '{key}'; did you mean '{UNKNOWN[key]}'?"
 
 
-def test_a_key_like_no_other_names_the_sections() -> None:
+def test_the_message_for_a_key_without_a_near_match_lists_the_sections() -> None:
     said = refusal("--config.zzzzqqqq=1")
     assert "'zzzzqqqq'" in said
     for section in ("model", "loss", "optim", "data", "parallel", "checkpoint", "eval", "log"):
         assert section in said
-    assert "model.d_model" in refusal("--config.model=1")  # a section: its keys
+    assert "model.d_model" in refusal("--config.model=1")  # a section: the message lists its keys
 
 
 STRAY = ["steps=5", "--steps=5", "--optim.lr=5", "-config.optim.lrr=5", "--config", "--config.steps", "--config.steps="]
 
 
 @pytest.mark.parametrize("argument", STRAY)
-def test_what_is_no_override_is_refused(argument: str) -> None:
+def test_an_argument_that_is_no_override_is_refused(argument: str) -> None:
     assert argument.split("=")[0].lstrip("-").removeprefix("config.") in refusal(argument)
 
 
@@ -175,7 +175,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_wrong_type_on_the_command_line(key: str) -> None:
+def test_a_value_of_the_wrong_type_is_refused(key: str) -> None:
     value, allowed = WRONG[key]
     said = refusal(f"--config.{key}={value}")
     assert said.startswith(f"{key} is ") and value in said and said.endswith(f"; allowed: {allowed}")
@@ -184,14 +184,14 @@ def test_a_wrong_type_on_the_command_line(key: str) -> None:
 # Saved configurations
 
 
-def test_round_trip(base: Config) -> None:
+def test_a_configuration_survives_a_round_trip_through_json(base: Config) -> None:
     tree = json.loads(json.dumps(dataclasses.asdict(base)))
     again = files.from_dict(tree)
     assert again == base and again is not base
     assert schema.changes(base, again) == ({}, {})
 
 
-def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
+def test_a_saved_configuration_with_wrong_keys_or_values_is_refused(base: Config) -> None:
     def said(change: Any) -> str:
         tree = dataclasses.asdict(base)
         change(tree)
@@ -208,7 +208,7 @@ def test_a_saved_configuration_that_does_not_fit(base: Config) -> None:
     assert said(lambda t: t.update(steps=0)) == "steps is 0; allowed: more than 0"
 
 
-def test_load_workdir(base: Config, tmp_path: Path) -> None:
+def test_load_workdir_reads_config_json_and_refuses_a_damaged_one(base: Config, tmp_path: Path) -> None:
     def said() -> str:
         with pytest.raises(UserError) as caught:
             files.load_workdir(tmp_path)
@@ -227,7 +227,7 @@ def test_load_workdir(base: Config, tmp_path: Path) -> None:
     assert files.load_workdir(tmp_path, ["--config.seed=9"]).seed == 9
 
 
-# Fast to refuse
+# Refusals are fast
 
 NOT_NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets")
 
@@ -244,9 +244,9 @@ NOT_NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "tensorfl
         ),
     ],
 )
-def test_a_refusal_needs_no_device_library(statement: str, forbidden: tuple[str, ...]) -> None:
+def test_a_refusal_imports_no_device_library(statement: str, forbidden: tuple[str, ...]) -> None:
     code = f"{statement}\nimport sys\nprint([m for m in {forbidden!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
-    for module in forbidden:  # or the test would pass by a wrong name
+    for module in forbidden:  # a misspelled name would always pass the check above
         assert importlib.util.find_spec(module) is not None

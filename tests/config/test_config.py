@@ -1,4 +1,4 @@
-"""The configuration: what values are accepted, what is refused, and how the refusal reads."""
+"""Which values of a configuration are accepted, which are refused, and what the messages say."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ def test_base_names_every_key(base: Config) -> None:
     assert list(schema.flatten(base)) == list(schema.key_types())
 
 
-def test_every_key_must_be_given() -> None:
+def test_no_key_has_a_default() -> None:
     classes: list[Any] = [Config, *(f.type for f in schema.sections())]
     for cls in classes:
         for field in dataclasses.fields(cls):
@@ -45,14 +45,14 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize("key, value", WRONG_VALUES)
-def test_a_wrong_type_in_a_file(base: Config, key: str, value: Any) -> None:
+def test_a_value_of_the_wrong_type_is_refused(base: Config, key: str, value: Any) -> None:
     *section, name = key.split(".")
     setattr(getattr(base, section[0]) if section else base, name, value)
     with pytest.raises(UserError, match="^" + re.escape(f"{key} is {value!r}; allowed: ")):
         validate(base)
 
 
-# How the values go together: overrides, the key that is named, a part of what is said to be allowed.
+# Overrides that are impossible, alone or together, the key that the message names, and a part of its "allowed" clause.
 IMPOSSIBLE = [
     ("steps=0", "steps", "more than 0"),
     ("seq_len=-5", "seq_len", "more than 0"),
@@ -74,7 +74,7 @@ IMPOSSIBLE = [
     ("model.num_heads=1 model.d_model=7", "model.num_heads", "even head size"),
     ("model.num_heads=1 model.d_model=7 model.position=sinusoidal", "model.d_model", "even"),
     ("model.num_heads=96", "model.num_heads", "4 or more"),  # heads of 2
-    ("model.num_heads=64 model.position=learned", "model.num_heads", "an even head size of 4 or more"),  # of 3
+    ("model.num_heads=64 model.position=learned", "model.num_heads", "an even head size of 4 or more"),  # heads of 3
     ("model.num_layers=2000000000", "model.num_layers", "at most 10000"),
     ("optim.accum_steps=3", "batch_size", "a multiple of optim.accum_steps = 3"),
     ("steps=7 optim.warmup_steps=8", "optim.warmup_steps", "at most steps = 7"),
@@ -98,7 +98,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("overrides, key, allowed", IMPOSSIBLE, ids=[row[0] for row in IMPOSSIBLE])
-def test_an_impossible_combination(overrides: str, key: str, allowed: str) -> None:
+def test_impossible_values_are_refused(overrides: str, key: str, allowed: str) -> None:
     args = [f"--config.{o}" for o in overrides.split()]
     said = refusal(*args)
     found = re.fullmatch(r"([\w.]+) is (.+); allowed: (.+)", said)
@@ -125,7 +125,7 @@ POSSIBLE = [
 
 
 @pytest.mark.parametrize("overrides", POSSIBLE)
-def test_a_possible_combination(overrides: str) -> None:
+def test_possible_values_are_accepted(overrides: str) -> None:
     config = files.load(BASE, [f"--config.{o}" for o in overrides.split()])
     flat = schema.flatten(config)
     for override in overrides.split():
@@ -133,10 +133,10 @@ def test_a_possible_combination(overrides: str) -> None:
         assert flat[key] == (value == "true" if isinstance(flat[key], bool) else type(flat[key])(value))
 
 
-# Going on with another configuration
+# Resuming with another configuration
 
 FREE_MODEL = {f"model.{k}" for k in ("dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll")}
-PLACES = {"data.path", "data.val_path", "data.tokenizer_path"}  # of data that must be the same, by its fingerprint
+PLACES = {"data.path", "data.val_path", "data.tokenizer_path"}  # a fingerprint ensures that the data is the same
 
 
 def may_change(key: str) -> bool:
@@ -145,18 +145,18 @@ def may_change(key: str) -> bool:
         key
         in {
             "steps",
-            "deterministic",
-            "data.cache_dir",
+            "deterministic",  # how sums are taken
+            "data.cache_dir",  # where tokens are stored
             *FREE_MODEL,
             *PLACES,
-        }  # where tokens are stored, how sums are taken
+        }
         or section in {"loss", "parallel", "eval", "checkpoint", "log"}
         or (section == "optim" and key != "optim.name")
     )
 
 
 @pytest.mark.parametrize("key", list(schema.key_types()))
-def test_changes_of_each_key(base: Config, key: str) -> None:
+def test_changes_tells_whether_a_run_may_change_a_key(base: Config, key: str) -> None:
     other = files.from_dict(dataclasses.asdict(base))
     *section, name = key.split(".")
     holder = getattr(other, section[0]) if section else other
@@ -168,7 +168,7 @@ def test_changes_of_each_key(base: Config, key: str) -> None:
     assert schema.changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
 
 
-def test_what_a_run_may_not_change_is_known() -> None:
+def test_a_run_may_not_change_these_keys() -> None:
     refused = {k for k in schema.key_types() if not may_change(k)}
     for key in ("seed", "batch_size", "seq_len", "optim.name", "model.d_model", "model.param_dtype", "data.mixture"):
         assert key in refused

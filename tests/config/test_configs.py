@@ -1,4 +1,4 @@
-"""Every file in configs/ loads and takes steps; what is too big is made small, with its features kept."""
+"""Every file in configs/ loads and trains a few steps, with large sizes made small and all features kept."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from jaxlm.config.files import load
 from jaxlm.run import training
 
 FILES = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
-STEPS = 4  # where layers start at zero, gradients reach what is behind them one step later
+STEPS = 4  # a layer that starts at zero lets gradients through only after its first update
 SMALL = {
     "steps": STEPS, "log.every_steps": 1,
     "batch_size": 8, "seq_len": 16, "model.num_layers": 2, "model.d_model": 32, "model.num_heads": 4,
@@ -25,14 +25,14 @@ SMALL = {
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_it_loads(path: Path):
+def test_each_file_loads(path: Path):
     config = load(path, some_path(path))
     assert config.batch_size % config.optim.accum_steps == 0
     assert path.read_text().startswith('"""')
 
 
 def some_path(path: Path) -> list[str]:
-    """What a configuration of text asks for, and others refuse."""
+    """Returns the override of data.path, which a configuration with source text requires and others refuse."""
     data = importlib.import_module(f"configs.{path.stem}").get_config().data
     return ["--config.data.path=some/path"] * (data.source == "text")
 
@@ -42,7 +42,7 @@ def flatten_of(path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_it_takes_steps(path: Path, tmp_path: Path):
+def test_each_file_trains(path: Path, tmp_path: Path):
     full = flatten_of(path)
     small = dict(SMALL)
     if full["model.num_kv_heads"]:
@@ -55,7 +55,7 @@ def test_it_takes_steps(path: Path, tmp_path: Path):
         small["optim.accum_steps"] = 1
     if full["data.source"] == "tfds":
         small |= {"data.val_split": ""}
-    small |= {"data.path": ""} if full["data.path"] else {}  # what is synthetic has none
+    small |= {"data.path": ""} if full["data.path"] else {}  # synthetic data has no path
     config = load(path, [*some_path(path), *(f"--config.{k}={v}" for k, v in small.items())])
     kept = {k: v for k, v in flatten(config).items() if k not in small}
     assert kept.items() <= full.items(), "all else is as in the file"
@@ -63,7 +63,7 @@ def test_it_takes_steps(path: Path, tmp_path: Path):
 
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in lines if "loss" in m]
-    # Logits of an untrained model are of size 1 at most, which adds up to half a nat to ln V.
+    # The logits of an untrained model are of size 1 at most, which adds up to half a nat to ln V.
     assert abs(losses[0] - math.log(64)) < 0.5 and len(losses) == STEPS
     assert lines[-1]["step"] == STEPS and math.isfinite(lines[-1]["eval_loss"])
     checkpoints = Checkpoints(tmp_path / "run")
@@ -74,8 +74,8 @@ def test_it_takes_steps(path: Path, tmp_path: Path):
         assert np.isfinite(b).all() and not np.array_equal(a, b), f"{key} does not learn"
 
 
-def test_these_features_are_among_them():
-    """The small runs above are only worth something if the files differ in what matters."""
+def test_the_files_differ_in_their_features():
+    """The files have different values of these keys, so the small runs above cover different features."""
     everything = [flatten_of(path) for path in FILES]
     for key, at_least in (("model.dtype", 2), ("model.remat", 2), ("loss.chunk", 2), ("optim.name", 2),
                           ("optim.schedule", 3), ("model.position", 2), ("model.activation", 3),

@@ -1,4 +1,4 @@
-"""Damaged configurations and command lines are read, or refused in one line; no secret is kept."""
+"""Damaged configurations and command lines are read or refused in one line, and no secret is saved."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def config(tmp_path: Path) -> Config:
     return fuzz_config(tmp_path)
 
 
-def test_saved_configurations(tmp_path: Path):
+def test_damaged_saved_configurations_are_read_or_refused(tmp_path: Path):
     saved = {"config": dataclasses.asdict(get_config()), "versions": {}, "vocab_size": 5, "history": []}
     path = tmp_path / "config.json"
 
@@ -32,7 +32,7 @@ def test_saved_configurations(tmp_path: Path):
     fuzz(changed([saved]) | changed([saved]) | damaged([json.dumps(saved).encode()]), read, 250)
 
 
-def test_overrides(tmp_path: Path):
+def test_random_overrides_are_read_or_refused(tmp_path: Path):
     base, keys = get_config(), list(key_types())
     before = flatten(base)
     key = st.sampled_from(keys) | st.sampled_from(keys) | st.text(max_size=8)
@@ -65,7 +65,7 @@ def test_overrides(tmp_path: Path):
     fuzz(st.lists(argument, min_size=1, max_size=3), read, 350)
 
 
-def test_options_are_read_from_no_other_file(tmp_path: Path):
+def test_no_option_reads_a_file_of_options(tmp_path: Path):
     path = write(tmp_path, {"more": "--config.steps=7\n", "binary": bytes(range(256))})
     for name in ("more", "binary", "none"):
         for option in (f"-flagfile={path / name}", f"--flagfile={path / name}"):
@@ -99,8 +99,8 @@ WITHOUT = [
 
 
 @pytest.mark.parametrize("address", WITH_SECRETS)
-def test_addresses_with_secrets(config: Config, address: str):
-    """config.json would keep them. Refused with all that makes no sense, and never said."""
+def test_addresses_with_secrets_are_refused(config: Config, address: str):
+    """An address with a secret is refused, because config.json would keep it, and no message shows the secret."""
     keys = {
         "data.path": ["--config.data.source=jsonl", f"--config.data.path={address}"],
         "data.val_path": ["--config.data.source=jsonl", "--config.data.path=a", f"--config.data.val_path={address}"],
@@ -120,7 +120,7 @@ def test_addresses_with_secrets(config: Config, address: str):
 
 
 @pytest.mark.parametrize("address", WITHOUT)
-def test_addresses_without(address: str):
+def test_addresses_without_secrets_are_accepted(address: str):
     config = files.load(BASE, ["--config.data.source=jsonl", f"--config.data.path={address}"])
     assert config.data.path == address
     files.load(BASE, [f"--config.data.mixture=1 jsonl {address}; 1 text user:name@host"])

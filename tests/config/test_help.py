@@ -1,4 +1,4 @@
-"""What `--help` says of the keys, and what is suggested instead of a wrong one."""
+"""`--help` describes every key, and the message for a wrong name suggests the right one."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from jaxlm.config import UserError, files, flatten, hints, key_types, keys
 from tests.configurations import BASE, ROOT, refusal
 
 
-def test_every_key_has_a_meaning():
+def test_every_key_has_a_description():
     found = keys.meanings()
     assert found.keys() == key_types().keys()
     assert [key for key, meaning in found.items() if not meaning] == []
     assert found["model.d_model"] == "width of the residual stream"
-    assert found["model.matmul_precision"].startswith("Precision of float32 matrix")  # the lines above it
+    assert found["model.matmul_precision"].startswith("Precision of float32 matrix")  # it stands above the key
 
 
 @pytest.mark.parametrize("width", [60, 118])
@@ -37,7 +37,7 @@ def test_help_lists_every_key(width: int, monkeypatch: pytest.MonkeyPatch, capsy
     assert re.search(r"model\.activation=relu2\s.*\(gelu,\s+relu,\s+swiglu,\s+geglu,\s+relu2\)", shown, flags=re.S)
 
 
-def test_help_into_a_pipe_that_closes(tmp_path: Path):
+def test_help_ends_quietly_if_its_pipe_is_closed(tmp_path: Path):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "jaxlm.main", "--help"]
@@ -46,7 +46,7 @@ def test_help_into_a_pipe_that_closes(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_names_elsewhere():
+def test_each_name_from_elsewhere_suggests_a_key_or_an_option():
     for meant in hints.NAMES_ELSEWHERE:
         first = re.match(r"--\w+|[\w.]+", meant)
         assert first and (first[0] in key_types() or first[0] == "the" or f"{first[0]} " in main.parser().format_help())
@@ -74,11 +74,11 @@ def test_names_elsewhere():
         ),
     ],
 )
-def test_what_a_wrong_key_meant(argument: str, said: str):
+def test_the_message_for_a_wrong_name_suggests_the_right_one(argument: str, said: str):
     assert refusal(argument) == said
 
 
-def test_a_name_from_elsewhere_in_a_file(tmp_path: Path):
+def test_a_name_from_elsewhere_in_a_file_gets_the_same_suggestion(tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text("from configs import base\ndef get_config():\n    c = base.get_config()\n    c.optim.betas = 5\n")
     with pytest.raises(UserError, match=r"unknown key 'optim\.betas'; use optim\.b1 and optim\.b2"):

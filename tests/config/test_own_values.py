@@ -1,4 +1,4 @@
-"""Values that an optimizer has of its own, where nobody set any."""
+"""Each optimizer has values of its own, which apply to the keys that nobody sets."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def values(optim: OptimConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", OWN_VALUES)
-def test_changing_the_optimizer_alone_takes_its_own_values(name: str, tmp_path: Path) -> None:
+def test_an_optimizer_brings_its_own_values(name: str, tmp_path: Path) -> None:
     wanted = OWN_VALUES[name]
     assert set(wanted) == set(KEYS)
     assert values(files.load(BASE, [f"--config.optim.name={name}"]).optim) == wanted
@@ -34,15 +34,15 @@ def test_changing_the_optimizer_alone_takes_its_own_values(name: str, tmp_path: 
         assert wanted == MUON
 
 
-def test_what_is_set_stays() -> None:
+def test_values_that_are_set_replace_the_optimizers_own() -> None:
     args = ["--config.optim.name=lion", "--config.optim.lr=0.02", "--config.optim.weight_decay=0"]
     got = files.load(BASE, args).optim
     assert values(got) == OWN_VALUES["lion"] | {"lr": 0.02, "weight_decay": 0.0}
-    args += ["--config.optim.lr=none", "--config.optim.weight_decay", "None"]  # and back
+    args += ["--config.optim.lr=none", "--config.optim.weight_decay", "None"]  # none restores the optimizer's own value
     assert values(files.load(BASE, args).optim) == OWN_VALUES["lion"]
 
 
-def test_a_saved_configuration_holds_numbers_and_runs_again(tmp_path: Path) -> None:
+def test_a_saved_configuration_holds_numbers_and_loads_again(tmp_path: Path) -> None:
     config = files.load(BASE, ["--config.optim.name=lion", "--config.optim.b1=0.8"])
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"config": dataclasses.asdict(config)}))
@@ -62,7 +62,7 @@ SHIPPED = {
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_configurations_train_with_these_values(name: str) -> None:
+def test_shipped_configurations_have_these_values(name: str) -> None:
     needs_path = name in ("shakespeare_char", "gpt_10m", "gpt2_124m", "llama_1b")
     flat = flatten(files.load(ROOT / f"configs/{name}.py", ["--config.data.path=x"] * needs_path))
     got = tuple(flat[f"optim.{key}"] for key in ("name", "lr", "weight_decay", "b1", "b2"))

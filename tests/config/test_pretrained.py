@@ -1,4 +1,4 @@
-"""Weights of another run bring its model's keys and its tokenizer: the first loss is the old one's last."""
+"""The weights of another run bring its model keys and its tokenizer, so the first loss equals that run's last."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from tests.runs import CONFIG, lines
 ANIMALS = "".join(
     f"the {'big' if i % 3 else 'small'} {'fox' if i % 2 else 'dog'} knew {i % 7} cats\n" for i in range(300)
 )
-# None of them is the value of configs/debug.py, which the runs that start from these weights name.
+# All values differ from configs/debug.py, the configuration of the runs that start from these weights.
 MODEL = {"model.d_model": 16, "model.num_heads": 4, "model.position": "learned", "model.key_offset": False,
          "model.norm": "layernorm", "seq_len": 24}  # fmt: skip
 SMALL = {"batch_size": 8, "steps": 4, "optim.name": "adamw", "optim.warmup_steps": 0, "optim.ema_decay": 0.5,
@@ -37,7 +37,7 @@ def flags(**keys: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
-    """A run `pre` of animals.txt, of which each step is kept."""
+    """Returns a folder with two texts and `pre`, a run on animals.txt that keeps the checkpoint of each step."""
     folder = tmp_path_factory.mktemp("pretrained")
     (folder / "animals.txt").write_text(ANIMALS)
     (folder / "birds.txt").write_text(ANIMALS.replace("fox", "owl").replace("dog", "hen"))
@@ -51,8 +51,10 @@ def config_of(folder: Path, workdir: Path | None = None, **keys: Any) -> Config:
     return load(CONFIG, flags(**(wanted | {k.replace("__", "."): v for k, v in keys.items()})), workdir)
 
 
-def test_the_first_loss_is_the_old_one(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """With a configuration that names another model and another tokenizer; before the first step, and in it."""
+def test_the_first_loss_is_that_of_the_old_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The losses before and in step 1 are those of the old weights, although the configuration names another model and
+    another tokenizer.
+    """
     config = config_of(folder, seed=3)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"as in {folder / 'pre'}" in said
@@ -65,7 +67,7 @@ def test_the_first_loss_is_the_old_one(folder: Path, tmp_path: Path, capsys: pyt
     scores = score(open_run(tmp_path / "new", 0), load_workdir(tmp_path / "new"))
     assert scores["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-6)
     assert scores["eval_bits_per_byte"] == pytest.approx(before["eval_bits_per_byte"], rel=1e-6)
-    assert before["eval_loss"] < np.log(28) - 0.2  # it had learned something
+    assert before["eval_loss"] < np.log(28) - 0.2  # the old run had learned something
 
     old = open_run(folder / "pre", None)
     batch = next(iter([TrainOrder(prepare(config, progress=False), config).batches(0, 1)]))
@@ -82,10 +84,10 @@ def test_the_first_loss_is_the_old_one(folder: Path, tmp_path: Path, capsys: pyt
      ("seq_len", 16, 24), ("model.tie_embeddings", True, False), ("model.logit_softcap", 5.0, 0.0),
      ("data.tokenizer", "bytes", "chars"), ("data.vocab_size", 300, 28)],
 )  # fmt: skip
-def test_what_contradicts_the_weights_is_refused(
+def test_a_key_that_contradicts_the_weights_is_refused(
     key: str, asked: Any, there: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """On a command line, and in a configuration that a program makes."""
+    """A contradicting key is refused on a command line, and in a configuration that a program makes."""
     keys = SMALL | {"data.path": folder / "animals.txt", "checkpoint.resume": folder / "pre", key: asked}
     code, said = in_process(["--config", str(CONFIG), "--workdir", str(tmp_path / "new"), *flags(**keys)], capsys)
     assert code == 2 and said.count("\n") == 1
@@ -100,15 +102,15 @@ def test_what_contradicts_the_weights_is_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_does_not_change_the_function_may_differ(folder: Path):
+def test_keys_that_do_not_change_the_models_function_may_differ(folder: Path):
     free = {"model.dtype": "bfloat16", "model.dropout": 0.1, "model.remat": "full", "model.attention": "xla",
             "model.scan_unroll": 2, "model.matmul_precision": "highest", "model.param_dtype": "bfloat16",
             "model.residual_init": "scaled", "model.d_model": 16}  # fmt: skip
-    config = config_of(folder, None, **free)  # the last is as it is there
+    config = config_of(folder, None, **free)  # d_model is the same as in the weights
     assert (config.model.dtype, config.model.dropout, config.model.d_model) == ("bfloat16", 0.1, 16)
 
 
-def test_another_tokenizer_is_refused_and_a_copy_is_not(folder: Path, tmp_path: Path):
+def test_a_copy_of_the_tokenizer_is_accepted_and_another_tokenizer_is_refused(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "pre/tokenizer", tmp_path / "copy")
     assert training.run(config_of(folder, data__tokenizer_path=tmp_path / "copy"), tmp_path / "new") == 0
     spec = tmp_path / "copy/jaxlm_tokenizer.json"
@@ -122,8 +124,8 @@ def test_another_tokenizer_is_refused_and_a_copy_is_not(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_the_same_command_goes_on(gone: bool, folder: Path, tmp_path: Path):
-    """Also when the run that the weights came from is gone; evaluating and going on need its own folder alone."""
+def test_the_same_command_resumes_the_new_run(gone: bool, folder: Path, tmp_path: Path):
+    """Resuming and evaluating need only the new run's folder, so the run that the weights came from may be gone."""
     shutil.copytree(folder / "pre", tmp_path / "pre")
 
     def train(steps: int) -> int:
@@ -144,10 +146,10 @@ def test_the_same_command_goes_on(gone: bool, folder: Path, tmp_path: Path):
         training.run(config_of(folder, tmp_path / "new", steps=2, **keys), tmp_path / "new")
 
 
-def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_weights_can_be_chosen_by_step_or_as_best(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(folder / "pre", tmp_path / "a@b")
     with (tmp_path / "a@b/metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "eval_loss": 0.001}\n{"step": 77, "eval_loss": 0.0}\n')  # the second is not kept
+        file.write('{"step": 2, "eval_loss": 0.001}\n{"step": 77, "eval_loss": 0.0}\n')  # step 77 has no checkpoint
     for name, step in (("a@b", 4), ("a@b@3", 3), ("a@b@best", 2)):
         assert training.run(config_of(folder, checkpoint__resume=tmp_path / name), tmp_path / f"from {step}") == 0
         assert f"starts from the weights of step {step} in {tmp_path / 'a@b'}" in capsys.readouterr().out
@@ -166,16 +168,16 @@ def test_a_checkpoint_can_be_named(folder: Path, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "no").exists()
 
 
-def test_names_of_weights(tmp_path: Path):
+def test_weights_are_named_by_a_folder_and_an_optional_step(tmp_path: Path):
     (tmp_path / "a@7").mkdir()
     assert [named_weights(text) for text in ("auto", "never")] == [None, None]
-    assert named_weights(f"{tmp_path}/a@7") == Weights(tmp_path / "a@7", None)  # a folder of that name
+    assert named_weights(f"{tmp_path}/a@7") == Weights(tmp_path / "a@7", None)  # a folder with this name exists
     assert named_weights("runs/b@7") == Weights(Path("runs/b"), 7)
     assert named_weights("me@host") == Weights(Path("me@host"), None)
 
 
-def test_what_is_said_of_weights_is_what_they_bring(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """Not what the command line sets besides, nor the rates that an optimizer has by itself."""
+def test_the_line_about_weights_lists_only_the_keys_they_bring(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """The line names no key that the command line sets, and no value that the optimizer has of its own."""
     config_of(folder, optim__name="lion", optim__lr="none", seed=3)
     [said] = capsys.readouterr().err.splitlines()
     assert said.startswith("checkpoint.resume: ") and "model.d_model=16" in said
@@ -183,7 +185,7 @@ def test_what_is_said_of_weights_is_what_they_bring(folder: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("kind", ["words", 3, None])
-def test_a_tokenizer_of_no_known_kind(kind: Any, tmp_path: Path):
+def test_a_tokenizer_of_an_unknown_kind_is_refused(kind: Any, tmp_path: Path):
     path = tmp_path / "tokenizer/jaxlm_tokenizer.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"kind": kind}))
@@ -193,7 +195,7 @@ def test_a_tokenizer_of_no_known_kind(kind: Any, tmp_path: Path):
 
 @pytest.mark.parametrize("source", ["text", "synthetic"])
 def test_data_of_another_vocabulary_is_refused(source: str, folder: Path, finished: Path, tmp_path: Path):
-    """Text for a run on bare ids; other ids for a run on text."""
+    """Text is refused for the weights of a run on bare ids, and other ids are refused for those of a run on text."""
     keys: dict[str, Any] = {"data.source": source, "checkpoint.resume": finished}
     if source == "synthetic":
         store = prepare(config_of(folder, checkpoint__resume="auto", data__tokenizer="bytes"), progress=False).folder

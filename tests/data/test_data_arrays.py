@@ -1,4 +1,4 @@
-"""Corpora that are token ids from the start."""
+"""Corpora that are files of token ids, and synthetic token ids."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-def test_raw_tokens(config: Config, tmp_path: Path):
+def test_token_files_are_read_and_split(config: Config, tmp_path: Path):
     ids = np.arange(1000) % 50
     ids.astype("<u2").tofile(tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", ids)
@@ -36,7 +36,7 @@ def test_raw_tokens(config: Config, tmp_path: Path):
     assert len({c.fingerprint for c in (corpora[0], both)}) == 2
 
 
-def test_messages_about_tokens(config: Config, tmp_path: Path):
+def test_unusable_token_files_are_refused(config: Config, tmp_path: Path):
     np.array([1, 2, 50, 3] * 50, "<u2").tofile(tmp_path / "large.bin")
     np.save(tmp_path / "negative.npy", np.array([3, -1] * 50))
     np.save(tmp_path / "floats.npy", np.zeros(100))
@@ -63,8 +63,8 @@ def test_messages_about_tokens(config: Config, tmp_path: Path):
 
 @pytest.mark.parametrize("names", [("x_val_0.npy", "x_train_0.npy"), ("train/a.npy", "test/a.npy")])
 @pytest.mark.parametrize("pattern", ["", "/**/*.npy"])
-def test_files_to_validate_on_are_not_trained_on(config: Config, tmp_path: Path, names: tuple[str, str], pattern: str):
-    """As llm.c leaves them in one folder."""
+def test_training_on_validation_files_is_refused(config: Config, tmp_path: Path, names: tuple[str, str], pattern: str):
+    """llm.c leaves training and validation files in one folder; the message says which paths to set instead."""
     for name in names:
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "d" / name, (np.arange(1000) % 50).astype("<u2"))
@@ -76,20 +76,20 @@ def test_files_to_validate_on_are_not_trained_on(config: Config, tmp_path: Path,
 
 
 @pytest.mark.parametrize("vocab_size", [50, 50_000, 200_000])
-def test_ids_of_32_bits_without_a_header_are_not_read_as_twice_as_many(config: Config, tmp_path: Path, vocab_size: int):
+def test_ids_of_32_bits_without_a_header_are_refused(config: Config, tmp_path: Path, vocab_size: int):
     ids = np.random.default_rng(0).integers(vocab_size, size=1000)
     ids.astype("<u4").tofile(tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"a\.bin: looks like 32-bit ids; allowed: .bin of uint16 without a header"):
         open_corpus(config, tmp_path / "a.bin", vocab_size=vocab_size)
 
 
-def test_zeros_and_ids_that_are_often_zero_are_not_taken_for_wider_ones(config: Config, tmp_path: Path):
+def test_ids_of_16_bits_with_many_zeros_are_accepted(config: Config, tmp_path: Path):
     for ids in (np.zeros(1000), np.arange(1000) % 2 * 9, np.arange(1000) % 3):
         ids.astype("<u2").tofile(tmp_path / "a.bin")
         assert len(open_corpus(config, tmp_path / "a.bin").train) == 950
 
 
-def test_synthetic(config: Config):
+def test_synthetic_tokens_follow_their_rule_and_are_made_fast(config: Config):
     config.data.source, config.data.vocab_size = "synthetic", 97
     begin = time.monotonic()
     corpus = prepare(config)
@@ -104,7 +104,7 @@ def test_synthetic(config: Config):
     assert prepare(config).fingerprint != corpus.fingerprint
 
 
-def test_files_of_llm_c_and_several_of_them(config: Config, tmp_path: Path):
+def test_files_of_llm_c_are_one_corpus(config: Config, tmp_path: Path):
     ids = np.arange(1000) % 50
     (tmp_path / "d").mkdir()
     for i, part in enumerate(np.split(ids, [300, 310, 700])):
@@ -147,8 +147,8 @@ def test_the_vocabulary_may_be_larger_than_the_tokenizer(
         open_corpus(config, tmp_path / "a.npy", vocab_size=256, **keys)
 
 
-def test_the_cut_is_at_the_end_of_a_document(config: Config, tmp_path: Path):
-    """Else one would be in both splits, and the last targets would be those of another."""
+def test_validation_tokens_start_with_a_document(config: Config, tmp_path: Path):
+    """Otherwise a document would be in both splits, and the last training targets would belong to another document."""
     ids = np.array([i for n in range(10) for i in (256, *range(n, n + 20))])
     np.save(tmp_path / "a.npy", ids)
     ByteTokenizer().save(tmp_path)
@@ -159,7 +159,7 @@ def test_the_cut_is_at_the_end_of_a_document(config: Config, tmp_path: Path):
     assert y.tolist() == [*range(8, 27), 256]
 
 
-def test_newer_files_of_llm_c(config: Config, tmp_path: Path):
+def test_newer_files_of_llm_c_are_read(config: Config, tmp_path: Path):
     ids, header = np.arange(1000) * 100, np.zeros(256, "<i4")
     header[:3] = 20240801, 7, 1000
     (tmp_path / "a.bin").write_bytes(header.tobytes() + ids.astype("<u4").tobytes())

@@ -1,4 +1,4 @@
-"""Making a token store: by processes, whole or not at all, whatever ends it."""
+"""Processes build a token store, which is complete or absent, whatever ends the build."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def none_is_left() -> bool:
-    """Whether no process that was started is there; the pool's thread takes a moment to see that one has ended."""
+    """Returns whether all child processes have ended; the pool's thread takes a moment to notice the end of one."""
     deadline = time.monotonic() + 10
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_processes_that_start_together_share_one_store(config: Config, tmp_path:
     assert len(list(Path(config.data.cache_dir).glob("*/manifest.json"))) == 1
 
 
-def test_killed_half_way_leaves_no_store(config: Config, tmp_path: Path):
+def test_a_build_that_is_killed_leaves_no_store(config: Config, tmp_path: Path):
     path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
     process = start(config, path, sleep=2)
     cache, deadline = Path(config.data.cache_dir), time.monotonic() + 30
@@ -87,7 +87,7 @@ def test_killed_half_way_leaves_no_store(config: Config, tmp_path: Path):
     assert not list(cache.glob("*.building"))
 
 
-def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_no_store(config: Config, tmp_path: Path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -98,7 +98,7 @@ def test_full_disk(config: Config, tmp_path: Path, monkeypatch):
 
 
 def shards_of(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of several units: small documents, one that is cut, and a packed one."""
+    """Writes and returns a folder of several units: small documents, a document that is cut, and a compressed file."""
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 20_000)
     files: dict[str, str | bytes] = {f"d/{i:02}.txt": f"{i}\n" + LINES[: 100 * i] for i in range(40)}
     write(tmp_path, files | {"d/long.txt": LINES * 8 + "\n\n\nend", "d/packed.txt.gz": gzip.compress(LINES.encode())})
@@ -112,7 +112,7 @@ def test_shards_made_by_processes_hold_what_one_process_makes(config: Config, tm
     folder = shards_of(config, tmp_path, monkeypatch)
     many = open_corpus(config, folder)
     assert many.folder and len(many.train.shards) > 5 and none_is_left()
-    monkeypatch.setattr(store_lib, "SHAPE", [1])  # another store
+    monkeypatch.setattr(store_lib, "SHAPE", [1])  # so that another store is made
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 1 << 25)
     one = open_corpus(config, folder)
     assert len(one.train.shards) == 1 and one.facts == many.facts
@@ -164,7 +164,7 @@ def test_a_bad_file_among_many_ends_all_processes(config: Config, tmp_path: Path
 
 
 def killed(*args: object) -> None:
-    """As when memory runs out."""
+    """Ends the process as the kernel does when memory runs out."""
     os._exit(137)
 
 
@@ -176,7 +176,7 @@ def killed_later(folder: Path, index: int, *rest: Any) -> Any:
     return build_lib._make_shard(folder, index, rest[0], build_lib._tokenizer, *rest[1:])
 
 
-def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkeypatch):
+def test_a_process_that_is_killed_is_reported(config: Config, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(build_lib, "_work", killed)
     with pytest.raises(UserError, match="killed, as happens when memory runs out"):
         open_corpus(config, shards_of(config, tmp_path, monkeypatch))
@@ -188,8 +188,8 @@ def test_a_process_that_is_killed_is_said(config: Config, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"x": 1}', "\xff", "WHOLE"])
-def test_what_a_crash_left_is_made_again(config: Config, tmp_path: Path, monkeypatch, content: str):
-    """Facts that are no facts, and facts of files that are not there."""
+def test_shards_that_a_crash_left_damaged_are_made_again(config: Config, tmp_path: Path, monkeypatch, content: str):
+    """The file with a shard's facts is invalid, or its shard is missing."""
     folder = shards_of(config, tmp_path, monkeypatch)
     whole = open_corpus(config, folder)
     assert whole.folder
@@ -210,7 +210,7 @@ def children(pid: int) -> list[int]:
 
 
 def spawned(pid: int) -> list[int]:
-    """Those of the children that work."""
+    """Returns the child processes that are workers of a pool."""
     found = []
     for child in children(pid):
         with contextlib.suppress(OSError):  # it has ended
@@ -225,7 +225,7 @@ def hears_no_ctrl_c(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_processes_of_a_script_end_with_it(config: Config, tmp_path: Path):
+def test_worker_processes_end_with_their_script(config: Config, tmp_path: Path):
     path = write(tmp_path, {f"d/{i}.txt": LINES for i in range(40)}) / "d"
     script = SCRIPT.format(root=str(ROOT), path=str(path), cache=config.data.cache_dir, sleep=0)
     script = script.replace(

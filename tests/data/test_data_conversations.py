@@ -1,4 +1,4 @@
-"""Fine-tuning records: what is read and what is learned."""
+"""Fine-tuning records: which text is read, and which part of it is trained on."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def learned(i: int) -> list[str]:
 
 
 def whole(i: int) -> str:
-    turns = CHATS[i]["chat"]["turns"][:-1]  # after the last answer nothing is learned
+    turns = CHATS[i]["chat"]["turns"][:-1]  # nothing after the last answer is trained on
     return "".join(f"<|{t['role']}|>\n{t['content']}\n" for t in turns)
 
 
@@ -57,11 +57,11 @@ def save(path: Path, records: list[Any]) -> Path:
 
 
 def documents(corpus: Corpus, split: str) -> list[tuple[str, list[str]]]:
-    """The text of each document, and those parts of it that are learned."""
+    """Returns the text of each document, and the parts of it that are trained on."""
     tokens, tokenizer = getattr(corpus, split), corpus.tokenizer
     assert tokenizer and tokens.masks is not None
     ids, mask = np.asarray(tokens), np.concatenate(tokens.masks)
-    assert mask[ids == tokenizer.bos_id].all()  # a document's end is learned
+    assert mask[ids == tokenizer.bos_id].all()  # a document's end is trained on
     found = []
     for part, is_learned in zip(np.split(ids, tokens.starts[1:]), np.split(mask, tokens.starts[1:]), strict=True):
         runs = np.flatnonzero(np.diff(is_learned, prepend=False, append=False)).reshape(-1, 2)
@@ -72,7 +72,7 @@ def documents(corpus: Corpus, split: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_conversations(config: Config, tmp_path: Path, kind: str):
+def test_conversations_train_on_the_answers(config: Config, tmp_path: Path, kind: str):
     path = save(tmp_path / f"a.{kind}", CHATS)
     corpus = open_corpus(config, path, source=kind, messages_key="chat.turns", text_key="")
     validate(config)
@@ -81,7 +81,7 @@ def test_conversations(config: Config, tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("packing", ["concat", "document"])
-def test_only_what_is_learned_is_a_target(config: Config, tmp_path: Path, packing: Any):
+def test_only_answers_are_targets(config: Config, tmp_path: Path, packing: Any):
     config.data.packing, config.seq_len, config.batch_size = packing, 256, 4
     corpus = open_corpus(config, save(tmp_path / "a.jsonl", CHATS), source="jsonl", messages_key="chat.turns")
     assert corpus.tokenizer
@@ -95,7 +95,7 @@ def test_only_what_is_learned_is_a_target(config: Config, tmp_path: Path, packin
         ends += int(((y == 256) & (after != 256)).sum())
     assert sorted(corpus.tokenizer.decode(np.array(targets))) == sorted("".join(answers))
     count = len(documents(corpus, "val"))
-    assert ends == (count if packing == "document" else count - 1)  # after the last there is nothing
+    assert ends == (count if packing == "document" else count - 1)  # nothing follows the last document
     batch = TrainOrder(corpus, config).batches(0, 1)
     text = corpus.tokenizer.decode(batch["targets"][batch["targets"] >= 0])
     assert "It is " in text and "assistant" not in text and "What" not in text
@@ -106,7 +106,7 @@ RECORDS = [{"q": f"Name the number {i}", "a": {"text": f"number {i}"}} for i in 
 
 @pytest.mark.parametrize("template", ["", TEMPLATE])
 @pytest.mark.parametrize("prompt", ["q", ""])
-def test_prompts_and_responses(config: Config, tmp_path: Path, template: str, prompt: str):
+def test_responses_are_trained_on_and_prompts_are_not(config: Config, tmp_path: Path, template: str, prompt: str):
     path = save(tmp_path / "a.jsonl", RECORDS)
     keys = {"response_key": "a.text", "prompt_key": prompt, "chat_template": template}
     corpus = open_corpus(config, path, source="jsonl", **keys)
@@ -125,7 +125,7 @@ def test_a_newline_that_a_shell_left_as_two_characters_is_refused(config: Config
         validate(config)
 
 
-def test_templates():
+def test_a_template_does_not_expand_placeholders_in_a_message():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     found = conversation(messages, "m", "[{role}] {content}</s>{role}")
     assert [(text, learned) for text, learned, _ in found] == [
@@ -148,7 +148,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("messages, words", BAD, ids=range(len(BAD)))
-def test_bad_conversations(config: Config, tmp_path: Path, messages: Any, words: str):
+def test_bad_conversations_are_refused_or_skipped(config: Config, tmp_path: Path, messages: Any, words: str):
     good = [{"m": [turn("user", "a question"), turn("assistant", f"an answer {i}")]} for i in range(30)]
     path = save(tmp_path / "a.jsonl", [good[0], {"m": messages}, *good[1:]])
     with pytest.raises(UserError, match=words):
@@ -166,7 +166,7 @@ def test_bad_conversations(config: Config, tmp_path: Path, messages: Any, words:
         ({"messages_key": "m", "source": "text"}, r"data\.messages_key is 'm'; allowed: none with data\.source=text"),
     ],
 )
-def test_keys_that_do_not_go_together(config: Config, keys: dict[str, str], words: str):
+def test_keys_that_do_not_go_together_are_refused(config: Config, keys: dict[str, str], words: str):
     config.data.source, config.data.path = "jsonl", "x"
     for key, value in keys.items():
         setattr(config.data, key, value)
@@ -181,4 +181,4 @@ def test_a_run_learns_the_answers(tmp_path: Path):
             "optim.ema_decay": 0, "optim.lr": 0.01}  # fmt: skip
     assert run(tmp_path / "run", **keys) == 0
     losses = [m["eval_loss"] for m in lines(tmp_path / "run") if "eval_loss" in m]
-    assert losses[-1] < 0.05  # the questions, of which nothing is to be known, are not learned
+    assert losses[-1] < 0.05  # the questions are unpredictable, but do not count

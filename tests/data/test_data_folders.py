@@ -1,4 +1,4 @@
-"""Folders as people have them: what in them is data, what is left out, and what is said of it."""
+"""Folders as people have them: which files are data, which are left out, and what is printed about them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def opened(config: Config, path: Path | str, capsys: pytest.CaptureFixture[str], **keys: Any) -> tuple[Any, list[str]]:
-    """The corpus and what is said of its files."""
+    """Returns the corpus, and the lines printed about its files."""
     config.data.path = str(path)
     for key, value in keys.items():
         setattr(config.data, key, value)
@@ -34,7 +34,7 @@ def opened(config: Config, path: Path | str, capsys: pytest.CaptureFixture[str],
     return corpus, [line for line in capsys.readouterr().err.splitlines() if not line.startswith("tokenizing")]
 
 
-def test_what_lies_beside_the_data_is_left_out_and_counted(config: Config, tmp_path: Path, capsys: Any):
+def test_files_beside_the_data_are_left_out_and_counted(config: Config, tmp_path: Path, capsys: Any):
     import pyarrow
     import pyarrow.parquet
 
@@ -50,14 +50,14 @@ def test_what_lies_beside_the_data_is_left_out_and_counted(config: Config, tmp_p
         opened(config, f"{folder}/*", capsys)
 
 
-def test_files_of_a_folder_without_known_suffixes_are_all_data(config: Config, tmp_path: Path, capsys: Any):
+def test_without_known_suffixes_all_visible_files_are_data(config: Config, tmp_path: Path, capsys: Any):
     folder = write(tmp_path / "d", {"part-0": RECORDS, "part-1.gz": b"", ".hidden": "x"})
     corpus, said = opened(config, folder, capsys, source="jsonl")
     assert corpus.facts["train"]["documents"] + corpus.facts["val"]["documents"] == 60
     assert len(said) == 1 and "leaves out a file that is hidden or of another kind (.hidden)" in said[0]
 
 
-def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_path: Path, capsys: Any):
+def test_a_text_folder_leaves_out_only_hidden_files(config: Config, tmp_path: Path, capsys: Any):
     folder = write(tmp_path / "d", {"a.txt": LINES, "README.md": LINES.upper(), ".git/config": "no text of mine\0"})
     corpus, said = opened(config, folder, capsys)
     assert sorted((text(corpus, "train"), text(corpus, "val"))) == sorted((LINES, LINES.upper()))
@@ -67,7 +67,7 @@ def test_of_a_text_folder_only_hidden_files_are_left_out(config: Config, tmp_pat
         opened(config, tmp_path / "e", capsys)
 
 
-def test_records_that_are_read_as_text_are_said(config: Config, tmp_path: Path, capsys: Any):
+def test_a_hint_is_printed_if_records_are_read_as_text(config: Config, tmp_path: Path, capsys: Any):
     write(tmp_path, {"d/a.jsonl": RECORDS, "d/c.txt": LINES, "e/c.txt": LINES})
     corpus, said = opened(config, tmp_path / "d", capsys)
     assert "record" in text(corpus, "train") + text(corpus, "val")
@@ -92,7 +92,7 @@ def meta_of(chars: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_folder_of_nanogpt(config: Config, tmp_path: Path, protocol: int, capsys: Any):
+def test_a_folder_of_nanogpt_is_read_with_its_tokenizer(config: Config, tmp_path: Path, protocol: int, capsys: Any):
     train, val = nanogpt(tmp_path / "char", meta_of(CHARS), protocol)
     corpus, said = opened(config, tmp_path / "char", capsys, source="tokens")
     np.testing.assert_array_equal(corpus.train, train)
@@ -102,7 +102,9 @@ def test_a_folder_of_nanogpt(config: Config, tmp_path: Path, protocol: int, caps
     assert corpus.tokenizer.encode(["abc"])[0].tolist() == [CHARS.index(c) for c in "abc"]
 
 
-def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_path: Path, capsys: Any):
+def test_a_folder_of_nanogpt_without_a_table_of_characters_has_no_tokenizer(
+    config: Config, tmp_path: Path, capsys: Any
+):
     nanogpt(tmp_path / "d", {"vocab_size": 50})
     corpus, said = opened(config, tmp_path / "d", capsys, source="tokens", vocab_size=50)
     assert corpus.vocab_size == 50 and corpus.tokenizer is None
@@ -112,14 +114,14 @@ def test_a_folder_of_nanogpt_without_a_table_of_characters(config: Config, tmp_p
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_folder_of_nanogpt_with_an_empty_file(name: str, config: Config, tmp_path: Path, capsys: Any):
+def test_a_folder_of_nanogpt_with_an_empty_file_is_refused(name: str, config: Config, tmp_path: Path, capsys: Any):
     nanogpt(tmp_path / "d", meta_of(CHARS))
     (tmp_path / "d" / name).write_bytes(b"")
     with pytest.raises(UserError, match=f"{name}: empty; allowed: token ids"):
         opened(config, tmp_path / "d", capsys, source="tokens")
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path):
+def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"gone\.txt: unreadable"):
         identify({"gone.txt": tmp_path / "gone.txt"})
 
@@ -129,8 +131,8 @@ class Code:
         return os.mkdir, ("made by a pickle",)
 
 
-def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nor one whose instructions make no sense: such a file says nothing."""
+def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pickle that would run code, or whose instructions make no sense, is ignored."""
     monkeypatch.chdir(tmp_path)
     good = pickle.dumps(meta_of(CHARS))
     bad = [b"", b"junk", good[:-20], good.replace(b"itos", b"x"), pickle.dumps(Code()), pickle.dumps({"itos": Code()}),
@@ -142,7 +144,7 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for content in bad:
         path.write_bytes(content)
         assert read_meta(path) is None, content
-    for i in range(len(good)):  # damaged anywhere: no other error, and only tables of characters
+    for i in range(len(good)):  # damage causes no error, and gives only tables of characters
         path.write_bytes(good[:i] + bytes([good[i] ^ 0x15]) + good[i + 1 :])
         found = read_meta(path)
         assert found is None or all(len(c) == 1 for c in found.alphabet)

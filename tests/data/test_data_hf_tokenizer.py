@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: exact to the byte, or refused."""
+"""Hugging Face tokenizers are exact to the byte, or refused."""
 
 import json
 from collections.abc import Callable
@@ -23,28 +23,28 @@ from tests.tokenizing import ANYTHING, CODE, HARD, HF_KINDS, check
 @example("e\u0301 \u2581 \ud83d\ude00")
 @example(CODE[:5000])
 @settings(deadline=None)
-def test_hf_round_trip(hf: dict[str, HfTokenizer], kind: str, text: str):
-    """Bytes and bos are exact, whatever the tokenizer.json would do to a text, and whatever is written in it."""
+def test_hf_round_trip_is_exact(hf: dict[str, HfTokenizer], kind: str, text: str):
+    """Bytes and bos are exact, whatever the tokenizer.json would do to a text, and whatever the text holds."""
     check(hf[kind], text)
 
 
 @pytest.mark.parametrize("kind", HF_KINDS)
 def test_hf_ids_are_those_of_the_library(hf: dict[str, HfTokenizer], hf_specs: dict[str, str], kind: str):
-    """Where nothing of what jaxlm leaves out would have acted."""
+    """The steps of a tokenizer.json that jaxlm leaves out would not change these texts."""
     from tokenizers import Tokenizer as Library
 
     library = Library.from_str(hf_specs[kind])
     library.no_truncation()
     library.no_padding()
     for text in (" the value", " def parse_args", " a\n    return é"):
-        # a text with a space in front; the ids of a text without one begin with those of a space that was put there
+        # All kinds but byte-level put a space in front of a text, so the library gets the text without its space.
         bare = text[1:] if kind != "byte-level" else text
         assert library.encode(bare, add_special_tokens=False).ids == hf[kind].encode([text])[0].tolist()
     assert len(CODE) / len(hf[kind].encode([CODE])[0]) > 1.2
 
 
 def test_hf_special_tokens_in_a_text_are_text(hf: dict[str, HfTokenizer], monkeypatch: pytest.MonkeyPatch):
-    """At once: cutting their names is for models whose vocabulary has them, and cuts words too."""
+    """`_encode_names` is not needed: it is for models whose vocabulary has the names, and it cuts words too."""
     monkeypatch.delattr(HfTokenizer, "_encode_names")
     (ids,) = hf["byte-level"].encode(["<|endoftext|>"])
     assert len(ids) > 1 and hf["byte-level"].bos_id not in ids
@@ -99,7 +99,7 @@ def _no_byte(spec: dict[str, Any]) -> None:
         (_set("model", "merges", to=[["a", "nowhere"]]), "not a Hugging Face tokenizer.json", "reads"),
     ],
 )  # fmt: skip
-def test_hf_refusals(hf_specs: dict[str, str], tmp_path: Path, edit: Any, named: str, allowed: str):
+def test_unusable_hf_files_are_refused(hf_specs: dict[str, str], tmp_path: Path, edit: Any, named: str, allowed: str):
     spec = json.loads(hf_specs["byte-level"])
     edit(spec)
     path = tmp_path / "tokenizer.json"
@@ -113,7 +113,7 @@ def test_hf_refusals(hf_specs: dict[str, str], tmp_path: Path, edit: Any, named:
 
 def test_a_text_that_ids_do_not_give_back_is_refused(hf_specs: dict[str, str]):
     tokenizer = HfTokenizer(hf_specs["byte-level"].encode(), "my/tokenizer.json")
-    tokenizer.pieces[tokenizer.encode(["q"])[0][0]] = b"Q"  # as a file would that changes texts unnoticed
+    tokenizer.pieces[tokenizer.encode(["q"])[0][0]] = b"Q"  # like a file that changes texts unnoticed
     check(tokenizer, "a b")
     with pytest.raises(UserError, match=r"^my/tokenizer.json: changes the text 'a q'; allowed: .*$"):
         tokenizer.encode(["a b", "a q"])

@@ -1,4 +1,4 @@
-"""Special tokens of a pretrained tokenizer: ids where a chat template writes them, letters where people do."""
+"""Special tokens of a pretrained tokenizer are ids where a chat template writes them, and text where people do."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ NAMES = ("<|im_start|>", "<|im_end|>", "<|user|>")
 
 @pytest.fixture(scope="module")
 def content() -> bytes:
-    """A tokenizer.json with special tokens for chats, which changes no text."""
+    """Returns a tokenizer.json that has special tokens for chats and changes no text."""
     spec = hf_spec("byte-level")
     spec["normalizer"], spec["pre_tokenizer"]["add_prefix_space"] = None, False
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
@@ -49,7 +49,7 @@ def config(tmp_path: Path, content: bytes) -> Config:
 
 
 def named(tokenizer: Any, ids: Any) -> list[str]:
-    """The names of the special tokens among ids."""
+    """Returns the names of the special tokens among ids."""
     names = {i: name for name, i in tokenizer.specials.items()}
     return [names[i] for i in ids if i in names]
 
@@ -65,7 +65,7 @@ def ids_of(tokenizer: HfTokenizer, messages: Any, template: str = CHATML) -> lis
 
 
 def test_ids_are_those_of_the_library(tokenizer: HfTokenizer, content: bytes):
-    """It finds special tokens in the whole text."""
+    """The library finds special tokens anywhere in a text."""
     from tokenizers import Tokenizer as Library
 
     said = turns(("system", "Be brief."), ("user", "What is it?\nSay."), ("assistant", "A value."), ("user", "And?"),
@@ -79,7 +79,7 @@ def test_ids_are_those_of_the_library(tokenizer: HfTokenizer, content: bytes):
 @given(st.lists(st.sampled_from([*NAMES, "<|im_", "end|>", "user", "\n", " a", "<|endoftext|>"]), max_size=6))
 @settings(deadline=None)
 def test_what_people_write_never_becomes_a_special_token(tokenizer: HfTokenizer, parts: list[str]):
-    """Neither in a message nor as a role; and all of it is still there."""
+    """Names of special tokens in a message or a role stay text, and nothing is lost."""
     text = "".join(parts)
     ids = ids_of(tokenizer, turns(("user", text), (text or "tool", text), ("assistant", text)))
     assert named(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"] * 3
@@ -96,15 +96,15 @@ def chat_data(template: str = CHATML) -> Any:
     return data
 
 
-def test_a_marker_around_a_role_of_templates(tokenizer: HfTokenizer):
-    """As Phi's <|user|>, <|assistant|>; a role that only data knows makes none."""
+def test_a_marker_around_a_known_role_is_a_special_token(tokenizer: HfTokenizer):
+    """An example is Phi's <|user|>. A role that occurs only in data makes no special token."""
     template = "<|{role}|>\n{content}<|im_end|>\n"
     ids = ids_of(tokenizer, turns(("user", "a"), ("im_start", "b"), ("assistant", "c")), template)
     assert named(tokenizer, ids) == ["<|user|>", "<|im_end|>", "<|im_end|>", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("template, special", [(CHATML, ["<|im_start|>", "<|im_end|>"]), ("{role}: {content}\n", [])])
-def test_the_store_of_a_chat(config: Config, tmp_path: Path, template: str, special: list[str]):
+def test_a_store_of_chats_holds_special_tokens(config: Config, tmp_path: Path, template: str, special: list[str]):
     chats = [{"m": turns(("user", f"<|im_end|>{i}"), ("assistant", f"{i}<|im_end|>"))} for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     corpus = open_corpus(config, tmp_path / "a.jsonl", chat_template=template)
@@ -112,13 +112,15 @@ def test_the_store_of_a_chat(config: Config, tmp_path: Path, template: str, spec
     ids, learned = np.asarray(corpus.train), np.concatenate(corpus.train.masks)
     count = corpus.facts["train"]["documents"]
     assert named(corpus.tokenizer, ids) == (["<|endoftext|>"] + special * 2) * count
-    # The end of an answer is learned, and that of the document.
+    # The ends of answers and of documents are trained on.
     assert named(corpus.tokenizer, ids[learned]) == ["<|endoftext|>", *special[1:]] * count
     assert corpus.facts["train"]["bytes"] == corpus.bytes_per_token[ids].sum()
     assert corpus.tokenizer.decode(ids[learned]).count("<|im_end|>") == count  # what the assistant wrote
 
 
-def test_a_store_of_before_is_not_taken(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_of_an_older_markup_version_is_not_used(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"m": turns(("assistant", str(i)))}) + "\n" for i in range(40))
     )
@@ -134,10 +136,10 @@ def test_a_store_of_before_is_not_taken(config: Config, tmp_path: Path, monkeypa
     assert folders["bytes", 1] == folders["bytes", 2]  # it has no special tokens
 
 
-def test_where_an_answer_ends(tokenizer: HfTokenizer):
+def test_an_answer_ends_at_these_ids_and_texts(tokenizer: HfTokenizer):
     ids = {tokenizer.bos_id, tokenizer.specials["<|im_end|>"]}
     assert make_ending(tokenizer, chat_data(), ["halt"]) == (ids, ("halt",), "")
     ending = make_ending(tokenizer, chat_data("{role}: {content}\n"), ["halt"])
-    assert ending == (ids, ("halt", "\nuser: "), "\n")  # what pretrained models end with counts too
+    assert ending == (ids, ("halt", "\nuser: "), "\n")  # the end markers of pretrained models count too
     ending = make_ending(tokenizer, chat_data("<|im_start|>{role}\n{content}<|user|>"))
     assert ending.ids == ids | {tokenizer.specials["<|user|>"]}

@@ -1,4 +1,4 @@
-"""Mixtures: each source's share, exact at any time, and what is said of them."""
+"""Each source of a mixture has its share at any time, and messages name what is wrong in a mixture."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ WEIGHTS = st.lists(st.floats(1e-4, 1), min_size=1, max_size=6)
 
 
 class Counting:
-    """Rows that say which sample of which source they are."""
+    """An order whose rows hold the number of their source and of their sample."""
 
     rows_per_epoch = num_eval_rows = 1000
 
@@ -55,7 +55,7 @@ def test_each_source_has_its_share_at_any_time_and_none_of_its_samples_twice(wei
         assert order.counts_before(step) == [int((sources[:step] == k).sum()) for k in range(len(weights))]
 
 
-def test_every_sample_is_of_a_source_with_the_probability_of_its_weight():
+def test_a_sample_comes_from_a_source_with_the_probability_of_its_weight():
     weights = [0.61, 0.08, 0.31]
     first = np.array([mixed(weights, seed).source_and_index(np.arange(3, 5))[0] for seed in range(4000)])
     for k, share in enumerate(weights):
@@ -63,7 +63,7 @@ def test_every_sample_is_of_a_source_with_the_probability_of_its_weight():
         assert np.abs(found - share).max() < 4 * np.sqrt(share * (1 - share) / 4000)
 
 
-def test_far_away_samples():
+def test_shares_hold_for_samples_far_away():
     order = mixed([0.7, 0.2999, 0.0001])
     far = 10**9 * 4096
     source, place = order.source_and_index(np.arange(far, far + 200_000))
@@ -85,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path, files)
 
 
-def test_a_mixture_of_sources(folder: Path, tmp_path: Path):
+def test_a_mixture_joins_its_sources_and_draws_by_weight(folder: Path, tmp_path: Path):
     config = make_config(tmp_path)
     config.data.val_fraction, config.batch_size = 0.1, 8
     parts = {"a": open_corpus(config, folder / "a"), "b": open_corpus(config, folder / "b.jsonl", source="jsonl")}
@@ -108,7 +108,7 @@ def test_a_mixture_of_sources(folder: Path, tmp_path: Path):
     assert prepare(config, progress=False).fingerprint == corpus.fingerprint
 
 
-def test_one_tokenizer_is_trained_on_all(folder: Path, tmp_path: Path):
+def test_all_sources_share_one_tokenizer(folder: Path, tmp_path: Path):
     config = make_config(tmp_path)
     config.data.tokenizer, config.data.vocab_size, config.data.val_fraction = "chars", 300, 0.1
     config.data.mixture = f"1 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}"
@@ -126,14 +126,14 @@ def test_one_tokenizer_is_trained_on_all(folder: Path, tmp_path: Path):
     assert prepare(validate(config), progress=False).shares[1].name == f"tokens {made.folder}"
 
 
-def test_ids_of_nobody_knows_which_tokenizer_are_refused(folder: Path, tmp_path: Path):
-    """Beside text, of which a tokenizer is made, as without it."""
+def test_token_ids_without_a_tokenizer_are_refused(folder: Path, tmp_path: Path):
+    """Such ids are refused beside text, which has a tokenizer, and beside other ids."""
     config = make_config(tmp_path)
     np.save(tmp_path / "ids.npy", np.array([256, *range(49)] * 100))
     said = (
         r"data\.mixture: .*ids\.npy is token ids without a tokenizer; allowed: data\.tokenizer_path, or a token store"
     )
-    config.data.vocab_size = 257  # as many as the bytes of the text
+    config.data.vocab_size = 257  # the same size as the text's vocabulary of bytes
     for other in (f"text {folder / 'a'}", f"tokens {tmp_path / 'ids.npy'}"):
         config.data.mixture = f"1 {other}; 1 tokens {tmp_path / 'ids.npy'}"
         with pytest.raises(UserError, match=said):
@@ -147,7 +147,7 @@ def test_ids_of_nobody_knows_which_tokenizer_are_refused(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("source", ["text", "jsonl", "tokens"])
-def test_a_path_that_is_not_there_is_one_of_the_mixture(tmp_path: Path, source: str):
+def test_a_missing_path_is_reported_as_a_source_of_the_mixture(tmp_path: Path, source: str):
     config = make_config(tmp_path)
     config.data.mixture = f"1 stdlib; 1 {source} {tmp_path / 'nowhere'}"
     with pytest.raises(UserError, match=r"^a source of data\.mixture is '.*nowhere': no such file or folder"):
@@ -170,14 +170,14 @@ BAD: dict[str, str] = {
 
 
 @pytest.mark.parametrize("value", BAD)
-def test_what_is_wrong_in_a_mixture_is_named(value: str):
+def test_a_wrong_mixture_is_refused_with_the_wrong_part(value: str):
     config = get_config()
     config.data.mixture = value
     with pytest.raises(UserError, match=r"data\.mixture " + BAD[value]):
         validate(config)
 
 
-def test_the_parts_of_a_mixture():
+def test_a_mixture_is_split_into_its_parts():
     config = get_config()
     parts = "0.5 stdlib; 2 text my books/*.txt;1.5 tfds lm1b"
     config.data.text_key = "body"
@@ -190,7 +190,7 @@ def test_the_parts_of_a_mixture():
         ]
 
 
-def test_a_run_says_what_it_has_had_of_each_source(folder: Path, tmp_path: Path, capsys: Any):
+def test_a_run_reports_tokens_and_epochs_of_each_source(folder: Path, tmp_path: Path, capsys: Any):
     keys = {"data.mixture": f"3 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}", "data.tokenizer": "bytes",
             "steps": 4, "data.source": "stdlib", "data.packing": "document", "eval.sample_tokens": 0}  # fmt: skip
     assert run(tmp_path / "run", **keys) == 0
@@ -200,10 +200,10 @@ def test_a_run_says_what_it_has_had_of_each_source(folder: Path, tmp_path: Path,
     assert "0.75 of text" in " ".join(capsys.readouterr().out.split())
 
 
-def test_stores_alone_and_the_same_source_twice(folder: Path, tmp_path: Path):
+def test_a_mixture_may_hold_only_stores_or_one_source_twice(folder: Path, tmp_path: Path):
     config = make_config(tmp_path)
     stores = [open_corpus(config, folder / "a"), open_corpus(config, folder / "b.jsonl", source="jsonl")]
-    config.data.tokenizer, config.data.path = "sentencepiece", ""  # the stores bring theirs along
+    config.data.tokenizer, config.data.path = "sentencepiece", ""  # the stores bring their tokenizer
     config.data.mixture = "; ".join(f"1 tokens {store.folder}" for store in stores)
     corpus = prepare(validate(config), progress=False)
     assert corpus.tokenizer and len(corpus.train) == sum(len(store.train) for store in stores)
@@ -212,19 +212,19 @@ def test_stores_alone_and_the_same_source_twice(folder: Path, tmp_path: Path):
     corpus = prepare(validate(config), progress=False)
     assert [share.name for share in corpus.shares] == [f"{twice} (1)", f"{twice} (2)"]
     first, second = TrainOrder(corpus, config).mixed.parts
-    assert (first.rows(np.arange(20))["inputs"] != second.rows(np.arange(20))["inputs"]).any()  # orders of their own
+    assert (first.rows(np.arange(20))["inputs"] != second.rows(np.arange(20))["inputs"]).any()  # each has its own order
 
 
 def test_a_file_in_two_sources_is_refused(folder: Path, tmp_path: Path):
-    """Which hold out by its name in each: what one validates on, the other would train on."""
+    """Each source names files relative to its own folder, so one could train on a file that the other validates on."""
     config = make_config(tmp_path)
     config.data.mixture = f"1 text {folder}; 1 text {folder / 'a'}"
     with pytest.raises(UserError, match=r"data\.mixture: .*1\.txt is in '.*' and in '.*'; allowed: in one"):
         prepare(validate(config), progress=False)
 
 
-def test_each_source_has_a_row(folder: Path, tmp_path: Path):
-    """Also where its store was made for shorter rows."""
+def test_each_source_needs_tokens_for_one_row(folder: Path, tmp_path: Path):
+    """A source with fewer tokens is refused, also if its store was made for shorter rows."""
     config = make_config(tmp_path)
     config.data.mixture = f"1 text {folder / 'a'}; 1 jsonl {folder / 'b.jsonl'}"
     prepare(validate(config), progress=False)
@@ -235,7 +235,7 @@ def test_each_source_has_a_row(folder: Path, tmp_path: Path):
         prepare(validate(config), progress=False)
 
 
-def test_an_unused_source_asks_for_nothing():
+def test_a_mixture_replaces_data_source_and_its_keys():
     config = get_config()
     config.data.source, config.data.mixture = "tfds", "1 stdlib"
     validate(config)

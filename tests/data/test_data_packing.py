@@ -1,4 +1,4 @@
-"""Packing of whole documents: nothing lost, little empty, and each document as if it were alone."""
+"""Packing of whole documents loses nothing, leaves little space empty, and treats each document as if alone."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=300)
 
 
 def naive(lengths: list[int], T: int) -> list[int]:
-    """What best-fit decreasing leaves of each row, one piece after the other."""
+    """Returns the free space of each row after best-fit decreasing, placing one piece after the other."""
     spaces: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, space in enumerate(spaces) if space >= length]
@@ -37,23 +37,23 @@ def naive(lengths: list[int], T: int) -> list[int]:
 
 @given(LENGTHS, st.integers(60, 200))
 @settings(deadline=None)
-def test_best_fit(lengths: list[int], T: int):
+def test_best_fit_equals_a_naive_implementation(lengths: list[int], T: int):
     rows = best_fit(np.array(lengths), T)
     assert sorted(T - np.bincount(rows, lengths)) == naive(lengths, T)
 
 
 @given(LENGTHS, st.integers(1, 70))
 @settings(deadline=None)
-def test_pieces_are_the_documents(lengths: list[int], T: int):
+def test_pieces_cover_the_documents_in_order(lengths: list[int], T: int):
     ends = np.cumsum(lengths)
     starts, sizes = pieces(ends - lengths, int(ends[-1]), T)
     assert sizes.min() > 0 and sizes.max() <= T
     np.testing.assert_array_equal(
         np.concatenate([np.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)]), np.arange(ends[-1])
     )
-    assert set(ends - lengths) <= set(starts)  # no piece holds a part of two
+    assert set(ends - lengths) <= set(starts)  # no piece holds parts of two documents
     full = sizes[~np.isin(starts + sizes, ends)]
-    assert (full == T).all()  # all but the last of each are full
+    assert (full == T).all()  # all pieces of a document but the last are full
 
 
 def test_many_documents_are_packed_fast_and_tightly():
@@ -68,7 +68,9 @@ BOS = 9
 
 
 def tokens_of(documents: list[list[int]], shards: int = 1, learned: bool = False) -> Tokens:
-    """Documents of BOS and their tokens, in several shards; with `learned`, of even tokens (and BOS) alone."""
+    """Returns documents of BOS and their tokens, in several shards; with `learned`, only even tokens and BOS are
+    trained on.
+    """
     ids = np.array([i for document in documents for i in (BOS, *document)], np.uint16)
     starts = np.flatnonzero(ids == BOS)
     masks = np.array_split((ids % 2 == 0) | (ids == BOS), shards) if learned else None
@@ -96,7 +98,7 @@ def test_rows_hold_each_document_once(documents: list[list[int]], T: int, shards
             found.append([*x_T[a:b].tolist(), int(y_T[b - 1])])
     wanted = []
     for document in documents:
-        ids = [BOS, *document, BOS]  # what ends it is predicted too
+        ids = [BOS, *document, BOS]  # the BOS after a document is predicted too
         for start in range(0, len(ids) - 1, T):
             piece = ids[start : start + T + 1]
             last = piece[-1]
@@ -104,7 +106,7 @@ def test_rows_hold_each_document_once(documents: list[list[int]], T: int, shards
     assert sorted(found) == sorted(wanted)
 
 
-def test_epochs_are_shuffled_anew_and_batches_a_pure_function():
+def test_each_epoch_is_shuffled_anew_and_batches_are_a_pure_function():
     documents = [[10 + i % 30] * (i % 17) for i in range(300)]
     config = get_config()
     config.seq_len, config.batch_size, config.data.packing = 32, 4, "document"
@@ -126,8 +128,8 @@ def test_epochs_are_shuffled_anew_and_batches_a_pure_function():
 
 
 def test_standard_library_has_little_padding(tmp_path: Path):
-    """Less than 2% at 1024 tokens is what users are promised; found with bytes, whose documents are the longest, and
-    with a length of a quarter, which the sentencepiece model of configs/base.py makes.
+    """Users are promised less than 2% at 1024 tokens. The test uses bytes, whose documents are the longest, and 4096
+    bytes too, because the sentencepiece model of configs/base.py makes documents a quarter as long.
     """
     config = make_config(tmp_path)
     config.data.source = "stdlib"
@@ -147,13 +149,13 @@ def model_config(tmp_path: Path) -> Config:
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal"])
-def test_the_loss_of_a_document_is_that_of_it_alone(model_config: Config, tmp_path: Path, position: str):
+def test_the_loss_of_a_packed_document_equals_its_loss_alone(model_config: Config, tmp_path: Path, position: str):
     config = model_config
     config.model = dataclasses.replace(config.model, **{"position": position})
     write(tmp_path, {f"d/{i:02}.txt": LINES[i : 2 * i + 7] for i in range(40)})
     corpus = open_corpus(config, tmp_path / "d", val_fraction=0.5)
     model = make_model(config.model, corpus.vocab_size, config.seq_len)
-    fresh = model.init(jax.random.key(0))  # whose branches add nothing
+    fresh = model.init(jax.random.key(0))  # its branches add nothing
     params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), fresh)
 
     @jax.jit
@@ -184,7 +186,7 @@ def test_the_loss_of_a_document_is_that_of_it_alone(model_config: Config, tmp_pa
         np.testing.assert_allclose(nll[: n - 1], alone, rtol=2e-5)
 
 
-def test_what_packing_needs(tmp_path: Path):
+def test_packing_needs_the_starts_of_documents(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.arange(1000) % 50)
     config = make_config(tmp_path)
     config.data.source, config.data.vocab_size, config.data.packing = "tokens", 50, "document"
@@ -193,7 +195,7 @@ def test_what_packing_needs(tmp_path: Path):
 
 
 def test_packed_steps_do_not_depend_on_the_devices(tmp_path: Path):
-    """Rows hold different numbers of targets; every target weighs the same, however rows are split."""
+    """Rows hold different numbers of targets, but every target weighs the same, however the rows are split."""
     write(tmp_path, {f"d/{i:02}.txt": LINES[i : 3 * i + 7] for i in range(60)})
     keys = {"data.source": "text", "data.path": tmp_path / "d", "data.tokenizer": "bytes", "data.packing": "document",
             "seq_len": 64, "steps": 3, "log.every_steps": 1, "eval.sample_tokens": 0}  # fmt: skip

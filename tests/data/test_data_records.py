@@ -1,4 +1,4 @@
-"""JSON-lines, Parquet and packed files: what is read, and what is refused or skipped and counted."""
+"""JSON-lines, Parquet and packed files: which records are read, refused, or skipped and counted."""
 
 import bz2
 import dataclasses
@@ -70,7 +70,7 @@ def test_a_record_is_a_document(config: Config, tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_packed_text(config: Config, tmp_path: Path, monkeypatch, suffix: str):
+def test_packed_text_equals_plain_text(config: Config, tmp_path: Path, monkeypatch, suffix: str):
     monkeypatch.setattr(sources_lib, "BLOCK", 1000)
     plain = open_corpus(config, write(tmp_path, {"a.txt": LINES + "é"}) / "a.txt")
     path = tmp_path / f"b.txt{suffix}"
@@ -90,7 +90,7 @@ def test_files_cut_short_are_refused(config: Config, tmp_path: Path, suffix: str
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
 
 
-def test_validation_files(config: Config, tmp_path: Path):
+def test_val_path_gives_the_validation_split(config: Config, tmp_path: Path):
     write(
         tmp_path, {"d/a.jsonl": jsonl(RECORDS[:30]), "d/b.jsonl": jsonl(RECORDS[30:50]), "v.jsonl": jsonl(RECORDS[50:])}
     )
@@ -126,7 +126,7 @@ def test_bad_records_are_refused_or_skipped_and_counted(config: Config, tmp_path
 
 
 @pytest.mark.parametrize("bad", [1, 5, 8])
-def test_what_is_skipped_and_not_named_is_counted(config: Config, tmp_path: Path, capsys, bad: int):
+def test_skipped_records_are_counted_and_the_first_five_named(config: Config, tmp_path: Path, capsys, bad: int):
     write(tmp_path, {"a.jsonl": jsonl([*RECORDS, *[{"no": "text"}] * bad])})
     config.data.path, config.data.source, config.data.on_error = str(tmp_path / "a.jsonl"), "jsonl", "skip"
     prepare(config)
@@ -137,7 +137,7 @@ def test_what_is_skipped_and_not_named_is_counted(config: Config, tmp_path: Path
     assert named[5:] == ["  ... and 3 more"] * (bad == 8)
 
 
-def test_bad_parquet(config: Config, tmp_path: Path):
+def test_bad_parquet_is_refused_or_skipped(config: Config, tmp_path: Path):
     pq.write_table(
         pa.Table.from_pylist([*RECORDS[:3], {"id": 3, "doc": {"text": None}}, *RECORDS[3:]]), tmp_path / "a.parquet"
     )
@@ -163,15 +163,15 @@ def test_a_long_record_is_tokenized_in_parts(config: Config, tmp_path: Path, mon
 
 
 def in_memory(name: str, files: dict[str, bytes]) -> str:
-    """Files of fsspec's store in memory; their address."""
+    """Writes files to fsspec's store in memory, and returns their address."""
     store = fsspec.filesystem("memory")
     for path, content in files.items():
         store.pipe(f"/{name}/{path}", content)
     return f"memory://{name}"
 
 
-def test_addresses(config: Config, tmp_path: Path):
-    """What a path names is the same in another store."""
+def test_addresses_are_read_like_local_paths(config: Config, tmp_path: Path):
+    """A path names the same documents in another file system."""
     files = {
         "d/a.jsonl": jsonl(RECORDS[:30]),
         "d/sub/b.jsonl.gz": gzip.compress(jsonl(RECORDS[30:])),
@@ -194,7 +194,7 @@ def test_addresses(config: Config, tmp_path: Path):
     assert sum(there.facts[s]["documents"] for s in ("train", "val")) == len(RECORDS)
 
 
-def test_processes_read_addresses(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_worker_processes_read_addresses(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 2000)
     write(tmp_path, {"a.jsonl": jsonl(RECORDS)})
     here = open_corpus(config, tmp_path / "a.jsonl", source="jsonl")
@@ -210,19 +210,19 @@ def test_processes_read_addresses(config: Config, tmp_path: Path, monkeypatch: p
         ("memory://nothing/there", r"data\.path is 'memory://nothing/there': no such file or folder"),
     ],
 )
-def test_addresses_that_are_no_good(config: Config, address: str, words: str):
+def test_unusable_addresses_are_refused(config: Config, address: str, words: str):
     with pytest.raises(UserError, match=words):
         open_corpus(config, address, source="jsonl")
 
 
-def test_token_files_are_of_this_machine(config: Config):
+def test_token_files_at_an_address_are_refused(config: Config):
     address = in_memory("ids", {"a.bin": bytes(2000)})
     with pytest.raises(UserError, match=r"a\.bin: not on this machine; allowed .*files of this machine"):
         open_corpus(config, f"{address}/a.bin", source="tokens")
 
 
-def test_lines_of_many_units(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Cut at any byte: each record once, as in one unit, and errors name the line of the file."""
+def test_units_cut_at_any_byte_hold_each_record_once(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tokens are the same as with one unit, and errors name the line of the file."""
     path = write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl"
     monkeypatch.setattr(build_lib, "num_processes", lambda: 1)
     whole = open_corpus(config, path, source="jsonl")
@@ -239,8 +239,8 @@ def test_lines_of_many_units(config: Config, tmp_path: Path, monkeypatch: pytest
         open_corpus(config, path)
 
 
-def test_a_long_line(config: Config, tmp_path: Path):
-    """20 MB in one record, tokenized a part at a time."""
+def test_a_long_line_is_read_in_parts(config: Config, tmp_path: Path):
+    """A record of 20 MB is one document, in three parts."""
     long = "word after word " * 1_300_000
     path = write(tmp_path, {"a.jsonl": jsonl([*RECORDS, {"doc": {"text": long}}])}) / "a.jsonl"
     config.data.source, config.data.path = "jsonl", str(path)
@@ -250,8 +250,8 @@ def test_a_long_line(config: Config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".bz2"])
-def test_streams_one_after_the_other(config: Config, tmp_path: Path, suffix: str):
-    """As parallel packers write them; a later one that is damaged is not taken for the end."""
+def test_concatenated_streams_are_all_read(config: Config, tmp_path: Path, suffix: str):
+    """Parallel packers write such files. A later stream that is damaged is refused, and not taken for the end."""
     pack = PACK[suffix]
     first, second = pack(jsonl(RECORDS[:30])), pack(jsonl(RECORDS[30:]))
     padding = bytes(3 << 20) if suffix == ".xz" else b""  # more than is read at once
@@ -264,7 +264,7 @@ def test_streams_one_after_the_other(config: Config, tmp_path: Path, suffix: str
             open_corpus(config, path)
 
 
-def test_links_lead_to_one_document(config: Config, tmp_path: Path):
+def test_links_add_no_documents(config: Config, tmp_path: Path):
     write(tmp_path, {f"d/{i}.txt": f"document {i} " * 9 for i in range(40)})
     for i in range(40):
         (tmp_path / f"d/z{i}.txt").symlink_to(tmp_path / f"d/{i}.txt")
@@ -275,7 +275,7 @@ def test_links_lead_to_one_document(config: Config, tmp_path: Path):
         assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) == 40
 
 
-def test_damaged_files_are_skipped_from_there_on(config: Config, tmp_path: Path):
+def test_a_damaged_file_is_skipped_from_the_damage_on(config: Config, tmp_path: Path):
     packed = gzip.compress(jsonl(RECORDS) * 50)
     write(tmp_path, {"d/a.jsonl": jsonl(RECORDS), "d/b.jsonl.gz": packed[: len(packed) // 2], "p/b.parquet": b"PAR1"})
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "p/a.parquet")
@@ -291,7 +291,9 @@ def test_damaged_files_are_skipped_from_there_on(config: Config, tmp_path: Path)
     assert sum(corpus.facts[s]["documents"] for s in ("train", "val")) >= len(RECORDS)
 
 
-def test_files_that_change_while_they_are_read(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_that_change_while_they_are_read_are_refused(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl"
     make = store_lib.make_shards
 
@@ -305,7 +307,7 @@ def test_files_that_change_while_they_are_read(config: Config, tmp_path: Path, m
     assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]
 
 
-def test_keys_with_dots_and_byte_order_marks(config: Config, tmp_path: Path):
+def test_keys_with_dots_and_byte_order_marks_are_read(config: Config, tmp_path: Path):
     records = [{"a.b": f"text {i} " * 9} for i in range(40)]
     path = write(tmp_path, {"a.jsonl": b"\xef\xbb\xbf" + jsonl(records)}) / "a.jsonl"
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
@@ -317,7 +319,7 @@ def test_keys_with_dots_and_byte_order_marks(config: Config, tmp_path: Path):
 KEYS = {"text_key": "t", "on_error": "skip", "val_fraction": 0.2, "messages_key": "m", "response_key": "r"}
 
 
-def test_whatever_shapes_records_is_in_their_key(config: Config, tmp_path: Path):
+def test_every_setting_that_shapes_records_is_in_their_key(config: Config, tmp_path: Path):
     config.data.source, config.data.path = "jsonl", str(write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl")
     found = [open_source(config.data).key]
     for key, value in KEYS.items():

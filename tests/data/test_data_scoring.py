@@ -1,4 +1,4 @@
-"""Which rows an evaluation scores, and in which batches."""
+"""An evaluation scores the right rows, in the right batches."""
 
 import itertools
 
@@ -17,7 +17,7 @@ SPLITS = st.sampled_from([(1, 1), (1, 2), (2, 2), (3, 1)])  # processes, devices
 
 
 def counting(*lengths: int) -> Corpus:
-    """Sources whose ids count on from one to the next, so that each says where it is."""
+    """Returns sources whose ids count up from one source to the next, so that each id tells its position."""
     ends = np.cumsum([100, *lengths])
     return corpus_of(*(np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(ends)))
 
@@ -48,11 +48,11 @@ def test_evaluation_covers_every_target_once(lengths: list[int], seq_len: int, p
             np.testing.assert_array_equal(part["inputs"][counted] + 1, part["targets"][counted])
             assert not part["inputs"][~counted].any()
             targets.extend(part["targets"][counted])
-    firsts = {100, *np.cumsum([100, *lengths])[:-1].tolist()}  # of each source
+    firsts = {100, *np.cumsum([100, *lengths])[:-1].tolist()}  # the first id of each source is no target
     assert targets == [i for i in range(100, 100 + sum(lengths)) if i not in firsts]  # in order, over hosts and devices
 
 
-def test_some_batches_are_spread_over_the_whole_set():
+def test_a_limited_evaluation_is_spread_over_the_whole_set():
     corpus, config = counting(1001), make_config()  # 125 rows of 8
     some = list(eval_batches(corpus, config, 4, num_devices=2, limit=5))
     assert len(some) == 5 and {s.source for s in some} == {""} and {s.weight for s in some} == {125 / 20}

@@ -1,4 +1,4 @@
-"""Sources: what is read, what is held out, and what a mistake says."""
+"""Sources of text: which documents are read, which are held out, and which mistakes are refused."""
 
 import hashlib
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_one_file_is_split_by_characters(config: Config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("block", [100, 1000, 3000])
-def test_long_files_are_tokenized_as_the_whole(config: Config, tmp_path: Path, monkeypatch, block: int):
+def test_long_files_read_in_parts_give_the_same_tokens(config: Config, tmp_path: Path, monkeypatch, block: int):
     path = write(tmp_path, {"a.txt": "line one of a pair\n\n\n    é漢 is the other\r\n" * 300}) / "a.txt"
     config.data.tokenizer, config.data.vocab_size = "sentencepiece", 320
     whole = open_corpus(config, path)
@@ -49,13 +49,13 @@ def test_long_files_are_tokenized_as_the_whole(config: Config, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_parts_are_the_file(tmp_path: Path, monkeypatch, block: int):
+def test_the_parts_of_a_file_join_to_the_file(tmp_path: Path, monkeypatch, block: int):
     monkeypatch.setattr(sources_lib, "BLOCK", block)
     content = LINES + "\n\n    é漢\n" * 50 + "z" * 300 + "\n\n\n"
     assert "".join(read_parts(write(tmp_path, {"a.txt": content}) / "a.txt")) == content
 
 
-def test_folders_globs_and_validation_paths(config: Config, tmp_path: Path):
+def test_folders_globs_and_validation_paths_select_files(config: Config, tmp_path: Path):
     files = {f"d/{i}.txt": f"document {i} " * 9 for i in range(40)} | {"d/sub/z.md": "no text file", "d/empty.txt": ""}
     write(tmp_path, files)
     config.data.val_fraction = 0.25
@@ -73,7 +73,7 @@ def test_folders_globs_and_validation_paths(config: Config, tmp_path: Path):
         assert names(config, "val") == ["7.txt"]
 
 
-def test_held_out_by_name_alone(config: Config, tmp_path: Path):
+def test_documents_are_held_out_by_name_alone(config: Config, tmp_path: Path):
     write(tmp_path, {f"d/{i}.txt": f"document {i} " * 9 for i in range(60)})
     config.data.path, config.data.val_fraction = str(tmp_path / "d"), 0.1
     train, val = names(config, "train"), names(config, "val")
@@ -85,18 +85,18 @@ def test_held_out_by_name_alone(config: Config, tmp_path: Path):
     assert set(names(config, "val")) - {"new.txt"} == set(val) - {"1.txt", "30.txt"}
 
 
-def test_share_held_out():
+def test_about_a_twentieth_of_modules_is_held_out():
     held = sum(held_out(f"package/module_{i}.py", 0.05) for i in range(20_000))
     assert 850 < held < 1150
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.95])
-def test_the_share_that_is_asked_for_is_held_out(share: float):
+def test_the_requested_share_is_held_out(share: float):
     held = np.mean([held_out(f"a.jsonl:{i}", share) for i in range(20_000)])
     assert abs(held - share) < 4 * np.sqrt(share * (1 - share) / 20_000)
 
 
-def test_of_few_files_one_is_held_out_and_one_is_not(config: Config, tmp_path: Path):
+def test_of_few_files_each_split_has_at_least_one(config: Config, tmp_path: Path):
     write(tmp_path, {"d/a.txt": LINES, "d/b.txt": LINES, "d/c.txt": LINES})
     config.data.path = str(tmp_path / "d")
     by_hash = sorted(["a.txt", "b.txt", "c.txt"], key=lambda n: hashlib.sha1(n.encode()).hexdigest())
@@ -106,7 +106,7 @@ def test_of_few_files_one_is_held_out_and_one_is_not(config: Config, tmp_path: P
     assert names(config, "train") == by_hash[-1:] and names(config, "val") == sorted(by_hash[:-1])
 
 
-def test_stdlib_leaves_tests_out(config: Config, tmp_path: Path, monkeypatch):
+def test_stdlib_leaves_out_tests_and_packages(config: Config, tmp_path: Path, monkeypatch):
     files = {f"module_{i}.py": f"x = {i}\n" * 20 for i in range(150)}
     others = {"test/a.py": "x", "pkg/tests/b.py": "x", "site-packages/c.py": "x", "pkg/__init__.py": "", "d.txt": "x"}
     write(tmp_path / "lib", {**files, **others, "latin.py": b"\xe9"})
@@ -118,14 +118,14 @@ def test_stdlib_leaves_tests_out(config: Config, tmp_path: Path, monkeypatch):
     assert corpus.facts["val"]["documents"] == sum(held_out(n, 0.05) for n in files) > 0
 
 
-def test_the_real_stdlib(config: Config):
+def test_the_real_stdlib_is_read(config: Config):
     config.data.source = "stdlib"
     source = open_source(config.data)
     assert source.num_bytes > 5e6
     assert "argparse.py" in names(config, "train") + names(config, "val")
 
 
-def test_messages_about_text(config: Config, tmp_path: Path):
+def test_unusable_texts_are_refused(config: Config, tmp_path: Path):
     write(tmp_path, {"empty.txt": "", "bad.txt": b"caf\xc3\xa9 " + b"x" * 50 + b"\xff!", "short.txt": "ab",
                      "few/a.txt": LINES, "few/b.txt": LINES})  # fmt: skip
     (tmp_path / "none").mkdir()
@@ -146,11 +146,11 @@ def test_messages_about_text(config: Config, tmp_path: Path):
         open_corpus(config, tmp_path / "few", val_path=str(tmp_path / "few"))
     with pytest.raises(UserError, match=r"0 validation tokens"):
         open_corpus(config, tmp_path / "few" / "a.txt", val_path="", val_fraction=1e-17)
-    assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]  # nothing is left of them
+    assert not [p for p in Path(config.data.cache_dir).glob("*") if p.is_dir()]  # nothing of them remains
 
 
 @pytest.mark.parametrize("block", [5, 1 << 20])
-def test_byte_of_bad_utf8(tmp_path: Path, monkeypatch, block: int):
+def test_the_position_of_bad_utf8_is_named(tmp_path: Path, monkeypatch, block: int):
     monkeypatch.setattr(sources_lib, "BLOCK", block)
     for content, at in ((b"\n" + "漢".encode() * 9 + b"\x80", 28), (b"a" * 12 + b"\xe6\xbc", 12)):
         path = write(tmp_path, {"a": content}) / "a"

@@ -1,4 +1,4 @@
-"""The token store: made once, whole or not at all, and checked when it is opened."""
+"""The token store is made once, complete or not at all, and checked when it is opened."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_store_is_made_once_and_the_same_everywhere(config: Config, tmp_path: Pa
     assert prepare(config, progress=False).fingerprint == first.fingerprint
 
 
-def test_whatever_shapes_a_store_names_it(config: Config, tmp_path: Path):
+def test_every_setting_that_shapes_a_store_changes_its_name(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES, "b.txt": LINES + "more"})
     stores = [
         open_corpus(config, tmp_path / "a.txt").folder,
@@ -80,7 +80,7 @@ def test_whatever_shapes_a_store_names_it(config: Config, tmp_path: Path):
     assert prepare(config).folder == stores[-1]
 
 
-def test_a_folder_of_others_is_left_alone(config: Config, tmp_path: Path):
+def test_a_folder_that_is_no_store_is_left_alone(config: Config, tmp_path: Path):
     path = write(tmp_path, {"a.txt": LINES}) / "a.txt"
     folder = open_corpus(config, path).folder
     assert folder
@@ -91,16 +91,16 @@ def test_a_folder_of_others_is_left_alone(config: Config, tmp_path: Path):
     assert (folder / "precious.txt").read_text() == "theirs"
 
 
-def test_cache_that_cannot_be_written(config: Config, tmp_path: Path):
+def test_a_cache_that_cannot_be_written_is_refused(config: Config, tmp_path: Path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    if os.geteuid() == 0:  # who may write everywhere but there
+    if os.geteuid() == 0:  # root may write everywhere but there
         locked = Path("/proc/locked")
     with pytest.raises(UserError, match=r"data\.cache_dir .*locked"):
         open_corpus(config, write(tmp_path, {"a.txt": LINES}) / "a.txt", cache_dir=str(locked / "in"))
 
 
-def test_cache_that_is_a_file(config: Config, tmp_path: Path):
+def test_a_cache_that_is_a_file_is_refused(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES})
     with pytest.raises(UserError, match=r"data\.cache_dir .*a\.txt"):
         open_corpus(config, tmp_path / "a.txt", cache_dir=str(tmp_path / "a.txt"))
@@ -117,7 +117,7 @@ def test_damaged_stores_are_named(config: Config, tmp_path: Path, monkeypatch):
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"val/00000\.bin: content does not match its manifest"):
         prepare(config)
-    monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)  # as for a large one
+    monkeypatch.setattr(store_reader, "CHECKED_BYTES", 0)  # as for a large store, whose content is not checked
     prepare(config)
     with pytest.raises(UserError, match=r"val/00000\.bin: content does not match its manifest"):
         open_store(folder, verify=True)
@@ -142,33 +142,33 @@ def test_a_prepared_store_needs_nothing_else(config: Config, tmp_path: Path):
     assert text(opened, "train") == text(made, "train")
 
 
-def test_missing_tokenizer_model(config: Config, tmp_path: Path):
+def test_a_missing_tokenizer_model_is_named(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES})
     with pytest.raises(UserError, match=r"no\.model: (unreadable|no such file)"):
         open_corpus(config, tmp_path / "a.txt", tokenizer="sentencepiece", tokenizer_path=str(tmp_path / "no.model"))
 
 
-def test_baselines(config: Config, tmp_path: Path):
+def test_compression_baselines_are_plausible_and_saved(config: Config, tmp_path: Path):
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, size=8, dtype=np.uint8)).decode() for _ in range(2000)]
     write(tmp_path, {"a.txt": " ".join(words) + "\n", "b.txt": " ".join(words[::-1]) + "\n"})
     corpus = open_corpus(config, tmp_path / "a.txt", val_path=str(tmp_path / "b.txt"))
     baselines = compression_baselines(corpus)
-    assert 4.5 < baselines["unigram of bytes"] < 4.9  # log2(26) for letters, and spaces
+    assert 4.5 < baselines["unigram of bytes"] < 4.9  # log2(26) = 4.7 for letters, and a few spaces
     assert baselines["xz -9e after the training text"] < 0.8 * baselines["xz -9e"]  # the words are known
     assert baselines["xz -9e"] < 8 and baselines["gzip -9"] < 8
     assert corpus.folder and json.loads((corpus.folder / "baselines.json").read_text()) == baselines
     assert compression_baselines(prepare(config)) == baselines
 
 
-def test_importing_is_cheap():
+def test_importing_the_data_package_loads_no_heavy_modules():
     heavy = ("tensorflow", "tensorflow_datasets", "sentencepiece", "jax")
     code = f"import sys, jaxlm.data; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
 
-def test_command(config: Config, tmp_path: Path):
+def test_the_command_makes_a_store_and_reports_it(config: Config, tmp_path: Path):
     write(tmp_path, {"a.txt": LINES})
     command = [sys.executable, "tools/prepare_data.py", "--config", "configs/base.py", "--config.data.source=text",
                f"--config.data.path={tmp_path / 'a.txt'}", f"--config.data.cache_dir={config.data.cache_dir}",

@@ -1,4 +1,4 @@
-"""What is in batch N, for every way of asking for it."""
+"""Batch N holds the same tokens, however it is requested."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ def make_config(**keys: int) -> Config:
 
 
 def make_corpus(num_tokens: int) -> Corpus:
-    return corpus_of(np.arange(num_tokens, dtype=np.uint32))  # a token says where it is
+    return corpus_of(np.arange(num_tokens, dtype=np.uint32))  # each id is its own position
 
 
 def batch_at(corpus: Corpus, config: Config, n: int) -> dict[str, np.ndarray]:
@@ -60,7 +60,7 @@ def test_permutation_of_a_huge_range_is_fast_and_one_to_one():
 
 @pytest.mark.parametrize("size", [5, 97, 1000])
 def test_permutations_look_random(size: int):
-    """Where an element goes is uniform over keys, and neighbours do not stay neighbours."""
+    """The place of an element is uniform over keys, and neighbors do not stay neighbors."""
     many = np.stack([permute(np.arange(size), size, keys(seed)) for seed in range(500)])
     spread = many[:, 0].std() / np.sqrt((size**2 - 1) / 12)  # 1 for a uniform distribution
     assert 0.85 < spread < 1.15
@@ -70,8 +70,8 @@ def test_permutations_look_random(size: int):
 
 @given(st.integers(2, 400), st.integers(1, 20), st.integers(-3, 3), st.integers(0, 4), st.sampled_from(VERSIONS))
 @settings(deadline=None)
-def test_each_window_once_per_epoch(num_tokens: int, seq_len: int, seed: int, epoch: int, version: int):
-    if num_tokens <= seq_len:  # refused before
+def test_an_epoch_holds_each_window_once(num_tokens: int, seq_len: int, seed: int, epoch: int, version: int):
+    if num_tokens <= seq_len:  # such a corpus is refused earlier
         return
     windows = num_windows(num_tokens, seq_len, version)
     sample = np.arange(epoch * windows, (epoch + 1) * windows)
@@ -89,7 +89,7 @@ def epoch_of(e: int, num_tokens: int, T: int, seed: int = 0, version: int = VERS
 
 @pytest.mark.parametrize("num_tokens", range(993, 1002))
 def test_windows_differ_from_epoch_to_epoch(num_tokens: int):
-    """Whatever number of tokens is left over; cuts begin at each of T places, and all targets are seen."""
+    """For any number of left-over tokens, the first window starts at each of T places, and all targets are seen."""
     epochs = [epoch_of(e, num_tokens, 8) for e in range(200)]
     cuts = {min(starts) for starts in epochs}
     assert len(cuts) >= 8 and {cut % 8 for cut in cuts} == set(range(8))
@@ -103,9 +103,9 @@ def test_epochs_and_seeds_differ():
     assert len(set(orders)) == 16
 
 
-def test_order_is_golden():
-    """Changes in the order make old runs unrepeatable. When it must change, make it a new version, which new runs
-    begin with, and add its numbers: a run goes on with the order that it began with.
+def test_the_order_of_samples_never_changes():
+    """If the order changed, old runs could not be repeated. When it must change, add a new version for new runs, with
+    its numbers here. A run resumes with the version that it began with.
     """
     golden = {
         1: [771, 675, 715, 459, 457, 465, 385, 489, 777, 105],
@@ -119,7 +119,7 @@ def test_order_is_golden():
 # Batches
 
 
-def test_batch_is_windows_of_the_corpus():
+def test_a_batch_holds_windows_of_the_corpus():
     config, corpus = make_config(), make_corpus(500)
     for n in (0, 4, 5, 10**9):
         batch = batch_at(corpus, config, n)
@@ -131,7 +131,7 @@ def test_batch_is_windows_of_the_corpus():
         np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
 
 
-def test_every_target_once_across_batches_that_straddle_epochs():
+def test_each_epoch_holds_every_target_once_across_batches():
     config, corpus = make_config(batch_size=7), make_corpus(500)
     windows = num_windows(500, 8)
     seen = np.concatenate([batch_at(corpus, config, n)["targets"] for n in range(-(-3 * windows // 7))])
@@ -140,12 +140,12 @@ def test_every_target_once_across_batches_that_straddle_epochs():
         assert len(np.unique(targets)) == windows * 8 == len(targets)
 
 
-def test_more_rows_than_windows():
+def test_a_batch_may_have_more_rows_than_windows():
     batch = batch_at(make_corpus(20), make_config(batch_size=64), 3)
     assert batch["inputs"].shape == (64, 8)
 
 
-def test_far_away_batches_are_as_quick():
+def test_far_away_batches_are_made_quickly():
     config, corpus = make_config(batch_size=64), make_corpus(100_000)
     begin = time.monotonic()
     for n in range(10**9, 10**9 + 20):
@@ -174,7 +174,7 @@ def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: in
     assert count == 5
 
 
-def test_auto_moves_over_without_losing_or_repeating_a_batch(monkeypatch):
+def test_auto_switches_backends_without_losing_or_repeating_a_batch(monkeypatch):
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=200), make_corpus(500)
     stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
@@ -187,7 +187,7 @@ def test_auto_moves_over_without_losing_or_repeating_a_batch(monkeypatch):
     assert n == 199 and moved > 150
 
 
-def test_without_tensorflow(monkeypatch):
+def test_auto_works_without_tensorflow(monkeypatch):
     def absent():
         raise ImportError("no tensorflow")
 
@@ -205,7 +205,7 @@ def test_without_tensorflow(monkeypatch):
 
 
 def test_close_does_not_wait_for_tensorflow(monkeypatch: pytest.MonkeyPatch):
-    """A run that is stopped in its first seconds."""
+    """A run may be stopped in its first seconds, during the import."""
     imported = threading.Event()
     monkeypatch.setattr(stream_lib, "import_tensorflow", imported.wait)
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
@@ -268,7 +268,7 @@ def test_batches_are_made_ahead(backend):
 
 
 def test_tensorflow_does_not_convert_the_code_of_batches(monkeypatch: pytest.MonkeyPatch):
-    """AutoGraph would write what it converts to a temporary file, and a signal would leave that behind."""
+    """AutoGraph would write converted code to a temporary file, and a signal would leave the file behind."""
     tf, found = pytest.importorskip("tensorflow"), []
     function = tf.numpy_function
 
@@ -283,12 +283,12 @@ def test_tensorflow_does_not_convert_the_code_of_batches(monkeypatch: pytest.Mon
     assert found == ["DISABLED"]
 
 
-def test_batches_that_do_not_divide():
+def test_a_batch_size_that_devices_do_not_divide_is_refused():
     with pytest.raises(UserError, match="batch_size is 12; allowed: a multiple of 5 devices x 1 hosts"):
         train_stream(TrainOrder(make_corpus(500), make_config()), make_config(), 0, num_devices=5)
 
 
-def test_memory_mapped_corpora(tmp_path: Path):
+def test_memory_mapped_corpora_give_the_same_batches(tmp_path: Path):
     np.arange(500, dtype="<u2").tofile(tmp_path / "a.bin")
     corpus = dataclasses.replace(make_corpus(500), train=Tokens([np.memmap(tmp_path / "a.bin", "<u2", mode="r")]))
     config = make_config(steps=3)

@@ -1,4 +1,4 @@
-"""tensorflow_datasets as a source, with datasets on local disk and without a network."""
+"""tensorflow_datasets as a source, with datasets on the local disk and without a network."""
 
 import sys
 import time
@@ -54,7 +54,7 @@ def config(tmp_path: Path, data_dir: Path) -> Config:
     return config
 
 
-def test_local_dataset_with_its_own_validation_split(config: Config):
+def test_a_local_dataset_is_read_with_its_own_validation_split(config: Config):
     config.data.val_split = "test"
     corpus = prepare(config, progress=False)
     assert corpus.tokenizer
@@ -66,7 +66,7 @@ def test_local_dataset_with_its_own_validation_split(config: Config):
 
 
 def test_two_small_splits_are_read_by_this_process(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Others would import tensorflow first, for ten times as long as it all takes."""
+    """Other processes would first import TensorFlow, which takes ten times as long as all the rest."""
     config.data.val_split = "test"
     (unit,) = open_source(config.data).units()
     found = [d for d in unit.read() if isinstance(d, Document)]
@@ -76,7 +76,7 @@ def test_two_small_splits_are_read_by_this_process(config: Config, monkeypatch: 
     assert len(several) == 2 and [d for unit in several for d in unit.read()] == found
 
 
-def test_documents_held_out_of_one_split(config: Config):
+def test_documents_of_one_split_are_held_out(config: Config):
     config.data.val_fraction = 0.2
     source = open_source(config.data)
     train, val = (documents(source, split) for split in ("train", "val"))
@@ -89,8 +89,8 @@ def test_documents_held_out_of_one_split(config: Config):
     assert len(documents(half, "train")) + len(documents(half, "val")) == 25
 
 
-def test_units_of_a_split_are_the_split(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Read by processes; which example is held out does not depend on how many there are."""
+def test_the_units_of_a_split_join_to_the_split(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """Processes read the units. Which example is held out does not depend on the number of units."""
     config.data.val_fraction = 0.2
     whole = prepare(config, progress=False)
     documents = [d for unit in open_source(config.data).units() for d in unit.read()]
@@ -98,14 +98,14 @@ def test_units_of_a_split_are_the_split(config: Config, monkeypatch: pytest.Monk
     units = open_source(config.data).units()
     assert len(units) == 3 and len(documents) == 50
     assert [d for unit in units for d in unit.read()] == documents
-    monkeypatch.setattr(store, "SHAPE", [1])  # another store
+    monkeypatch.setattr(store, "SHAPE", [1])  # so that another store is made
     parts = prepare(config, progress=False)
     assert len(parts.train.shards) == 3
     np.testing.assert_array_equal(parts.train, whole.train)
 
 
-def test_array_record(config: Config, tmp_path: Path):
-    """The other format in which datasets are kept."""
+def test_array_record_gives_the_same_tokens(config: Config, tmp_path: Path):
+    """array_record is the other format in which datasets are stored."""
     builder = TinyStoriesOfTests(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     assert list(tmp_path.rglob("*.array_record*"))
@@ -117,7 +117,7 @@ def test_array_record(config: Config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["lm1b", "c4/en", "wikipedia/20230601.en", "wiki40b/en", "pg19", "tiny_shakespeare"])
-def test_mock_data(config: Config, name: str):
+def test_mock_data_of_common_datasets_is_read(config: Config, name: str):
     key = "book_text" if name == "pg19" else "text"
     config.data.tfds_name, config.data.path, config.data.text_key, config.data.val_fraction = name, "", key, 0.2
     with tfds.testing.mock_data(num_examples=60):
@@ -136,16 +136,16 @@ def test_mock_data(config: Config, name: str):
         ("tfds_name", "a b:::", r"data\.tfds_name is 'a b:::'"),
     ],
 )
-def test_messages(config: Config, key: str, value: str, message: str):
+def test_wrong_values_are_refused(config: Config, key: str, value: str, message: str):
     setattr(config.data, key, value)
     with pytest.raises(UserError, match=message) as error:
         prepare(config, progress=False)
     assert "\n" not in str(error.value)
 
 
-def test_absent_dataset_without_a_network(config: Config, tmp_path: Path, monkeypatch):
+def test_an_absent_dataset_without_a_network_is_refused(config: Config, tmp_path: Path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # refuses
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # refuses connections
     monkeypatch.setattr(tfds_source, "STALL_SECONDS", 5)
     config.data.tfds_name, config.data.path = "tiny_shakespeare", str(tmp_path)
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_absent_dataset_without_a_network(config: Config, tmp_path: Path, monkey
         prepare(config, progress=False)
 
 
-def test_download_that_stalls_is_ended(config: Config, tmp_path: Path, monkeypatch):
+def test_a_download_that_stalls_is_ended(config: Config, tmp_path: Path, monkeypatch):
     sleeper = tmp_path / "sleeper"
     sleeper.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     sleeper.chmod(0o755)
@@ -166,7 +166,7 @@ def test_download_that_stalls_is_ended(config: Config, tmp_path: Path, monkeypat
     assert time.monotonic() - begin < 20
 
 
-def test_builder_that_does_not_answer(config: Config, monkeypatch):
+def test_a_builder_that_does_not_answer_is_reported(config: Config, monkeypatch):
     monkeypatch.setattr(tfds_source, "STALL_SECONDS", 0.2)
     monkeypatch.setattr(tfds, "builder", lambda *a, **k: time.sleep(3))
     with pytest.raises(UserError, match=r"no answer in 0\.2 s"):

@@ -71,14 +71,14 @@ def test_unigram_round_trip(unigram: SentencePieceTokenizer, text: str):
 @pytest.mark.parametrize(
     "training_text", ["漢字仮名交文\n" * 400, "漢字 仮名\n" + "漢字仮名交文\n" * 4000], ids=["none", "one"]
 )
-def test_spaces_survive_a_model_of_a_text_without_them(training_text: str, kind: Any):
-    """Where no piece has a space, sentencepiece would give the bytes of the U+2581 that it writes for one."""
+def test_spaces_survive_a_model_trained_without_spaces(training_text: str, kind: Any):
+    """If no piece has a space, sentencepiece alone would give the bytes of U+2581, which it writes for a space."""
     tokenizer = SentencePieceTokenizer(train_sentencepiece([training_text], 300, kind), lossless=True, name="test")
     for text in ("a b", " 漢字  仮名 \u2581", "\n x y z\n", " "):
         check(tokenizer, text)
 
 
-def test_batch_gives_what_each_text_gives_alone(
+def test_a_batch_gives_the_same_ids_as_each_text_alone(
     sentencepiece: SentencePieceTokenizer, unigram: SentencePieceTokenizer, hf: dict[str, HfTokenizer]
 ):
     texts = ["", CODE, "\u2581", "a\nb", "", "\ud800x"]
@@ -98,15 +98,15 @@ def test_batch_gives_what_each_text_gives_alone(
 def test_text_can_be_cut_before_newlines(
     sentencepiece: SentencePieceTokenizer, unigram: SentencePieceTokenizer, near: int
 ):
-    """The promise that reading long files in parts rests on."""
+    """Reading long files in parts relies on this."""
     cut = len(CODE[: CODE.rfind("\n", 0, near) + 1].rstrip("\n"))
     for tokenizer in (sentencepiece, unigram):
         a, b = tokenizer.encode([CODE[:cut], CODE[cut:]])
         np.testing.assert_array_equal(np.concatenate([a, b]), tokenizer.encode([CODE])[0])
 
 
-def test_whole_lines_get_the_ids_of_the_bare_library(sentencepiece: SentencePieceTokenizer):
-    """Cutting text, and giving each line once, is for speed alone."""
+def test_whole_lines_get_the_ids_of_the_library(sentencepiece: SentencePieceTokenizer):
+    """Cutting a text, and encoding repeated lines only once, serves speed alone."""
     text = CODE[:900]
     assert sentencepiece.encode([text])[0].tolist() == sentencepiece._processor.encode(text)
     text = CODE[900:1800] + "\nx\n"
@@ -127,22 +127,22 @@ def test_threads_do_not_change_ids(sentencepiece: SentencePieceTokenizer, hf: di
 
 @given(st.text("a\n", max_size=5000) | st.integers(0, 3000).map("\n".__mul__))
 @settings(max_examples=30)
-def test_chunks_are_the_text_in_order(text: str):
+def test_chunks_join_to_the_text(text: str):
     assert "".join(CHUNK.findall(text)) == text
 
 
-def test_sentencepiece_training_repeats(sentencepiece: SentencePieceTokenizer):
+def test_sentencepiece_training_is_repeatable(sentencepiece: SentencePieceTokenizer):
     assert train_sentencepiece([CODE], 700) == sentencepiece._model
 
 
-def test_unigram_training_repeats_with_as_many_threads_everywhere(unigram: SentencePieceTokenizer):
+def test_unigram_training_is_repeatable_and_always_uses_16_threads(unigram: SentencePieceTokenizer):
     assert train_sentencepiece([CODE[:30_000]], 500, "unigram") == unigram._model
-    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()  # made at run time
+    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()  # generated at run time
     model.ParseFromString(unigram._model)
     assert model.trainer_spec.num_threads == 16
 
 
-def test_the_kind_of_model_is_that_of_the_configuration(tmp_path: Path):
+def test_the_configuration_chooses_the_kind_of_model(tmp_path: Path):
     data = get_config().data
     models = {}
     for data.sentencepiece in ("bpe", "unigram"):
@@ -157,7 +157,7 @@ def test_the_kind_of_model_is_that_of_the_configuration(tmp_path: Path):
 
 
 def test_a_unigram_model_is_not_trained_on_all_of_a_large_text(monkeypatch: pytest.MonkeyPatch):
-    """It would take minutes; of those with more pieces more is read."""
+    """Training on all of it would take minutes. Models with more pieces read more of the text."""
     sizes = [sample_characters("unigram", n) for n in (300, 2048, 8192, 100_000)]
     assert sizes == [2_000_000, 2_048_000, 8_192_000, 20_000_000] and sample_characters("bpe", 300) == 20_000_000
     seen: list[int] = []
@@ -175,7 +175,7 @@ def test_a_unigram_model_is_not_trained_on_all_of_a_large_text(monkeypatch: pyte
 
 
 def test_pieces_hold_indentation_and_words(sentencepiece: SentencePieceTokenizer):
-    """That several spaces or words share a piece is what makes code short."""
+    """Code becomes few tokens because several spaces or words share a piece."""
     (ids,) = sentencepiece.encode([CODE])
     assert len(CODE) / len(ids) > 2.8
     assert len(sentencepiece.encode(["\n        self."])[0]) <= 2
@@ -225,7 +225,7 @@ def test_saved_tokenizers_load(
         "hf": hf["byte-level"],
     }[kind]
     tokenizer.save(tmp_path)
-    if old and kind != "hf":  # its name when it could not be taken for Hugging Face's
+    if old and kind != "hf":  # its name in older versions, which is that of Hugging Face's file
         (tmp_path / "jaxlm_tokenizer.json").rename(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path)
     assert type(loaded) is type(tokenizer)
@@ -251,9 +251,9 @@ def test_unusable_tokenizers_name_the_file(tmp_path: Path, content: str | None):
             load_tokenizer(tmp_path)
 
 
-def test_models_made_elsewhere(tmp_path: Path):
-    """With sentencepiece's own defaults: a space is put before the text, and is no part of it."""
-    sentencepiece: Any = importlib.import_module("sentencepiece")  # whose functions no type checker sees
+def test_models_made_elsewhere_load(tmp_path: Path):
+    """With sentencepiece's own defaults, a space is added before the text, and removed by decoding."""
+    sentencepiece: Any = importlib.import_module("sentencepiece")  # type checkers do not see its functions
     prefix, text = tmp_path / "other", tmp_path / "text"
     text.write_text(CODE)
     sentencepiece.SentencePieceTrainer.train(
@@ -285,7 +285,7 @@ def test_sample_is_spread_evenly_and_bounded(chunks: list[str], limit: int):
         assert kept == chunks
 
 
-def test_the_store_is_named_after_the_kind_of_model_and_the_file(hf: dict[str, HfTokenizer], tmp_path: Path):
+def test_a_stores_name_depends_on_the_kind_of_model_and_the_file(hf: dict[str, HfTokenizer], tmp_path: Path):
     data = get_config().data
     source = open_source(data)
     bpe = _tokenizer_key(data, [source])
@@ -302,8 +302,8 @@ def test_the_store_is_named_after_the_kind_of_model_and_the_file(hf: dict[str, H
     assert stored_tokenizer(data, [], progress=False)[1] != before
 
 
-def test_a_model_is_another_tokenizer_than_its_folder(tmp_path: Path):
-    """The folder says that it is lossless; the bare model is taken for one made elsewhere."""
+def test_a_bare_model_is_another_tokenizer_than_its_folder(tmp_path: Path):
+    """The folder says that its model is lossless, and a copy of the bare model counts as made elsewhere."""
     SentencePieceTokenizer(train_sentencepiece([CODE], 400), lossless=True, name="test").save(tmp_path)
     shutil.copy(tmp_path / "sentencepiece.model", tmp_path / "bare.model")
     data = get_config().data

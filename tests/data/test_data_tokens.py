@@ -1,4 +1,4 @@
-"""Ids in many shards, read as one array."""
+"""Token ids in many shards are read as one array."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ SIZES = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=5), min_size=
 @given(SIZES, st.integers(1, 15), st.data())
 @settings(deadline=None)
 def test_shards_and_chains_are_one_array(sizes: list[list[int]], length: int, data: st.DataObject):
-    """Of sources with and without masks, each of which knows where its documents start."""
+    """The chained sources have masks or not, and each knows where its documents start."""
     rng = np.random.default_rng(sum(map(sum, sizes)))
     parts, ids, masks, starts = [], [np.empty(0, int)], [np.empty(0, bool)], []
     for shards in sizes:
@@ -58,7 +58,7 @@ def test_shards_and_chains_are_one_array(sizes: list[list[int]], length: int, da
 
 
 def test_many_shards_open_with_few_open_files(tmp_path: Path, monkeypatch):
-    """The system's first limit, of 1024 on many machines, is not what stops a large store."""
+    """The soft limit of open files, 1024 on many machines, does not limit the number of shards."""
     monkeypatch.setattr(files_lib, "UNIT_BYTES", 100)
     config = make_config(tmp_path)
     path = write(tmp_path, {"a.txt": "".join(f"line {i} of a text\n" for i in range(900))}) / "a.txt"
@@ -73,8 +73,8 @@ def test_many_shards_open_with_few_open_files(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".npy"])
-def test_a_file_that_is_cut_short_while_it_is_open(suffix: str, tmp_path: Path):
-    """An error with its name; mapped into memory, it would end the process."""
+def test_a_file_that_is_cut_short_while_it_is_open_is_named(suffix: str, tmp_path: Path):
+    """Reading the file raises an error; if it were mapped into memory, reading would kill the process."""
     config, path = load(CONFIG, []), tmp_path / f"ids{suffix}"
     ids = np.random.default_rng(0).integers(0, 64, 200_000).astype("<u2")
     ids.tofile(path) if suffix == ".bin" else np.save(path, ids)
@@ -91,7 +91,7 @@ def test_a_file_that_is_cut_short_while_it_is_open(suffix: str, tmp_path: Path):
         np.asarray(corpus.val)
 
 
-def test_a_run_whose_tokens_are_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_a_run_whose_token_file_is_cut_short_ends_with_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     path = tmp_path / "ids.bin"
     np.random.default_rng(0).integers(0, 64, 200_000).astype("<u2").tofile(path)
     report = metrics.Log.__call__

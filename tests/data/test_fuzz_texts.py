@@ -1,4 +1,4 @@
-"""Damaged texts, records and datasets are read, or refused in one line; nothing in them runs."""
+"""Damaged texts, records and datasets are read or refused in one line, and no code in them runs."""
 
 import dataclasses
 import io
@@ -54,7 +54,7 @@ def with_keys(config: Config, source: Any, path: Path | str, how: tuple[dict[str
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_json_lines(config: Config, tmp_path: Path, suffix: str):
+def test_damaged_json_lines_are_read_or_refused(config: Config, tmp_path: Path, suffix: str):
     pack = PACK[suffix]
     lines = st.lists(changed(RECORDS[:3]), min_size=1, max_size=4).map(b"\n".join) | damaged([jsonl(RECORDS[:4])])
     content = lines.map(pack) | damaged([pack(jsonl(RECORDS))])
@@ -67,7 +67,7 @@ def test_json_lines(config: Config, tmp_path: Path, suffix: str):
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_texts(config: Config, tmp_path: Path, suffix: str):
+def test_damaged_texts_are_read_or_refused(config: Config, tmp_path: Path, suffix: str):
     pack, whole = PACK[suffix], ("naïve 漢字\r\n" + LINES[:2000]).encode()
 
     def read(content: bytes) -> None:
@@ -77,7 +77,7 @@ def test_texts(config: Config, tmp_path: Path, suffix: str):
     fuzz(damaged([whole]).map(pack) | damaged([pack(whole)]), read, 50)
 
 
-def test_parquet(config: Config, tmp_path: Path):
+def test_damaged_parquet_is_read_or_refused(config: Config, tmp_path: Path):
     table = pa.Table.from_pylist(RECORDS)
     seeds = []
     ways: list[dict[str, Any]] = [
@@ -93,7 +93,7 @@ def test_parquet(config: Config, tmp_path: Path):
 
     @st.composite
     def cases(draw: Any) -> bytes:
-        """The pages, the footer that says where they are, or all of it."""
+        """Damages the pages, the footer that says where they are, or the whole file."""
         whole = draw(st.sampled_from(seeds))
         cut = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
         what = draw(st.sampled_from(["pages", "footer", "all"]))
@@ -111,8 +111,8 @@ def test_parquet(config: Config, tmp_path: Path):
     fuzz(st.tuples(cases(), HOW), read, 350)
 
 
-def test_a_line_that_fills_the_memory(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As a small packed file may hold."""
+def test_a_line_that_would_fill_the_memory_is_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A small compressed file may hold such a line."""
     monkeypatch.setattr(jsonl_source, "MAX_LINE_BYTES", 1 << 20)
     content = PACK[".zst"](jsonl(RECORDS) + jsonl([{"text": "x" * (2 << 20)}]))
     write(tmp_path, {"a.jsonl.zst": content})
@@ -120,32 +120,32 @@ def test_a_line_that_fills_the_memory(config: Config, tmp_path: Path, monkeypatc
         open_corpus(config, tmp_path / "a.jsonl.zst", source="jsonl")
 
 
-def test_lines_of_a_store_elsewhere(config: Config, monkeypatch: pytest.MonkeyPatch):
-    """Whose files, as those of s3://, read a line without being told how much of it."""
+def test_lines_are_read_from_stores_elsewhere(config: Config, monkeypatch: pytest.MonkeyPatch):
+    """The files of some stores, such as s3://, have a `readline` that takes no size limit."""
     fsspec.filesystem("memory").pipe("/lines/a.jsonl", jsonl(RECORDS))
     monkeypatch.setattr(memory.MemoryFile, "readline", lambda file: io.BytesIO.readline(file))
     read_documents(with_keys(config, "jsonl", "memory://lines/a.jsonl", ({}, "stop")))
 
 
-def test_an_archive_that_asks_for_the_memory(config: Config, tmp_path: Path):
+def test_an_archive_that_requires_too_much_memory_is_refused(config: Config, tmp_path: Path):
     content = bytearray(lzma.compress(LINES.encode(), lzma.FORMAT_ALONE))
     write(tmp_path, {"a.txt.xz": bytes(content)})
     open_corpus(config, tmp_path / "a.txt.xz")
-    content[1:5] = b"\xff" * 4  # of 4 GiB, in which earlier text is looked up
+    content[1:5] = b"\xff" * 4  # a dictionary of 4 GiB
     write(tmp_path, {"b.txt.xz": bytes(content)})
     with pytest.raises(UserError, match=r"b\.txt\.xz: unreadable \(Memory usage limit"):
         open_corpus(config, tmp_path / "b.txt.xz")
 
 
 @pytest.mark.parametrize("name", ["huggingface:lm1b", "kaggle:some/config:1.0.0"])
-def test_datasets_that_are_code(config: Config, name: str):
+def test_datasets_that_are_code_are_refused(config: Config, name: str):
     config.data.source, config.data.tfds_name = "tfds", name
     with pytest.raises(UserError, match=rf"data\.tfds_name is '{name}': a dataset with a namespace runs code"):
         prepare(config, progress=False)
 
 
-def test_features_that_are_code(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A module that can be imported, which a dataset's folder names."""
+def test_features_that_are_code_are_refused(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A dataset's folder names a module that can be imported."""
     features = {"pythonClassName": "a_module_of_others.Feature", "featuresDict": {"features": {}}}
     info = {"name": "some", "version": "1.0.0", "fileFormat": "tfrecord", "splits": []}
     write(tmp_path, {"a_module_of_others.py": "raise SystemExit", "some/1.0.0/features.json": json.dumps(features),
@@ -156,7 +156,7 @@ def test_features_that_are_code(config: Config, tmp_path: Path, monkeypatch: pyt
         prepare(config, progress=False)
 
 
-def test_datasets_that_are_damaged(config: Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_dataset_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch):
     def broken() -> Any:
         yield {"text": b"a"}
         raise RuntimeError("{{function_node x}} corrupted record at 176")

@@ -1,4 +1,4 @@
-"""Damaged tokenizers are read, or refused in one line; they never crash or hang."""
+"""Damaged tokenizers are read or refused in one line, and never crash or hang."""
 
 import json
 import shutil
@@ -34,8 +34,8 @@ def model() -> bytes:
     return train_sentencepiece([CODE[:20_000]], 320)
 
 
-def test_sentencepiece_models(model: bytes, tmp_path: Path):
-    """As a user names one, and in the folder of a run, which says that it loses nothing."""
+def test_damaged_sentencepiece_models_are_read_or_refused(model: bytes, tmp_path: Path):
+    """A model may be a file that a user names, or in the folder of a run, which says that it is lossless."""
     write(tmp_path, {"own/jaxlm_tokenizer.json": '{"kind": "sentencepiece", "lossless": true}'})
 
     def read(content: bytes) -> None:
@@ -46,13 +46,13 @@ def test_sentencepiece_models(model: bytes, tmp_path: Path):
     fuzz(damaged([model]), read, 200)
 
 
-def test_pieces_that_are_no_text(model: bytes):
+def test_pieces_that_are_no_text_are_refused(model: bytes):
     assert b"\x0a\x06return" not in model and model.count(b"self") > 1
     with pytest.raises(UserError, match=r"a\.model: not a sentencepiece model"):
         SentencePieceTokenizer(model.replace(b"self", b"se\xff\xfe", 1), lossless=True, name="a.model")
 
 
-def test_tokenizer_folders(tmp_path: Path):
+def test_damaged_tokenizer_folders_are_read_or_refused(tmp_path: Path):
     chars = {"kind": "chars", "alphabet": sorted(set("".join(TEXTS) + "\ud800"))}
     specs = [{"kind": "bytes"}, chars, chars, {"kind": "hf"}, {"kind": "sentencepiece", "lossless": True}]
     names = st.sampled_from(["jaxlm_tokenizer.json", "tokenizer.json"])
@@ -69,14 +69,14 @@ def test_tokenizer_folders(tmp_path: Path):
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"kind": ' * 100_000, '{"kind": "chars", "alphabet": [{}]}', '{"kind": []}']
 )
-def test_tokenizer_folders_that_are_none(tmp_path: Path, name: str, content: str):
+def test_invalid_tokenizer_folders_are_refused(tmp_path: Path, name: str, content: str):
     write(tmp_path, {name: content})
     with pytest.raises(UserError, match=rf"{name}: "):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", HF_KINDS)
-def test_hugging_face_tokenizers(hf_specs: dict[str, str], tmp_path: Path, kind: str):
+def test_damaged_hugging_face_tokenizers_are_read_or_refused(hf_specs: dict[str, str], tmp_path: Path, kind: str):
     spec = json.loads(hf_specs[kind])
     patterns = ["(a+)+$", "(x+x+)+y", "(.*)*\\1", "(", "(?<!", "a{99999}", "\\p{L}+", "", "(?=a)"]
     steps = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
@@ -94,7 +94,7 @@ def test_hugging_face_tokenizers(hf_specs: dict[str, str], tmp_path: Path, kind:
     fuzz(content, read, 100)
 
 
-def test_characters_without_a_piece(hf_specs: dict[str, str], tmp_path: Path):
+def test_characters_without_a_piece_are_refused(hf_specs: dict[str, str], tmp_path: Path):
     spec = json.loads(hf_specs["metaspace"])
     spec["model"]["unk_id"], spec["model"]["byte_fallback"] = None, True
     spec["model"]["vocab"] = [[piece, score] for piece, score in spec["model"]["vocab"]]

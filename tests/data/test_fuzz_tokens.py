@@ -1,4 +1,4 @@
-"""Damaged stores and files of token ids are read, or refused in one line; nothing in them runs."""
+"""Damaged stores and files of token ids are read or refused in one line, and no code in them runs."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def store(config: Config, tmp_path: Path) -> Path:
-    """With masks; its configuration then is that of one who was given the folder alone."""
+    """Makes a store with masks, and lets `config` name only the folder of a store, as if that were all a user has."""
     config.data.messages_key, config.data.chat_template = "messages", "{role}: {content}\n"
     path = write(tmp_path, {"a.jsonl": jsonl(RECORDS)}) / "a.jsonl"
     folder = open_corpus(config, path, source="jsonl", tokenizer="chars").folder
@@ -53,7 +53,7 @@ def store(config: Config, tmp_path: Path) -> Path:
 
 
 def sign(folder: Path) -> None:
-    """Makes the manifest say that its files are as they should be."""
+    """Writes the current hashes of the files into the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for index, shard in enumerate(manifest["shards"]):
         for split in ("train", "val"):
@@ -63,7 +63,7 @@ def sign(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_stores(config: Config, store: Path, tmp_path: Path):
+def test_damaged_stores_are_read_or_refused(config: Config, store: Path, tmp_path: Path):
     whole = {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     assert len(whole) == 8
     folder = write(tmp_path / "store", whole)
@@ -77,7 +77,7 @@ def test_stores(config: Config, store: Path, tmp_path: Path):
     def read(case: tuple[str, bytes, bool]) -> None:
         name, content, signed = case
         signed = signed and name not in trees
-        if signed:  # of the length that the manifest says
+        if signed:  # with the length in the manifest
             content = content[: len(whole[name])].ljust(len(whole[name]), b"\0")
         write(folder, {name: content})
         try:
@@ -101,7 +101,7 @@ STORES = {
 
 
 @pytest.mark.parametrize("change, said", STORES.values(), ids=STORES.keys())
-def test_manifests(config: Config, store: Path, change: Callable[[dict], object], said: str):
+def test_wrong_manifests_are_refused(config: Config, store: Path, change: Callable[[dict], object], said: str):
     manifest = json.loads((store / "manifest.json").read_text())
     change(manifest)
     (store / "manifest.json").write_text(json.dumps(manifest))
@@ -120,7 +120,7 @@ def test_manifests(config: Config, store: Path, change: Callable[[dict], object]
         ("starts", -8, b"\xff" * 7, r"\.starts files hold invalid document starts"),
     ],
 )
-def test_stores_whose_manifest_says_that_they_are_right(
+def test_wrong_stores_with_matching_hashes_are_refused(
     config: Config, store: Path, name: str, at: int, value: bytes, said: str
 ):
     path = store / f"train/00000.{name}"
@@ -154,7 +154,7 @@ HEADERS = [
 ]  # fmt: skip
 
 
-def test_token_files(config: Config, tmp_path: Path):
+def test_damaged_token_files_are_read_or_refused(config: Config, tmp_path: Path):
     config.data.source, config.data.vocab_size = "tokens", 50
     bins = [IDS.astype("<u2").tobytes(), llmc(20240520, 1, IDS.astype("<u2")), llmc(20240801, 7, IDS.astype("<u4"))]
     npys = [npy(IDS.astype(kind)) for kind in ("u1", "<u2", ">u4", "<i8", "<f4", "O")]
@@ -204,8 +204,8 @@ def test_nothing_is_unpickled(config: Config, tmp_path: Path):
             open_corpus(config, tmp_path / f"{name}.npy", source="tokens")
 
 
-def test_no_line_of_ours_runs_what_it_reads():
-    """But for `--config FILE`, which is code. A pattern, so that a line that would is talked about first."""
+def test_no_line_of_jaxlm_runs_what_it_reads():
+    """Only `--config FILE` runs, because it is code. Discuss any other line that matches the pattern first."""
     runs = re.compile(
         r"(?<![\w.])(eval|exec)\(|\b(pickle|cloudpickle|dill|marshal|shelve|joblib|yaml)\.|\b(np|numpy|torch)\.load\("
         r"|allow_pickle|extractall|unpack_archive|exec_module|runpy"

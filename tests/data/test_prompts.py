@@ -1,4 +1,4 @@
-"""New tokens become text as they come, up to where it ends."""
+"""New tokens become text as they arrive, up to the end of the answer."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ TEXTS = st.text("ab\n<é😀", max_size=12)
 
 
 def shown(ids: list[int], sizes: list[int], ending: Ending) -> list[str]:
-    """What is shown of ids that come in parts of these sizes, the last of which takes the rest."""
+    """Returns the texts shown for ids that arrive in parts of these sizes; a last part holds the rest."""
     continuation = Continuation(BYTES, np.array([BOS]), ending)
     parts, at = [], 0
     for size in [*sizes, len(ids)]:
@@ -28,10 +28,10 @@ def shown(ids: list[int], sizes: list[int], ending: Ending) -> list[str]:
 @example("a\n<b", [1, 1, 1], ["\n<"], False)
 @example("a\n", [1], ["\n<"], True)
 @settings(deadline=None)
-def test_the_parts_are_the_whole(text: str, sizes: list[int], stops: list[str], ends: bool):
-    """However the ids are cut, also within a character."""
+def test_parts_of_any_size_give_the_same_text(text: str, sizes: list[int], stops: list[str], ends: bool):
+    """The text does not depend on how the ids are cut, also within a character."""
     ids = [*to_bytes(text), *([BOS, *b"behind the end"] if ends else [])]
-    # The first character with which some stop text is whole, and the longest of those.
+    # The text before the first stop text that is complete; if several end at once, before the longest.
     whole = next((text[: min(n - len(stop) for stop in stops if text[:n].endswith(stop))] for n in range(len(text) + 1)
                   if any(text[:n].endswith(stop) for stop in stops)), text)  # fmt: skip
     assert "".join(shown(ids, sizes, Ending(frozenset([BOS]), tuple(stops), ""))) == whole
@@ -39,10 +39,10 @@ def test_the_parts_are_the_whole(text: str, sizes: list[int], stops: list[str], 
     assert "".join(shown(ids, sizes, Ending(frozenset([BOS]), tuple(stops), "\n"))) == after
 
 
-def test_a_text_is_shown_as_soon_as_it_is_sure():
+def test_a_text_is_shown_as_soon_as_it_is_certain():
     ids = list(to_bytes("é\nab"))
     assert shown(ids, [1, 1, 1, 1, 1], Ending(frozenset(), ("\nb",), "")) == ["", "é", "", "\na", "b", "", ""]
-    assert shown(ids[:1], [1], Ending(frozenset(), (), ""))[-1] == "\ufffd"  # half a character is all there is
+    assert shown(ids[:1], [1], Ending(frozenset(), (), ""))[-1] == "\ufffd"  # the ids end within a character
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_text_is_shown_as_soon_as_it_is_sure():
         ({"response_key": "r", "chat_template": ""}, "p", Ending(frozenset([BOS]), ("halt",), "")),
     ],
 )  # fmt: skip
-def test_prompts_and_endings(keys: dict[str, str], prompt: str, ending: Ending):
+def test_prompts_and_endings_follow_the_template(keys: dict[str, str], prompt: str, ending: Ending):
     data = get_config().data
     for key, value in keys.items():
         setattr(data, key, value)

@@ -1,4 +1,4 @@
-"""A run goes on with the data that it began with: the same content, wherever it is, in the same order."""
+"""A run resumes with the data that it began with: the same content, wherever it is, in the same order."""
 
 import json
 import shutil
@@ -24,8 +24,10 @@ def texts(tmp_path: Path) -> Path:
     return write(tmp_path, {f"txt/{i}.txt": LINES[: 800 + i] for i in range(6)}) / "txt"
 
 
-def test_the_same_data_under_another_name_is_the_same(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Moved and spelled otherwise; and what is no longer there is refused as other data is."""
+def test_a_run_resumes_with_the_same_data_under_another_name(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The data may be moved and its path spelled differently. Changed data and another split are refused."""
     assert run(tmp_path / "run", **KEYS | {"data.path": texts}) == 0
     moved = f"{tmp_path}/books/../books/*.txt"
     shutil.move(texts, tmp_path / "books")
@@ -41,7 +43,7 @@ def test_the_same_data_under_another_name_is_the_same(texts: Path, tmp_path: Pat
     assert (tmp_path / "run/config.json").read_bytes() == before
 
 
-def test_only_places_may_change():
+def test_only_paths_of_data_may_change():
     old, new = get_config(), get_config()
     old.data.mixture, new.data.mixture = "3 text a; 1 tfds lm1b", "3 text /b/a;1 tfds lm1b"
     old.data.tokenizer_path, new.data.tokenizer_path = "x", "y"
@@ -52,7 +54,7 @@ def test_only_places_may_change():
 
 
 def test_a_store_is_found_again_under_another_name_of_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Sources name files relative to their folder."""
+    """The same store is found, because sources name files relative to their folder."""
     monkeypatch.chdir(tmp_path)
     config, records = make_config(tmp_path), "".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60))
     for source, files in (("text", {"a/1.txt": LINES, "a/b/2.txt": LINES * 2}), ("jsonl", {"a/1": records})):
@@ -65,7 +67,7 @@ def test_a_store_is_found_again_under_another_name_of_its_texts(tmp_path: Path, 
 
 
 def test_a_run_keeps_the_order_that_it_began_with(tmp_path: Path):
-    """One of an older jaxlm did not write which one that was: of 41 windows, the newest order leaves one over."""
+    """An older jaxlm did not save the version, so its runs keep version 1. Of 41 windows, version 2 leaves one over."""
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 50, 16 * 41 + 1))
     np.save(tmp_path / "val.npy", np.arange(40))
     keys = KEYS | {"data.source": "tokens", "data.tokenizer": "sentencepiece", "data.path": tmp_path / "ids.npy",

@@ -1,4 +1,4 @@
-"""What the command line and a launcher's environment say of the other processes, before any of them is asked."""
+"""The command line or a launcher's environment gives the number of processes, before any of them is contacted."""
 
 import os
 from typing import Any
@@ -28,12 +28,14 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (MPI, 3),
         (SLURM, 4),
         (POD, 2),
-        (MPI | SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, 3),  # mpirun inside a step of Slurm's
+        (MPI | SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, 3),  # mpirun inside a Slurm step
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),  # a batch script without srun
-        ({"JOB_COMPLETION_INDEX": "5"}, 1),  # an indexed job of single runs
+        ({"JOB_COMPLETION_INDEX": "5"}, 1),  # an indexed job whose pods are separate runs
     ],
 )
-def test_the_launchers_environment(env: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_gives_the_number_of_processes(
+    env: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert count_processes(None, None, None) == count
@@ -55,7 +57,7 @@ def test_the_launchers_environment(env: dict[str, str], count: int, monkeypatch:
         ({k: v for k, v in POD.items() if k != "JOB_COMPLETION_INDEX"}, ["JOB_COMPLETION_INDEX is not set"]),
     ],
 )
-def test_an_environment_set_by_half_is_not_a_single_process(
+def test_an_incomplete_or_wrong_environment_is_refused(
     env: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     for name, value in env.items():
@@ -77,7 +79,7 @@ def test_an_environment_set_by_half_is_not_a_single_process(
         (("a:99999", 2, 0), ["--coordinator is 'a:99999'"]),
     ],
 )
-def test_flags_that_do_not_go_together(flags: tuple[Any, Any, Any], words: list[str]):
+def test_incomplete_or_wrong_flags_are_refused(flags: tuple[Any, Any, Any], words: list[str]):
     with pytest.raises(UserError) as error:
         count_processes(*flags)
     assert all(word in str(error.value) for word in words)

@@ -1,4 +1,4 @@
-"""Two hosts that wait for each other, save together, and hold the same bits."""
+"""Two hosts wait for each other, save together, and hold the same bits."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ from tests.runs import CONFIG, ROOT
 
 ANOTHER = f"host {socket.gethostname()} (process 1)"
 
-# The second host takes longer to compile. While steps BEGIN to END are reported, the first one's disk is full.
+# The second host compiles slowly. The first host's disk is full from the report of step BEGIN to that of step END.
 CHILD = """
 import errno, os, sys, time
 from jaxlm import main
@@ -78,9 +78,9 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_a_slow_host_and_a_full_disk(tmp_path: Path):
-    """The first host says whom it waits for. Both go on while nothing can be saved, and save again together: the same
-    as one process saves, with rows of a lossy reduction and the optimizer's state from both.
+def test_hosts_wait_for_a_slow_host_and_save_after_a_full_disk(tmp_path: Path):
+    """The first host says which host it waits for. Both hosts continue while nothing can be saved, and later save what
+    one process saves, up to rounding, with rows of a lossy reduction and of the optimizer's state from both hosts.
     """
     keys = ["steps=40", "checkpoint.every_steps=10", "eval.every_steps=0", "parallel.zero=1", "parallel.reduce=int8"]
     results = finish(start(tmp_path / "run", 2, *keys, program=child(10, 25)))
@@ -102,7 +102,7 @@ def test_a_slow_host_and_a_full_disk(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_last_state_that_cannot_be_saved_ends_both(tmp_path: Path):
+def test_both_hosts_end_with_2_if_the_last_state_cannot_be_saved(tmp_path: Path):
     keys = ["steps=20", "checkpoint.every_steps=10", "eval.every_steps=0"]
     results = finish(start(tmp_path / "run", 2, *keys, program=child(15, 1000)))
     assert [code for code, *_ in results] == [2, 2], results
@@ -113,8 +113,8 @@ def test_a_last_state_that_cannot_be_saved_ends_both(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_bit_that_flips_on_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Both say which device it is, save nothing of it, and end with 5."""
+def test_a_bit_that_flips_on_one_host_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both hosts name the device, do not save its state, and end with exit code 5."""
     plan: dict[str, Any] = {"flip": 15}
     monkeypatch.setenv("CHAOS", json.dumps(plan))
     monkeypatch.setenv("CHAOS_LOG", str(tmp_path / "log"))

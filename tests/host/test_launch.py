@@ -1,4 +1,4 @@
-"""The launchers, for real: Slurm and Open MPI and sshd on this machine, and the environment that Kubernetes makes."""
+"""Real launchers start runs: Slurm, Open MPI and sshd on this machine, and the environment that Kubernetes sets."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The numbers of one process with the same four devices."""
+    """Returns the metrics of one process with four devices, without timings."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([*COMMAND, "--workdir", str(workdir)], env=env, check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
@@ -55,7 +55,7 @@ def wait_for(what: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of this machine alone; gives the environment in which its commands find it."""
+    """Starts a Slurm cluster on this machine alone, and yields the environment in which its commands find it."""
     folder = tmp_path_factory.mktemp("slurm")
     folder.chmod(0o755)
     (folder / "munge.key").write_bytes(os.urandom(1024))
@@ -108,7 +108,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
 
 
 @needs("srun", "slurmctld", "slurmd", "munged")
-def test_srun_needs_nothing_more(slurm: dict[str, str], alone: list[dict[str, Any]], tmp_path: Path):
+def test_srun_needs_no_further_options(slurm: dict[str, str], alone: list[dict[str, Any]], tmp_path: Path):
     command = ["srun", "-n2", "--overcommit", *COMMAND, "--workdir", str(tmp_path / "run")]
     found = subprocess.run(command, env=slurm, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert found.returncode == 0, found.stderr
@@ -117,8 +117,8 @@ def test_srun_needs_nothing_more(slurm: dict[str, str], alone: list[dict[str, An
 
 
 @needs("sbatch", "slurmctld", "slurmd", "munged")
-def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Path):
-    """Stopped by Slurm in the middle, queued again by the batch file, done in the end with no step twice."""
+def test_sbatch_resumes_after_a_preemption(slurm: dict[str, str], tmp_path: Path):
+    """A job that Slurm stops is queued again by the batch file, resumes, and ends with no step done twice."""
     workdir, log = tmp_path / "run", tmp_path / "log"
     long = [*flags("steps=1500", "eval.every_steps=0", "checkpoint.every_steps=100000", "log.every_steps=100")]
     command = ["sbatch", "--parsable", "--nodes=1", "--overcommit", f"--output={log}",
@@ -127,7 +127,7 @@ def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Pa
     env = slurm | {"JAXLM_PYTHON": sys.executable}
     job = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     wait_for(lambda: any(m["step"] >= 100 for m in lines(workdir)))
-    # What Slurm does when a job is preempted, or its time nearly up.
+    # Slurm sends this when a job is preempted, or when its time is nearly up.
     subprocess.run(["scancel", "--signal=TERM", job], env=env, check=True)
 
     def state() -> str:
@@ -146,7 +146,7 @@ def test_sbatch_goes_on_when_it_is_preempted(slurm: dict[str, str], tmp_path: Pa
 
 
 @needs("mpirun")
-def test_mpirun_needs_nothing_more(alone: list[dict[str, Any]], tmp_path: Path):
+def test_mpirun_needs_no_further_options(alone: list[dict[str, Any]], tmp_path: Path):
     command = [
         "mpirun",
         "--allow-run-as-root",
@@ -162,8 +162,8 @@ def test_mpirun_needs_nothing_more(alone: list[dict[str, Any]], tmp_path: Path):
     check_numbers(tmp_path / "run", alone)
 
 
-def test_the_environment_of_an_indexed_job_is_enough(alone: list[dict[str, Any]], tmp_path: Path):
-    """That of tools/launch/jobset.yaml, but for the address."""
+def test_the_environment_of_an_indexed_job_is_sufficient(alone: list[dict[str, Any]], tmp_path: Path):
+    """Two processes join with the variables of tools/launch/jobset.yaml, apart from the address."""
     [job] = yaml.safe_load((ROOT / "tools/launch/jobset.yaml").read_text())["spec"]["replicatedJobs"]
     [container] = job["template"]["spec"]["template"]["spec"]["containers"]
     said = {e["name"]: e["value"] for e in container["env"]}
@@ -182,7 +182,7 @@ def test_the_environment_of_an_indexed_job_is_enough(alone: list[dict[str, Any]]
 
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment in which tools/launch/ssh.sh reaches this machine."""
+    """Starts sshd, and yields the environment in which tools/launch/ssh.sh reaches this machine."""
     Path("/run/sshd").mkdir(exist_ok=True)
     for key in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
@@ -202,7 +202,7 @@ def ssh(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 @needs("sshd", "ssh")
 @pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="tools/launch/ssh.sh runs the checkout's .venv")
-def test_ssh_stops_all_hosts_and_goes_on(ssh: dict[str, str], alone: list[dict[str, Any]], tmp_path: Path):
+def test_ssh_stops_all_hosts_or_runs_to_the_end(ssh: dict[str, str], alone: list[dict[str, Any]], tmp_path: Path):
     workdir = tmp_path / "run"
     command = [
         str(ROOT / "tools/launch/ssh.sh"),

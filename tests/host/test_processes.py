@@ -1,4 +1,4 @@
-"""Two processes with two devices each, joined over TCP, are one run on four devices."""
+"""Two processes with two devices each, joined over TCP, train as one run on four devices."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def params(workdir: Path, step: int) -> Any:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
-    """A run of two processes that is never stopped."""
+    """Returns the workdir and the results of a run of two processes that is never stopped."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     return workdir, finish(start(workdir, 2, "steps=40"))
 
@@ -38,16 +38,16 @@ def test_two_processes_are_one_run(two: tuple[Path, list[tuple[int, str, str]]],
     workdir, results = two
     assert [code for code, *_ in results] == [0, 0], results
     assert "4 x cpu" in results[0][1] and "step" in results[0][1]
-    # The second process says nothing; the lines that Gloo prints of its connections may run into each other.
+    # The second process prints nothing itself, but Gloo prints lines about its connections, which may be interleaved.
     assert "cpu" not in results[1][1] and "step" not in results[1][1]
     assert [error for *_, error in results] == ["", ""]
     assert [code for code, *_ in finish(start(tmp_path / "run", 1, "steps=40"))] == [0]
     one = numbers(tmp_path / "run")
-    # Only the first process writes: no line is there twice.
+    # Only the first process writes, so no line appears twice.
     assert [(m["step"], "loss" in m) for m in numbers(workdir)] == [(m["step"], "loss" in m) for m in one]
     for a, b in zip(numbers(workdir), one, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    assert one[0]["loss"] - one[-2]["loss"] > 0.01  # it learned, so the numbers say something
+    assert one[0]["loss"] - one[-2]["loss"] > 0.01  # the loss falls, so equal losses mean something
 
     def check(a: Any, b: Any) -> None:
         for key in b:
@@ -71,8 +71,10 @@ def test_four_processes_of_one_device_are_the_same_run(two: tuple[Path, Any], tm
 
 
 @pytest.mark.slow
-def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path):
-    """They stop after the same step, and go on with the numbers of the run that was never stopped, bit for bit."""
+def test_sigterm_stops_both_at_the_same_step_and_both_resume(
+    two: tuple[Path, list[tuple[int, str, str]]], tmp_path: Path
+):
+    """Both stop after the same step, and resume with the losses of the run that is never stopped, bit for bit."""
     workdir = tmp_path / "run"
     long = start(workdir, 2, "steps=100000", "checkpoint.every_steps=100000", "eval.every_steps=0")
     deadline = time.monotonic() + LIMIT
@@ -105,7 +107,7 @@ def test_sigterm_to_both_stops_both_and_they_go_on(two: tuple[Path, list[tuple[i
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 1])
 def test_sigterm_to_one_before_the_first_step_ends_both(asked: int, tmp_path: Path):
-    """Neither waits for the other in a collective, or for what is compiled."""
+    """Neither process waits for the other in a collective, or for a compilation to finish."""
     both = start(tmp_path / "run", 2, "steps=100000", program=["-m", "tests.compiles_long"])
     try:
         said = both[asked].stderr
@@ -127,7 +129,7 @@ def test_sigterm_to_one_before_the_first_step_ends_both(asked: int, tmp_path: Pa
 
 @pytest.mark.slow
 def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
-    """One that takes minutes; it is made first when they go on."""
+    """The evaluation would take minutes. When the processes resume, they do it before the next step."""
     np.save(tmp_path / "train.npy", np.zeros(1000, np.uint16))
     np.save(tmp_path / "val.npy", np.zeros(20_000_000, np.uint16))
     keys = ["data.source=tokens", f"data.path={tmp_path / 'train.npy'}", f"data.val_path={tmp_path / 'val.npy'}",
@@ -139,7 +141,7 @@ def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
         while not lines(workdir):
             assert all(p.poll() is None for p in both) and time.monotonic() < deadline, finish(both)
             time.sleep(0.002)
-        time.sleep(0.3)  # until the other one knows of the step
+        time.sleep(0.3)  # until the other process knows of the step
         both[1].send_signal(signal.SIGTERM)
     finally:
         results = finish(both)
@@ -152,8 +154,8 @@ def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_weights_of_a_run_of_two_processes_are_taken_by_others(two: tuple[Path, Any], tmp_path: Path):
-    """By two processes, and by one with as many devices; `params` above has other devices than the run had."""
+def test_other_runs_start_from_the_weights_of_two_processes(two: tuple[Path, Any], tmp_path: Path):
+    """Two processes start from the weights, and so does one with as many devices; `params` above uses other devices."""
     want = params(two[0], 40)
     for processes in (2, 1):
         workdir = tmp_path / f"run{processes}"
@@ -167,7 +169,7 @@ def test_weights_of_a_run_of_two_processes_are_taken_by_others(two: tuple[Path, 
 
 
 @pytest.mark.slow
-def test_a_mistake_ends_both_with_2(tmp_path: Path):
+def test_a_wrong_configuration_ends_both_with_2(tmp_path: Path):
     results = finish(
         start(tmp_path / "run", 2, "steps=40", "batch_size=12", "optim.accum_steps=1", "parallel.devices=3")
     )
@@ -182,7 +184,7 @@ LONG = ["steps=100000", "checkpoint.every_steps=100000", "eval.every_steps=0"]
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0], ids=["another", "the-coordinator"])
 def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
-    """Within half a minute, with a last line that names it; and the same command then goes on."""
+    """The other host ends within 45 seconds with a last line that names the dead host, and the run can start again."""
     workdir = tmp_path / "run"
     started = start(workdir, 2, *LONG)
     deadline = time.monotonic() + LIMIT
@@ -198,15 +200,17 @@ def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
     assert code == 5, results
     assert last.startswith(f"jaxlm: host {socket.gethostname()} (process {victim})") and "is gone" in last
     assert last.endswith("this host stops too; run the same command to resume")
-    if victim == 1:  # JAX prints what it has to say of its coordinator
+    if victim == 1:  # if the coordinator dies, JAX prints lines of its own
         assert error.strip() == last
         again = finish(start(workdir, 1, "steps=20", "checkpoint.every_steps=20", "eval.every_steps=0"))
         assert [code for code, *_ in again] == [0], again
 
 
 @pytest.mark.slow
-def test_two_processes_go_back_together(two: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """And step over the same batches, which both have the same numbers before."""
+def test_processes_return_to_the_same_checkpoint(
+    two: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Both processes skip the same batches; the losses until then are those of an undisturbed run."""
     monkeypatch.setenv("CHAOS", json.dumps({"nan": [14, 16]}))
     monkeypatch.setenv("CHAOS_LOG", str(tmp_path / "log"))
     keys = ["steps=25", "checkpoint.every_steps=10", "optim.max_skipped=3", "eval.every_steps=0"]
@@ -229,7 +233,9 @@ def test_two_processes_go_back_together(two: tuple[Path, Any], tmp_path: Path, m
     ],
     ids=["command-line", "configuration", "devices"],
 )
-def test_what_hosts_do_not_agree_on(more: dict[int, list[str]], devices: Any, words: list[str], tmp_path: Path):
+def test_hosts_with_different_settings_are_refused(
+    more: dict[int, list[str]], devices: Any, words: list[str], tmp_path: Path
+):
     results = finish(start(tmp_path / "run", 2, "steps=40", "optim.accum_steps=1", more=more, devices=devices))
     assert [code for code, *_ in results] == [2, 2], results
     for *_, error in results:
@@ -248,8 +254,8 @@ sys.exit(main.exit_code(lambda: main.run(sys.argv[1:])))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
-def test_hosts_with_different_workdirs(begun: bool, two: tuple[Path, Any], tmp_path: Path):
-    """Of a new run, and where one of them goes on with another run: nothing is trained that would not be saved."""
+def test_hosts_with_different_workdirs_are_refused(begun: bool, two: tuple[Path, Any], tmp_path: Path):
+    """A new run and a resumed run are refused before they train, because one host's work would not be saved."""
     first = tmp_path / "run"
     if begun:
         shutil.copytree(two[0], first)
@@ -265,8 +271,8 @@ def test_hosts_with_different_workdirs(begun: bool, two: tuple[Path, Any], tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["another", "none"])
-def test_hosts_with_different_data(there: bool, tmp_path: Path):
-    """One that has none fails alone: the other one learns why."""
+def test_hosts_with_different_data_are_refused(there: bool, tmp_path: Path):
+    """A host without data fails alone, and the other host reports why."""
     for i in range(2):
         (tmp_path / f"{i}").mkdir()
         if i == 0 or there:
@@ -309,8 +315,8 @@ hosts.run(program, main.exit_code)
 
 
 @pytest.mark.slow
-def test_a_host_that_is_late_is_waited_for_and_named():
-    """For as long as is said, and no longer."""
+def test_a_run_waits_for_a_late_host_and_names_it():
+    """The first host waits as long as its message says, and then gives up."""
     command = [sys.executable, "-c", LATE, f"127.0.0.1:{free_port()}"]
     started = [
         subprocess.Popen([*command, str(i)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -327,7 +333,7 @@ def test_a_host_that_is_late_is_waited_for_and_named():
 
 
 @pytest.mark.slow
-def test_a_coordinator_that_is_not_there():
+def test_an_absent_coordinator_ends_the_process_with_2():
     address = f"127.0.0.1:{free_port()}"
     script = (
         "import sys; from jaxlm import main; from jaxlm.host import distributed; distributed.JOIN_LIMIT = 3; "

@@ -1,4 +1,4 @@
-"""What is decided before JAX starts."""
+"""Flags and checks before JAX starts, and the end of a program."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_gpu_flags_are_those_that_the_run_needs(monkeypatch: pytest.MonkeyPatch)
     assert {"--xla_gpu_enable_pipelined_all_reduce=true", "--xla_gpu_deterministic_ops=true"} <= set(everything)
 
 
-def test_the_environment_overrides_them(monkeypatch: pytest.MonkeyPatch):
+def test_flags_in_the_environment_override_those_of_the_run(monkeypatch: pytest.MonkeyPatch):
     own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_gpu_all_gather_combine_threshold_bytes=1"
     left = flags(monkeypatch, own, *ALL)
     assert left and not any("latency" in f or "all_gather_combine" in f for f in left)
@@ -65,8 +65,8 @@ os._exit(0)  # XLA's oneDNN may abort when its program is dropped just after it 
 
 
 @pytest.mark.parametrize("precision", ["highest", "default", "fastest"])
-def test_products_are_as_exact_as_asked_for(precision: str):
-    """float32 has a unit roundoff of 2**-24, bfloat16 of 2**-9. Errors are over the largest of |row| |column|."""
+def test_products_are_as_exact_as_the_configuration_says(precision: str):
+    """float32 has a unit roundoff of 2**-24, bfloat16 of 2**-8. Errors are relative to the largest |row| |column|."""
     result = subprocess.run(
         [sys.executable, "-c", PRODUCTS, str(CONFIG), precision],
         capture_output=True,
@@ -81,7 +81,7 @@ def test_products_are_as_exact_as_asked_for(precision: str):
 
 @pytest.mark.slow
 def test_xla_knows_every_flag(monkeypatch: pytest.MonkeyPatch):
-    """It ends a process that has one which it does not know."""
+    """XLA ends a process that sets a flag it does not know."""
     monkeypatch.setattr(runtime, "has_amx", lambda: True)
     known = " ".join(
         [*flags(monkeypatch, "", *ALL), *runtime.cpu_flags(load(CONFIG, ["--config.parallel.overlap=true"]))]
@@ -110,15 +110,15 @@ runtime.leave(75)
 @pytest.mark.parametrize(
     "name, out", [("", "done\ncleaned up\n"), (runtime.IMPORTER, "done\ncleaned up\n"), (LEFT, "done\n")]
 )
-def test_the_end_waits_for_no_thread(name: str, out: str):
-    """What JAX does at exit may crash where a thread was left inside XLA."""
+def test_the_program_ends_without_waiting_for_threads(name: str, out: str):
+    """If a thread was left inside XLA, no exit functions run, because those of JAX may crash."""
     program = LEAVES.replace("NAME", repr(name))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (75, out, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
-def test_the_end_says_what_is_lost():
+def test_output_that_cannot_be_written_is_reported_at_the_end():
     program = "from jaxlm.host import runtime; print('{}'); runtime.leave(0)"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -139,13 +139,13 @@ def test_the_end_says_what_is_lost():
         ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1"),
     ],
 )
-def test_a_number_of_devices_that_cannot_be(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_impossible_number_of_devices_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{name}.* is '{value.rpartition('=')[2]}'; allowed: 1 to 9999"):
         runtime.check_environment()
 
 
-def test_a_machine_without_the_device_that_is_asked_for(tmp_path: Path):
+def test_a_device_that_the_machine_lacks_is_refused(tmp_path: Path):
     result = subprocess.run(
         [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), "--workdir", str(tmp_path / "run")],
         capture_output=True,
@@ -169,7 +169,7 @@ assert file.fileno() > 2
 
 
 @pytest.mark.parametrize("closed", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_no_place_for_a_file(closed: str, tmp_path: Path):
+def test_a_file_never_takes_the_place_of_a_closed_stream(closed: str, tmp_path: Path):
     result = subprocess.run(
         ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, CLOSED],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""When a signal ends a program, and when it is only noted."""
+"""A signal ends a program at once, or is only noted while a run has something to save."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WHAT
 print("begun", flush=True)
 BUSY
 """
-# What Python's own handlers would wait for, and what would swallow an exception that they raise.
+# Code that Python's own handlers would wait for, and code that would swallow an exception that they raise.
 IN_C = "import ctypes; ctypes.CDLL(None).sleep(60)"
 SWALLOWS = """
 class Swallows:
@@ -49,7 +49,7 @@ def started(what: str, busy: str = IN_C) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("busy", [IN_C, SWALLOWS])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ends_at_once_whatever_the_main_thread_does(number: signal.Signals, busy: str):
+def test_a_signal_ends_the_program_at_once_whatever_the_main_thread_does(number: signal.Signals, busy: str):
     process = started("", f"print('not flushed yet')\n{busy}")
     time.sleep(0.1)
     process.send_signal(number)
@@ -57,7 +57,7 @@ def test_ends_at_once_whatever_the_main_thread_does(number: signal.Signals, busy
     assert process.returncode == 75
 
 
-# Makes file after file, as a loop that nobody has told of its end does.
+# Creates file after file, like a loop that does not notice the end of the program.
 WRITES = """
 import itertools
 for i in itertools.count():
@@ -83,11 +83,11 @@ def test_a_temporary_folder_is_removed_even_while_it_is_written_to(tmp_path: Pat
         assert not list(tmp_path.iterdir())
 
 
-def test_a_second_one_ends_at_once():
+def test_a_second_signal_ends_the_program_at_once():
     process = started("stop.defer()")
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)  # the same one, as `timeout` sends it
+        time.sleep(0.05)  # both count as one signal: `timeout` sends it twice
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGTERM)
@@ -95,14 +95,14 @@ def test_a_second_one_ends_at_once():
     assert process.returncode == 75 and err.startswith("jaxlm: stopped by a second signal; ")
 
 
-def test_noted_ones_are_not_lost_when_there_is_nothing_left_to_save():
+def test_a_noted_signal_ends_the_program_once_nothing_is_left_to_save():
     process = started("stop.defer()", "while not stop.received: time.sleep(0.01)\nstop.release('all is saved')")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[1] == "jaxlm: all is saved\n"
     assert process.returncode == 75
 
 
-def test_one_that_comes_before_it_listens_is_heard_also_by_a_program_that_replaces_it(tmp_path: Path):
+def test_a_blocked_signal_ends_the_program_that_replaces_this_one(tmp_path: Path):
     first = tmp_path / "first.py"
     second = ["-c", "from jaxlm.host import signals; signals.block(); signals.listen(75, 'stopped'); " + IN_C]
     first.write_text(
@@ -126,8 +126,8 @@ def test_one_that_comes_before_it_listens_is_heard_also_by_a_program_that_replac
      (["tools/prepare_data.py"], 130), (["tools/inspect_data.py"], 130), (["tools/bench.py"], 130),
      (["tools/chaos.py"], 130), (["tools/netbench.py"], 130)],
 )  # fmt: skip
-def test_heard_while_a_command_imports(number: signal.Signals, command: list[str], code: int):
-    """Python says when an import is done, here the first of those that follow `startup`."""
+def test_a_signal_ends_a_command_during_its_imports(number: signal.Signals, command: list[str], code: int):
+    """Python prints a line after each import; the signal is sent after the first import that follows `startup`."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"GLIBC_TUNABLES": "", "PYTHONPATH": str(ROOT)},
@@ -144,7 +144,7 @@ def test_heard_while_a_command_imports(number: signal.Signals, command: list[str
     assert "Traceback" not in err and ": stopped" in err
 
 
-def test_what_is_to_be_tidied_up(tmp_path: Path):
+def test_registered_functions_run_when_a_signal_ends_the_program(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     child = "p = subprocess.Popen(['sleep', '600']); signals.at_stop(p.kill); print(p.pid, flush=True)"
     acts = (f"shutil.rmtree({str(tmp_path / 'folder')!r})", "1 / 0")
@@ -162,8 +162,8 @@ def test_what_is_to_be_tidied_up(tmp_path: Path):
             time.sleep(0.01)
 
 
-def test_a_pool_of_processes_unblocks_no_signal():
-    """Python's resource tracker does, which starts with the first pool."""
+def test_signals_stay_blocked_in_a_pool_of_processes():
+    """Python's resource tracker, which starts with the first pool, would unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
     try:
         with workers(1) as pool:
@@ -173,8 +173,8 @@ def test_a_pool_of_processes_unblocks_no_signal():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_what_fails_because_it_ends_is_not_said():
-    """`settle` never returns once `end` has begun."""
+def test_errors_that_the_end_causes_are_not_reported():
+    """`settle` does not return while `end` runs, and the real `end` ends the process."""
 
     class Ends(StopSignal):
         def end(self, line: str) -> None:
@@ -192,7 +192,7 @@ def test_what_fails_because_it_ends_is_not_said():
 
 
 @pytest.mark.slow
-def test_signals_to_all_commands_at_random_moments(tmp_path: Path):
+def test_commands_handle_signals_at_random_moments(tmp_path: Path):
     root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
     commands = ["train", "train anew", "generate", "evaluate", "prepare_data", "inspect_data", "bench", "bench data",
                 "bench comm", "chaos", *(["netbench"] if root else [])]  # fmt: skip

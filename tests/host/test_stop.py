@@ -1,4 +1,4 @@
-"""A signal while data is prepared ends the program at once; and what else ends it is one line."""
+"""A signal while data is prepared ends the program at once, and a full disk or memory is reported in one line."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from tests.runs import CONFIG, ROOT, flags
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_data_is_prepared(number: signal.Signals, tmp_path: Path):
+def test_a_signal_while_data_is_prepared_ends_the_program_at_once(number: signal.Signals, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"word%d other%d\n" % (i, i * 7919 % 100_003) for i in range(1_000_000)))
     keys = {"data.source": "text", "data.path": text, "data.tokenizer": "sentencepiece", "data.vocab_size": 5000,
@@ -35,14 +35,14 @@ def test_signal_while_data_is_prepared(number: signal.Signals, tmp_path: Path):
     assert not (tmp_path / "run").exists() and not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
-def test_full_disk_and_full_memory_are_one_line(capsys: pytest.CaptureFixture[str]):
+def test_a_full_disk_or_memory_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]):
     def disk() -> int:
         try:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoints/7")
         except OSError as error:
             raise RuntimeError("a write in the background failed") from error
 
-    def long() -> int:  # as TensorStore says it, with paths between
+    def long() -> int:  # like TensorStore's message, with paths in the middle
         raise ValueError(f"RESOURCE_EXHAUSTED: Error writing {'path/' * 100}: {os.strerror(errno.ENOSPC)}")
 
     def memory() -> int:

@@ -1,4 +1,4 @@
-"""Attention against NumPy, and rows that hold several documents against each document alone."""
+"""Compares attention with NumPy, and rows that hold several documents with each document alone."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 
 
 @pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])
-def test_attention_in_chunks(T: int, kv_heads: int) -> None:
+def test_attention_equals_the_reference_at_any_length(T: int, kv_heads: int) -> None:
     rng = np.random.default_rng(T)
     q_BTHC = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
     k_BTKC, v_BTKC = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
@@ -33,7 +33,7 @@ def test_attention_in_chunks(T: int, kv_heads: int) -> None:
         np.testing.assert_allclose(out[b, :, h], expected, rtol=0, atol=3e-6)
 
 
-def test_attention_takes_as_many_chunks_as_fit() -> None:
+def test_attention_uses_up_to_four_chunks_of_at_least_64_queries() -> None:
     def products(T: int) -> int:
         q_BTHC = jnp.zeros((1, T, 2, 4))
         return str(jax.make_jaxpr(causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
@@ -41,8 +41,8 @@ def test_attention_takes_as_many_chunks_as_fit() -> None:
     assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
 
 
-def test_scores_may_be_large() -> None:
-    """Of a few thousand, where exp overflows in float32 unless the largest is subtracted."""
+def test_large_scores_do_not_overflow() -> None:
+    """With scores of a few thousand, exp overflows in float32 unless the largest score is subtracted."""
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 40, 2, 8)).astype(np.float32)
     q *= 1000
@@ -52,12 +52,12 @@ def test_scores_may_be_large() -> None:
     assert np.isfinite(grads).all()
 
 
-ROUNDED = {"xla_allow_excess_precision": False}  # else XLA leaves roundings to bfloat16 out on CPU
-HALF = 2.0**-8  # what a rounding to bfloat16 changes at most, relative
+ROUNDED = {"xla_allow_excess_precision": False}  # otherwise XLA omits roundings to bfloat16 on CPU
+HALF = 2.0**-8  # largest relative error of a rounding to bfloat16
 
 
 def test_bfloat16_attention_has_scores_and_softmax_in_float32() -> None:
-    """With scores of up to 100, a rounding of them would change the weights by a fifth."""
+    """With scores of up to 100, rounding them to bfloat16 would change the weights by a fifth."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 1, 60, 2, 8)))
     q *= 16
@@ -80,15 +80,15 @@ def test_rotation_is_computed_in_float32() -> None:
     expected = reference.rotate(whole, 100.0)[1000:]
     np.testing.assert_allclose(
         np.asarray(out[0, :, 1], np.float64), expected, rtol=1.01 * HALF, atol=2e-4
-    )  # of the angle
+    )  # atol for the rounding of the angle
 
 
 def test_attention_stays_inside_a_segment() -> None:
-    """Also where queries come in chunks of 64, and a segment goes from one into the next."""
+    """Queries attend only within their segment, also if it extends over several chunks of 64 queries."""
     T, lengths = 256, [10, 54, 1, 100, 91]
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 2, T, 2, 8)).astype(np.float32)
-    other = np.repeat([7, 7, 8], [20, 70, 166])  # another row, other segments; the numbers themselves mean nothing
+    other = np.repeat([7, 7, 8], [20, 70, 166])  # the other row has other segments; only equality of numbers matters
     segments_BT = np.stack([np.repeat(np.arange(5), lengths), other])
     out = np.asarray(jax.jit(causal_attention)(q, k, v, segments_BT))
     for b, cuts in enumerate([np.cumsum(lengths)[:-1], [90]]):
@@ -98,8 +98,8 @@ def test_attention_stays_inside_a_segment() -> None:
 
 
 @pytest.mark.parametrize("position", ["rope", "learned", "sinusoidal"])
-def test_documents_of_one_row_are_as_if_each_were_alone(position: Any) -> None:
-    """The states of a packed row, and gradients through them, against the documents one by one."""
+def test_documents_in_one_row_do_not_affect_each_other(position: Any) -> None:
+    """The states of a packed row, and gradients through them, equal those of the documents one by one."""
     T, V, lengths = 24, 13, [5, 1, 11, 7]
     c = dataclasses.replace(BASE.model, num_layers=2, d_model=16, num_heads=2, position=position, rope_theta=100.0,
                             scan_unroll=1, residual_init="scaled", attention="xla")  # fmt: skip
@@ -120,7 +120,7 @@ def test_documents_of_one_row_are_as_if_each_were_alone(position: Any) -> None:
         return jnp.sum(x_TD * direction_TD), x_TD
 
     (got, got_x), (want, want_x) = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (together, alone))
-    np.testing.assert_allclose(got_x, want_x, rtol=0, atol=1e-5)  # of order 1, a few hundred roundings of 6e-8 each
+    np.testing.assert_allclose(got_x, want_x, rtol=0, atol=1e-5)  # states of order 1; hundreds of roundings of 6e-8
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(want))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest), got, want)
     whole_row = model.hidden(params, tokens[None])
@@ -140,7 +140,7 @@ def test_documents_of_one_row_are_as_if_each_were_alone(position: Any) -> None:
         ("cpu", "cudnn", "float32", 60, "cudnn"),  # as asked for
     ],
 )
-def test_choice_of_the_attention_kernel(
+def test_the_attention_kernel_fits_backend_dtype_and_head_size(
     monkeypatch: pytest.MonkeyPatch, backend: str, wanted: Any, dtype: str, head: int, kernel: str
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

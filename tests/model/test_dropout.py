@@ -1,4 +1,4 @@
-"""Dropout: a mask for each sequence, embedding and branch, whoever computes it."""
+"""Dropout has a mask for each sequence, embedding and branch, which does not depend on how a batch is split."""
 
 import itertools
 import math
@@ -14,8 +14,8 @@ from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-def test_dropout_of_ones() -> None:
-    """Each element is 0 with probability `rate`, else 1 / (1 - rate): the mean stays 1."""
+def test_dropout_of_ones_keeps_the_mean() -> None:
+    """Each element becomes 0 with probability `rate`, otherwise 1 / (1 - rate), so the mean stays 1."""
     rate, n = 0.3, 40_000
     keys_B = jax.random.split(jax.random.key(0), 2)
     x_ND = jnp.ones((2 * n // 8, 8))
@@ -24,7 +24,7 @@ def test_dropout_of_ones() -> None:
     deviation = math.sqrt(rate / (1 - rate) / out.size)
     assert abs(out.mean() - 1) < 5 * deviation
     rows = (out.reshape(2, -1), np.asarray(layers.dropout(x_ND, rate, keys_B, 4)).reshape(2, -1))
-    for a, b in [(rows[0][0], rows[0][1]), (rows[0][0], rows[1][0])]:  # sequences and sites have masks of their own
+    for a, b in [(rows[0][0], rows[0][1]), (rows[0][0], rows[1][0])]:  # sequences and sites have different masks
         assert abs(np.mean((a == 0) & (b == 0)) - rate**2) < 0.02
     np.testing.assert_array_equal(layers.dropout(x_ND, rate, None, 3), x_ND)
     np.testing.assert_array_equal(layers.dropout(x_ND, 0.0, keys_B, 3), x_ND)
@@ -46,8 +46,8 @@ def test_dropout_is_a_function_of_the_sequences_key() -> None:
     np.testing.assert_allclose(np.concatenate(parts), masked, rtol=0, atol=1e-5)
 
 
-def test_embedding_and_every_branch_drop_elements_of_their_own() -> None:
-    """Where branches add a constant, the difference to the next state shows the mask of each."""
+def test_the_embedding_and_each_branch_have_different_masks() -> None:
+    """If one branch or the embedding adds a large constant, the signs of the final states show its mask."""
     c, n = with_(num_layers=2, d_model=512, d_ff=8, dropout=0.5, use_bias=True, position="sinusoidal"), 4
     model = make_model(c, VOCAB, MAX_LEN)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
@@ -55,7 +55,7 @@ def test_embedding_and_every_branch_drop_elements_of_their_own() -> None:
     masks, hidden = [], jax.jit(model.hidden)
     for layer, (part, name) in itertools.product(range(2), (("attention", "out"), ("mlp", "down"))):
         params = jax.tree.map(np.copy, zeros)
-        params["layers"][part][name]["bias"][layer] = 1e6  # so large that the embedding does not count
+        params["layers"][part][name]["bias"][layer] = 1e6  # so large that the position embeddings do not matter
         x_ND = np.asarray(hidden(params, some_tokens(1, n), jax.random.split(jax.random.key(0), 1)))
         masks.append(x_ND > 0)
     params = jax.tree.map(np.copy, zeros)

@@ -1,4 +1,4 @@
-"""Sampling: the cache gives what the model gives without it, and the filters keep what they should."""
+"""Sampling gives the same tokens with and without a cache, and the filters keep the right tokens."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_compile() -> Iterator[None]:
-    """XLA without most of its optimizations: tiny models compile in half the time."""
+    """Turns off most of XLA's optimizations, so that tiny models compile in half the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def with_params(max_len: int = MAX_LEN, **changes: Any) -> tuple[Model, Params]:
-    """A model whose weights are large enough for texts that vary."""
+    """Returns a model, and weights that are large enough for varied texts."""
     model = make_model(dataclasses.replace(TINY, **changes), VOCAB, max_len)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -55,7 +55,7 @@ VARIANTS = [("rope", 2), ("learned", 1), ("sinusoidal", 0)]
 
 @pytest.mark.parametrize("position, kv_heads", VARIANTS)
 def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
-    """Token after token: each is the largest logit of the model on all tokens before it."""
+    """Each token has the largest logit of the model on all tokens before it, computed without a cache."""
     model, params = with_params(position=position, num_kv_heads=kv_heads)
     prompt_BT = prompts(3)
     new_BT = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=NEW, temperature=0.0)
@@ -64,7 +64,7 @@ def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
     # The logits at t see the tokens up to t only, so one pass over the whole text is a pass over each prefix.
     logits_BTV = np.asarray(jax.jit(logits_of(model))(params, text_BT))
     np.testing.assert_array_equal(logits_BTV.argmax(-1)[:, 3:-1], new_BT)
-    assert len(np.unique(new_BT)) > 4  # no text of one token, which anything would get right
+    assert len(np.unique(new_BT)) > 4  # a text of one repeated token would prove nothing
     assert len({tuple(row) for row in np.asarray(new_BT)}) == 3
 
 
@@ -72,13 +72,13 @@ def test_greedy_is_the_uncached_argmax(position: str, kv_heads: int) -> None:
 def test_a_long_prompt_is_read_in_chunks(
     length: int, rope: tuple[Model, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 4 tokens here, with 1 to 4 left whose logits begin the text."""
+    """The chunks have 4 tokens here. The last chunk has 1 to 4 tokens, whose logits give the first new token."""
     model, params = rope
     prompt_BT = prompts(2, length)
     whole = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=2, temperature=0.0)
-    cast(Any, _read).clear_cache()  # compiled with the chunks of before
+    cast(Any, _read).clear_cache()  # it was compiled with the old size of chunks
     monkeypatch.setattr("jaxlm.model.generate.CHUNK", 4)
-    sizes: list[int] = []  # of what the model is given, whenever it is compiled
+    sizes: list[int] = []  # numbers of tokens given to the model, whenever it is traced
 
     def decode(params: Params, tokens_BT: jax.Array, *rest: Any) -> Any:
         sizes.append(tokens_BT.shape[1])
@@ -92,8 +92,8 @@ def test_a_long_prompt_is_read_in_chunks(
 
 
 @pytest.mark.parametrize("key_offset", [False, True])
-def test_cached_logits_are_the_uncached_ones(key_offset: bool) -> None:
-    """A prompt, then several tokens at once, then one: any split of a text into calls."""
+def test_cached_logits_equal_uncached_logits(key_offset: bool) -> None:
+    """Logits do not depend on how a text is split into calls: a prompt, several tokens at once, one token."""
     model, params = with_params(key_offset=key_offset)
     text_BT = prompts(2, 12)
     expected = jax.jit(logits_of(model))(params, text_BT)
@@ -111,10 +111,10 @@ def test_a_row_does_not_depend_on_the_number_of_rows(rope: tuple[Model, Params])
     five = np.asarray(generate(model, params, prompt_BT, jax.random.key(3), max_new_tokens=NEW))
     two = np.asarray(generate(model, params, prompt_BT[:2], jax.random.key(3), max_new_tokens=NEW))
     np.testing.assert_array_equal(five[:2], two)
-    assert len({tuple(row) for row in five}) == 5  # and each row is a text of its own
+    assert len({tuple(row) for row in five}) == 5  # and the rows are different texts
 
 
-def test_the_seed_is_the_text(rope: tuple[Model, Params]) -> None:
+def test_the_seed_determines_the_text(rope: tuple[Model, Params]) -> None:
     model, params = rope
 
     def text(seed: int) -> np.ndarray:
@@ -124,12 +124,12 @@ def test_the_seed_is_the_text(rope: tuple[Model, Params]) -> None:
     assert (text(1) != text(2)).mean() > 0.3
 
 
-def test_each_token_is_drawn_anew(rope: tuple[Model, Params]) -> None:
-    """Where all tokens are as probable, a text is a sequence of independent draws."""
+def test_tokens_are_drawn_independently(rope: tuple[Model, Params]) -> None:
+    """If all tokens are equally probable, a text is a sequence of independent draws."""
     model, params = rope
     nothing = jax.tree.map(np.zeros_like, params)
     text_BT = np.asarray(generate(model, nothing, prompts(2), jax.random.key(1), max_new_tokens=NEW))
-    assert min(len(np.unique(row)) for row in text_BT) > 7  # of 18 draws out of 17
+    assert min(len(np.unique(row)) for row in text_BT) > 7  # distinct tokens in 18 draws out of 17
 
 
 def test_top_k_of_1_is_greedy(rope: tuple[Model, Params]) -> None:
@@ -145,7 +145,7 @@ def test_top_k_of_1_is_greedy(rope: tuple[Model, Params]) -> None:
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (2.0, 5)])
-def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], temperature: float, top_k: int) -> None:
+def test_token_frequencies_match_probabilities(rope: tuple[Model, Params], temperature: float, top_k: int) -> None:
     model, params = rope
     n = 4000
     prompt_BT = np.repeat(prompts(1), n, axis=0)
@@ -163,7 +163,7 @@ def test_tokens_come_as_often_as_they_are_probable(rope: tuple[Model, Params], t
 # A few tokens at a time
 
 
-def test_tokens_come_in_blocks_until_it_is_to_stop(rope: tuple[Model, Params]) -> None:
+def test_tokens_come_in_blocks_until_stop_is_true(rope: tuple[Model, Params]) -> None:
     model, params = rope
     new, how = 2 * BLOCK + 5, {"max_new_tokens": 2 * BLOCK + 5, "top_k": 5}
     whole_BN = generate(model, params, prompts(2), jax.random.key(6), **how)
@@ -176,8 +176,8 @@ def test_tokens_come_in_blocks_until_it_is_to_stop(rope: tuple[Model, Params]) -
 
 
 @pytest.mark.parametrize("position, length", [("learned", 4), ("sinusoidal", 4), ("learned", MAX_LEN)])
-def test_beyond_its_positions_a_text_goes_on_from_its_last_tokens(position: str, length: int) -> None:
-    """As nanoGPT does: each token is drawn from the logits of the last `max_len` tokens alone."""
+def test_beyond_max_len_a_text_continues_from_its_last_tokens(position: str, length: int) -> None:
+    """As in nanoGPT, each token is drawn from the logits of the last `max_len` tokens alone."""
     model, params = with_params(position=position)
     text_BT, new = prompts(2, length), MAX_LEN + 5
     got_BN = generate(model, params, text_BT, jax.random.key(0), max_new_tokens=new, temperature=0.0)
@@ -185,7 +185,7 @@ def test_beyond_its_positions_a_text_goes_on_from_its_last_tokens(position: str,
     for _ in range(new):
         window_BT = text_BT[:, -MAX_LEN:]
         last, rest = window_BT.shape[1] - 1, np.zeros((2, MAX_LEN - window_BT.shape[1]), np.int32)
-        logits_BTV = apply(params, np.concatenate([window_BT, rest], axis=1))  # of one shape; later tokens are not seen
+        logits_BTV = apply(params, np.concatenate([window_BT, rest], axis=1))  # padded; later tokens are not seen
         text_BT = np.concatenate([text_BT, np.asarray(logits_BTV)[:, last].argmax(-1, keepdims=True)], axis=1)
     np.testing.assert_array_equal(got_BN, text_BT[:, length:])
     assert len(np.unique(got_BN[:, -MAX_LEN:])) > 4
@@ -195,7 +195,7 @@ def test_beyond_its_positions_a_text_goes_on_from_its_last_tokens(position: str,
 
 
 def reference(logits_V: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Of one row; tokens whose logit equals that of the last one kept are kept as well."""
+    """Filters one row. Tokens with the same logit as the last token kept are kept as well."""
     out = (logits_V.astype(np.float64) - logits_V.max()) / temperature
     if top_k:
         out[out < np.sort(out)[::-1][top_k - 1]] = -np.inf
@@ -218,7 +218,7 @@ HAND_MADE = np.log(
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 4])
 @pytest.mark.parametrize("top_p", [1.0, 0.01, 0.45, 0.75, 0.97])
-def test_filters(temperature: float, top_k: int, top_p: float) -> None:
+def test_filters_equal_the_reference(temperature: float, top_k: int, top_p: float) -> None:
     got = np.asarray(filter_logits(jnp.asarray(HAND_MADE), temperature, top_k, top_p))
     expected = np.stack([reference(row, temperature, top_k, top_p) for row in HAND_MADE])
     np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
@@ -230,35 +230,35 @@ def kept(temperature: float, top_k: int, top_p: float) -> list[list[int]]:
     return [np.flatnonzero(np.isfinite(row)).tolist() for row in got]
 
 
-def test_what_filters_keep() -> None:
-    """The same, counted by hand."""
+def test_filters_keep_the_tokens_counted_by_hand() -> None:
+    """The filters keep these tokens of each row of HAND_MADE."""
     everything = list(range(5))
     assert kept(1.0, 0, 1.0) == [everything] * 4
     assert kept(1.0, 5, 1.0) == kept(1.0, 99, 1.0) == [everything] * 4
-    assert kept(1.0, 2, 1.0) == [[0, 1], [2, 3], [1, 2], everything]  # five equal ones cannot be told apart
+    assert kept(1.0, 2, 1.0) == [[0, 1], [2, 3], [1, 2], everything]  # of five equal tokens all are kept
     assert kept(1.0, 3, 1.0) == [[0, 1, 2], [2, 3, 4], everything, everything]
     assert kept(1.0, 0, 0.5) == [[0, 1], [2, 3], [1, 2], everything]
     assert kept(1.0, 0, 0.8) == [[0, 1, 2], [2, 3, 4], everything, everything]
-    assert kept(1.0, 0, 0.01) == [[0], [2], [1, 2], everything]  # never nothing
-    assert kept(1.0, 2, 0.5) == [[0], [2], [1, 2], everything]  # 0.4 / 0.7 of what top-k leaves
+    assert kept(1.0, 0, 0.01) == [[0], [2], [1, 2], everything]  # at least one token is kept
+    assert kept(1.0, 2, 0.5) == [[0], [2], [1, 2], everything]  # 0.4 / 0.7 of what top-k keeps
     assert kept(0.0, 1, 1.0) == [[0], [2], [1, 2], everything]
-    assert kept(1.0, 0, 1e-46) == [[0], [2], [1, 2], everything]  # 0 in float32
+    assert kept(1.0, 0, 1e-46) == [[0], [2], [1, 2], everything]  # top_p is 0 in float32
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-38, 1e-6])
-def test_a_temperature_near_0_leaves_the_most_probable(temperature: float) -> None:
-    """Logits over 1e-38 overflow float32."""
+def test_a_temperature_near_0_keeps_only_the_most_probable_token(temperature: float) -> None:
+    """Logits divided by 1e-38 overflow float32."""
     probs = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(100 * HAND_MADE[:2]), temperature, 0, 1.0)))
     np.testing.assert_array_equal(probs, np.eye(5)[[0, 2]])
 
 
-# Beyond the length of training
+# Texts longer than in training
 
 
 def test_a_token_sees_the_last_max_len_tokens() -> None:
-    """One layer with rotary positions: the logits after a long text are those of its last `max_len` tokens alone.
+    """With one layer and rotary positions, the logits after a long text are those of its last `max_len` tokens alone.
 
-    With more layers they are not: a state in the window was itself computed from tokens before it.
+    With more layers they are not, because the states in the window were computed from tokens before it.
     """
     window, length = 6, 20
     model, params = with_params(window, num_layers=1)

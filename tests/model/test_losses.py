@@ -1,4 +1,4 @@
-"""Losses against NumPy, and the chunked output layer against the whole one."""
+"""Compares losses with NumPy, and the chunked output layer with the whole one."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ N, D, V = 22, 6, 11
 
 
 def draw(seed: int = 0) -> tuple[Any, Any, Any]:
-    """Final states, an output matrix, and targets of which some are none."""
+    """Returns final states, an output matrix, and targets, some of which are -1 for none."""
     rng = np.random.default_rng(seed)
     x_ND, w_DV = rng.standard_normal((N, D)).astype(np.float32), rng.standard_normal((D, V)).astype(np.float32)
     return x_ND, w_DV, np.where(rng.random(N) < 0.6, rng.integers(0, V, N), -1).astype(np.int32)
 
 
 def reference(logits_NV: np.ndarray, targets_N: np.ndarray, c: LossConfig) -> list[float]:
-    """Token by token, from probabilities."""
+    """Returns the sums, computed token by token from probabilities."""
     objective = nll = correct = count = 0.0
     for logits, target in zip(logits_NV.astype(np.float64), targets_N, strict=True):
         if target == -1:
@@ -40,11 +40,11 @@ SETTINGS = [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.3, 0.05)]
 
 
 @pytest.mark.parametrize("smoothing, z_loss", SETTINGS)
-def test_cross_entropy(smoothing: float, z_loss: float) -> None:
+def test_cross_entropy_equals_the_reference(smoothing: float, z_loss: float) -> None:
     c = LossConfig(label_smoothing=smoothing, z_loss=z_loss, chunk=0)
     x_ND, w_DV, targets_N = draw()
     logits_NV = 2 * x_ND @ w_DV
-    targets_N[:6] = logits_NV[:6].argmax(-1)  # some are right
+    targets_N[:6] = logits_NV[:6].argmax(-1)  # some predictions are right
     assert (targets_N == -1).any()
     sums = cross_entropy(jnp.asarray(logits_NV), jnp.asarray(targets_N), c)
     assert all(s.shape == () and s.dtype == jnp.float32 for s in sums)
@@ -60,7 +60,7 @@ def test_large_logits_do_not_overflow() -> None:
     np.testing.assert_allclose(sums.nll, 1e4 + np.log(2), rtol=1e-6)
 
 
-def test_where_there_is_no_target_there_is_no_gradient() -> None:
+def test_tokens_without_a_target_have_no_gradient() -> None:
     c = LossConfig(label_smoothing=0.1, z_loss=0.1, chunk=0)
     x_ND, w_DV, targets_N = draw()
     grad = jax.grad(lambda logits: cross_entropy(logits, targets_N, c).objective)(jnp.asarray(x_ND @ w_DV))
@@ -69,8 +69,8 @@ def test_where_there_is_no_target_there_is_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("smoothing, z_loss", SETTINGS[::3])
-def test_output_loss_in_chunks(smoothing: float, z_loss: float) -> None:
-    """Values and gradients; 22 tokens in chunks that divide them, that do not, of 1 token, and larger than all."""
+def test_the_output_loss_does_not_depend_on_chunks(smoothing: float, z_loss: float) -> None:
+    """Values and gradients are equal, whether chunks divide the 22 tokens or not, have 1 token or more than 22."""
     x_ND, w_DV, targets_N = draw(1)
 
     def compute(chunk: int) -> tuple[LossSums, Any, int]:
@@ -90,6 +90,6 @@ def test_output_loss_in_chunks(smoothing: float, z_loss: float) -> None:
     np.testing.assert_allclose(np.array(sums), reference(x_ND @ w_DV, targets_N, c), rtol=2e-6)
     for chunk in (11, 5, 1, 50):
         other_sums, other_grads, other_whole = compute(chunk)
-        assert other_whole == (chunk > N)  # all logits are never there at once
+        assert other_whole == (chunk > N)  # with chunks, the logits of all tokens never exist at once
         np.testing.assert_allclose(np.array(other_sums), np.array(sums), rtol=2e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), other_grads, grads)

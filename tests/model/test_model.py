@@ -1,4 +1,4 @@
-"""The decoder against the papers' formulas in NumPy, and the properties that a decoder must have.
+"""Compares the decoder with the papers' formulas in NumPy, and checks the properties that a decoder must have.
 
 Shapes as in `jaxlm/model/decoder.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
 """
@@ -27,7 +27,7 @@ def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, 
     return -gold.mean(), logits_BTV
 
 
-# Every activation with every position; the switches take both values with each of them, in all pairs.
+# Every activation with every position, each with a pattern of switches. Any two switches occur in all combinations.
 SWITCHES = ("norm", "kv", "qk_norm", "use_bias", "tie_embeddings", "softcap", "key_offset")
 PATTERNS = [
     "".join(str(bit) for bit in (a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c))
@@ -70,7 +70,7 @@ def test_logits_are_those_of_the_formulas(row: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize("row", [GRID[i] for i in (0, 4, 8, 9, 13)], ids="-".join)
 def test_gradients_are_those_of_finite_differences(row: tuple[str, str, str]) -> None:
-    """Along a random direction in each parameter, differences of the float64 reference's loss."""
+    """Along a random direction in each parameter, gradients equal differences of the float64 reference's loss."""
     c = grid_config(*row)
     model = make_model(c, VOCAB, MAX_LEN)
     params, tokens_BT = drawn(model), some_tokens(2, 7)
@@ -107,14 +107,14 @@ def test_a_token_changes_nothing_before_it(position: str) -> None:
         changed[0, t] = (changed[0, t] + 1) % VOCAB
         after = np.asarray(apply(params, changed))
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
-        assert (np.abs(after[:, t:] - before[:, t:]).max(-1) > 1e-7).mean() > 0.95  # and all that follow see it
+        assert (np.abs(after[:, t:] - before[:, t:]).max(-1) > 1e-7).mean() > 0.95  # and later positions see it
         assert np.abs(after[:, t] - before[:, t]).max() > 1e-2
 
 
 # Settings that change speed and memory only
 
 
-def test_unrolling_and_rematerialization_change_no_number() -> None:
+def test_unrolling_and_rematerialization_do_not_change_results() -> None:
     tokens_BT = some_tokens(2, 9)
     base = with_(num_layers=3, position="sinusoidal", norm="rmsnorm", activation="relu2")
     settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full")]
@@ -128,7 +128,7 @@ def test_unrolling_and_rematerialization_change_no_number() -> None:
         lowered = traced.lower()
         texts[unroll, remat] = lowered.as_text()
         results[unroll, remat] = lowered.compile()(params)
-    # The settings do differ: more is computed again, and no loop is left when all layers are unrolled.
+    # The settings do differ: rematerialization adds products, and no loop is left when all layers are unrolled.
     assert products[1, "none"] < products[1, "dots"]
     assert products[0, "none"] < products[0, "full"]
     assert "stablehlo.while" in texts[1, "none"] and "stablehlo.while" not in texts[0, "none"]
@@ -141,7 +141,7 @@ def test_unrolling_and_rematerialization_change_no_number() -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), other_grads, grads)
 
 
-def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
+def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:
     c = with_(qk_norm=True, use_bias=True, activation="swiglu")
     half = make_model(dataclasses.replace(c, dtype="bfloat16"), VOCAB, MAX_LEN)
     full = make_model(c, VOCAB, MAX_LEN)
@@ -160,9 +160,9 @@ def test_bfloat16_keeps_masters_and_logits_in_float32() -> None:
     assert half.init_cache(1, 4).k.dtype == jnp.bfloat16
 
 
-def test_bfloat16_gradients_are_near_those_of_float32() -> None:
-    """Of every parameter, also of the embedding of a token that is there a thousand times: sums of many gradients are
-    kept in float32.
+def test_bfloat16_gradients_are_close_to_float32() -> None:
+    """The gradients of all parameters are close, also of the embedding of a token that occurs a thousand times, because
+    sums of many gradients are kept in float32.
     """
     c = with_(qk_norm=True, norm="rmsnorm")
     rng = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def test_bfloat16_gradients_are_near_those_of_float32() -> None:
             return jax.jit(grad, compiler_options={"xla_allow_excess_precision": False})(params)
 
         error = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), grads(half), grads(full))
-        # A few dozen roundings of 2^-8 on the way, which are independent; lost additions would be half of it.
+        # The error is a few dozen independent roundings of 2^-8; additions that are lost would make it about a half.
         assert max(jax.tree.leaves(error)) < 0.05, error
 
 
@@ -198,7 +198,7 @@ def test_bfloat16_logits_are_not_rounded(tied: bool) -> None:
 # Parameters
 
 
-def test_initial_weights() -> None:
+def test_initial_weights_have_the_right_deviations() -> None:
     c = with_(num_layers=4, d_model=128, num_heads=4, num_kv_heads=2, d_ff=256, use_bias=True, activation="swiglu",
               position="learned", qk_norm=True)  # fmt: skip
     params = jax.jit(make_model(c, 300, 100).init)(jax.random.key(0))
@@ -224,7 +224,7 @@ def test_initial_weights() -> None:
             assert abs(part.mean()) < 5 * deviation / math.sqrt(part.size), name
         if name.startswith("layers"):
             assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.05  # layers differ
-    assert flat["head/kernel"].shape == (128, 300)  # zero, with the biases below
+    assert flat["head/kernel"].shape == (128, 300)  # it is zero, and so are the biases: checked below
     for name, x in flat.items():
         assert x.shape[: name.startswith("layers")] == (4,) * name.startswith("layers"), name
         np.testing.assert_array_equal(x, 1.0 if name.endswith("scale") else 0.0, err_msg=name)
@@ -241,7 +241,7 @@ def test_initial_weights() -> None:
     assert abs(np.asarray(tied["embed"]["embedding"]).std() / 0.02 - 1) < 5 / math.sqrt(2 * 300 * 128)
 
 
-def test_switches_that_make_no_parameters() -> None:
+def test_switches_that_are_off_add_no_parameters() -> None:
     plain = drawn(make_model(TINY, VOCAB, MAX_LEN))
     assert set(plain) == {"embed", "layers", "final_norm", "head"}
     assert set(drawn(make_model(with_(tie_embeddings=True), VOCAB, MAX_LEN))) == {"embed", "layers", "final_norm"}
@@ -251,7 +251,7 @@ def test_switches_that_make_no_parameters() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_per_token(tied: bool) -> None:
+def test_flops_per_token_equal_a_count_by_hand(tied: bool) -> None:
     c = with_(d_model=8, num_heads=2, num_kv_heads=1, d_ff=12, activation="swiglu", norm="rmsnorm", position="learned",
               tie_embeddings=tied)  # fmt: skip
     params = drawn(make_model(c, 10, 6))

@@ -1,4 +1,4 @@
-"""Tables with more rows than there are tokens: nothing but their shape changes."""
+"""Embedding tables with more rows than tokens change nothing but the shape."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ V, ROWS = 23, 32
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_with_a_larger_table_is_the_same(tied: bool):
+def test_a_model_with_a_larger_table_computes_the_same(tied: bool):
     small = dataclasses.replace(
         get_config().model, num_layers=1, d_model=16, num_heads=2, tie_embeddings=tied, scan_unroll=1
     )
@@ -52,8 +52,8 @@ def test_a_model_with_a_larger_table_is_the_same(tied: bool):
     assert int(tokens.max()) == V - 1
 
 
-def test_a_run_with_a_larger_table(tmp_path: Path):
-    """Of bytes and bos; a run says how many tokens there are, not rows."""
+def test_a_run_with_a_larger_table_keeps_its_number_of_tokens(tmp_path: Path):
+    """A run on bytes has 257 tokens, including bos, and not the 320 rows of its table."""
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     keys = {"data.source": "text", "data.path": tmp_path / "text", "data.tokenizer": "bytes", "steps": 1,
             "model.vocab_multiple": 64, "eval.batches": 1, "eval.sample_tokens": 0}  # fmt: skip

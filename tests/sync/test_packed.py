@@ -1,4 +1,4 @@
-"""Arrays as a matrix with a row for each device, and as buckets: all is there once, and comes back."""
+"""Packing arrays into a matrix with a row for each device, or into buckets, keeps every element exactly once."""
 
 import math
 
@@ -15,7 +15,7 @@ shapes_st = st.lists(st.lists(st.integers(1, 7), min_size=2, max_size=4).map(tup
 
 @settings(deadline=None, max_examples=60)
 @given(shapes_st, st.integers(1, 400))
-def test_buckets_hold_everything_once_and_no_more_than_they_may(shapes: list[tuple[int, ...]], limit: int):
+def test_buckets_hold_everything_once_within_the_limit(shapes: list[tuple[int, ...]], limit: int):
     buckets = plan(shapes, limit)
     seen = [[np.zeros(s[0], int)] for s in shapes]
     for bucket in buckets:
@@ -31,7 +31,7 @@ def test_buckets_hold_everything_once_and_no_more_than_they_may(shapes: list[tup
 
 @settings(deadline=None, max_examples=12)
 @given(shapes_st, st.integers(1, 9), st.sampled_from([1, 4, 16]))
-def test_packed_and_unpacked(shapes: list[tuple[int, ...]], n: int, block: int):
+def test_unpacking_restores_packed_arrays(shapes: list[tuple[int, ...]], n: int, block: int):
     arrays = [jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, s in enumerate(shapes)]
     packed = pack(arrays, n, block)
     assert packed.shape[0] == n and packed.shape[1] % block == 0

@@ -1,4 +1,4 @@
-"""PowerSGD: a mean of low rank, found by a warm start, and what it leaves alone."""
+"""PowerSGD recovers a mean of low rank, improves with a warm start, and does not compress vectors."""
 
 import itertools
 
@@ -13,10 +13,10 @@ from tests.reducing import AXIS, EPS, check_same_everywhere, draw, parallel, red
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_powersgd_gives_back_a_mean_of_low_rank(size: int):
-    """The devices' own matrices are of full rank; their mean is of rank 3, and found after some steps of warm start.
+def test_powersgd_recovers_a_mean_of_low_rank(size: int):
+    """The devices' own matrices have full rank. Their mean has rank 3, and one step recovers it.
 
-    The first P is a random combination of its columns, so one step is enough for the columns' space.
+    The first P is a random combination of the mean's columns, so one step is enough to find their space.
     """
     rng = np.random.default_rng(5)
     low = rng.normal(size=(2, 30, 3)) @ rng.normal(size=(2, 3, 40))
@@ -33,8 +33,8 @@ def test_powersgd_gives_back_a_mean_of_low_rank(size: int):
     assert result.state["layers"]["norm"] == {}
 
 
-def test_powersgd_comes_closer_with_a_warm_start():
-    """The same gradient again, without its residual: the approximation nears the best of that rank, that of the SVD."""
+def test_powersgd_improves_with_a_warm_start():
+    """With the same gradient again and no residual, the error falls to that of the SVD, the best of this rank."""
     each = np.random.default_rng(7).normal(size=(2, 30, 40)).astype(np.float32)
     grads = {"layers": {"a": np.stack([each[:1], each[:1]])}}
     config = parallel("powersgd", powersgd_rank=4)
@@ -50,24 +50,24 @@ def test_powersgd_comes_closer_with_a_warm_start():
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(errors))
 
 
-def test_powersgd_lives_on_after_a_gradient_of_zero():
-    """As that of all layers is in the first step, while the output layer is zero."""
+def test_powersgd_recovers_from_a_gradient_of_zero():
+    """In the first step of training the gradients of all layers are zero, because the output layer is zero."""
     grads, config = draw(2, 8, {"layers": {"a": (1, 30, 40)}}), parallel("powersgd")
     zeros = jax.tree.map(np.zeros_like, grads)
     state = reduce(config, Group(AXIS, 2), zeros).state
     result = reduce(config, Group(AXIS, 2), grads, state)
     mean = result.means["layers"]["a"]
     assert np.abs(mean).max() > 0
-    fresh = reduce(config, Group(AXIS, 2), grads)  # but for the lengths of its columns, which change no space
+    fresh = reduce(config, Group(AXIS, 2), grads)  # its Q has columns of other lengths, but of the same space
     wanted = fresh.means["layers"]["a"]
     np.testing.assert_allclose(mean, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
+def test_orthonormal_replaces_dependent_columns_by_zeros():
     p = np.random.default_rng(9).normal(size=(3, 20, 5)).astype(np.float32)
     p[1, :, 3] = p[1, :, 0] - 2 * p[1, :, 2]
     p[2] = 0
-    p *= np.array([1e-30, 1, 1], np.float32)[:, None, None]  # of any size
+    p *= np.array([1e-30, 1, 1], np.float32)[:, None, None]  # columns of any size
     q = np.asarray(orthonormal(jnp.asarray(p)), np.float64)
     wanted = np.stack([np.eye(5), np.diag([1, 1, 1, 0, 1]), np.zeros((5, 5))])
     np.testing.assert_allclose(q.swapaxes(1, 2) @ q, wanted, rtol=0, atol=1e-5)
@@ -75,7 +75,7 @@ def test_orthonormal_columns_and_none_in_place_of_dependent_ones():
     assert (np.abs(q @ (q.swapaxes(1, 2) @ p) - p) <= 1e-5 * largest).all()  # the same space
 
 
-def test_powersgd_compresses_matrices_alone():
+def test_powersgd_compresses_only_matrices():
     r = powersgd(Group(AXIS, 2), 4)
     assert r.init(jnp.zeros((3, 20, 30))).keys() == {"residual", "q"}
     for shape in ((3, 20), (1, 20), (3, 7, 8), (1, 4, 1000)):  # vectors, and matrices that 4 columns would not shorten

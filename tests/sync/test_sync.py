@@ -1,4 +1,4 @@
-"""Reductions on drawn gradients, against NumPy: each promises how far from the mean it is, and what it keeps."""
+"""Compares reductions of random gradients with NumPy: each stays close to the mean, and keeps what it leaves out."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ from tests.reducing import (
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("size, members", GROUPS)
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_ones_give_the_mean(name: str, size: int, members: Any, zero: int):
+def test_exact_reductions_give_the_mean(name: str, size: int, members: Any, zero: int):
     group, devices = Group(AXIS, size, members), size * len(members or [0])
     grads = draw(devices, 0)
     result = reduce(parallel(name, zero=zero), group, grads)
@@ -51,13 +51,13 @@ def test_exact_ones_give_the_mean(name: str, size: int, members: Any, zero: int)
 
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("size, members", GROUPS[1:3])
-def test_both_ways_round_the_ring(size: int, members: Any, zero: int, monkeypatch: pytest.MonkeyPatch):
+def test_both_directions_of_the_ring_give_the_mean(size: int, members: Any, zero: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(RING, "BOTH_WAYS", 4)
-    test_exact_ones_give_the_mean("ring", size, members, zero)
+    test_exact_reductions_give_the_mean("ring", size, members, zero)
 
 
 def bound_of(name: str, each: np.ndarray, size: int, zero: int) -> np.ndarray:
-    """The largest error of an element that a strategy promises, from what the devices have, [devices, l, ...]."""
+    """Returns a strategy's largest error for each element; `each` holds the devices' gradients, [devices, l, ...]."""
     mean_size, mean = np.abs(each).mean(axis=0), np.abs(each.mean(axis=0))
     if name == "bf16":
         return 2.0**-8 * (mean_size + (0 if zero else 1) * (mean + 2.0**-8 * mean_size)) + EPS * mean_size
@@ -71,7 +71,7 @@ def bound_of(name: str, each: np.ndarray, size: int, zero: int) -> np.ndarray:
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("size, members", GROUPS)
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_sixteen_bits_are_as_near_as_they_promise(name: str, size: int, members: Any, zero: int):
+def test_reductions_of_16_bits_stay_within_their_bounds(name: str, size: int, members: Any, zero: int):
     group, devices = Group(AXIS, size, members), size * len(members or [0])
     grads = draw(devices, 1)
     result = reduce(parallel(name, zero=zero), group, grads)
@@ -85,12 +85,12 @@ def test_sixteen_bits_are_as_near_as_they_promise(name: str, size: int, members:
             bound = bound_of(name, stacked[m], size, zero)
             assert (error <= bound).all(), key
             worst = max(worst, float((error / bound).max()))
-    assert worst > 0.1  # a bound that is far away would let anything through
+    assert worst > 0.1  # a loose bound would let anything through
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18, 1e37])  # of which no number is subnormal
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18, 1e37])  # without subnormal numbers
 def test_fp16_neither_overflows_nor_underflows(scale: float):
-    """Tensors of any size, with numbers twelve orders of magnitude apart."""
+    """Tensors may have any scale, and numbers twelve orders of magnitude apart."""
     rng = np.random.default_rng(22)
     grads = jax.tree.map(lambda x: (x * scale * 10 ** rng.uniform(-12, 0, x.shape)).astype(np.float32), draw(4, 2))
     result = reduce(parallel("fp16"), Group(AXIS, 4), grads)
@@ -141,13 +141,13 @@ def test_topk_sends_the_largest_of_each_block(size: int):
     np.testing.assert_allclose(got, want.ravel()[:2800] / size, rtol=size * EPS, atol=0)
     for got, each in ((result.means["layers"]["norm"], grads["layers"]["norm"]), (result.means["head"], grads["head"])):
         bound = size * EPS * np.abs(each).sum(axis=0)
-        assert (np.abs(got[0] - each.astype(np.float64).mean(axis=0)) <= bound).all()  # whole
+        assert (np.abs(got[0] - each.astype(np.float64).mean(axis=0)) <= bound).all()  # sent whole
 
 
 @pytest.mark.parametrize("size, members", [(8, None), (2, ((0, 3), (5, 1), (4, 2)))])
 @pytest.mark.parametrize("name, zero", [("int8", 0), ("int8", 1), ("topk", 0), ("powersgd", 0)])
-def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any):
-    """Over some steps, what was given plus the mean of what the devices keep is the sum of the mean gradients."""
+def test_residuals_keep_what_a_reduction_leaves_out(name: str, zero: int, size: int, members: Any):
+    """After some steps, the sum of the results plus the mean of the residuals is the sum of the mean gradients."""
     group, devices = Group(AXIS, size, members), size * len(members or [0])
     state, given_out, wanted = None, None, None
     for seed in range(4):
@@ -170,14 +170,14 @@ def test_what_is_left_out_is_kept(name: str, zero: int, size: int, members: Any)
             )
             error = np.abs(got[m[0]] + residual - total[m].mean(axis=0)).max()
             assert error <= 2 * size * EPS * largest, key
-    assert any(np.abs(x).max() > 1000 * EPS * np.abs(flat(wanted)[key]).max() for key, x in kept.items())  # it matters
+    assert any(np.abs(x).max() > 1000 * EPS * np.abs(flat(wanted)[key]).max() for key, x in kept.items())  # not tiny
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("name", [*EXACT, *LOSSY])
-def test_a_number_that_is_none_reaches_all_devices(name: str, size: int, bad: float):
-    """So that the step sees it in the gradient's norm: it never becomes a finite number that is wrong."""
+def test_nan_and_infinity_reach_all_devices(name: str, size: int, bad: float):
+    """One such number makes the gradient's norm non-finite on all devices, and never becomes a wrong finite number."""
     grads = draw(size, 20)
     grads["layers"]["mlp"]["kernel"][1, 2, 3, 4] = bad
     result = reduce(parallel(name), Group(AXIS, size), grads)
@@ -185,8 +185,8 @@ def test_a_number_that_is_none_reaches_all_devices(name: str, size: int, bad: fl
 
 
 @pytest.mark.parametrize("name", [*EXACT, *LOSSY])
-def test_a_norm_that_is_too_large_is_not_taken_for_none(name: str):
-    """A finite gradient whose squares are not: the step has to see that too."""
+def test_the_norm_of_a_gradient_whose_squares_overflow_is_not_finite(name: str):
+    """The step must notice a finite gradient whose squares overflow."""
     grads = jax.tree.map(lambda x: (x * 1e30).astype(np.float32), draw(2, 20))
     assert not np.isfinite(reduce(parallel(name), Group(AXIS, 2), grads).norms).any()
 
@@ -197,15 +197,15 @@ def test_buckets_change_no_more_than_rounding(name: str, zero: int):
     whole, cut = (reduce(parallel(name, zero=zero, bucket_mb=mb), group, grads) for mb in (0.0, 0.004))
     for key, a in flat(whole.means).items():
         b = flat(cut.means)[key]
-        if name in ("int8", "topk"):  # blocks are others: as near to the mean, not to each other
+        if name in ("int8", "topk"):  # the blocks differ: results are as near to the mean, not to each other
             mean = flat(grads)[key].astype(np.float64).mean(axis=0)
             assert np.abs(b[0] - mean).max() <= 2.5 * max(np.abs(a[0] - mean).max(), 1e-3 * np.abs(mean).max()), key
         else:
             np.testing.assert_allclose(b, a, rtol=0, atol=8 * EPS * np.abs(a).max())
 
 
-def test_both_ways_of_int8_and_which_is_taken():
-    """Few CPU devices add up integers; more, and GPUs, take two phases. Both hold what they promise (above)."""
+def test_int8_sums_integers_on_few_cpu_devices_only():
+    """Few CPU devices sum integers; more devices, and GPUs, use two phases. The tests above check both."""
 
     def text(r: Reduction, n: int) -> str:
         return str(jax.make_jaxpr(lambda x: r.mean([x], [r.init(x)])[0], axis_env=[(AXIS, n)])(jnp.ones((1, 600))))
