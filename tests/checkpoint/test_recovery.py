@@ -46,9 +46,8 @@ def test_left_out_batches_are_missing_from_the_order(seed: int):
     got = order.batches(0, 60)["inputs"]
     np.testing.assert_array_equal(got, every.batches(0, 200)["inputs"][np.array(want) - 1])
     np.testing.assert_array_equal(order.batches(7, 9)["inputs"], got[7:16])  # from any step
-    assert (
-        int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).batch_number(9999)) > 2**31
-    )  # too many to count one by one
+    # Too many to count one by one.
+    assert int(TrainOrder(corpus, config, [*left_out, (70, 2**31 - 1)]).batch_number(9999)) > 2**31
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 

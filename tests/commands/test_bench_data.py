@@ -112,9 +112,8 @@ def test_the_whole_command(texts: Path, tmp_path: Path):
     check(result, texts, tensorflow=True, documents=True, compute_ms=5)
     preparation = result["preparation"]
     assert preparation["library"] == "sentencepiece"
-    assert (
-        preparation["library_tokens"] == preparation["tokens"] - preparation["documents"]
-    )  # all except one bos per document
+    # All except one bos per document.
+    assert preparation["library_tokens"] == preparation["tokens"] - preparation["documents"]
     assert preparation["bytes"] / 4 < preparation["tokens"] < preparation["bytes"]
     assert 0.01 < preparation["over_library"] < 20 and 0.01 < preparation["library_mb_per_second"] < 1000
     assert {path.name for path in tmp_path.iterdir()} == {"texts"}  # temporary files are gone

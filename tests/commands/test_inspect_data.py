@@ -79,9 +79,8 @@ def test_the_padding_share_covers_all_rows(tmp_path: Path, split: Any, packing: 
     counts, (share, rows) = view.batch(0).counts(), view.padding()
     assert share == pytest.approx(counts["padding"] / (counts["rows"] * 32))
     assert (share > 0) == (split == "val" or packing == "document") and sum(rows) == pytest.approx(1)
-    tokens = (
-        lengths.sum() + 2 * 40
-    )  # with bos. Packed: all are learned; otherwise, all except the first and less than two windows
+    # With bos. Packed: all are learned; otherwise, all except the first and less than two windows.
+    tokens = lengths.sum() + 2 * 40
     assert 0 <= tokens - counts["learned"] <= (0 if packing == "document" else 1 if split == "val" else 63)
 
 

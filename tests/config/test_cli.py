@@ -97,10 +97,18 @@ def test_overrides_set_values_of_every_type(base: Config) -> None:
     ]
     got = files.load(BASE, args)
     expected = {
-        "steps": 77, "batch_size": 16, "optim.lr": 3e-4, "optim.clip_norm": 2.0, "deterministic": True,
-        "model.tie_embeddings": True, "model.qk_norm": False, "log.tensorboard": False, "model.activation": "swiglu",
-        "model.position": "learned", "eval.sample_prompt": "x = 'a b'",
-    }  # fmt: skip
+        "steps": 77,
+        "batch_size": 16,
+        "optim.lr": 3e-4,
+        "optim.clip_norm": 2.0,
+        "deterministic": True,
+        "model.tie_embeddings": True,
+        "model.qk_norm": False,
+        "log.tensorboard": False,
+        "model.activation": "swiglu",
+        "model.position": "learned",
+        "eval.sample_prompt": "x = 'a b'",
+    }
     assert schema.flatten(got) == schema.flatten(base) | expected
     differ = {k for k, v in expected.items() if schema.flatten(base)[k] != v}
     assert differ == set(expected)

@@ -17,11 +17,22 @@ from jaxlm.run import training
 FILES = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.py") if p.stem != "__init__")
 STEPS = 4  # a layer that starts at zero lets gradients through only after its first update
 SMALL = {
-    "steps": STEPS, "log.every_steps": 1,
-    "batch_size": 8, "seq_len": 16, "model.num_layers": 2, "model.d_model": 32, "model.num_heads": 4,
-    "optim.warmup_steps": 1, "optim.accum_steps": 2, "loss.chunk": 0, "data.source": "synthetic", "data.vocab_size": 64,
-    "parallel.devices": 2, "eval.batches": 1, "log.tensorboard": False,
-}  # fmt: skip
+    "steps": STEPS,
+    "log.every_steps": 1,
+    "batch_size": 8,
+    "seq_len": 16,
+    "model.num_layers": 2,
+    "model.d_model": 32,
+    "model.num_heads": 4,
+    "optim.warmup_steps": 1,
+    "optim.accum_steps": 2,
+    "loss.chunk": 0,
+    "data.source": "synthetic",
+    "data.vocab_size": 64,
+    "parallel.devices": 2,
+    "eval.batches": 1,
+    "log.tensorboard": False,
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

@@ -24,12 +24,21 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 CHATS = [
-    {"id": i, "chat": {"turns": [
-        turn("system", "Be brief."), turn("user", f"What is {i} + {i}?"), turn("assistant", f"It is {2 * i}. é"),
-        turn("user", "And doubled?"), turn("assistant", f"{4 * i}!"), turn("user", "Thanks"),
-    ]}}
+    {
+        "id": i,
+        "chat": {
+            "turns": [
+                turn("system", "Be brief."),
+                turn("user", f"What is {i} + {i}?"),
+                turn("assistant", f"It is {2 * i}. é"),
+                turn("user", "And doubled?"),
+                turn("assistant", f"{4 * i}!"),
+                turn("user", "Thanks"),
+            ]
+        },
+    }
     for i in range(40)
-]  # fmt: skip
+]
 
 
 def learned(i: int) -> list[str]:

@@ -150,8 +150,15 @@ KINDS = ("'O'", "[('a', '<u2')]", "'<u2,<u2'", "('<u2', (2,))", "{'a': 1}", "'<M
 HEADERS = [
     *(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({shape},), }}" for shape in SHAPES),
     *(f"{{'descr': {kind}, 'fortran_order': False, 'shape': (600,), }}" for kind in KINDS),
-    "(" * 9000, "-" * 9000 + "1", "{[]: 1}", "{**1}", "__import__('os').abort()", "'\\N{x}'", "0777", "\n\\\n",
-]  # fmt: skip
+    "(" * 9000,
+    "-" * 9000 + "1",
+    "{[]: 1}",
+    "{**1}",
+    "__import__('os').abort()",
+    "'\\N{x}'",
+    "0777",
+    "\n\\\n",
+]
 
 
 def test_damaged_token_files_are_read_or_refused(config: Config, tmp_path: Path):
@@ -160,9 +167,14 @@ def test_damaged_token_files_are_read_or_refused(config: Config, tmp_path: Path)
     npys = [npy(IDS.astype(kind)) for kind in ("u1", "<u2", ">u4", "<i8", "<f4", "O")]
     versions = st.sampled_from([b"\1\0", b"\2\0", b"\3\0", b"\x09\0"])
     headers = st.tuples(versions, st.sampled_from(HEADERS)).map(
-        lambda drawn: b"\x93NUMPY" + drawn[0] + len(drawn[1]).to_bytes(2 if drawn[0] == b"\1\0" else 4, "little")
-        + drawn[1].encode() + bytes(1200)
-    )  # fmt: skip
+        lambda drawn: (
+            b"\x93NUMPY"
+            + drawn[0]
+            + len(drawn[1]).to_bytes(2 if drawn[0] == b"\1\0" else 4, "little")
+            + drawn[1].encode()
+            + bytes(1200)
+        )
+    )
     cases = st.tuples(st.just("a.bin"), damaged(bins)) | st.tuples(st.just("a.npy"), damaged(npys) | headers)
 
     def read(case: tuple[str, bytes]) -> None:

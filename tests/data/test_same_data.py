@@ -14,9 +14,16 @@ from tests.corpora import LINES, make_config, open_corpus, write
 from tests.runs import lines, run
 
 KEYS: dict[str, Any] = {
-    "steps": 2, "data.source": "text", "data.tokenizer": "bytes", "eval.sample_tokens": 0, "eval.batches": 1,
-    "log.every_steps": 1, "checkpoint.every_steps": 0, "eval.every_steps": 0, "parallel.devices": 1,
-}  # fmt: skip
+    "steps": 2,
+    "data.source": "text",
+    "data.tokenizer": "bytes",
+    "eval.sample_tokens": 0,
+    "eval.batches": 1,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 0,
+    "eval.every_steps": 0,
+    "parallel.devices": 1,
+}
 
 
 @pytest.fixture

@@ -40,9 +40,13 @@ Swallows()
 def started(what: str, busy: str = IN_C) -> subprocess.Popen[str]:
     program = PROGRAM.replace("WHAT", what).replace("BUSY", busy)
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONUNBUFFERED": ""},
-    )  # fmt: skip
+    )
     assert process.stdout and process.stdout.readline() == "begun\n"
     return process
 
@@ -110,9 +114,14 @@ def test_a_blocked_signal_ends_the_program_that_replaces_this_one(tmp_path: Path
         f"sys.stdin.readline()\nos.execv(sys.executable, {[sys.executable, *second]!r})"
     )
     process = subprocess.Popen(
-        [sys.executable, str(first)], cwd=ROOT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, str(first)],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout and process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate("go on\n", timeout=20)[1] == "stopped\n"
@@ -129,9 +138,13 @@ def test_a_blocked_signal_ends_the_program_that_replaces_this_one(tmp_path: Path
 def test_a_signal_ends_a_command_during_its_imports(number: signal.Signals, command: list[str], code: int):
     """Python prints a line after each import; the signal is sent after the first import that follows `startup`."""
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"GLIBC_TUNABLES": "", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [sys.executable, "-X", "importtime", *command],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"GLIBC_TUNABLES": "", "PYTHONPATH": str(ROOT)},
+    )
     assert process.stderr
     begun = False
     for line in process.stderr:
@@ -197,10 +210,20 @@ def test_commands_handle_signals_at_random_moments(tmp_path: Path):
     commands = ["train", "train anew", "generate", "evaluate", "prepare_data", "inspect_data", "bench", "bench data",
                 "bench comm", "chaos", *(["netbench"] if root else [])]  # fmt: skip
     result = subprocess.run(
-        [sys.executable, "tools/chaos_signals.py", "--workdir", str(tmp_path / "signals"), "--within=6",
-         f"--signals={len(commands)}", f"--commands={','.join(commands)}"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "tools/chaos_signals.py",
+            "--workdir",
+            str(tmp_path / "signals"),
+            "--within=6",
+            f"--signals={len(commands)}",
+            f"--commands={','.join(commands)}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert list(found) == commands and all(counts["kept"] == 1 for counts in found.values())

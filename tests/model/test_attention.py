@@ -78,9 +78,8 @@ def test_rotation_is_computed_in_float32() -> None:
     assert out.dtype == jnp.bfloat16 and {t.dtype for t in tables} == {jnp.dtype("float32")}
     whole = np.concatenate([np.zeros((1000, 8)), np.asarray(x_BTHC[0, :, 1], np.float64)])
     expected = reference.rotate(whole, 100.0)[1000:]
-    np.testing.assert_allclose(
-        np.asarray(out[0, :, 1], np.float64), expected, rtol=1.01 * HALF, atol=2e-4
-    )  # atol for the rounding of the angle
+    # Atol for the rounding of the angle.
+    np.testing.assert_allclose(np.asarray(out[0, :, 1], np.float64), expected, rtol=1.01 * HALF, atol=2e-4)
 
 
 def test_attention_stays_inside_a_segment() -> None:

@@ -18,11 +18,30 @@ from tests.decoders import logits_of
 VOCAB, MAX_LEN, NEW = 17, 24, 18
 BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 TINY = dataclasses.replace(
-    BASE.model, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm",
-    position="rope", rope_theta=100.0, use_bias=False, tie_embeddings=False, dropout=0.5, logit_softcap=0.0,
-    qk_norm=False, key_offset=False, residual_init="scaled", dtype="float32", param_dtype="float32",
-    matmul_precision="highest", attention="auto", remat="none", scan_unroll=1,
-)  # fmt: skip
+    BASE.model,
+    num_layers=2,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    d_ff=24,
+    activation="swiglu",
+    norm="rmsnorm",
+    position="rope",
+    rope_theta=100.0,
+    use_bias=False,
+    tie_embeddings=False,
+    dropout=0.5,
+    logit_softcap=0.0,
+    qk_norm=False,
+    key_offset=False,
+    residual_init="scaled",
+    dtype="float32",
+    param_dtype="float32",
+    matmul_precision="highest",
+    attention="auto",
+    remat="none",
+    scan_unroll=1,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -44,10 +44,16 @@ GRID = [
 def grid_config(activation: str, position: str, pattern: str) -> ModelConfig:
     on = {name: bit == "1" for name, bit in zip(SWITCHES, pattern, strict=True)}
     return with_(
-        activation=activation, position=position, norm="rmsnorm" if on["norm"] else "layernorm",
-        num_kv_heads=2 if on["kv"] else 0, qk_norm=on["qk_norm"], key_offset=on["key_offset"], use_bias=on["use_bias"],
-        tie_embeddings=on["tie_embeddings"], logit_softcap=2.0 if on["softcap"] else 0.0,
-    )  # fmt: skip
+        activation=activation,
+        position=position,
+        norm="rmsnorm" if on["norm"] else "layernorm",
+        num_kv_heads=2 if on["kv"] else 0,
+        qk_norm=on["qk_norm"],
+        key_offset=on["key_offset"],
+        use_bias=on["use_bias"],
+        tie_embeddings=on["tie_embeddings"],
+        logit_softcap=2.0 if on["softcap"] else 0.0,
+    )
 
 
 def test_the_grid_has_every_pair_of_switches() -> None:

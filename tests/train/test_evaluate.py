@@ -21,9 +21,8 @@ from tests.decoders import logits_of
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 VOCAB, T, ROWS = 23, 8, 8
 RTOL = 1e-5
-TOKENS = (
-    np.random.default_rng(0).integers(0, VOCAB, 2 * T * ROWS + 3 * T + 6).astype(np.uint16)
-)  # 3 batches, 20 windows
+# 3 batches, 20 windows.
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 2 * T * ROWS + 3 * T + 6).astype(np.uint16)
 BYTES = np.random.default_rng(1).integers(0, 9, VOCAB).astype(np.int32)
 
 

@@ -192,9 +192,8 @@ def test_muon_follows_the_formulas(tied: bool, embed_lr: float) -> None:
     tables, rest = (follow(adam, 5, shapes, peak, decay=0.0) for peak in (embed_lr or 0.03, 0.03))
     for key in got:
         own = key[0] == "layers" and key[-1] == "kernel"
-        table = (
-            key[0] == "embed" and not tied
-        )  # a tied embedding is the output layer; all rows of the positions are trained
+        # A tied embedding is the output layer; all rows of the positions are trained.
+        table = key[0] == "embed" and not tied
         expected = (hidden if own else tables if table else rest)[key]
         np.testing.assert_allclose(got[key], expected, rtol=0, atol=2e-4 if own else 3e-6, err_msg=str(key))
 
@@ -264,9 +263,8 @@ def test_orthogonalize(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(jax.jit(orthogonalize)(0 * x), 0 * x)
     large, small = max(shape[-2:]), min(shape[-2:])
     text = str(jax.make_jaxpr(orthogonalize)(x))
-    assert f"{small},{small}]" in text and (
-        large == small or f"{large},{large}]" not in text
-    )  # it computes the smaller of the two products
+    # It computes the smaller of the two products.
+    assert f"{small},{small}]" in text and (large == small or f"{large},{large}]" not in text)
 
 
 @pytest.mark.parametrize(
