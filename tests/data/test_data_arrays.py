@@ -68,7 +68,7 @@ def test_training_on_validation_files_is_refused(config: Config, tmp_path: Path,
     for name in names:
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / "d" / name, (np.arange(1000) % 50).astype("<u2"))
-    train, val = sorted((str(tmp_path / "d" / name) for name in names), key=lambda path: "train" not in path)
+    train, val = (str(tmp_path / "d" / name) for name in sorted(names, key=lambda name: "train" not in name))
     said = rf"holds .* and would train on both; allowed: data\.path={train} data\.val_path={val}, or globs$"
     with pytest.raises(UserError, match=said):
         open_corpus(config, f"{tmp_path / 'd'}{pattern}")
