@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxlm.config import OptimConfig, files
-from jaxlm.train.schedules import make_schedule
+from jaxlm.train.schedules import SCHEDULES, make_schedule
 
 STEPS = 40
 BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py").optim
@@ -36,10 +36,11 @@ def expected_lr(schedule: str, n: int, steps: int, warmup: int, r: float) -> flo
     if schedule == "wsd":
         left = (steps - n) / (0.4 * steps)  # remaining share of the last 40%
         return 1.0 if left >= 1 else left + r * (1 - left)
+    assert schedule == "constant"
     return 1.0
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "rsqrt", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_schedule(schedule: str, warmup: int) -> None:
     steps, r, peak = 50, 0.1, 3.0
@@ -71,7 +72,7 @@ def test_schedules_equal_those_of_optax() -> None:
         np.testing.assert_allclose(rates, np.where(n < warmup, rise(n + 1), peer(after)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "rsqrt", "wsd"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_at_their_limits(schedule: str) -> None:
     """Runs of one step, of warmup alone, and without decay have finite, positive rates."""
     for steps, warmup, fraction in [(1, 0, 0.4), (1, 1, 0.4), (5, 5, 0.4), (5, 0, 0.0), (5, 2, 1.0)]:
