@@ -54,6 +54,20 @@ def flags(**keys: Any) -> list[str]:
     return [f"--config.{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in (TINY | keys).items()]
 
 
+def text_keys(folder: Path) -> dict[str, Any]:
+    """Writes a short text into a folder. Returns keys with which a run trains on its bytes for two steps."""
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
+    return {
+        "data.source": "text",
+        "data.path": folder / "text.txt",
+        "data.tokenizer": "bytes",
+        "data.val_fraction": 0.1,
+        "steps": 2,
+        "data.cache_dir": folder / "cache",
+        "eval.sample_tokens": 5,
+    }
+
+
 def run(workdir: Path, **keys: Any) -> int:
     return training.run(load(CONFIG, flags(**keys)), workdir)
 

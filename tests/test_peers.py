@@ -18,7 +18,7 @@ from jaxlm.config import Config, files
 from jaxlm.model import make_model
 from jaxlm.train import guard
 from jaxlm.train import step as train_step
-from tests.decoders import logits_of
+from tests.decoders import logits_of, with_
 
 torch: Any = pytest.importorskip("torch")
 F: Any = torch.nn.functional
@@ -40,8 +40,7 @@ def config(kind: str) -> Config:
     c = files.load(Path(__file__).resolve().parents[1] / "configs" / "base.py")
     llama = kind == "llama"
     c.seed, c.steps, c.batch_size, c.seq_len = 0, 10, BATCH, SEQ
-    c.model = dataclasses.replace(
-        c.model,
+    c.model = with_(
         num_layers=LAYERS,
         d_model=D,
         num_heads=HEADS,
@@ -53,17 +52,6 @@ def config(kind: str) -> Config:
         rope_theta=500.0,
         use_bias=kind == "gpt",
         tie_embeddings=not llama,
-        dropout=0.0,
-        logit_softcap=0.0,
-        qk_norm=False,
-        key_offset=False,
-        residual_init="scaled",
-        dtype="float32",
-        param_dtype="float32",
-        matmul_precision="highest",
-        attention="xla",
-        remat="none",
-        scan_unroll=1,
     )
     c.loss = dataclasses.replace(c.loss, label_smoothing=0.0, z_loss=0.0, chunk=0)
     # A larger eps than usual. Otherwise gradients that are 0 except for rounding (of key biases) would become +-lr.

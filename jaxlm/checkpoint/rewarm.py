@@ -11,7 +11,8 @@ from typing import Any
 from jaxlm.checkpoint import workdirs
 from jaxlm.config import Config, OptimConfig, UserError, show
 from jaxlm.config.files import from_saved
-from jaxlm.train.schedules import LEAST_WARMUP, Cut, LrHistory, Peak, Rewarm, make_schedule
+from jaxlm.config.own_values import PEAKS
+from jaxlm.train.schedules import LEAST_WARMUP, Cut, LrHistory, Rewarm, make_schedule
 
 RAISED = 1.01  # a smaller rise is not a jump: a longer cosine is slightly higher everywhere
 
@@ -35,11 +36,6 @@ def of_run(config: Config, workdir: Path, start: int, cuts: tuple[Cut, ...]) -> 
     )
 
 
-def _peaks(c: OptimConfig) -> tuple[Peak, ...]:
-    """Returns the keys of the peak rates that the optimizer uses."""
-    return ("lr", "adam_lr", "embed_lr") if c.name == "muon" else ("lr",)
-
-
 def between(old: Config, before: Rewarm | None, new: Config, step: int, cuts: tuple[Cut, ...] = ()) -> Rewarm | None:
     """Returns the second warmup of a run that continues after `step` updates with another configuration.
 
@@ -52,7 +48,7 @@ def between(old: Config, before: Rewarm | None, new: Config, step: int, cuts: tu
     if not step:  # no update has been made; a run that went back to step 0 keeps the warmup that it has
         return before
     last, raised = {}, False
-    for key in _peaks(new.optim):
+    for key in PEAKS[new.optim.name]:
         was, is_now = (make_schedule(c.optim, c.steps, key, LrHistory(before, cuts)) for c in (old, new))
         last[key] = float(was(step - 1))
         raised |= float(is_now(step)) > RAISED * max(last[key], float(was(step)))
@@ -65,7 +61,7 @@ def _read(saved: dict[str, Any], c: OptimConfig, where: str) -> Rewarm | None:
     if found is None:
         return None
     try:
-        rewarm = Rewarm(found["step"], found["updates"], {key: found["rates"][key] for key in _peaks(c)})
+        rewarm = Rewarm(found["step"], found["updates"], {key: found["rates"][key] for key in PEAKS[c.name]})
         numbers = (rewarm.step, rewarm.updates, *rewarm.rates.values())
         fits = type(rewarm.step) is type(rewarm.updates) is int and all(0 <= x <= 1e30 for x in numbers)
     except (KeyError, TypeError):

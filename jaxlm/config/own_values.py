@@ -1,8 +1,19 @@
 """Each optimizer's own values for keys that are left OWN; docs/optimizers.md has the measurements."""
 
+from typing import Literal
+
 from jaxlm.config import OptimConfig
 
-# Every optimizer sets these, even those it does not read, because config.json has a value forevery key.
+Peak = Literal["lr", "adam_lr", "embed_lr"]  # keys of peak learning rates
+# {optim.name: the peak rates that it reads}
+PEAKS: dict[str, tuple[Peak, ...]] = {
+    "muon": ("lr", "adam_lr", "embed_lr"),
+    "adamw": ("lr",),
+    "lion": ("lr",),
+    "adafactor": ("lr",),
+    "sgd": ("lr",),
+}
+# Every optimizer sets these, even those it does not read, because config.json has a value for every key.
 _COMMON = {"weight_decay": 0.0, "b1": 0.9, "b2": 0.95, "momentum": 0.95}
 OWN_VALUES: dict[str, dict[str, float]] = {
     "muon": _COMMON | {"lr": 0.02},  # docs/recipe.md

@@ -22,7 +22,7 @@ from jaxlm.config import (
     mixture,
     show,
 )
-from jaxlm.config.own_values import set_own_values
+from jaxlm.config.own_values import PEAKS, set_own_values
 
 POSITIVE = (
     "steps",
@@ -161,8 +161,8 @@ def _check_model(m: ModelConfig, require: Require) -> None:
 def _check_steps(c: Config, require: Require) -> None:
     o = c.optim
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
-    if o.name == "muon":
-        require(o.adam_lr > 0, "optim.adam_lr", "more than 0 with optim.name=muon")
+    if "adam_lr" in PEAKS[o.name]:
+        require(o.adam_lr > 0, "optim.adam_lr", f"more than 0 with optim.name={o.name}")
     require(not 0 < o.spike_factor <= 1, "optim.spike_factor", "0, or more than 1")
     require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import OptimConfig
+from jaxlm.config.own_values import Peak
 
 Schedule = Callable[[Any], Any]  # updates done -> learning rate
-Peak = Literal["lr", "adam_lr", "embed_lr"]  # keys of the peak rates; only muon reads more than `lr`
 
 
 class Rewarm(NamedTuple):

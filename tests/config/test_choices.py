@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.config import SOURCES, WITHOUT_PARTS, key_types
 from jaxlm.config.files import BASE, load
-from jaxlm.config.own_values import OWN_VALUES
+from jaxlm.config.own_values import OWN_VALUES, PEAKS
 from jaxlm.data.sources.opening import IDS, TEXTS
 from jaxlm.data.tokenizers.loading import TOKENIZERS
 from jaxlm.model.decoder import REMAT
@@ -23,7 +23,7 @@ TABLES: dict[str, list[Collection[str]]] = {
     "model.norm": [NORMS],
     "model.remat": [["none", *REMAT]],
     "model.residual_init": [RESIDUAL_INITS],
-    "optim.name": [OPTIMIZERS, OWN_VALUES],
+    "optim.name": [OPTIMIZERS, OWN_VALUES, PEAKS],
     "optim.schedule": [SCHEDULES],
     "parallel.reduce": [REDUCTIONS],
 }

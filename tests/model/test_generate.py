@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -10,38 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import files
 from jaxlm.model import Model, Params, make_model
 from jaxlm.model.generate import BLOCK, _read, filter_logits, generate, stream
-from tests.decoders import logits_of
+from tests.decoders import logits_of, with_
 
 VOCAB, MAX_LEN, NEW = 17, 24, 18
-BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
-TINY = dataclasses.replace(
-    BASE.model,
-    num_layers=2,
-    d_model=16,
-    num_heads=4,
-    num_kv_heads=2,
-    d_ff=24,
-    activation="swiglu",
-    norm="rmsnorm",
-    position="rope",
-    rope_theta=100.0,
-    use_bias=False,
-    tie_embeddings=False,
-    dropout=0.5,
-    logit_softcap=0.0,
-    qk_norm=False,
-    key_offset=False,
-    residual_init="scaled",
-    dtype="float32",
-    param_dtype="float32",
-    matmul_precision="highest",
-    attention="auto",
-    remat="none",
-    scan_unroll=1,
-)
+TINY = with_(num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm", dropout=0.5, attention="auto")
 
 
 @pytest.fixture(scope="module", autouse=True)

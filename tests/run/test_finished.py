@@ -12,7 +12,7 @@ import pytest
 from jaxlm import main
 from jaxlm.config.files import load
 from jaxlm.run import finished
-from tests.runs import CONFIG, ROOT, flags, lines
+from tests.runs import CONFIG, ROOT, flags, lines, text_keys
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -23,26 +23,13 @@ def closing(shown: str) -> str:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
-    return path
+def keys(tmp_path: Path) -> list[str]:
+    return flags(**text_keys(tmp_path) | {"eval.sample_prompt": "the "})
 
 
 @pytest.fixture
-def keys(text: Path, tmp_path: Path) -> list[str]:
-    return flags(
-        **{
-            "data.source": "text",
-            "data.path": text,
-            "data.tokenizer": "bytes",
-            "data.val_fraction": 0.1,
-            "steps": 2,
-            "data.cache_dir": tmp_path / "cache",
-            "eval.sample_tokens": 5,
-            "eval.sample_prompt": "the ",
-        }
-    )
+def text(tmp_path: Path, keys: list[str]) -> Path:
+    return tmp_path / "text.txt"
 
 
 def test_a_finished_run_answers_at_once(

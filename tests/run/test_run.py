@@ -34,6 +34,7 @@ from tests.runs import (
     numbers,
     run,
     state_of,
+    text_keys,
     xla_flags,
 )
 
@@ -183,18 +184,7 @@ def test_evaluate_gives_the_score_of_the_run(whole: Path, capsys: pytest.Capture
 
 
 def test_text_run_and_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog — ünïcode\n" * 40)
-    keys = {
-        "data.source": "text",
-        "data.path": text,
-        "data.tokenizer": "bytes",
-        "data.val_fraction": 0.1,
-        "steps": 2,
-        "data.cache_dir": tmp_path / "cache",
-        "eval.sample_tokens": 5,
-        "log.tensorboard": True,
-    }
+    keys = text_keys(tmp_path) | {"log.tensorboard": True}
     assert run(tmp_path / "run", **keys) == 0
     shown = capsys.readouterr().out
     assert "bits per byte" in shown and "this model" in shown and "│" in shown

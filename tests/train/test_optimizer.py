@@ -20,6 +20,7 @@ from jaxlm.sync.sharing import by_host
 from jaxlm.train.muon import NEWTON_SCHULZ, orthogonalize
 from jaxlm.train.optimizer import make_optimizer, matrix_mask
 from jaxlm.train.schedules import make_schedule
+from tests.decoders import with_
 
 STEPS = 40
 DEFAULT = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
@@ -293,31 +294,8 @@ def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple
 
 
 def real_params() -> Any:
-    c = dataclasses.replace(
-        DEFAULT.model,
-        num_layers=2,
-        d_model=8,
-        num_heads=2,
-        num_kv_heads=1,
-        d_ff=12,
-        activation="swiglu",
-        norm="layernorm",
-        position="learned",
-        rope_theta=1e4,
-        use_bias=True,
-        tie_embeddings=False,
-        dropout=0.0,
-        logit_softcap=0.0,
-        qk_norm=True,
-        key_offset=False,
-        residual_init="scaled",
-        dtype="float32",
-        param_dtype="float32",
-        matmul_precision="highest",
-        attention="xla",
-        remat="none",
-        scan_unroll=1,
-    )
+    sizes = {"d_model": 8, "num_heads": 2, "num_kv_heads": 1, "d_ff": 12}
+    c = with_(**sizes, activation="swiglu", position="learned", use_bias=True, qk_norm=True)
     shapes = jax.eval_shape(make_model(c, 11, 5).init, jax.random.key(0))
     return draw(0, jax.tree.map(lambda x: x.shape, shapes))
 
