@@ -20,7 +20,7 @@ def get_config() -> Config:
     m.key_offset = False
     m.residual_init = "scaled"
     m.dtype = "bfloat16"
-    m.scan_unroll = 1
+    m.scan_unroll = 0
     o = c.optim
     o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 6e-4, 0.9, 0.95, 0.1
     o.schedule, o.warmup_steps, o.min_lr_ratio = "cosine", 2000, 0.1

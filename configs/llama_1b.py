@@ -18,7 +18,7 @@ def get_config() -> Config:
     m.activation, m.norm, m.position, m.qk_norm = "swiglu", "rmsnorm", "rope", False
     m.key_offset = False
     m.residual_init = "scaled"
-    m.dtype, m.remat, m.scan_unroll = "bfloat16", "dots", 1
+    m.dtype, m.scan_unroll = "bfloat16", 0
     o = c.optim
     o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 4e-4, 0.9, 0.95, 0.1
     o.schedule, o.warmup_steps, o.min_lr_ratio = "cosine", 2000, 0.1

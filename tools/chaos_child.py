@@ -137,9 +137,9 @@ def poison(first: int, last: int) -> None:
         found["targets"][(numbers >= first) & (numbers <= last), 0, 0] = mark
         return found
 
-    def poisoned(unembed: Any, x: Any, targets: Any, config: Any) -> Any:
+    def poisoned(unembed: Any, weights: Any, x: Any, targets: Any, *more: Any) -> Any:
         bad = jnp.where(jnp.any(targets == mark), jnp.nan, 1.0)
-        return jax.tree.map(lambda s: s * bad, loss(unembed, x, targets, config))
+        return jax.tree.map(lambda s: s * bad, loss(unembed, weights, x, targets, *more))
 
     mock.patch.object(TrainOrder, "batches", marked).start()
     backward.output_loss = poisoned

@@ -33,3 +33,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def config_parser(prog: str, description: str | None) -> Parser:
+    """The parser of a command that takes a configuration: `--config FILE`, and overrides as unknown arguments."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        epilog="--config.KEY=VALUE sets a key, as for training.",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    )
+    return parser

@@ -54,11 +54,15 @@ class ModelConfig:
     # GPUs; `fastest` is the default, but rounds operands to bfloat16 on CPUs with Intel AMX, with an experimental part
     # of XLA (docs/performance.md).
     matmul_precision: Literal["default", "highest", "fastest"]
-    attention: Literal["auto", "xla", "cudnn"]  # attention kernel; auto = cudnn where it is supported, else xla
-    # What the backward pass recomputes to save memory. `none`: nothing; `dots`: everything in a layer but its products
-    # with weights; `full`: whole layers.
-    remat: Literal["none", "dots", "full"]
-    scan_unroll: int  # layers per iteration of the loop over layers; 0 = all: fastest steps, longest compilation
+    # Attention kernel. `auto`: on GPUs in 16 bits cudnn, and triton for packed documents; else xla.
+    attention: Literal["auto", "xla", "cudnn", "triton"]
+    # What the backward pass recomputes to save memory. `none`: nothing; `elementwise`: norms, activation functions,
+    # rotary positions and XLA's attention scores; `dots`: everything in a layer but its products with weights; `full`:
+    # whole layers; `auto`: elementwise on GPUs, none on CPUs.
+    remat: Literal["auto", "none", "elementwise", "dots", "full"]
+    # Layers per iteration of the loop over layers. 0 = all: fastest steps, longest compilation; -1 = all on CPUs, 1 on
+    # GPUs.
+    scan_unroll: int
 
     @property
     def head_size(self) -> int:

@@ -42,6 +42,7 @@ POSITIVE = (
 )
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 # Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
+LEAST = {"model.scan_unroll": -1}  # 0 for all others
 LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and the seed of dropout is seed + 1
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
@@ -130,7 +131,8 @@ def _check_values(values: dict[str, Any]) -> None:
         require(values[key] > 0, key, "more than 0")
     for key, value in values.items():
         if types[key] in (int, float):
-            require(value >= 0, key, "0 or more")
+            least = LEAST.get(key, 0)
+            require(value >= least, key, f"{least} or more")
         if types[key] is int:
             limit = MAX_SEED if key == "seed" else MAX_INT
             require(value <= limit, key, f"at most {limit}")
@@ -153,6 +155,10 @@ def _check_model(m: ModelConfig, require: Require) -> None:
         require(even, "model.num_heads", allowed)
     if m.position == "sinusoidal":
         require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
+    if m.attention in ("cudnn", "triton"):
+        require(m.dtype != "float32", "model.dtype", f"with attention={m.attention}, bfloat16 or float16")
+        fits = m.head_size % 8 == 0 and m.head_size <= 128
+        require(fits, "model.num_heads", f"with attention={m.attention}, one that leaves a head size of 8, 16, ... 128")
     if m.key_offset:
         allowed = f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}"
         require(even and m.head_size >= 4, "model.num_heads", allowed)

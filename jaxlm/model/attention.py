@@ -5,10 +5,14 @@ head, R rows of any kind.
 """
 
 import math
-from typing import Literal
+import warnings
+from typing import Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.remat import keep
 
 
 def rope_tables(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -45,15 +49,20 @@ def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.
     return jnp.where(jnp.arange(C) % (C // 2) < C // 4, k_BSKC, before_BSKC)
 
 
-Kernel = Literal["xla", "cudnn"]
+Kernel = Literal["xla", "cudnn", "triton"]
+BLOCK = 128  # the Triton kernel's sequences are multiples of this many tokens
 
 
-def choose_kernel(wanted: Literal["auto", "xla", "cudnn"], dtype: str, head_size: int) -> Kernel:
-    """Resolves `auto`: cuDNN's fused attention on GPUs in 16 bits, for head sizes up to 128 in steps of 8; else XLA."""
-    if wanted != "auto":
-        return wanted
-    fused = jax.default_backend() == "gpu" and dtype != "float32" and head_size % 8 == 0 and head_size <= 128
-    return "cudnn" if fused else "xla"
+def choose_kernel(c: ModelConfig, platform: str, packed: bool) -> Kernel:
+    """Resolves `auto`: a fused kernel on GPUs in 16 bits, for head sizes up to 128 in steps of 8; else XLA.
+
+    The fused kernel is cuDNN's, and with packed documents Triton's: cuDNN would need a mask `[B, T, T]`.
+    """
+    if c.attention != "auto":
+        return c.attention
+    if platform != "gpu" or c.dtype == "float32" or c.head_size % 8 or c.head_size > 128:
+        return "xla"
+    return "triton" if packed else "cudnn"
 
 
 def causal_attention(
@@ -63,19 +72,64 @@ def causal_attention(
     segments_BT: jax.Array | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K.
+    """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K."""
+    match kernel:
+        case "xla":
+            return keep(in_chunks(q_BTHC, k_BTKC, v_BTKC, segments_BT))
+        case "cudnn":
+            return cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+        case "triton":
+            return triton(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+        case other:
+            assert_never(other)
 
-    With `xla`, the queries are cut into up to four chunks, and each chunk reads only the keys up to its own end. Four
-    chunks save three eighths of the scores, all of which would be masked.
+
+def cudnn(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """cuDNN's fused attention, for which segments become a mask `[B, 1, T, T]`. JAX refuses odd lengths."""
+    q, k, v = (_padded(x, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
+    mask_B1TS = None
+    if segments_BT is not None:
+        s_BT = _padded(segments_BT, 2)
+        mask_B1TS = (s_BT[:, :, None] == s_BT[:, None, :])[:, None]
+    o_BTHC = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, is_causal=True, implementation="cudnn")
+    return o_BTHC[:, : q_BTHC.shape[1]]
+
+
+def triton(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segments_BT: jax.Array | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Flash attention (Dao et al.) with the Triton kernel that comes with JAX. It compares segments block by block, so
+    no mask is ever in memory.
     """
-    if kernel == "cudnn":
-        s_BT = segments_BT
-        mask_B1TS = None if s_BT is None else (s_BT[:, :, None] == s_BT[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(
-            q_BTHC, k_BTKC, v_BTKC, mask=mask_B1TS, is_causal=True, implementation="cudnn"
-        )
+    with warnings.catch_warnings():  # jax 0.12 names a successor, whose public interface has no segments
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import mha
+
+    T, (H, C) = q_BTHC.shape[1], q_BTHC.shape[2:]
+    k_BTHC, v_BTHC = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BTKC, v_BTKC))
+    q, k, v = (_padded(x, BLOCK) for x in (q_BTHC, k_BTHC, v_BTHC))
+    s_BT = None if segments_BT is None else _padded(segments_BT, BLOCK)
+    o_BTHC: Any = mha(q, k, v, s_BT, sm_scale=1 / math.sqrt(C), causal=True, interpret=interpret)
+    return o_BTHC[:, :T]
+
+
+def _padded(x_BT: jax.Array, multiple: int) -> jax.Array:
+    """Appends zeros to `[B, T, ...]`, to a multiple in T. Causal attention to earlier positions does not see them."""
+    return jnp.pad(x_BT, [(0, -x_BT.shape[i] % multiple if i == 1 else 0) for i in range(x_BT.ndim)])
+
+
+def in_chunks(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Attention in plain JAX. The queries are cut into chunks, and each chunk reads only the keys up to its own end.
+
+    Four chunks save three eighths of the scores, all of which would be masked. Of sequences of more than 8192 tokens, a
+    chunk has about 2048.
+    """
     T = q_BTHC.shape[1]
-    chunks = next(n for n in (4, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
+    chunks = next(n for n in (*range(T // 2048, 4, -1), 4, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
     size = T // chunks
     outs = []
     for start in range(0, T, size):

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.attention import attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
+from jaxlm.model.attention import Kernel, attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
 from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
+from jaxlm.model.remat import REMAT, keep, layer_loop
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
@@ -37,13 +38,6 @@ class Cache(NamedTuple):
         return Cache(jax.lax.dynamic_update_slice(self.k, k_BTKC, at), jax.lax.dynamic_update_slice(self.v, v_BTKC, at))
 
 
-# {model.remat: policy that says which intermediate results are kept for the backward pass; None = layer inputs only}
-REMAT: dict[str, Callable[..., bool] | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
-}
-
-
 class Decoder(nn.Module):
     """Token and position embedding, L blocks, final norm, output layer.
 
@@ -54,6 +48,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     vocab_size: int
     max_len: int
+    platform: str  # that it is compiled for: cpu or gpu
     on_layer: OnLayer | None = None
 
     def setup(self) -> None:
@@ -71,10 +66,10 @@ class Decoder(nn.Module):
         """The blocks as one scan over stacked parameters, with remat, and with `on_layer` applied to each layer."""
         c = self.config
         block: Any = Block
-        unroll = c.scan_unroll or c.num_layers
-        if c.remat != "none":
+        unroll, remat = layer_loop(c, self.platform)
+        if remat != "none":
             # In an unrolled scan, XLA would merge the recomputation with the first computation.
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
+            block = nn.remat(Block, policy=REMAT[remat], prevent_cse=unroll > 1)
         if self.on_layer is not None:
             on_layer = self.on_layer
             block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
@@ -122,6 +117,7 @@ class Decoder(nn.Module):
             segments_BT=None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
             start=None if cache is None else jnp.asarray(start),
             shape=(B, T),
+            kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
         )
         x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
         return self.final_norm(x_ND), cache
@@ -141,7 +137,7 @@ class Decoder(nn.Module):
     def unembed(self, x_ND: jax.Array) -> jax.Array:
         """Returns logits `[N, V]` in float32."""
         c = self.config
-        logits_NV = logits_of(x_ND, self.embed.embedding.T.astype(c.dtype)) if c.tie_embeddings else self.head(x_ND)
+        logits_NV = logits_of(x_ND, self.embed.embedding.T) if c.tie_embeddings else self.head(x_ND)
         logits_NV = logits_NV[:, : self.vocab_size]
         if c.logit_softcap:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
@@ -162,6 +158,7 @@ class LayerInputs:
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
+    kernel: Kernel = field(metadata={"static": True})  # that computes attention without a cache
 
 
 class Block(nn.Module):
@@ -175,6 +172,7 @@ class Block(nn.Module):
         c = self.config
         a_ND, cache = Attention(c, self.window, name="attention")(norm(c, "attention_norm")(x_ND), cache, shared)
         x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
+        x_ND = keep(x_ND)
         m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND))
         x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
         return x_ND, cache
@@ -193,17 +191,19 @@ class Attention(nn.Module):
         H, K, C = c.num_heads, c.kv_heads, c.head_size
         q_RC = linear(c, H * C, "query")(x_ND).reshape(-1, C)
         k_RC = linear(c, K * C, "key")(x_ND).reshape(-1, C)
-        v_BTKC = linear(c, K * C, "value")(x_ND).reshape(B, T, K, C)
+        v_BTKC = keep(linear(c, K * C, "value")(x_ND)).reshape(B, T, K, C)
         if c.qk_norm:
+            q_RC, k_RC = keep(q_RC), keep(k_RC)  # the norm's gradient reads them
             q_RC, k_RC = rmsnorm(c, "query_norm")(q_RC), rmsnorm(c, "key_norm")(k_RC)
         q_BTHC, k_BTKC = q_RC.reshape(B, T, H, C), k_RC.reshape(B, T, K, C)
         if shared.rope is not None:
             q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
+        if not c.qk_norm:
+            q_BTHC, k_BTKC = keep(q_BTHC), keep(k_BTKC)  # RoPE's gradient does not read its arguments
         if cache is None:
             if c.key_offset:
                 k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
-            kernel = choose_kernel(c.attention, c.dtype, C)
-            o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, kernel)
+            o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, shared.kernel)
         else:
             assert shared.start is not None
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
@@ -229,28 +229,38 @@ class Model(NamedTuple):
     # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
     # uses on_layer(its slice of params["layers"]), which may then hold more than parameters.
     hidden: Callable[..., jax.Array]
-    unembed: Callable[[Params, jax.Array], jax.Array]  # (params, x_ND) -> float32 logits_NV
+    output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
     init_cache: Callable[[int, int], Cache]  # (B, S)
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+    on: Callable[[str], "Model"]  # the same model for another platform, cpu or gpu
     vocab_size: int
     max_positions: int | None  # number of positions; None = unlimited (RoPE)
 
 
-def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
+def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str = "") -> Model:
     """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
     In longer texts a decoded token sees the last `max_len` tokens. Learned and sinusoidal positions end at `max_len`.
+
+    Args:
+      platform: what the functions are compiled for, cpu or gpu; "" = JAX's default.
     """
-    decoder = Decoder(config, vocab_size, max_len)
+
+    def decoder(on_layer: OnLayer | None = None) -> Decoder:
+        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer)
 
     # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
-        return decoder.clone(on_layer=on_layer).apply({"params": params}, *args, method=method)
+        return decoder(on_layer).apply({"params": params}, *args, method=method)
 
     def init(key: jax.Array) -> Params:
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return decoder.init(key, tokens_BT)["params"]
+        return decoder().init(key, tokens_BT)["params"]
+
+    def on(platform: str) -> Model:
+        return make_model(config, vocab_size, max_len, platform)
 
     def hidden(
         params: Params,
@@ -260,6 +270,10 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         on_layer: OnLayer | None = None,
     ) -> jax.Array:
         return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
+
+    def output_params(params: Params) -> Params:
+        name = "embed" if config.tie_embeddings else "head"
+        return {name: params[name]}
 
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return call("unembed", params, x_ND)
@@ -273,7 +287,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int) -> Model:
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
     max_positions = None if config.position == "rope" else max_len
-    return Model(init, hidden, unembed, init_cache, decode, vocab_size, max_positions)
+    return Model(init, hidden, output_params, unembed, init_cache, decode, on, vocab_size, max_positions)
 
 
 def num_params(params: Params) -> int:

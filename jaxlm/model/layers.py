@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.norms import normalize
+from jaxlm.model.remat import keep
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -16,13 +18,22 @@ def relu2(x: jax.Array) -> jax.Array:
     return jnp.square(nn.relu(x))
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation, computed in float32 (Hendrycks and Gimpel, section 2).
+
+    (1 + tanh(u)) / 2 = sigmoid(2u). XLA would not fuse a tanh with all that needs it, but write its result to memory.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * nn.sigmoid(math.sqrt(8 / math.pi) * (x32 + 0.044715 * x32**3))).astype(x.dtype)
+
+
 # {model.activation: (function, gated)}; if gated, the function of a second projection multiplies the first one
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
-    "gelu": (nn.gelu, False),
+    "gelu": (gelu, False),
     "relu": (nn.relu, False),
     "relu2": (relu2, False),
     "swiglu": (nn.silu, True),  # Shazeer, GLU Variants Improve Transformer
-    "geglu": (nn.gelu, True),
+    "geglu": (gelu, True),
 }
 
 
@@ -34,22 +45,43 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
-        h_NF = linear(c, c.mlp_width, "up")(x_ND)
+        h_NF = linear(c, c.mlp_width, "up", keep_product=True)(x_ND)
         function, gated = ACTIVATIONS[c.activation]
-        h_NF = h_NF * function(linear(c, c.mlp_width, "gate")(x_ND)) if gated else function(h_NF)
+        if gated:
+            h_NF *= function(linear(c, c.mlp_width, "gate", keep_product=True)(x_ND))
+        else:
+            h_NF = function(h_NF)
         return linear(c, c.d_model, "down", residual=True)(h_NF)
 
 
-def linear(c: ModelConfig, features: int, name: str, residual: bool = False) -> nn.Dense:
+class Linear(nn.Module):
+    """x @ kernel + bias in the dtype of the computation."""
+
+    config: ModelConfig
+    features: int
+    kernel_init: Any
+    keep_product: bool  # keep x @ kernel for the backward pass, which adds the bias again
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array) -> jax.Array:
+        c = self.config
+        kernel_DF = self.param("kernel", self.kernel_init, (x_ND.shape[-1], self.features), c.param_dtype)
+        y_NF = x_ND @ kernel_DF.astype(c.dtype)
+        if self.keep_product:
+            y_NF = keep(y_NF)
+        if c.use_bias:
+            y_NF += self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)[None]
+        return y_NF
+
+
+def linear(c: ModelConfig, features: int, name: str, residual: bool = False, keep_product: bool = False) -> Linear:
     """A linear layer; its weights start with standard deviation 1 / sqrt(fan in).
 
     With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(2L)
     (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
-    return nn.Dense(
-        features, use_bias=c.use_bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, kernel_init=init
-    )
+    return Linear(c, features, init, keep_product, name=name)
 
 
 def _fan_in(variance: float) -> Any:
@@ -62,7 +94,23 @@ RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
 }
 
 
-def norm(c: ModelConfig, name: str | None = None) -> nn.Module:
+class Norm(nn.Module):
+    """`normalize` with its parameters."""
+
+    config: ModelConfig
+    center: bool
+    use_bias: bool
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_RC: jax.Array) -> jax.Array:
+        shape, dtype = x_RC.shape[-1:], self.config.param_dtype
+        scale_C = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias_C = self.param("bias", nn.initializers.zeros, shape, dtype) if self.use_bias else None
+        return normalize(x_RC, scale_C, bias_C, self.center, self.eps)
+
+
+def norm(c: ModelConfig, name: str | None = None) -> Norm:
     """A norm over rows `[R, C]`; its statistics are float32, whatever the dtype of the computation.
 
     Inputs have two dimensions, because with more of them XLA's CPU backend computes the gradient's sums along rows
@@ -71,17 +119,15 @@ def norm(c: ModelConfig, name: str | None = None) -> nn.Module:
     return NORMS[c.norm](c, name)
 
 
-def _layernorm(c: ModelConfig, name: str | None) -> nn.Module:
-    return nn.LayerNorm(
-        epsilon=1e-5, use_bias=c.use_bias, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype, name=name
-    )
+def layernorm(c: ModelConfig, name: str | None) -> Norm:
+    return Norm(c, center=True, use_bias=c.use_bias, eps=1e-5, name=name)
 
 
-def rmsnorm(c: ModelConfig, name: str | None) -> nn.Module:
-    return nn.RMSNorm(dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+def rmsnorm(c: ModelConfig, name: str | None) -> Norm:
+    return Norm(c, center=False, use_bias=False, eps=1e-6, name=name)
 
 
-NORMS: dict[str, Callable[[ModelConfig, str | None], nn.Module]] = {"layernorm": _layernorm, "rmsnorm": rmsnorm}
+NORMS: dict[str, Callable[[ModelConfig, str | None], Norm]] = {"layernorm": layernorm, "rmsnorm": rmsnorm}
 
 
 def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
@@ -112,22 +158,22 @@ class Head(nn.Module):
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         c = self.config
         kernel_DV = self.param("kernel", nn.initializers.zeros, (c.d_model, self.rows), c.param_dtype)
-        return logits_of(x_ND, jnp.asarray(kernel_DV, c.dtype))
+        return logits_of(x_ND, kernel_DV)
 
 
 @jax.custom_vjp
 def logits_of(x_ND: jax.Array, w_DV: jax.Array) -> jax.Array:
     """Logits `[N, V]`, accumulated and returned in float32, because 16 bits would make ties among the largest logits.
 
-    The backward pass multiplies in the operands' dtype.
+    All products have operands in the dtype of x. The gradient of the weights is accumulated in theirs.
     """
-    return jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+    return jnp.dot(x_ND, w_DV.astype(x_ND.dtype), preferred_element_type=jnp.float32)
 
 
 def _logits_backward(operands: tuple[jax.Array, jax.Array], g_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_ND, w_DV = operands
     g_NV = g_NV.astype(x_ND.dtype)
-    return g_NV @ w_DV.T, x_ND.T @ g_NV
+    return g_NV @ w_DV.T.astype(x_ND.dtype), jnp.dot(x_ND.T, g_NV, preferred_element_type=w_DV.dtype)
 
 
 logits_of.defvjp(lambda x_ND, w_DV: (logits_of(x_ND, w_DV), (x_ND, w_DV)), _logits_backward)

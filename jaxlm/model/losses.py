@@ -1,4 +1,5 @@
-"""Cross-entropy as sums over tokens. A mean needs the number of targets in the global batch, which only the step knows.
+"""Cross-entropy of the output layer as sums over tokens. A mean needs the number of targets in the global batch, which
+only the step knows.
 
 Negative targets do not count.
 
@@ -6,12 +7,14 @@ Shapes: N flat tokens, D d_model, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import LossConfig
+
+Unembed = Callable[[Any, jax.Array], jax.Array]  # (weights, final states x_ND) -> float32 logits_NV
 
 
 class LossSums(NamedTuple):
@@ -23,51 +26,130 @@ class LossSums(NamedTuple):
     targets: jax.Array  # number of target tokens
 
 
-def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig) -> LossSums:
-    """Returns the sums of the token losses.
+def cross_entropy(logits_NV: jax.Array, targets_N: jax.Array, config: LossConfig) -> tuple[LossSums, jax.Array]:
+    """Returns the sums of the token losses, and the gradient of the objective with respect to the logits, `[N, V]`.
 
-    The smoothed target is (1 - s) * one_hot + s / V (Szegedy et al., section 7); z-loss adds
-    z * log(Z)^2 for each token (PaLM, section 5).
+    The smoothed target is (1 - s) * one_hot + s / V (Szegedy et al., section 7); z-loss adds z * log(Z)^2 for each
+    token (PaLM, section 5). So the gradient is softmax * (1 + 2 z log(Z)) - smoothed target.
     """
-    log_z_N = jax.nn.logsumexp(logits_NV, axis=-1)
-    gold_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+    s, z, V = config.label_smoothing, config.z_loss, logits_NV.shape[1]
+    max_N, log_z_N = max_and_logsumexp(logits_NV)
+    gold_N = jnp.take_along_axis(logits_NV, jnp.maximum(targets_N, 0)[:, None], axis=-1)[:, 0]
     nll_N = log_z_N - gold_N
-    objective_N = nll_N
-    if config.label_smoothing:
-        s = config.label_smoothing
-        objective_N = (1 - s) * nll_N + s * (log_z_N - logits_NV.mean(axis=-1))
-    if config.z_loss:
-        objective_N += config.z_loss * jnp.square(log_z_N)
-    correct_N = (jnp.argmax(logits_NV, axis=-1) == targets_N).astype(jnp.float32)
-
     counts_N = (targets_N >= 0).astype(jnp.float32)
+    objective_N, softmax_factor_N = nll_N, counts_N
+    if s:
+        objective_N = (1 - s) * nll_N + s * (log_z_N - logits_NV.mean(axis=-1))
+    if z:
+        objective_N += z * jnp.square(log_z_N)
+        softmax_factor_N = counts_N * (1 + 2 * z * log_z_N)
 
-    def total(x_N: jax.Array) -> jax.Array:
-        return jnp.sum(x_N * counts_N)
+    of_tokens = LossSums(objective_N, nll_N, gold_N >= max_N, jnp.ones_like(nll_N))
+    sums = LossSums(*[jnp.sum(x_N * counts_N) for x_N in of_tokens])
 
-    return LossSums(total(objective_N), total(nll_N), total(correct_N), jnp.sum(counts_N))
+    # One-hot by comparison: the gradient of an indexed logit would be a scatter, another pass over memory.
+    smoothed_NV = jnp.where(jnp.arange(V) == targets_N[:, None], 1 - s + s / V, s / V)
+    softmax_NV = jnp.exp(logits_NV - log_z_N[:, None])
+    grad_NV = softmax_NV * softmax_factor_N[:, None] - smoothed_NV * counts_N[:, None]
+    return sums, grad_NV
+
+
+def max_and_logsumexp(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest logit and log(Z) of each row. CPUs read the logits twice, because XLA does not vectorize the reduction of
+    pairs there.
+    """
+    max_N, sum_N = jax.lax.platform_dependent(logits_NV, cpu=read_twice, default=read_once)
+    return max_N, max_N + jnp.log(sum_N)
+
+
+def read_once(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's largest logit, and sum of exp(logit - largest) (Milakov and Gimelshein, Online normalizer calculation
+    for softmax).
+    """
+
+    def combine(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        top = jnp.maximum(a[0], b[0])
+        return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+    lowest = jnp.finfo(jnp.float32).min  # not -inf: the difference of two of them would be NaN
+    start = jnp.float32(lowest), jnp.float32(0)
+    return jax.lax.reduce((logits_NV, jnp.ones_like(logits_NV)), start, combine, (1,))
+
+
+def read_twice(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same as `read_once`."""
+    max_N = logits_NV.max(axis=-1)
+    return max_N, jnp.exp(logits_NV - max_N[:, None]).sum(axis=-1)
 
 
 def output_loss(
-    unembed: Callable[[jax.Array], jax.Array], x_ND: jax.Array, targets_N: jax.Array, config: LossConfig
+    unembed: Unembed,
+    weights: Any,
+    x_ND: jax.Array,
+    targets_N: jax.Array,
+    config: LossConfig,
+    scale: jax.Array | float = 1.0,
 ) -> LossSums:
-    """Returns the sums of the token losses, for final states that `unembed` turns into logits.
+    """Returns the sums of the token losses, for final states that `unembed` turns into logits. Only the objective has
+    a gradient. Like its gradient, it is multiplied by `scale`.
 
-    With `config.chunk`, the logits of only that many tokens exist at a time, and the backward pass recomputes them.
+    With `config.chunk`, logits and their gradients exist for only that many tokens at a time.
+
+    The gradient is computed in the forward pass, while the logits of a chunk exist, so that no logits are kept or
+    computed again (Hsu et al., Liger Kernel, section 3.2).
     """
-    if not config.chunk or config.chunk >= x_ND.shape[0]:
-        return cross_entropy(unembed(x_ND), targets_N, config)
-    chunks = -(-x_ND.shape[0] // config.chunk)
-    pad = chunks * config.chunk - x_ND.shape[0]
+
+    def losses(weights: Any, x_ND: jax.Array, targets_N: jax.Array, scale: jax.Array) -> LossSums:
+        def one(weights: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[LossSums, tuple[()]]:
+            return cross_entropy(unembed(weights, x_ND), targets_N, config)[0], ()
+
+        return _scaled(_in_chunks(one, config.chunk, weights, x_ND, targets_N)[0], scale)
+
+    def forward(weights: Any, x_ND: jax.Array, targets_N: jax.Array, scale: jax.Array) -> tuple[LossSums, Any]:
+        def one(weights: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[Any, jax.Array]:
+            logits_NV, pull_back = jax.vjp(unembed, weights, x_ND)
+            sums, grad_NV = cross_entropy(logits_NV, targets_N, config)
+            weights_grad, x_grad_ND = pull_back(grad_NV * scale)
+            return (sums, weights_grad), x_grad_ND
+
+        (sums, weights_grad), x_grad_ND = _in_chunks(one, config.chunk, weights, x_ND, targets_N)
+        return _scaled(sums, scale), (weights_grad, x_grad_ND)
+
+    def backward(grads: tuple[Any, jax.Array], cotangents: LossSums) -> tuple[Any, jax.Array, None, None]:
+        weights_grad, x_grad_ND = jax.tree.map(lambda g: g * cotangents.objective.astype(g.dtype), grads)
+        return weights_grad, x_grad_ND, None, None
+
+    differentiable = jax.custom_vjp(losses)
+    differentiable.defvjp(forward, backward)
+    return differentiable(weights, x_ND, targets_N, jnp.asarray(scale, jnp.float32))
+
+
+def _scaled(sums: LossSums, scale: jax.Array) -> LossSums:
+    return sums._replace(objective=sums.objective * scale)
+
+
+def _in_chunks(
+    act: Callable[..., tuple[Any, Any]], chunk: int, weights: Any, x_ND: jax.Array, targets_N: jax.Array
+) -> tuple[Any, Any]:
+    """Applies `act` to `chunk` tokens at a time (0 = all), adds up its first results and joins the second ones, which
+    have a row for each token.
+    """
+    N = len(x_ND)
+    if not 0 < chunk < N:
+        return act(weights, x_ND, targets_N)
+    count = -(-N // chunk)
+    pad = count * chunk - N
 
     def split(x: jax.Array, fill: int) -> jax.Array:
         padded = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
-        return padded.reshape(chunks, config.chunk, *x.shape[1:])
+        return padded.reshape(count, chunk, *x.shape[1:])
 
-    @jax.checkpoint
-    def one(sums: LossSums, chunk: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        x, targets = chunk
-        return jax.tree.map(jnp.add, sums, cross_entropy(unembed(x), targets, config)), None
+    def one(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
+        summed, rows = act(weights, *part)
+        return jax.tree.map(jnp.add, total, summed), rows
 
-    zero = LossSums(*[jnp.zeros((), jnp.float32)] * 4)
-    return jax.lax.scan(one, zero, (split(x_ND, 0), split(targets_N, -1)))[0]
+    parts = split(x_ND, 0), split(targets_N, -1)
+    like = jax.eval_shape(act, weights, *jax.tree.map(lambda x: x[0], parts))[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+    total, rows = jax.lax.scan(one, zeros, parts)
+    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:N], rows)

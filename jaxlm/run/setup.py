@@ -58,5 +58,5 @@ class Setup:
 def set_up(config: Config, corpus: data.Corpus) -> Setup:
     """Raises UserError if the devices do not fit the configuration."""
     devices = runtime.choose_devices(config)
-    model = make_model(config.model, corpus.vocab_size, config.seq_len)
+    model = make_model(config.model, corpus.vocab_size, config.seq_len, devices[0].platform)
     return Setup(config, corpus, model, devices, Placement(config, devices))

@@ -43,7 +43,7 @@ def _sums_integers(group: Group) -> bool:
     """Whether int8 adds up integers: only Gloo's all-reduces come near the speed of the wire, and with more than 4
     devices too few levels are left for a sum.
     """
-    return jax.default_backend() == "cpu" and group.size <= 4
+    return (group.platform or jax.default_backend()) == "cpu" and group.size <= 4
 
 
 def make_reduction(config: ParallelConfig, group: Group) -> Reduction:

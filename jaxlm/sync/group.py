@@ -21,6 +21,7 @@ class Group(NamedTuple):
     axis: str  # of the mapped step
     size: int  # devices in each group
     members: tuple[tuple[int, ...], ...] | None = None  # each group's indices on the axis; None = one group of all
+    platform: str = ""  # of the devices, cpu or gpu; "" = JAX's default
 
     @property
     def _index_groups(self) -> list[list[int]] | None:

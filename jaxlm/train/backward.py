@@ -25,6 +25,12 @@ Loss = Callable[..., tuple[jax.Array, LossSums]]  # (params, batch, dropout_keys
 Gradients = Callable[[Params, Any, jax.Array, Any], tuple[Params, LossSums, Any]]
 
 
+def batch_shapes(config: Config, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of training, `[*leading, T]`."""
+    names = ["inputs", "targets"] + ["positions"] * (config.data.packing == "document")
+    return dict.fromkeys(names, jax.ShapeDtypeStruct((*leading, config.seq_len), jnp.int32))
+
+
 def loss_sums(
     config: Config,
     model: Model,
@@ -32,28 +38,32 @@ def loss_sums(
     batch: Batch,
     dropout_keys: jax.Array | None = None,
     on_layer: Callable | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> LossSums:
-    """The forward pass: sums of the losses over the targets of a batch."""
+    """The forward pass: sums of the losses over the targets of a batch; the objective is multiplied by `scale`."""
     x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
-    return output_loss(lambda x: model.unembed(params, x), x_ND, batch["targets"].reshape(-1), config.loss)
+    weights, targets_N = model.output_params(params), batch["targets"].reshape(-1)
+    return output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale)
 
 
 def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Gradients:
     """Returns the function that computes the gradient of one device and averages it over the devices."""
 
-    def averaged(loss: Loss, params: Params, micro: Any, sync_state: Any) -> tuple[Params, LossSums, Any]:
+    def averaged(
+        loss: Loss, params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
+    ) -> tuple[Params, LossSums, Any]:
         if config.parallel.overlap:
-            return accumulate_overlapped(loss, params, micro, sync, sync_state)
+            return accumulate_overlapped(loss, params, micro, sync, sync_state, always=mean_targets > 0)
         grads, sums = accumulate(loss, params, micro)
         grads, sync_state = sync.reduce(grads, sync_state)
         return grads, sums, sync_state
 
     def gradients(params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any) -> tuple[Params, LossSums, Any]:
         def loss(params: Params, *inputs: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss_sums(config, model, params, *inputs)
-            return sums.objective / mean_targets, sums
+            sums = loss_sums(config, model, params, *inputs, scale=1 / mean_targets)
+            return sums.objective, sums
 
-        return averaged(loss, params, micro, sync_state)
+        return averaged(loss, params, micro, mean_targets, sync_state)
 
     def in_float16(
         params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
@@ -65,10 +75,10 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
                 params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
             ) -> tuple[jax.Array, LossSums]:
                 params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * mean_targets))
-                sums = loss_sums(config, model, params, batch, dropout_keys, on_layer)
-                return sums.objective * scale, sums
+                sums = loss_sums(config, model, params, batch, dropout_keys, on_layer, scale)
+                return sums.objective, sums
 
-            return averaged(loss, params, micro, sync_state)
+            return averaged(loss, params, micro, mean_targets, sync_state)
 
         def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
             """Ends the search for a scale: the gradient is finite, or the loss is not, and no scale helps."""
@@ -104,14 +114,25 @@ def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, Loss
 
 
 def accumulate_overlapped(
-    loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any
+    loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any, always: jax.Array
 ) -> tuple[Params, LossSums, Any]:
-    """`accumulate`, with the reduction over the devices during the backward pass of the last micro-batch."""
-    before, sums = None, None
-    if len(jax.tree.leaves(micro)[0]) > 1:
-        before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro))
+    """`accumulate`, with the reduction over the devices during the backward pass of the last micro-batch.
+
+    Args:
+      always: True on all devices, but not to the compiler. XLA would allocate what the last backward pass keeps before
+        the earlier ones run, which doubles the memory. A branch allocates nothing before it is taken.
+    """
+
+    def reduced(before: Params | None, last: Any) -> tuple[Params, Any, LossSums]:
+        return overlap.gradients(
+            lambda params, on_layer: loss(params, *last, on_layer), params, before, sync, sync_state
+        )
+
     last = jax.tree.map(lambda x: x[-1], micro)
-    grads, sync_state, last_sums = overlap.gradients(
-        lambda params, on_layer: loss(params, *last, on_layer), params, before, sync, sync_state
-    )
-    return grads, last_sums if sums is None else jax.tree.map(jnp.add, sums, last_sums), sync_state
+    if len(jax.tree.leaves(micro)[0]) == 1:
+        grads, sync_state, sums = reduced(None, last)
+        return grads, sums, sync_state
+    before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro))
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(reduced, before, last))
+    grads, sync_state, last_sums = jax.lax.cond(always, reduced, lambda *_: nothing, before, last)
+    return grads, jax.tree.map(jnp.add, sums, last_sums), sync_state

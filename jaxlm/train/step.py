@@ -73,8 +73,10 @@ def make_train_step(
     config: Config, model: Model, devices: list[Device], history: LrHistory = UNTOUCHED
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Returns the step of one device: (state, its part of the batch) -> (new state, metrics of the global batch)."""
+    platform = devices[0].platform  # that the step is compiled for, whatever compiles it
+    model = model.on(platform)
     params_like = jax.eval_shape(model.init, jax.random.key(0))
-    group = Group(AXIS, len(devices))
+    group = Group(AXIS, len(devices), platform=platform)
     sync = make_sync(config.parallel, group, params_like)
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
     schedule = make_schedule(config.optim, config.steps, "lr", history)

@@ -60,7 +60,8 @@ WRONG = {  # name: (overrides, words of the message)
         ["data.cache_dir", "good.txt"],
     ),
     "weights from nowhere": (["checkpoint.resume=FILES/nothing"], ["checkpoint.resume", "nothing"]),
-    "cudnn": (["model.attention=cudnn"], ["model.attention", "cudnn", "xla"]),
+    "cudnn": (["model.attention=cudnn", "model.dtype=bfloat16"], ["model.attention", "cudnn", "xla"]),
+    "cudnn in float32": (["model.attention=cudnn"], ["model.dtype", "float32", "bfloat16"]),
     "prompt": (
         [*TEXT, "data.path=FILES/good.txt", "data.tokenizer=chars", "eval.sample_prompt=Q"],
         ["eval.sample_prompt", "'Q'", "eval.sample_tokens"],

@@ -10,8 +10,8 @@ from jaxlm.config.files import BASE, load
 from jaxlm.config.own_values import OWN_VALUES, PEAKS
 from jaxlm.data.sources.opening import IDS, TEXTS
 from jaxlm.data.tokenizers.loading import TOKENIZERS
-from jaxlm.model.decoder import REMAT
 from jaxlm.model.layers import ACTIVATIONS, NORMS, RESIDUAL_INITS
+from jaxlm.model.remat import REMAT
 from jaxlm.sync import REDUCTIONS, Group
 from jaxlm.train.optimizer import OPTIMIZERS
 from jaxlm.train.schedules import SCHEDULES
@@ -21,18 +21,18 @@ TABLES: dict[str, list[Collection[str]]] = {
     "data.tokenizer": [TOKENIZERS],
     "model.activation": [ACTIVATIONS],
     "model.norm": [NORMS],
-    "model.remat": [["none", *REMAT]],
+    "model.remat": [["auto", "none", *REMAT]],
     "model.residual_init": [RESIDUAL_INITS],
     "optim.name": [OPTIMIZERS, OWN_VALUES, PEAKS],
     "optim.schedule": [SCHEDULES],
     "parallel.reduce": [REDUCTIONS],
 }
 # Code branches on these keys, and the type checker or the code itself finds a value without a branch.
-BRANCHES = {"model.position", "data.packing", "optim.on_spike"}
+BRANCHES = {"model.attention", "model.position", "data.packing", "optim.on_spike"}
 # JAX or sentencepiece gets the value, and refuses an unknown one.
 PASSED_ON = {"model.dtype", "model.param_dtype", "data.sentencepiece"}
 # The code compares these keys with single values, and all other values share the remaining branch.
-SWITCHES = {"model.attention", "model.matmul_precision", "data.on_error"}
+SWITCHES = {"model.matmul_precision", "data.on_error"}
 
 
 @pytest.mark.parametrize("key", TABLES)

@@ -88,7 +88,7 @@ def test_each_file_trains(path: Path, tmp_path: Path):
 def test_the_files_differ_in_their_features():
     """The files have different values of these keys, so the small runs above cover different features."""
     everything = [flatten_of(path) for path in FILES]
-    for key, at_least in (("model.dtype", 2), ("model.remat", 2), ("loss.chunk", 2), ("optim.name", 2),
+    for key, at_least in (("model.dtype", 2), ("model.scan_unroll", 2), ("loss.chunk", 2), ("optim.name", 2),
                           ("optim.schedule", 3), ("model.position", 2), ("model.activation", 3),
                           ("optim.accum_steps", 3), ("model.num_kv_heads", 2), ("data.source", 4)):  # fmt: skip
         assert len({c[key] for c in everything}) >= at_least, key

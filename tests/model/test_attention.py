@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from jaxlm.config import files
 from jaxlm.model import make_model
-from jaxlm.model.attention import causal_attention, choose_kernel, rope_tables, rotate
+from jaxlm.model.attention import causal_attention, choose_kernel, in_chunks, rope_tables, rotate, triton
+from jaxlm.model.remat import REMAT
 from tests import reference
 
 BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
@@ -33,12 +35,13 @@ def test_attention_equals_the_reference_at_any_length(T: int, kv_heads: int) -> 
         np.testing.assert_allclose(out[b, :, h], expected, rtol=0, atol=3e-6)
 
 
-def test_attention_uses_up_to_four_chunks_of_at_least_64_queries() -> None:
+def test_attention_is_cut_into_chunks_of_queries() -> None:
     def products(T: int) -> int:
         q_BTHC = jnp.zeros((1, T, 2, 4))
         return str(jax.make_jaxpr(causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
 
     assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
+    assert products(32_768) == 2 * 16  # of at most 2048 queries, because memory for scores grows with them
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -126,21 +129,57 @@ def test_documents_in_one_row_do_not_affect_each_other(position: Any) -> None:
     assert np.abs(whole_row[:5] - want_x[:5]).max() < 1e-5 < 0.1 < np.abs(whole_row[5:] - want_x[5:]).max()
 
 
+def test_the_triton_kernel_equals_plain_attention() -> None:
+    """With segments, grouped heads and a length that is padded: values and gradients, by the kernel's interpreter."""
+    T, kv_heads = 130, 2
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
+    k, v = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
+    segments_BT = np.sort(rng.integers(0, 5, (2, T)), axis=1).astype(np.int32)
+    direction = rng.standard_normal(q.shape).astype(np.float32)
+
+    def both(attention: Any) -> Any:
+        def along(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array]:
+            out = attention(q, k, v, segments_BT)
+            return jnp.sum(out * direction), out
+
+        return jax.jit(jax.grad(along, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    got, want = both(partial(triton, interpret=True)), both(in_chunks)
+    # Sums of up to 130 products of order 1, each rounded to 6e-8.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
+    assert np.abs(in_chunks(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None) - want[1]).max() > 0.1
+
+
+def test_elementwise_remat_keeps_what_the_triton_kernel_returns() -> None:
+    """One forward kernel: the backward pass does not run it again, as it does if only inputs are kept."""
+    q = jnp.ones((1, 128, 2, 8))
+
+    def forwards(policy: Any) -> int:
+        def loss(q: jax.Array) -> jax.Array:
+            return triton(2 * q, q, q, jnp.zeros((1, 128), jnp.int32), interpret=True).sum()
+
+        return str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(q)).count("name=mha_forward")
+
+    assert (forwards(REMAT["elementwise"]), forwards(None)) == (1, 2)
+
+
 @pytest.mark.parametrize(
-    "backend, wanted, dtype, head, kernel",
+    "platform, wanted, dtype, head, packed, kernel",
     [
-        ("gpu", "auto", "bfloat16", 64, "cudnn"),
-        ("gpu", "auto", "float16", 128, "cudnn"),
-        ("gpu", "auto", "float32", 64, "xla"),
-        ("gpu", "auto", "bfloat16", 136, "xla"),
-        ("gpu", "auto", "bfloat16", 60, "xla"),
-        ("cpu", "auto", "bfloat16", 64, "xla"),
-        ("gpu", "xla", "bfloat16", 64, "xla"),
-        ("cpu", "cudnn", "float32", 60, "cudnn"),  # as asked for
+        ("gpu", "auto", "bfloat16", 64, False, "cudnn"),
+        ("gpu", "auto", "bfloat16", 64, True, "triton"),
+        ("gpu", "auto", "float16", 128, False, "cudnn"),
+        ("gpu", "auto", "float32", 64, False, "xla"),
+        ("gpu", "auto", "bfloat16", 136, True, "xla"),
+        ("gpu", "auto", "bfloat16", 60, False, "xla"),
+        ("cpu", "auto", "bfloat16", 64, True, "xla"),
+        ("gpu", "xla", "bfloat16", 64, False, "xla"),
+        ("gpu", "cudnn", "bfloat16", 64, True, "cudnn"),  # as asked for
     ],
 )
-def test_the_attention_kernel_fits_backend_dtype_and_head_size(
-    monkeypatch: pytest.MonkeyPatch, backend: str, wanted: Any, dtype: str, head: int, kernel: str
+def test_the_attention_kernel_fits_platform_dtype_and_head_size(
+    platform: str, wanted: Any, dtype: Any, head: int, packed: bool, kernel: str
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert choose_kernel(wanted, dtype, head) == kernel
+    c = dataclasses.replace(BASE.model, attention=wanted, dtype=dtype, d_model=2 * head, num_heads=2)
+    assert choose_kernel(c, platform, packed) == kernel

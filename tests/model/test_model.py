@@ -15,6 +15,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, flops_per_token, make_model, num_params
+from jaxlm.model.remat import layer_loop
 from tests import reference
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, logits_of, some_tokens, with_
 
@@ -123,7 +124,7 @@ def test_a_token_changes_nothing_before_it(position: str) -> None:
 def test_unrolling_and_rematerialization_do_not_change_results() -> None:
     tokens_BT = some_tokens(2, 9)
     base = with_(num_layers=3, position="sinusoidal", norm="rmsnorm", activation="relu2")
-    settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full")]
+    settings = [(1, "none"), (0, "none"), (2, "none"), (1, "dots"), (0, "full"), (1, "elementwise")]
     products, texts, results = {}, {}, {}
     for unroll, remat in settings:
         model = make_model(dataclasses.replace(base, scan_unroll=unroll, remat=remat), VOCAB, MAX_LEN)
@@ -137,6 +138,7 @@ def test_unrolling_and_rematerialization_do_not_change_results() -> None:
     # The settings do differ: rematerialization adds products, and no loop is left when all layers are unrolled.
     assert products[1, "none"] < products[1, "dots"]
     assert products[0, "none"] < products[0, "full"]
+    assert products[1, "none"] < products[1, "elementwise"] <= products[1, "dots"]  # scores of attention
     assert "stablehlo.while" in texts[1, "none"] and "stablehlo.while" not in texts[0, "none"]
     assert texts[2, "none"] not in (texts[0, "none"], texts[1, "none"])
     loss, grads = results[1, "none"]
@@ -145,6 +147,17 @@ def test_unrolling_and_rematerialization_do_not_change_results() -> None:
         other_loss, other_grads = results[setting]
         np.testing.assert_allclose(other_loss, loss, rtol=2e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), other_grads, grads)
+
+
+def test_automatic_settings_follow_the_platform() -> None:
+    c = with_(num_layers=3, scan_unroll=-1, remat="auto")
+    assert layer_loop(c, "cpu") == (3, "none") and layer_loop(c, "gpu") == (1, "elementwise")
+    chosen = dataclasses.replace(c, scan_unroll=0, remat="full")
+    assert layer_loop(chosen, "cpu") == layer_loop(chosen, "gpu") == (3, "full")
+    model = make_model(c, VOCAB, MAX_LEN)
+    texts = [str(jax.make_jaxpr(m.hidden)(drawn(model), some_tokens(1, 8))) for m in (model, model.on("gpu"))]
+    assert texts[0] != texts[1] == str(jax.make_jaxpr(make_model(c, VOCAB, MAX_LEN, "gpu").hidden)(
+        drawn(model), some_tokens(1, 8)))  # fmt: skip
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32() -> None:

@@ -12,7 +12,7 @@ import pytest
 from configs.base import get_config
 from jaxlm.model import make_model
 from jaxlm.model.generate import generate
-from jaxlm.model.losses import cross_entropy
+from jaxlm.model.losses import output_loss
 from jaxlm.run.open_run import open_run
 from tests.decoders import logits_of
 from tests.runs import run
@@ -37,9 +37,9 @@ def test_a_model_with_a_larger_table_computes_the_same(tied: bool):
     config = dataclasses.replace(get_config().loss, label_smoothing=0.1, z_loss=0.01)
 
     def loss(model: Any, params: Any) -> jax.Array:
-        logits_BTV = logits_of(model)(params, x)
-        assert logits_BTV.shape == (4, 8, V)
-        return cross_entropy(logits_BTV.reshape(-1, V), y.ravel(), config).objective
+        assert logits_of(model)(params, x).shape == (4, 8, V)
+        weights, x_ND = model.output_params(params), model.hidden(params, x)
+        return output_loss(model.unembed, weights, x_ND, y.ravel(), config).objective
 
     (a, grads), (b, wanted) = (
         jax.jit(jax.value_and_grad(lambda p, m=m: loss(m, p)))(p) for m, p in ((padded, params), (plain, cut))
