@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": Command("jaxlm.commands.evaluate", "score a run on its validation data, or on other data"),
     "prepare": Command("jaxlm.commands.prepare", "tokenize the data of a configuration, without training"),
     "inspect": Command("jaxlm.commands.inspect", "print the data as the model sees it"),
+    "plan": Command("jaxlm.commands.plan", "say what a run would need, without running it"),
     "bench": Command(
         "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxlm"
-ROOMS = ["config", "host", "model", "sync", "data", "train", "checkpoint", "run", "commands"]  # from bottom to top
+# From bottom to top.
+ROOMS = ["config", "host", "model", "sync", "data", "train", "plan", "checkpoint", "run", "commands"]
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -29,15 +29,7 @@ def main(argv: list[str]) -> int:
         from jaxlm.commands import bench_comm
 
         return bench_comm.main(argv[1:])
-    parser = cli.Parser(
-        prog="jaxlm bench",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="--config.KEY=VALUE sets a key, as for training.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
-    )
+    parser = cli.config_parser("jaxlm bench", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps per round (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
     parser.add_argument(
@@ -107,6 +99,17 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
     return result
 
 
+def warm_up_steps(seconds: float) -> tuple[int, int]:
+    """Returns how many steps to warm up with before and after the data pipeline settles: 80 and 20, or as many as take
+    45 seconds, one at least.
+
+    Args:
+      seconds: of a step.
+    """
+    fit = int(45 / max(seconds, 1e-6))
+    return max(1, min(80, fit * 4 // 5)), max(1, min(20, fit // 5))
+
+
 class Trainer:
     """The trainer of a configuration, in a temporary workdir."""
 
@@ -128,9 +131,11 @@ class Trainer:
         start = time.perf_counter()
         self.step_alone(1)
         self.compile_seconds = time.perf_counter() - start
-        self.with_trainer(80)  # until the data pipeline works in the background
+        first, second = warm_up_steps(self.step_alone(1))
+        print(f"compiled in {self.compile_seconds:.1f} s; warming up with {first + second} steps", flush=True)
+        self.with_trainer(first)  # until the data pipeline works in the background
         self._stream.settle()
-        self.with_trainer(20)
+        self.with_trainer(second)
 
     def step_alone(self, steps: int) -> float:
         """Returns seconds per step, on a batch that is on the devices already."""
@@ -200,7 +205,8 @@ class NanoGPT:
         command = [python, script, checkout, json.dumps(sizes), str(config.batch_size), precision]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         signals.at_stop(self._process.kill)
-        self.step(5)
+        self.step(1)  # compiles, if it does
+        self.step(max(1, min(4, int(20 / self.step(1)))))  # for at most 20 seconds
 
     def step(self, steps: int) -> float:
         assert self._process.stdin and self._process.stdout

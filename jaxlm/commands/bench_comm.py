@@ -9,24 +9,18 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from jaxlm.commands.collectives import Collective, collectives
 from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
+from jaxlm.plan.collectives import Collective, collectives
+from jaxlm.plan.compiled import compile_step
+from jaxlm.plan.program import parse
 
 AGREE = 1e-3  # largest relative difference between formula and program, besides scalars in the same collective
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(
-        prog="jaxlm bench comm",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="--config.KEY=VALUE sets a key, as for training.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
-    )
+    parser = cli.config_parser("jaxlm bench comm", __doc__)
     parser.add_argument(
         "--vocab_size", type=int, metavar="V", help="replaces the vocabulary size of the configuration's data"
     )
@@ -74,7 +68,7 @@ def report(config: Config, vocab_size: int | None) -> dict[str, Any]:
         "bytes_sent": {k: round(v) for k, v in by_purpose.items()},
         "gradient_bytes_by_formula": round(formula),
         "agrees": agrees,
-        "collectives": [c._asdict() for c in found],
+        "collectives": [c._asdict() | {"sent": c.sent} for c in found],
     }
 
 
@@ -90,19 +84,10 @@ def purpose(c: Collective) -> str:
 
 def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple[list[Collective], float]:
     """Returns the collectives of the compiled step, and the bytes for the gradients by the formula."""
-    import jax
-    import jax.numpy as jnp
-
     from jaxlm import data
-    from jaxlm.model import make_model
     from jaxlm.sync import Group, make_sync
-    from jaxlm.train import step as train_step
+    from jaxlm.train.step import AXIS
 
-    vocab_size = vocab_size or data.prepare(config).vocab_size
-    model = make_model(config.model, vocab_size, config.seq_len)
-    state = jax.eval_shape(lambda: train_step.init_state(config, model, len(devices)))
-    rows = jax.ShapeDtypeStruct((len(devices), config.batch_size // len(devices), config.seq_len), jnp.int32)
-    step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
-    text = step.lower(state, {"inputs": rows, "targets": rows}).compile().as_text()
-    sync = make_sync(config.parallel, Group(train_step.AXIS, len(devices)), state.params)
-    return collectives(text), sync.sent_bytes(state.params)
+    found = compile_step(config, devices, vocab_size or data.prepare(config).vocab_size)
+    sync = make_sync(config.parallel, Group(AXIS, found.count, platform=found.platform), found.state.params)
+    return collectives(parse(found.text)), sync.sent_bytes(found.state.params)

@@ -35,15 +35,7 @@ Backend = Literal["auto", "tf", "thread"]
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(
-        prog="jaxlm bench data",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="--config.KEY=VALUE sets a key, as for training.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
-    )
+    parser = cli.config_parser("jaxlm bench data", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
     parser.add_argument("--steps", type=int, default=200, help="least number of batches per round (default: 200)")
     parser.add_argument(

@@ -116,15 +116,10 @@ def check_args(args: argparse.Namespace, config: Config) -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    parser = cli.Parser(
-        prog="jaxlm inspect",
-        allow_abbrev=False,
-        epilog="Any key can be set: --config.seq_len=512",
-        description="Shows what the model sees: decoded batches, which tokens are learned (count towards the loss), and"
-        " histograms of the corpus.",
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
+    parser = cli.config_parser(
+        "jaxlm inspect",
+        "Shows what the model sees: decoded batches, which tokens are learned (count towards the loss), and histograms"
+        " of the corpus.",
     )
     parser.add_argument("--split", default="train", help="split to show: train or val (default: train)")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="show the batch after N updates (default: 0)")

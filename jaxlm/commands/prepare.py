@@ -31,15 +31,7 @@ def summary(corpus: Corpus) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(
-        prog="jaxlm prepare",
-        description="Makes the token store that a configuration names, without training.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a configuration: a name such as base, or a file"
-    )
-    parser.epilog = "Any key can be set: --config.data.vocab_size=4096"
+    parser = cli.config_parser("jaxlm prepare", "Makes the token store that a configuration names, without training.")
     args, overrides = parser.parse_known_args(argv)
     corpus = prepare(files.load(user_path("--config", args.config), overrides))
     facts = summary(corpus)

@@ -4,5 +4,5 @@
 
 Each module is imported by its own name.
 
-May import: config, host, model, data, train, checkpoint.
+May import: config, host, model, data, train, plan, checkpoint.
 """

@@ -19,6 +19,7 @@ from jaxlm.config.pretrained import Weights, named_weights, with_own_tokenizer
 from jaxlm.data.prompts import encode_prompt
 from jaxlm.data.sources.conversations import trains_on_answers
 from jaxlm.host import distributed
+from jaxlm.plan.memory import check_fits
 from jaxlm.run.console import Reporter
 from jaxlm.run.setup import Setup, set_up
 from jaxlm.train.schedules import LrHistory, Rewarm
@@ -58,6 +59,7 @@ def begin(config: Config, workdir: Path, lock: workdirs.Lock, quiet: bool = Fals
     weights = None if workdirs.holds_checkpoints(workdir) else named_weights(config.checkpoint.resume)
     corpus = _prepare(config, workdir, weights, quiet)
     setup = set_up(config, corpus)
+    check_fits(config, setup.model, setup.devices)
     on_first(lambda: workdirs.begun(workdir) and lock.take(workdir))
     changed = workdirs.check(workdir, config)  # again: another run may have worked there until now
     metrics_file.check(workdir)

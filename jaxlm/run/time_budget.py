@@ -11,6 +11,7 @@ from jaxlm import data
 from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
 from jaxlm.host import distributed
+from jaxlm.plan.memory import check_fits
 from jaxlm.run.setup import set_up
 from jaxlm.train.loop import train
 
@@ -55,6 +56,7 @@ def fitting(steps: int, left: float, compiling: float, seconds: float) -> int:
 def _measure(config: Config) -> tuple[float, float]:
     """Returns the seconds that compiling the step takes, and the seconds of a step."""
     setup = set_up(config, data.prepare(config))
+    check_fits(config, setup.model, setup.devices)
     state, step = setup.placement.initial(setup.model), setup.train_step()
     few = dataclasses.replace(setup, config=dataclasses.replace(config, steps=WARM + TIMED))
     batches = few.train_batches(data.TrainOrder(setup.corpus, config), 0)

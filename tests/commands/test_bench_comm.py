@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm.commands import bench_comm
-from jaxlm.commands.collectives import _group_size, collectives
 from jaxlm.config.files import load
+from jaxlm.plan.collectives import _group_size, collectives
+from jaxlm.plan.program import parse
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 # Sizes that no number of devices divides, and no Muon, which would also share its layers.
@@ -78,7 +79,7 @@ def test_bytes_of_each_kind_of_collective():
         )
 
     text = jax.pmap(program, axis_name="d", devices=jax.devices()[:4]).lower(jnp.ones((4, 400))).compile().as_text()
-    found = {c.kind: c for c in collectives(text)}
+    found = {c.kind: c for c in collectives(parse(text))}
     assert {k: (c.times, c.size, c.sent, c.dtypes) for k, c in found.items() if k != "collective-permute"} == {
         "all-reduce": (3, 4, 2 * 3 / 4 * 1600, "f32"),
         "all-gather": (1, 4, 3 * 1600, "f32"),

@@ -1,0 +1,158 @@
+"""What a compiled program's kernels read, write and multiply, and how often they run.
+
+Each operand and result of a kernel counts once, as if caches were perfect inside a kernel and useless between kernels.
+Of an operand that it only slices or gathers from, the slices count; of a result that it updates in place, the update.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxlm.plan.program import Instruction, Program, arrays_of, bytes_of
+
+# Operations that move nothing.
+FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "iota", "domain", "add-dependency"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")  # inside a kernel, another name for the same data
+# Inside a kernel, what reads only a part of its first operand.
+SLICES = ("dynamic-slice", "slice", "gather")
+# Products of fused attention: queries with keys and weights with values; backward, five of cuDNN's and seven of
+# Triton's, which computes scores and their gradients twice.
+ATTENTION = {
+    "fmhaSoftmaxBackward": 5,
+    "fmhaScaleBiasSoftmaxBackward": 5,
+    "fmha": 2,
+    "mha_backward": 7,
+    "mha_forward": 2,
+}
+
+
+class Kernel(NamedTuple):
+    name: str
+    op: str
+    op_name: str  # what JAX calls it
+    source: str  # file:line
+    times: int  # per step
+    bytes: float  # read and written in memory, each time
+    flops: float  # of its products, each time
+
+
+class Step(NamedTuple):
+    """An instruction where the program runs it."""
+
+    instruction: Instruction
+    shapes: dict[str, str]  # of all names beside it
+    times: int  # how often it runs in a step of training
+    looped: bool  # whether that is in a loop
+
+
+def walk(program: Program, computation: str = "", times: int = 1, looped: bool = False) -> Iterator[Step]:
+    """Yields the kernels, the collectives, and the ends of asynchronous collectives, in order; those of a loop's body
+    once.
+
+    Of a conditional it follows the branch that is taken if the condition holds.
+
+    Raises:
+      ValueError: a loop has an unknown number of iterations.
+    """
+    instructions = program.computations[computation or program.entry]
+    shapes = {i.name: i.shape for i in instructions}
+    for i in instructions:
+        if i.op == "while":
+            yield from walk(program, i.body, times * i.trips, True)
+        elif i.op in ("call", "conditional", "async-start"):
+            yield from walk(program, i.called[0], times, looped)
+        elif i.op not in FREE and (not i.op.endswith("-done") or i.op.startswith(COLLECTIVES)):
+            yield Step(i, shapes, times, looped)
+
+
+def kernel_of(program: Program, step: Step) -> Kernel:
+    i = step.instruction
+    return Kernel(
+        name=i.name,
+        op=i.op,
+        op_name=program.name_of(i),
+        source=program.source(i),
+        times=step.times,
+        bytes=moved(program, i, step.shapes),
+        flops=products(program, i, step.shapes),
+    )
+
+
+def moved(program: Program, kernel: Instruction, shapes: dict[str, str]) -> float:
+    """Bytes that a kernel reads and writes."""
+    size = {name: bytes_of(shapes.get(name, "")) for name in kernel.operands}
+    if kernel.op in SLICES:
+        return 2 * bytes_of(kernel.shape)
+    if kernel.op == "dynamic-update-slice":
+        return 2 * size[kernel.operands[1]]
+    if kernel.op != "fusion":
+        return bytes_of(kernel.shape) + sum(size.values())
+    inside = program.computations[kernel.called[0]]
+    size_of = {i.name: bytes_of(i.shape) for i in inside}
+    data_of = _data(inside)
+    updates = [i for i in inside if i.op == "dynamic-update-slice"]
+    in_place = {data_of[i.operands[0]] for i in updates}
+    written = bytes_of(kernel.shape) - sum(size_of[i.name] - size_of[i.operands[1]] for i in updates)
+    read = {}  # an operand that is passed twice is read once
+    for i in inside:
+        if i.op == "parameter":
+            names = {name for name, data in data_of.items() if data == i.name}
+            outer = kernel.operands[int(i.rest.partition(")")[0])]
+            read[outer] = _read(names, inside, size_of, size_of[i.name], i.name in in_place)
+    return sum(read.values()) + max(written, 0)
+
+
+def _data(inside: list[Instruction]) -> dict[str, str]:
+    """{name: the instruction whose result it is, through other views of the same data}"""
+    found: dict[str, str] = {}
+    for i in inside:
+        found[i.name] = found[i.operands[0]] if i.op in VIEWS and i.operands else i.name
+    return found
+
+
+def _read(names: set[str], inside: list[Instruction], size_of: dict[str, float], whole: float, in_place: bool) -> float:
+    """Bytes that a kernel reads of an operand of `whole` bytes, which it knows by these names."""
+    uses = [i for i in inside if names & set(i.operands) and i.name not in names]
+    if in_place:
+        uses = [i for i in uses if i.op != "dynamic-update-slice"]
+    if uses and all(i.op in SLICES and i.operands[0] in names for i in uses):
+        return sum(size_of[i.name] for i in uses)
+    return whole if uses or any(i.is_root and i.name in names for i in inside) else 0.0
+
+
+def products(program: Program, kernel: Instruction, shapes: dict[str, str]) -> float:
+    """Floating-point operations of a kernel's matrix products; of causal attention, those of the visible half."""
+    if kernel.op == "dot":
+        return _product(kernel, shapes, _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", kernel.rest))
+    if kernel.op == "custom-call":
+        if attention := next((n for name, n in ATTENTION.items() if name in kernel.rest), 0):
+            return _attention(kernel, shapes, attention)
+        if "matmul" in kernel.rest or "gemm" in kernel.rest:
+            return _product(kernel, shapes, _numbers(r'"lhs_contracting_dimensions": ?\[([^\]]*)\]', kernel.rest))
+    if kernel.op == "fusion":
+        inside = program.computations[kernel.called[0]]
+        inner = {i.name: i.shape for i in inside}
+        return sum(products(program, i, inner) for i in inside)
+    return 0.0
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    match = re.search(pattern, text)
+    return [int(n) for n in re.findall(r"\d+", match[1])] if match else []
+
+
+def _product(dot: Instruction, shapes: dict[str, str], contracted: list[int]) -> float:
+    (_, result), *_ = arrays_of(dot.shape)
+    (_, left), *_ = arrays_of(shapes[dot.operands[0]])
+    return 2 * math.prod(result) * math.prod(left[d] for d in contracted)
+
+
+def _attention(call: Instruction, shapes: dict[str, str], count: int) -> float:
+    """Queries are `[B, T, H, C]` and keys `[B, S, H, C]`."""
+    B, T, H, C = arrays_of(shapes[call.operands[0]])[0][1]
+    S = arrays_of(shapes[call.operands[1]])[0][1][1]
+    causal = "CAUSAL" in call.rest or "mha_" in call.rest or "Bias" in call.rest
+    return 2 * B * T * S * H * C * count / (2 if causal else 1)
