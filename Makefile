@@ -1,6 +1,8 @@
 # make train    install into .venv and train configs/base.py      (CONFIG=configs/other.py  ARGS="--config.steps=100")
 # make test     install the test tools too; lint, types, tests    (PYTEST_ARGS="-k model")
 # make check    lint, types and the quick tests of the parts that change most
+# make plan-env make .venv-plan, where `jaxlm plan` compiles for GPUs that are not there (7 GB)
+# make test-gpu compile the step there with every reduction and configuration
 # make lint     only ruff and pyright
 # make lock     rebuild locks/*.txt from pyproject.toml           (LOCK_ARGS=--upgrade)
 # make clean    remove .venv and caches; never runs/
@@ -22,9 +24,11 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_LOCK := locks/$(if $(GPU),cuda12,run).txt
 RUN_STAMP := $(VENV)/.$(if $(GPU),cuda12,run)
 TEST_STAMP := $(VENV)/.test
+PLAN_VENV := .venv-plan
+PLAN_STAMP := $(PLAN_VENV)/.cuda12
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: help train test check lint lock clean
+.PHONY: help train test check plan-env test-gpu lint lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +44,11 @@ check: lint
 	@$(BIN)/python -m pytest -q -m "not slow and not peers" tests/test_rooms.py tests/config tests/model tests/sync \
 		tests/train/test_guard.py tests/train/test_schedules.py
 
+plan-env: $(PLAN_STAMP)
+
+test-gpu: $(TEST_STAMP) $(PLAN_STAMP)
+	@$(BIN)/python -m pytest -q -m gpu_compile --dist load tests/gpu
+
 lint: $(TEST_STAMP)
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
@@ -49,7 +58,7 @@ lock:
 	@tools/lock.sh $(LOCK_ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(PLAN_VENV) .pytest_cache .ruff_cache .hypothesis dist
 	find jaxlm configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp has the time of the last installation. A newer lock, pyproject.toml or interpreter installs again.
@@ -65,6 +74,15 @@ $(TEST_STAMP): locks/test.txt locks/build.txt pyproject.toml $(BIN)/python $(if 
 	@$(PIP) --require-hashes -r locks/build.txt
 	@$(PIP) --no-build-isolation --require-hashes -r locks/test.txt
 	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(PLAN_STAMP): locks/cuda12.txt locks/build.txt pyproject.toml
+	@echo "installing locks/cuda12.txt into $(PLAN_VENV): 7 GB, a few minutes"
+	@test -x $(PLAN_VENV)/bin/python || $(PYTHON) -m venv $(PLAN_VENV)
+	@$(PLAN_VENV)/bin/python -m pip --disable-pip-version-check install -q --require-hashes -r locks/build.txt
+	@$(PLAN_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-build-isolation --require-hashes \
+		-r locks/cuda12.txt
+	@$(PLAN_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Refuse a PYTHON= that differs from the environment's, rather than replace the environment unasked.
