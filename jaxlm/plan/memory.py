@@ -46,9 +46,9 @@ def refuse_over(limit: float | None, config: Config, model: Model, count: int) -
     least = least_bytes(config, model, count) if limit else 0.0
     if limit and least > limit:
         raise UserError(
-            f"batch_size is {config.batch_size}: a step needs at least {least / 1e9:.1f} GB on each of {count} devices,"
-            f" and JAX has {limit / 1e9:.1f}; allowed: what needs less: more optim.accum_steps, model.remat=full,"
-            " parallel.zero=1, a smaller model or batch (`jaxlm plan` says how much)"
+            f"batch_size is {config.batch_size}: a step needs at least {least / 1e9:.1f} GB on each of {count} devices;"
+            f" allowed: {limit / 1e9:.1f} GB, for instance with more optim.accum_steps, model.remat=full or"
+            " parallel.zero=1 (`jaxlm plan` compares them)"
         )
 
 

@@ -119,8 +119,9 @@ def accumulate_overlapped(
     """`accumulate`, with the reduction over the devices during the backward pass of the last micro-batch.
 
     Args:
-      always: True on all devices, but not to the compiler. XLA would allocate what the last backward pass keeps before
-        the earlier ones run, which doubles the memory. A branch allocates nothing before it is taken.
+      always: True on all devices, which the compiler does not know. It makes the last micro-batch a branch, because a
+        branch allocates nothing before it is taken. Otherwise XLA would allocate what the last backward pass keeps
+        before the earlier ones run, which doubles the memory.
     """
 
     def reduced(before: Params | None, last: Any) -> tuple[Params, Any, LossSums]:
