@@ -102,3 +102,17 @@ def test_changes_that_need_less_memory_keep_the_batch():
 def test_mistakes_are_one_line(arguments: list[str], message: str):
     done = plan(*arguments)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_plan_is_written_as_a_page(tmp_path: Path):
+    page = tmp_path / "plan.html"
+    done = plan("--device", "H100", "--devices", "2", "--html", str(page), *SMALL)
+    assert done.returncode == 0, done.stderr
+    found, text = json.loads(done.stdout.splitlines()[-1]), page.read_text()
+    assert f"{found['memory_bytes']['optimizer'] / 1e9:.2f} GB" in text or found["memory_bytes"]["optimizer"] < 5e5
+    assert found["costs"][0]["source"] in text and "% of linear" in text
+
+
+def test_a_page_in_no_folder_is_refused_before_the_step_is_compiled(tmp_path: Path):
+    done = plan("--device", "H100", "--devices", "2", "--html", str(tmp_path / "no" / "plan.html"), *SMALL)
+    assert done.returncode == 2 and "--html is" in done.stderr and len(done.stderr.splitlines()) == 1
