@@ -48,7 +48,7 @@ def get_config() -> Config:
             matmul_precision="default",
             attention="auto",
             remat="auto",
-            scan_unroll=-1,  # all layers unrolled on CPUs, none on GPUs, where a small model's compilation counts most
+            scan_unroll=-1,  # small models' layers unrolled on CPUs, none on GPUs, where their compilation counts most
         ),
         loss=LossConfig(label_smoothing=0.0, z_loss=0.0, chunk=0),
         optim=OptimConfig(

@@ -5,6 +5,7 @@ CUDA plugin is not installed, the program is one for CPUs, and only roughly what
 an environment with the plugin. All numbers are planned, none is measured. The last line of output is one JSON object.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     from jaxlm.commands.plan_tables import beside_table, write_plan
     from jaxlm.plan.planning import make_plan
 
+    if device.chip is None:
+        _import_as_a_run_does()
     plan = make_plan(config, device, args.devices, vocab_size)
     summary = plan.summary()
     _print(plan)
@@ -75,6 +78,15 @@ def main(argv: list[str]) -> int:
         _show(f"wrote {args.html}")
     print(json.dumps(summary))
     return 0
+
+
+def _import_as_a_run_does() -> None:
+    """Imports what a run imports, because on CPUs that takes a part of the same memory."""
+    import jaxlm.run.training  # noqa: F401
+    from jaxlm.data.tf_import import import_tensorflow
+
+    with contextlib.suppress(Exception):  # a run does without TensorFlow where it is absent or broken
+        import_tensorflow()
 
 
 def _vocab_size(config: Config) -> int:

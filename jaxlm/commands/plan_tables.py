@@ -6,7 +6,8 @@ from typing import Any
 from jaxlm.plan.planning import Plan
 from jaxlm.run.pages import Bar, Bars, Lines, Table, write_page
 
-MEMORY = {"average": "moving average", "reduction": "state of the reduction", "kept": "kept for the backward pass"}
+MEMORY = {"average": "moving average", "reduction": "state of the reduction", "kept": "kept for the backward pass",
+          "process": "the process itself"}  # fmt: skip
 
 
 def headline(plan: Plan) -> str:

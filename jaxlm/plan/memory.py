@@ -24,6 +24,7 @@ class Memory(NamedTuple):
     kept: float  # what the backward pass needs of the forward pass
     gradients: float
     working: float  # all else that a step holds at its peak
+    process: float  # of CPUs: Python, JAX, TensorFlow and compiled programs, which are in the same memory
 
     @property
     def state(self) -> float:
@@ -61,15 +62,17 @@ def least_bytes(config: Config, model: Model, count: int) -> float:
     return sum(held_bytes(config, state, count).values()) + max(kept, GRADIENT * num_params(state.params))
 
 
-def plan_memory(config: Config, model: Model, compiled: Compiled, count: int) -> Memory:
-    """The memory of each of `count` devices, with the working memory of the compiled program."""
+def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, process: float = 0.0) -> Memory:
+    """The memory of each of `count` devices, with the working memory of the compiled program, and the part of the
+    process's own memory that goes with a device.
+    """
     state = jax.eval_shape(lambda: init_state(config, model, count))
     held = held_bytes(config, state, count)
     kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
     gradients = GRADIENT * num_params(state.params)
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
     working = max(0.0, compiled.temporary - kept - gradients)
-    return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working)
+    return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
 
 
 def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxlm.config import Config
 from jaxlm.host.runtime import GPU_MEMORY
 from jaxlm.model import flops_per_token, make_model, num_params
-from jaxlm.plan.compiled import Compiled, compile_step, devices
+from jaxlm.plan.compiled import Compiled, compile_step, devices, resident_bytes
 from jaxlm.plan.devices import Device
 from jaxlm.plan.memory import Memory, plan_memory
 from jaxlm.plan.program import parse
@@ -115,6 +115,7 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
     compiled = compile_step(part, on_devices, vocab_size)
     model = make_model(config.model, vocab_size, config.seq_len, compiled.platform)
     params, program = compiled.state.params, parse(compiled.text)
+    process = resident_bytes() / few if device.chip is None else 0.0  # it has compiled the step, as a run has
 
     def time(n: int) -> StepTime:
         return step_time(program, device, n, rate(config, device))
@@ -124,7 +125,7 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
         device=device,
         count=count,
         compiled=compiled,
-        memory=plan_memory(config, model, compiled, count),
+        memory=plan_memory(config, model, compiled, count, process),
         time=time(count),
         parameters=num_params(params),
         flops_per_token=flops_per_token(config.model, params, config.seq_len),

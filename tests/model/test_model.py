@@ -15,7 +15,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import Model, Params, flops_per_token, make_model, num_params
-from jaxlm.model.remat import layer_loop
+from jaxlm.model.remat import WIDE, layer_loop
 from tests import reference
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, logits_of, some_tokens, with_
 
@@ -152,6 +152,9 @@ def test_unrolling_and_rematerialization_do_not_change_results() -> None:
 def test_automatic_settings_follow_the_platform() -> None:
     c = with_(num_layers=3, scan_unroll=-1, remat="auto")
     assert layer_loop(c, "cpu") == (3, "none") and layer_loop(c, "gpu") == (1, "elementwise")
+    wide = dataclasses.replace(c, d_model=WIDE)
+    assert layer_loop(wide, "cpu") == layer_loop(wide, "gpu") == (1, "elementwise")
+    assert layer_loop(dataclasses.replace(c, remat="full"), "cpu") == (1, "full")  # unrolled, it would save nothing
     chosen = dataclasses.replace(c, scan_unroll=0, remat="full")
     assert layer_loop(chosen, "cpu") == layer_loop(chosen, "gpu") == (3, "full")
     model = make_model(c, VOCAB, MAX_LEN)
