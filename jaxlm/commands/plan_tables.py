@@ -39,14 +39,15 @@ def tables(plan: Plan) -> list[Table]:
 
 
 def _held(plan: Plan) -> list[tuple[str, float]]:
-    """[(what a device holds, bytes)], without what is smaller than half a megabyte"""
-    return [(MEMORY.get(name, name), value) for name, value in plan.memory._asdict().items() if value >= 5e5]
+    """[(what a device holds, bytes)], without what is less than a thousandth of all"""
+    least = plan.memory.total / 1000
+    return [(MEMORY.get(name, name), value) for name, value in plan.memory._asdict().items() if value >= least]
 
 
 def _memory(plan: Plan) -> Table:
     fits = "" if plan.fits else ": does not fit"
-    rows = [(name, f"{value / 1e9:.2f}") for name, value in _held(plan)]
-    rows.append(("all", f"{plan.memory.total / 1e9:.2f} of {plan.usable / 1e9:.1f}{fits}"))
+    rows = [(name, f"{value / 1e9:.3g}") for name, value in _held(plan)]
+    rows.append(("all", f"{plan.memory.total / 1e9:.3g} of {plan.usable / 1e9:.3g}{fits}"))
     return Table("Memory of a device", ("memory of a device", "GB"), rows)
 
 
@@ -88,9 +89,9 @@ def write_plan(path: Path, plan: Plan, beside: Table | None) -> None:
     parts: list[Any] = [
         Bars(
             "Memory of a device",
-            [Bar(name, value, f"{value / 1e9:.2f} GB") for name, value in _held(plan)],
+            [Bar(name, value, f"{value / 1e9:.3g} GB") for name, value in _held(plan)],
             whole=plan.memory.total,
-            note=f"{plan.memory.total / 1e9:.2f} GB of the {plan.usable / 1e9:.1f} that JAX takes"
+            note=f"{plan.memory.total / 1e9:.3g} GB of the {plan.usable / 1e9:.3g} that JAX takes"
             + ("" if plan.fits else ": it does not fit"),
         ),
         Bars(

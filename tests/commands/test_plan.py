@@ -109,7 +109,7 @@ def test_a_plan_is_written_as_a_page(tmp_path: Path):
     done = plan("--device", "H100", "--devices", "2", "--html", str(page), *SMALL)
     assert done.returncode == 0, done.stderr
     found, text = json.loads(done.stdout.splitlines()[-1]), page.read_text()
-    assert f"{found['memory_bytes']['optimizer'] / 1e9:.2f} GB" in text or found["memory_bytes"]["optimizer"] < 5e5
+    assert f"{found['memory_bytes']['optimizer'] / 1e9:.3g} GB" in text
     assert found["costs"][0]["source"] in text and "% of linear" in text
 
 
