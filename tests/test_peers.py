@@ -5,6 +5,7 @@ Run `python -m pytest -m peers` with the `peers` extra installed.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.config import Config, files
-from jaxlm.model import make_model
+from jaxlm.commands import bench_peers
+from jaxlm.config import Config, UserError, files
+from jaxlm.model import make_model, num_params
 from jaxlm.train import guard
 from jaxlm.train import step as train_step
 from tests.decoders import logits_of, with_
@@ -334,3 +336,15 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
         name = jax.tree_util.keystr(path)
         # Without rotation, a bias of keys adds the same to all scores of a query, so it changes nothing.
         assert (np.abs(a - b).max() > 1e-2) == ("['key']['bias']" not in name), name
+
+
+@pytest.mark.parametrize("kind", ["gpt", "gpt_no_bias", "llama"])
+def test_the_model_that_bench_times_beside_ours_has_as_many_parameters(kind: str):
+    """Its script, as `jaxlm bench --torch` starts it, makes steps of a model with as many parameters."""
+    c = config(kind)
+    parameters = num_params(jax.eval_shape(make_model(c.model, VOCAB, SEQ).init, jax.random.key(0)))
+    peer = bench_peers.pytorch(sys.executable, c, VOCAB, parameters)
+    assert peer.step(2) > 0 and peer.peak_bytes == 0
+    peer.close()
+    with pytest.raises(UserError, match=r"parameters, not 1 as in JAX"):
+        bench_peers.pytorch(sys.executable, c, VOCAB, 1)

@@ -1,11 +1,13 @@
-"""Measures how fast a configuration trains: the step alone, the whole trainer around it, and nanoGPT beside them.
+"""Measures how fast a configuration trains: the step alone, the whole trainer around it, and PyTorch beside them.
 
 What is compared takes turns, round by round, and the results are medians, so that a noisy machine disturbs all alike.
 The last line of output is one JSON object. `jaxlm bench data` measures how fast data is prepared and fed, `jaxlm bench
 comm` reads what a step moves between devices; each has --help.
 """
 
+import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -14,10 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxlm.commands import plan_variants
+from jaxlm.commands.bench_peers import Peer, check_torch, nanogpt, pytorch
 from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
-from jaxlm.host import runtime, signals
+from jaxlm.host import runtime
 from jaxlm.host.temporary import temporary_folder
+from jaxlm.plan import devices as known
 
 
 def main(argv: list[str]) -> int:
@@ -29,6 +34,55 @@ def main(argv: list[str]) -> int:
         from jaxlm.commands import bench_comm
 
         return bench_comm.main(argv[1:])
+    parser = make_parser()
+    args, overrides = parser.parse_known_args(argv)
+    for name in ("steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
+    if args.grid:
+        from jaxlm.commands import bench_sweep
+
+        return bench_sweep.sweep(args, overrides)
+    if args.html:
+        raise UserError("--html is given without --grid; allowed: both, because the page shows a sweep")
+    config = files.load(user_path("--config", args.config), overrides)
+    if args.torch:
+        check_torch(config)
+    config.steps = 10**9  # never reached
+    config.log.every_steps = 10
+    # So that parameters hardly move: otherwise the step alone would memorize its one batch, and all other batches would
+    # be spikes.
+    config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
+    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    if args.torch or args.nanogpt:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU holds the other trainer, too
+    runtime.configure_jax(config, 1)
+    from jaxlm.model import num_params
+
+    with temporary_folder() as folder:
+        ours = Trainer(config, folder, ["--config", args.config, *overrides])
+        peers: dict[str, Peer] = {}
+        if args.nanogpt:
+            peers["nanogpt"] = nanogpt(args.nanogpt, args.python, config, ours.vocab_size)
+        if args.torch:
+            ours.check_one_gpu()
+            peers["torch"] = pytorch(args.python, config, ours.vocab_size, num_params(ours.state.params))
+        timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | {k: p.step for k, p in peers.items()}
+        rounds: dict[str, list[float]] = {name: [] for name in timers}
+        for i in range(args.rounds):
+            # In alternating order, because what ran before leaves traces.
+            for name in list(timers)[:: 1 if i % 2 else -1]:
+                rounds[name].append(timers[name](args.steps))
+            shown = " · ".join(f"{name} {seconds[-1] * 1e3:.2f} ms" for name, seconds in rounds.items())
+            print(f"round {i + 1}/{args.rounds} · {shown}")
+        ours.close()
+    for peer in peers.values():
+        peer.close()
+    print(json.dumps(summary(ours, rounds, {name: peer.peak_bytes for name, peer in peers.items()})))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.config_parser("jaxlm bench", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps per round (default: 20)")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
@@ -36,66 +90,53 @@ def main(argv: list[str]) -> int:
         "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose step takes turns with ours"
     )
     parser.add_argument(
-        "--nanogpt_python", default=sys.executable, metavar="PYTHON", help="a Python with torch (default: this one)"
+        "--torch", action="store_true", help="the same model in PyTorch takes turns: SDPA, on GPUs compiled"
     )
-    args, overrides = parser.parse_known_args(argv)
-    config = files.load(user_path("--config", args.config), overrides)
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
-    config.steps = 10**9  # never reached
-    config.log.every_steps = 10
-    # So that parameters hardly move: otherwise the step alone would memorize its one batch, and all other batches would
-    # be spikes.
-    config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
-    runtime.check_batch(config, config.parallel.devices or 1, 1)
-    runtime.configure_jax(config, 1)
-    with temporary_folder() as folder:
-        ours = Trainer(config, folder)
-        peer = NanoGPT(args.nanogpt, args.nanogpt_python, config, ours.vocab_size) if args.nanogpt else None
-        rounds: dict[str, list[float]] = {"step": [], "trainer": [], "nanogpt": []}
-        timers = {"step": ours.step_alone, "trainer": ours.with_trainer} | ({"nanogpt": peer.step} if peer else {})
-        for i in range(args.rounds):
-            # In alternating order, because what ran before leaves traces.
-            for name in list(timers)[:: 1 if i % 2 else -1]:
-                rounds[name].append(timers[name](args.steps))
-            print(
-                f"round {i + 1}/{args.rounds} · "
-                + " · ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in rounds.items() if v)
-            )
-        ours.close()
-    if peer:
-        peer.close()
-    print(json.dumps(summary(ours, rounds)))
-    return 0
+    parser.add_argument("--python", default=sys.executable, help="a Python with torch (default: this one)")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        metavar="KEY=A,B",
+        help="measures each of these values, with several --grid all combinations, each in a process of its own;"
+        " KEY is one of the configuration's, or config",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="writes the sweep of --grid as a page for a browser")
+    return parser
 
 
-def summary(ours: "Trainer", rounds: dict[str, list[float]]) -> dict[str, Any]:
-    """Returns medians over the rounds; a ratio is the median of the ratios within each round."""
+def summary(ours: "Trainer", rounds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    """Returns medians and ranges over the rounds; a ratio is the median of the ratios within each round.
+
+    Args:
+      peaks: the peak bytes of other trainers on the GPU; 0 on CPUs.
+    """
     from jaxlm.model import flops_per_token
     from jaxlm.run.metrics import peak_flops
 
-    c = ours.config
-    step = statistics.median(rounds["step"])
+    c, devices, plan = ours.config, ours.parts.devices, ours.planned
     rate = c.batch_size * c.seq_len / statistics.median(rounds["trainer"])
     flops = flops_per_token(c.model, ours.state.params, c.seq_len)
-    peak = peak_flops(ours.parts.devices[0].device_kind)
-    result = {
-        "devices": f"{len(ours.parts.devices)} x {ours.parts.devices[0].device_kind}",
+    peak = peak_flops(devices[0].device_kind)
+    result: dict[str, Any] = {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
         "compile_seconds": round(ours.compile_seconds, 2),
-        "step_ms": step * 1e3,
-        "trainer_ms": statistics.median(rounds["trainer"]) * 1e3,
         "trainer_over_step": statistics.median(b / a for a, b in zip(rounds["step"], rounds["trainer"], strict=True)),
         "tokens_per_second": rate,
         "model_flops_per_second": rate * flops,
-        "mfu": rate * flops / peak / len(ours.parts.devices) if peak else None,
+        "mfu": rate * flops / peak / len(devices) if peak else None,
         "peak_memory_bytes": ours.peak_memory(),
+        "planned_step_ms": plan["step_seconds"] * 1e3 if plan else None,
+        "planned_memory_bytes": ours.share(plan["memory_bytes"]["total"]) if plan else None,
     }
-    if rounds["nanogpt"]:
-        result["nanogpt_step_ms"] = statistics.median(rounds["nanogpt"]) * 1e3
+    for name, seconds in rounds.items():
+        key = name if name in ("step", "trainer") else f"{name}_step"
+        result[f"{key}_ms"] = statistics.median(seconds) * 1e3
+        result[f"{key}_ms_range"] = [min(seconds) * 1e3, max(seconds) * 1e3]
+    for peer, bytes_ in peaks.items():
+        result[f"{peer}_peak_memory_bytes"] = bytes_ or None
         for name in ("step", "trainer"):
-            ratios = [a / b for a, b in zip(rounds[name], rounds["nanogpt"], strict=True)]
-            result[f"{name}_over_nanogpt"] = statistics.median(ratios)
+            ratios = [a / b for a, b in zip(rounds[name], rounds[peer], strict=True)]
+            result[f"{name}_over_{peer}"] = statistics.median(ratios)
     return result
 
 
@@ -111,9 +152,13 @@ def warm_up_steps(seconds: float) -> tuple[int, int]:
 
 
 class Trainer:
-    """The trainer of a configuration, in a temporary workdir."""
+    """The trainer of a configuration, in a temporary workdir, and its plan.
 
-    def __init__(self, config: Config, workdir: Path):
+    Args:
+      arguments: the configuration as arguments of `jaxlm plan`.
+    """
+
+    def __init__(self, config: Config, workdir: Path, arguments: list[str]):
         import jax
 
         from jaxlm.checkpoint.workdirs import Lock
@@ -121,8 +166,12 @@ class Trainer:
         from jaxlm.run.step_report import make_log
 
         self.config = config
+        self.planned: dict[str, Any] | None = None
         self.parts, self.state, _ = begin(config, workdir, Lock(), quiet=True)
         self.vocab_size = self.parts.corpus.vocab_size
+        plan, on_cpu = self._start_plan(arguments), self.parts.devices[0].platform == "cpu"
+        if plan and on_cpu:  # before this process computes, because the plan measures what the CPU reaches
+            self.planned = plan_variants.finished(plan)
         self._write = make_log(self.parts, 0)
         self._step = self.parts.train_step()
         self._stream = self.parts.train_batches(self.parts.order, 0)
@@ -131,11 +180,30 @@ class Trainer:
         start = time.perf_counter()
         self.step_alone(1)
         self.compile_seconds = time.perf_counter() - start
+        if plan and not on_cpu:
+            self.planned = plan_variants.finished(plan)
         first, second = warm_up_steps(self.step_alone(1))
         print(f"compiled in {self.compile_seconds:.1f} s; warming up with {first + second} steps", flush=True)
         self.with_trainer(first)  # until the data pipeline works in the background
         self._stream.settle()
         self.with_trainer(second)
+
+    def _start_plan(self, arguments: list[str]) -> subprocess.Popen[str] | None:
+        """Plans the same step in another process, while this one compiles it; None for a device without a plan."""
+        name, count = known.name_of(self.parts.devices[0].device_kind), len(self.parts.devices)
+        if name is None or count % min(count, known.DEVICES[name].per_host if name in known.DEVICES else count):
+            return None
+        size = ["--vocab_size", str(self.vocab_size)]
+        return plan_variants.start([*arguments, *size, "--devices", str(count), "--device", name])
+
+    def check_one_gpu(self) -> None:
+        """Raises UserError if there are several GPUs, of which PyTorch's step would use one."""
+        if (count := len(self.parts.devices)) > 1 and self.parts.devices[0].platform == "gpu":
+            raise UserError(f"parallel.devices is {count}; allowed with --torch: 1")
+
+    def share(self, planned: float) -> float:
+        """The planned bytes of what `peak_memory` measures: a GPU's, or those of all CPU devices together."""
+        return planned * (len(self.parts.devices) if self.parts.devices[0].platform == "cpu" else 1)
 
     def step_alone(self, steps: int) -> float:
         """Returns seconds per step, on a batch that is on the devices already."""
@@ -182,47 +250,3 @@ class Trainer:
     def close(self) -> None:
         self._stream.close()
         self.parts.saver.close()
-
-
-class NanoGPT:
-    """nanoGPT's model and optimizer, with the same sizes, in a process of its own that makes steps on request."""
-
-    def __init__(self, checkout: Path, python: str, config: Config, vocab_size: int):
-        m = config.model
-        if not (checkout / "model.py").is_file():
-            raise UserError(f"--nanogpt {checkout}: no model.py in it; allowed: a checkout of nanoGPT")
-        sizes = {
-            "n_layer": m.num_layers,
-            "n_head": m.num_heads,
-            "n_embd": m.d_model,
-            "block_size": config.seq_len,
-            "vocab_size": vocab_size,
-            "bias": m.use_bias,
-            "dropout": m.dropout,
-        }
-        precision = "medium" if runtime.rounds_products(config) else "highest"
-        script = Path(__file__).with_name("bench_nanogpt.py")
-        command = [python, script, checkout, json.dumps(sizes), str(config.batch_size), precision]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        signals.at_stop(self._process.kill)
-        self.step(1)  # compiles, if it does
-        self.step(max(1, min(4, int(20 / self.step(1)))))  # for at most 20 seconds
-
-    def step(self, steps: int) -> float:
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-            while not (line := self._process.stdout.readline()).startswith("seconds "):
-                if not line:
-                    raise OSError("it ended early")
-            return float(line.split()[1])
-        except OSError as error:
-            raise UserError(
-                f"--nanogpt: its process failed ({error}); see above; allowed: a Python with torch"
-            ) from error
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()

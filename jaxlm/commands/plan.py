@@ -16,10 +16,10 @@ from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 from jaxlm.plan import devices as known
 from jaxlm.plan.compiled import can_compile_for_gpus, configure
+from jaxlm.run.pages import print_table
 
 if TYPE_CHECKING:
     from jaxlm.plan.planning import Plan  # imports jax, which reads its flags then
-    from jaxlm.run.pages import Table
 
 BYTES = 257  # tokens of the tokenizer `bytes`
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
             others += ["--vocab_size", str(args.vocab_size)]
         summary["compare"] = planned(["--config", args.compare, *others, *overrides])
         beside = beside_table(args.config, args.compare, compared(summary, summary["compare"]))
-        _show_table(beside)
+        print_table(beside)
     if not plan.fits:
         here = ["--config", args.config, *others, "--vocab_size", str(vocab_size), *overrides]
         summary["change"] = _show_change(cheapest_fit(here, config, args.devices))
@@ -111,7 +111,7 @@ def _print(plan: "Plan") -> None:
             " makes an environment that has it"
         )
     for table in tables(plan):
-        _show_table(table)
+        print_table(table)
     _show(result(plan))
 
 
@@ -119,15 +119,6 @@ def _show(what: Any) -> None:
     from rich.console import Console
 
     Console(emoji=False, highlight=False, soft_wrap=True).print(what)
-
-
-def _show_table(table: "Table") -> None:
-    from rich.table import Table as Grid
-
-    grid = Grid(*table.columns, box=None)
-    for row in table.rows:
-        grid.add_row(*row)
-    _show(grid)
 
 
 def _show_change(found: tuple[tuple[str, ...], dict[str, Any]] | None) -> list[str] | None:

@@ -3,6 +3,7 @@ a comparison, and changes that make a run fit.
 """
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -16,11 +17,27 @@ def planned(arguments: list[str]) -> dict[str, Any]:
     Raises:
       UserError: with the line of that plan's own error.
     """
-    done = subprocess.run([sys.executable, "-m", "jaxlm", "plan", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.splitlines() or ["it printed nothing"])[-1]
+    return finished(start(arguments))
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Starts a plan. It sees no GPU, so that it takes nothing of a GPU's memory."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxlm", "plan", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def finished(plan: subprocess.Popen[str]) -> dict[str, Any]:
+    """The numbers of a plan, when it is done."""
+    out, errors = plan.communicate()
+    if plan.returncode:
+        last = (errors.splitlines() or ["it printed nothing"])[-1]
         raise UserError(last.removeprefix("jaxlm: "))
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
 
 
 def changes(config: Config, count: int) -> list[list[tuple[str, ...]]]:

@@ -4,6 +4,7 @@ Rates are those of the makers' data sheets, dense, with sums in float32. What pr
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -122,6 +123,13 @@ def find(name: str, count: int = 1) -> Device:
         if plain(known) == plain(name):
             return device
     raise UserError(f"--device is {show(name)}; allowed: {', '.join([*DEVICES, CPU])}")
+
+
+def name_of(kind: str) -> str | None:
+    """The name of a device that JAX calls `kind`; None = not in the table."""
+    if kind == "cpu":
+        return CPU
+    return next((name for name, d in DEVICES.items() if re.search(rf"\b{re.escape(d.name)}\b", kind)), None)
 
 
 def target_config(device: Device) -> str:

@@ -1,4 +1,4 @@
-"""Writes a page of charts and tables as one HTML file, which needs no network.
+"""Writes a page of charts and tables as one HTML file, which needs no network; shows tables elsewhere, too.
 
 uPlot draws the charts in the browser (jaxlm/run/page/uplot.js, MIT license), and Jinja fills in the page.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jaxlm.config import UserError
 from jaxlm.host.durable import write_whole
 
+WIDEST = 1000  # columns of a table in the terminal, which wraps longer lines itself
 FOLDER = Path(__file__).with_name("page")
 
 
@@ -73,6 +74,23 @@ def write_page(path: Path, title: str, summary: str, parts: Sequence[Lines | Bar
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); allowed: a file in a folder"
         ) from error
+
+
+def print_table(table: Table) -> None:
+    """Prints a table in the terminal, without its title."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    grid = Grid(*table.columns, box=None)
+    for row in table.rows:
+        grid.add_row(*row)
+    Console(emoji=False, highlight=False, soft_wrap=True, width=WIDEST).print(grid)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, without its title."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _chart(lines: Lines) -> dict:
