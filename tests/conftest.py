@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 # JAX reads these at its first import. Optimizing is off, because tiny programs take longer to optimize than to run.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("JAXLM_TEST_DEVICE") != "real":  # as tools/gpu_check.sh sets it
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 # Files that take minutes, the longest first, so that both workers, which share the files, end at about the same time.

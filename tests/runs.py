@@ -96,10 +96,10 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
         time.sleep(0.002)
 
 
-def state_of(workdir: Path, step: int) -> train_step.TrainState:
+def state_of(workdir: Path, step: int, **keys: Any) -> train_step.TrainState:
     """Returns the whole state in a checkpoint."""
-    config = load(CONFIG, flags())
-    placement = Placement(config, jax.devices()[:2])
+    config = load(CONFIG, flags(**keys))
+    placement = Placement(config, jax.devices()[: config.parallel.devices])
     fresh = placement.initial(make_model(config.model, 64, config.seq_len))
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(step, placement, fresh)

@@ -113,6 +113,9 @@ def _row(n: dict[str, Any], peers: list[str]) -> list[str]:
         _number(n["planned_memory_bytes"], ".3g", 1e-9),
     ]
     for peer in peers:
+        if f"{peer}_step_ms" not in n:
+            row += ["", "", ""]
+            continue
         memory = _number(n[f"{peer}_peak_memory_bytes"], ".3g", 1e-9)
         row += [_with_range(n, f"{peer}_step"), memory, f"{n[f'step_over_{peer}']:.2f}"]
     return row
