@@ -344,7 +344,7 @@ def test_the_model_that_bench_times_beside_ours_has_as_many_parameters(kind: str
     c = config(kind)
     parameters = num_params(jax.eval_shape(make_model(c.model, VOCAB, SEQ).init, jax.random.key(0)))
     peer = bench_peers.pytorch(sys.executable, c, VOCAB, parameters)
-    assert peer.step(2) > 0 and peer.peak_bytes == 0
+    assert peer.step(2) > 0 and peer.peak_bytes > 1e8
     peer.close()
     with pytest.raises(UserError, match=r"parameters, not 1 as in JAX"):
         bench_peers.pytorch(sys.executable, c, VOCAB, 1)

@@ -108,7 +108,7 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]], peaks: dict[str, in
     """Returns medians and ranges over the rounds; a ratio is the median of the ratios within each round.
 
     Args:
-      peaks: the peak bytes of other trainers on the GPU; 0 on CPUs.
+      peaks: the peak bytes of other trainers; 0 = unknown.
     """
     from jaxlm.model import flops_per_token
     from jaxlm.run.metrics import peak_flops

@@ -32,7 +32,7 @@ class Peer:
 
     def __init__(self, option: str, command: list[Any]):
         self._option = option
-        self.peak_bytes = 0  # of its GPU's memory
+        self.peak_bytes = 0  # of GPU or process; 0 = unknown
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
