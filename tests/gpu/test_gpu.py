@@ -89,7 +89,8 @@ def test_fused_attention_equals_xlas(kernel: Any, length: int, packed: bool):
 
     def results(kernel: Any, qkv: list[jax.Array]) -> Any:
         def total(qkv: list[jax.Array]) -> jax.Array:
-            return (causal_attention(*qkv, segments_BT, kernel) * weights).sum()
+            q_BTHC, k_BTKC, v_BTKC = qkv
+            return (causal_attention(q_BTHC, k_BTKC, v_BTKC, segments_BT, kernel) * weights).sum()
 
         return jax.jit(jax.value_and_grad(total))(qkv)
 
