@@ -45,7 +45,7 @@ def gradient(config: Config, platform: str, packed: bool) -> Any:
     model = make_model(config.model, VOCAB, T, platform)
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(VOCAB, size=(2, T + 1))
-    batch = {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
+    batch: Any = {"inputs": tokens_BT[:, :-1], "targets": tokens_BT[:, 1:]}
     if packed:
         batch["positions"] = np.concatenate([np.arange(50), np.arange(T - 50)])[None].repeat(2, 0)
     batch = {name: x.astype(np.int32) for name, x in batch.items()}
