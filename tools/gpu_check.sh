@@ -66,7 +66,7 @@ else
 fi
 TORCH=$("$PYTHON" -c 'import torch' 2>/dev/null && echo --torch)
 
-part tests 150 env JAXLM_TEST_DEVICE=real "$PYTHON" -m pytest -q -o addopts= -o filterwarnings=default -m gpu tests/gpu
+part tests 180 env JAXLM_TEST_DEVICE=real "$PYTHON" -m pytest -q -o addopts= -o filterwarnings=default -m gpu tests/gpu
 part batches 140 "$PYTHON" -m jaxlm bench $MODEL $STEPS $TORCH --grid batch_size=$BATCHES --html "$OUT/batches.html"
 part remat 80 "$PYTHON" -m jaxlm bench $MODEL $STEPS --config.batch_size=$BATCH --grid model.remat=none,full
 part llama 80 "$PYTHON" -m jaxlm bench $LLAMA $STEPS $TORCH --grid batch_size=$LLAMA_BATCH
