@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlm.config import UserError, files
 from jaxlm.config.paths import user_path
+from jaxlm.host import signals
 from jaxlm.run.pages import Bar, Bars, Lines, Table, print_table, write_page
 
 Point = dict[str, str]  # {key: value}
@@ -63,10 +64,13 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def measured(arguments: list[str]) -> dict[str, Any]:
     """The numbers of `jaxlm bench` with these arguments, or the last line of its error as `error`."""
-    done = subprocess.run([sys.executable, "-m", "jaxlm", "bench", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "jaxlm", "bench", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signals.at_stop(process.terminate)  # it stops its own processes
+    out, errors = process.communicate()
+    if process.returncode:
+        return {"error": (errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1]}
+    return json.loads(out.splitlines()[-1])
 
 
 def name_of(point: Point) -> str:

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from jaxlm.config import WITHOUT_PARTS, Config, UserError
+from jaxlm.host import signals
 
 
 def planned(arguments: list[str]) -> dict[str, Any]:
@@ -22,13 +23,15 @@ def planned(arguments: list[str]) -> dict[str, Any]:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """Starts a plan. It sees no GPU, so that it takes nothing of a GPU's memory."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "jaxlm", "plan", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
+    signals.at_stop(process.kill)
+    return process
 
 
 def finished(plan: subprocess.Popen[str]) -> dict[str, Any]:
