@@ -40,7 +40,7 @@ def main() -> int:
 def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """[(what was changed, numbers)] of a sweep's last line of output; empty if it did not end."""
     try:
-        found = json.loads(path.read_text().splitlines()[-1])
+        found = json.loads(path.read_text().splitlines()[-1])["points"]
     except (OSError, IndexError, ValueError):
         return []
     return [(" ".join(f"{k}={v}" for k, v in numbers["point"].items()), numbers) for numbers in found]

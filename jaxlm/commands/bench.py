@@ -8,8 +8,6 @@ comm` reads what a step moves between devices; each has --help.
 import argparse
 import json
 import os
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from jaxlm.commands import plan_variants
 from jaxlm.commands.bench_peers import Peer, check_torch, nanogpt, pytorch
 from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
-from jaxlm.host import runtime
+from jaxlm.host import memory, runtime
 from jaxlm.host.temporary import temporary_folder
 from jaxlm.plan import devices as known
 
@@ -141,14 +139,6 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]], peaks: dict[str, in
     return result
 
 
-def process_peak() -> int:
-    """Returns the peak bytes of this program; the other count, ru_maxrss, includes the program that started it."""
-    status = Path("/proc/self/status")
-    if found := status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text()):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def warm_up_steps(seconds: float) -> tuple[int, int]:
     """Returns how many steps to warm up with before and after the data pipeline settles: 80 and 20, or as many as take
     45 seconds, one at least.
@@ -253,7 +243,7 @@ class Trainer:
         """Returns the peak bytes of the fullest device if devices report them, else of this process."""
         stats = [d.memory_stats() or {} for d in self.parts.placement.local]
         device = max(s.get("peak_bytes_in_use", 0) for s in stats)
-        return device or process_peak()
+        return device or memory.peak_bytes()
 
     def close(self) -> None:
         self._stream.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config, UserError
-from jaxlm.host import runtime, signals
+from jaxlm.host import memory, runtime, signals
 
 # What the decoder of bench_torch.py can be: {key: values}
 TORCH = {
@@ -33,7 +33,7 @@ class Peer:
     def __init__(self, option: str, command: list[Any]):
         self._option = option
         self.peak_bytes = 0  # of GPU or process; 0 = unknown
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process runs
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
@@ -55,7 +55,7 @@ class Peer:
             self.close()
             raise UserError(f"--{self._option}: its process failed: {last}; allowed: a Python with torch") from error
         _, seconds, *peak = line.split()
-        self.peak_bytes = int(peak[0]) if peak else 0
+        self.peak_bytes = int(peak[0]) if peak and int(peak[0]) else memory.peak_bytes(self._process.pid)
         return float(seconds)
 
     def close(self) -> None:

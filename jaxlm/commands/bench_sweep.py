@@ -7,10 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
+from jaxlm.commands.bench_peers import check_torch
 from jaxlm.config import UserError, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import signals
-from jaxlm.run.pages import Bar, Bars, Lines, Table, print_table, write_page
+from jaxlm.run.pages import Bar, Bars, Lines, Table, check_path, print_table, write_page
 
 Point = dict[str, str]  # {key: value}
 
@@ -23,12 +24,12 @@ def points(grid: list[str]) -> list[Point]:
     """
     values = {}
     for argument in grid:
-        key, equals, found = argument.partition("=")
+        key, equals, found = argument.removeprefix("config.").partition("=")
         if not (key and equals and all(found.split(","))):
             raise UserError(f"--grid is {argument!r}; allowed: KEY=A,B with one or more values")
         if key in values:
             raise UserError(f"--grid names {key} twice; allowed: once, with all values")
-        values[key.removeprefix("config.")] = found.split(",")
+        values[key] = found.split(",")
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
@@ -40,12 +41,14 @@ def arguments(point: Point, config: str, overrides: list[str]) -> list[str]:
 
 def sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     """Measures all points; prints a table and one JSON object, and writes the page. Returns 2 if no point ran."""
-    if args.html and not args.html.absolute().parent.is_dir():
-        raise UserError(f"--html is {args.html}; allowed: a file in a folder that exists")
+    if args.html:
+        check_path("--html", args.html)
     grid = points(args.grid)
     for point in grid:  # before the first is measured
         _, file, *changed = arguments(point, args.config, overrides)
-        files.load(user_path("--config", file), changed)
+        loaded = files.load(user_path("--config", file), changed)
+        if args.torch:
+            check_torch(loaded)
     options = ["--steps", str(args.steps), "--rounds", str(args.rounds), "--python", args.python]
     options += ["--nanogpt", str(args.nanogpt)] if args.nanogpt else []
     options += ["--torch"] if args.torch else []
@@ -58,7 +61,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.html:
         write_page(args.html, "jaxlm bench", _summary(args, found), [*_charts(grid, found), table])
         print(f"wrote {args.html}")
-    print(json.dumps([{"point": point} | numbers for point, numbers in zip(grid, found, strict=True)]))
+    print(json.dumps({"points": [{"point": p} | numbers for p, numbers in zip(grid, found, strict=True)]}))
     return 0 if any("error" not in numbers for numbers in found) else 2
 
 

@@ -1,15 +1,12 @@
 """Times a step of the same model in PyTorch for `jaxlm bench --torch`. Argument: its sizes, as JSON.
 
-For each line of input, a number of steps, it prints the seconds per step and the peak bytes of GPU or process. The
+For each line of input, a number of steps, it prints the seconds per step and the peak bytes of the GPU (0: none). The
 decoder is written as PyTorch users write it today: scaled_dot_product_attention, fused AdamW, on GPUs torch.compile,
 and autocast if the model computes in bfloat16. Shapes are named as in jaxlm/model/decoder.py.
 """
 
 import importlib
 import json
-import pathlib
-import re
-import resource
 import sys
 import time
 from typing import Any
@@ -101,13 +98,6 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets_BT.flatten())
 
 
-def process_peak() -> int:
-    status = pathlib.Path("/proc/self/status")  # its peak does not include the program that started this one
-    if found := status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text()):
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     s = json.loads(sys.argv[1])
     torch.set_float32_matmul_precision(s["precision"])
@@ -131,7 +121,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         loss.item()  # waits for the device
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         print("seconds", (time.perf_counter() - start) / int(line), peak, flush=True)
 
 

@@ -6,6 +6,7 @@ an environment with the plugin. All numbers are planned, none is measured. The l
 """
 
 import contextlib
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 from jaxlm.plan import devices as known
 from jaxlm.plan.compiled import can_compile_for_gpus, configure
-from jaxlm.run.pages import print_table
+from jaxlm.run.pages import check_path, print_table
 
 if TYPE_CHECKING:
     from jaxlm.plan.planning import Plan  # imports jax, which reads its flags then
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="writes the plan as a page for a browser, too")
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
-    if args.html and not args.html.absolute().parent.is_dir():
-        raise UserError(f"--html is {args.html}; allowed: a file in a folder that exists")
+    if args.html:
+        check_path("--html", args.html)
     if args.devices < 1:
         raise UserError(f"--devices is {args.devices}; allowed: 1 or more")
     device = known.find(args.device, args.devices)
@@ -82,9 +83,9 @@ def main(argv: list[str]) -> int:
 
 def _import_as_a_run_does() -> None:
     """Imports what a run imports, because on CPUs that takes a part of the same memory."""
-    import jaxlm.run.training  # noqa: F401
     from jaxlm.data.tf_import import import_tensorflow
 
+    importlib.import_module("jaxlm.run.training")
     with contextlib.suppress(Exception):  # a run does without TensorFlow where it is absent or broken
         import_tensorflow()
 

@@ -58,10 +58,10 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn", "triton"]
     # What the backward pass recomputes to save memory. `none`: nothing; `elementwise`: norms, activation functions,
     # rotary positions and XLA's attention scores; `dots`: everything in a layer but its products with weights; `full`:
-    # whole layers; `auto`: elementwise on GPUs, none on CPUs.
+    # whole layers; `auto`: elementwise on GPUs, and on CPUs if d_model is 768 or more, else none.
     remat: Literal["auto", "none", "elementwise", "dots", "full"]
-    # Layers per iteration of the loop over layers. 0 = all: fastest steps, longest compilation; -1 = all on CPUs, 1 on
-    # GPUs.
+    # Layers per iteration of the loop over layers. 0 = all: fastest steps, longest compilation; -1 = all on CPUs where
+    # nothing is recomputed, else 1.
     scan_unroll: int
 
     @property

@@ -41,8 +41,8 @@ POSITIVE = (
     "checkpoint.keep",
 )
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
-# Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
 LEAST = {"model.scan_unroll": -1}  # 0 for all others
+# Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
 LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and the seed of dropout is seed + 1
 BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")

@@ -7,10 +7,7 @@ product is a Triton kernel, where on a GPU XLA would take the fastest of several
 import dataclasses
 import importlib.util
 import os
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Config
@@ -47,13 +44,6 @@ def devices(device: Device, count: int, hosts: int = 1) -> list[Any]:
         return jax.devices("cpu")[:count]
     topology = f"{hosts}x{count // hosts}x1"
     return topologies.get_topology_desc(platform="cuda", target_config=target_config(device), topology=topology).devices
-
-
-def resident_bytes() -> float:
-    """Memory of this process now; where the system does not say it, at its largest."""
-    if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass(frozen=True)

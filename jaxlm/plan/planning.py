@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from jaxlm.config import Config
+from jaxlm.host.memory import resident_bytes
 from jaxlm.host.runtime import GPU_MEMORY
 from jaxlm.model import flops_per_token, make_model, num_params
-from jaxlm.plan.compiled import Compiled, compile_step, devices, resident_bytes
+from jaxlm.plan.compiled import Compiled, compile_step, devices
 from jaxlm.plan.devices import Device
 from jaxlm.plan.memory import Memory, plan_memory
 from jaxlm.plan.program import parse

@@ -49,6 +49,12 @@ class Table(NamedTuple):
     note: str = ""
 
 
+def check_path(option: str, path: Path) -> None:
+    """Raises UserError unless a page can be written there, before the work that it shows."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UserError(f"{option} is {path}; allowed: a file in a folder that exists")
+
+
 def write_page(path: Path, title: str, summary: str, parts: Sequence[Lines | Bars | Table]) -> None:
     """Writes the page whole or not at all.
 

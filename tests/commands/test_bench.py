@@ -64,7 +64,7 @@ def test_a_sweep_measures_each_point_beside_its_plan_and_goes_on_after_a_failure
     # Three devices cannot share 8 sequences.
     assert bench.main([*arguments, "--grid", "parallel.devices=1,3"]) == 0
     out = capsys.readouterr().out.splitlines()
-    good, bad = json.loads(out[-1])
+    good, bad = json.loads(out[-1])["points"]
     assert good["point"] == {"parallel.devices": "1"} and "batch_size is 8" in bad["error"]
     low, high = good["step_ms_range"]
     assert low <= good["step_ms"] <= high
@@ -77,9 +77,11 @@ def test_a_sweep_measures_each_point_beside_its_plan_and_goes_on_after_a_failure
     "argv, words",
     [
         (["--grid", "batch_size"], "KEY=A,B"),
-        (["--grid", "batch_size=8", "--grid", "batch_size=16"], "twice"),
+        (["--grid", "batch_size=8", "--grid", "config.batch_size=16"], "twice"),
         (["--grid", "model.remat=none,bad"], "model.remat is 'bad'"),
         (["--html", "x.html"], "without --grid"),
+        (["--grid", "seed=1", "--html", "/"], "--html is /"),
+        (["--grid", "model.activation=relu", "--torch"], "model.activation is relu"),
         (["--torch"], "model.activation is relu2"),
     ],
 )

@@ -26,8 +26,8 @@ def test_the_table_replaces_what_is_between_the_marks(tmp_path: Path):
         {"point": {"batch_size": "12"}} | NUMBERS | PEER,
         {"point": {"batch_size": "48"}, "error": "out of memory"},
     ]
-    (tmp_path / "batches.txt").write_text(f"noise\n{json.dumps(sweep)}\n")
-    (tmp_path / "remat.txt").write_text(json.dumps([{"point": {"model.remat": "full"}} | NUMBERS]))
+    (tmp_path / "batches.txt").write_text(f"noise\n{json.dumps({'points': sweep})}\n")
+    (tmp_path / "remat.txt").write_text(json.dumps({"points": [{"point": {"model.remat": "full"}} | NUMBERS]}))
     document = tmp_path / "gpu.md"
     document.write_text((ROOT / "docs/gpu.md").read_text())
     for _ in range(2):  # the second time it replaces the first
