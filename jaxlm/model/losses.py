@@ -106,13 +106,15 @@ def output_loss(
         return _scaled(_in_chunks(one, config.chunk, weights, x_ND, targets_N)[0], scale)
 
     def forward(weights: Any, x_ND: jax.Array, targets_N: jax.Array, scale: jax.Array) -> tuple[LossSums, Any]:
-        def one(weights: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[Any, jax.Array]:
-            logits_NV, pull_back = jax.vjp(unembed, weights, x_ND)
+        def one(low: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[Any, jax.Array]:
+            logits_NV, pull_back = jax.vjp(unembed, jax.tree.map(lambda a, w: a.astype(w.dtype), low, weights), x_ND)
             sums, grad_NV = cross_entropy(logits_NV, targets_N, config)
             weights_grad, x_grad_ND = pull_back(grad_NV * scale)
             return (sums, weights_grad), x_grad_ND
 
-        (sums, weights_grad), x_grad_ND = _in_chunks(one, config.chunk, weights, x_ND, targets_N)
+        # Converted here, and back in each chunk, which the compiler removes: otherwise each chunk would convert them.
+        low = jax.tree.map(lambda w: w.astype(x_ND.dtype), weights)
+        (sums, weights_grad), x_grad_ND = _in_chunks(one, config.chunk, low, x_ND, targets_N)
         return _scaled(sums, scale), (weights_grad, x_grad_ND)
 
     def backward(grads: tuple[Any, jax.Array], cotangents: LossSums) -> tuple[Any, jax.Array, None, None]:

@@ -61,6 +61,20 @@ def _backward(center: bool, residuals: Any, g_RC: jax.Array) -> tuple[jax.Array,
     dx_RC = scaled_RC - unit_RC * jnp.mean(scaled_RC * unit_RC, axis=-1, keepdims=True)
     if center:
         dx_RC -= jnp.mean(scaled_RC, axis=-1, keepdims=True)
-    dscale_C = jnp.sum(g * unit_RC, axis=0).astype(scale_C.dtype)
-    dbias_C = None if bias_C is None else jnp.sum(g, axis=0).astype(bias_C.dtype)
-    return (dx_RC * rstd_R1).astype(x_RC.dtype), dscale_C, dbias_C
+    dx_RC = (dx_RC * rstd_R1).astype(x_RC.dtype)
+    if bias_C is None:
+        return dx_RC, jnp.sum(g * unit_RC, axis=0).astype(scale_C.dtype), None
+    # As in max_and_logsumexp: CPUs sum twice, because XLA does not vectorize a reduction of pairs there.
+    dscale_C, dbias_C = jax.lax.platform_dependent(g * unit_RC, g, cpu=sum_twice, default=sum_once)
+    return dx_RC, dscale_C.astype(scale_C.dtype), dbias_C.astype(bias_C.dtype)
+
+
+def sum_once(a_RC: jax.Array, b_RC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums along columns, as one reduction: XLA for GPUs would not join two in one pass over memory."""
+    zeros = jnp.float32(0), jnp.float32(0)
+    return jax.lax.reduce((a_RC, b_RC), zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), (0,))
+
+
+def sum_twice(a_RC: jax.Array, b_RC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same as `sum_once`."""
+    return jnp.sum(a_RC, axis=0), jnp.sum(b_RC, axis=0)

@@ -15,9 +15,8 @@ from jaxlm.plan.program import Instruction, Program, arrays_of, bytes_of
 FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "iota", "domain", "add-dependency"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-VIEWS = ("bitcast", "convert", "copy", "reshape", "transpose")  # inside a kernel, another name for the same data
-# Inside a kernel, what reads only a part of its first operand.
-SLICES = ("dynamic-slice", "slice", "gather")
+SLICES = ("dynamic-slice", "slice", "gather")  # read only a part of their first operand
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # change their first operand in place; the operand that they write
 # Products of fused attention: queries with keys and weights with values; backward, five of cuDNN's and seven of
 # Triton's, which computes scores and their gradients twice.
 ATTENTION = {
@@ -92,35 +91,35 @@ def moved(program: Program, kernel: Instruction, shapes: dict[str, str]) -> floa
         return bytes_of(kernel.shape) + sum(size.values())
     inside = program.computations[kernel.called[0]]
     size_of = {i.name: bytes_of(i.shape) for i in inside}
-    data_of = _data(inside)
-    updates = [i for i in inside if i.op == "dynamic-update-slice"]
-    in_place = {data_of[i.operands[0]] for i in updates}
-    written = bytes_of(kernel.shape) - sum(size_of[i.name] - size_of[i.operands[1]] for i in updates)
-    read = {}  # an operand that is passed twice is read once
+    read: dict[str, float] = {}  # an operand that is passed twice is read once
+    shares = needed(inside)
     for i in inside:
         if i.op == "parameter":
-            names = {name for name, data in data_of.items() if data == i.name}
             outer = kernel.operands[int(i.rest.partition(")")[0])]
-            read[outer] = _read(names, inside, size_of, size_of[i.name], i.name in in_place)
+            read[outer] = max(read.get(outer, 0.0), shares[i.name] * size_of[i.name])
+    written = bytes_of(kernel.shape)
+    for i in inside:
+        if i.op in UPDATES:
+            update = size_of[i.operands[UPDATES[i.op]]]
+            written -= size_of[i.name] - update
+            if i.op == "scatter":  # which adds to the rows that are there
+                read[i.name] = update
     return sum(read.values()) + max(written, 0)
 
 
-def _data(inside: list[Instruction]) -> dict[str, str]:
-    """{name: the instruction whose result it is, through other views of the same data}"""
-    found: dict[str, str] = {}
-    for i in inside:
-        found[i.name] = found[i.operands[0]] if i.op in VIEWS and i.operands else i.name
-    return found
-
-
-def _read(names: set[str], inside: list[Instruction], size_of: dict[str, float], whole: float, in_place: bool) -> float:
-    """Bytes that a kernel reads of an operand of `whole` bytes, which it knows by these names."""
-    uses = [i for i in inside if names & set(i.operands) and i.name not in names]
-    if in_place:
-        uses = [i for i in uses if i.op != "dynamic-update-slice"]
-    if uses and all(i.op in SLICES and i.operands[0] in names for i in uses):
-        return sum(size_of[i.name] for i in uses)
-    return whole if uses or any(i.is_root and i.name in names for i in inside) else 0.0
+def needed(inside: list[Instruction]) -> dict[str, float]:
+    """{name: the share of an array that a kernel computes or reads}, from its result back to its operands."""
+    elements = {i.name: math.prod(arrays_of(i.shape)[0][1]) if arrays_of(i.shape) else 0 for i in inside}
+    shares = {i.name: float(i.is_root) for i in inside}
+    for i in reversed(inside):
+        for position, operand in enumerate(i.operands):
+            share = shares[i.name]
+            if position == 0 and i.op in SLICES:
+                share *= elements[i.name] / elements[operand]
+            elif position == 0 and i.op in UPDATES:
+                share = 0.0  # it stays where it is
+            shares[operand] = min(1.0, shares[operand] + share)
+    return shares
 
 
 def products(program: Program, kernel: Instruction, shapes: dict[str, str]) -> float:

@@ -48,13 +48,15 @@ def loss_sums(
 
 def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Gradients:
     """Returns the function that computes the gradient of one device and averages it over the devices."""
+    # With float16, parameters and gradients are multiplied by factors of the loss scale, in float32.
+    matrices = "float32" if config.model.dtype == "float16" else config.model.dtype
 
     def averaged(
         loss: Loss, params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
     ) -> tuple[Params, LossSums, Any]:
         if config.parallel.overlap:
-            return accumulate_overlapped(loss, params, micro, sync, sync_state, always=mean_targets > 0)
-        grads, sums = accumulate(loss, params, micro)
+            return accumulate_overlapped(loss, params, micro, matrices, sync, sync_state, always=mean_targets > 0)
+        grads, sums = accumulate(loss, params, micro, matrices)
         grads, sync_state = sync.reduce(grads, sync_state)
         return grads, sums, sync_state
 
@@ -95,18 +97,25 @@ def micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
 
 
-def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, LossSums]:
+def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tuple[Params, LossSums]:
     """Adds up gradient and sums of `loss` over micro-batches `[count, ...]`, in float32, one micro-batch at a time.
 
     It averages nothing, so the result does not depend on their number.
+
+    Args:
+      matrices: the dtype in which layers multiply. Several micro-batches get the layers' matrices converted to it once,
+        instead of converting them in each.
     """
     grad = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[0], micro)
     if len(jax.tree.leaves(micro)[0]) == 1:
         return grad(params, *first)
 
+    layers = jax.tree.map(lambda p: p.astype(matrices) if p.ndim == 3 else p, params["layers"])  # [L, D, F]
+    converted = params | {"layers": layers}
+
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad(params, *part)), None
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad(converted, *part)), None
 
     shapes = jax.eval_shape(grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -114,7 +123,7 @@ def accumulate(loss: Callable, params: Params, micro: Any) -> tuple[Params, Loss
 
 
 def accumulate_overlapped(
-    loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any, always: jax.Array
+    loss: Callable, params: Params, micro: Any, matrices: str, sync: GradSync, sync_state: Any, always: jax.Array
 ) -> tuple[Params, LossSums, Any]:
     """`accumulate`, with the reduction over the devices during the backward pass of the last micro-batch.
 
@@ -133,7 +142,7 @@ def accumulate_overlapped(
     if len(jax.tree.leaves(micro)[0]) == 1:
         grads, sync_state, sums = reduced(None, last)
         return grads, sums, sync_state
-    before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro))
+    before, sums = accumulate(loss, params, jax.tree.map(lambda x: x[:-1], micro), matrices)
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(reduced, before, last))
     grads, sync_state, last_sums = jax.lax.cond(always, reduced, lambda *_: nothing, before, last)
     return grads, jax.tree.map(jnp.add, sums, last_sums), sync_state

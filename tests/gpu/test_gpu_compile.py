@@ -112,29 +112,28 @@ def test_each_configuration_compiles_for_one_device():
         assert not found["exchanges"]
 
 
-MODELS = {
-    # configuration: (overrides, GB moved in a step, GiB of temporary memory, ms of a step's kernels)
-    "gpt2_124m": (["batch_size=96", "optim.accum_steps=1"], 50.5, 4.0, 21.3),
-    "gpt2_xl": (["batch_size=128", "optim.accum_steps=1"], 450, 35, 282),
-    "llama_1b": (["batch_size=32", "optim.accum_steps=1", "seq_len=4096"], 260, 20.5, 203),
-}
+MODELS = [
+    # configuration, overrides, GB moved in a step, GiB of temporary memory, ms of a step's kernels
+    ("gpt2_124m", [], 226, 4.4, 98),
+    ("gpt2_124m", ["batch_size=96", "optim.accum_steps=1"], 49.5, 3.9, 21),
+    ("gpt2_xl", ["batch_size=128", "optim.accum_steps=1"], 445, 35, 281),
+    ("llama_1b", ["batch_size=32", "optim.accum_steps=1", "seq_len=4096"], 259, 20.3, 203),
+]
 
 
 def test_the_models_stay_within_their_budgets():
     """A little above what was planned when the budgets were set. Raise one only with a reason in the commit."""
-    names = list(MODELS)
     jobs = [
-        job(f"{name}.py", ["data.path=x", *MODELS[name][0]], vocab_size=32_000 if name == "llama_1b" else 50_257)
-        for name in names
+        job(f"{name}.py", ["data.path=x", *own], vocab_size=32_000 if name == "llama_1b" else 50_257)
+        for name, own, *_ in MODELS
     ]
-    for name, found in zip(names, compile_all(jobs), strict=True):
-        _, moved, temporary, milliseconds = MODELS[name]
+    for (name, own, moved, temporary, milliseconds), found in zip(MODELS, compile_all(jobs), strict=True):
         holds_everywhere(found)
         assert found["float32_products"] == [], name  # all of a bfloat16 model are bfloat16's
         assert set(found["calls"]) == set(FUSED), name
-        assert found["moved"] / 1e9 < moved, (name, found["moved"] / 1e9)
-        assert found["temporary"] / 2**30 < temporary, (name, found["temporary"] / 2**30)
-        assert found["computation_seconds"] * 1e3 < milliseconds, (name, found["computation_seconds"] * 1e3)
+        assert found["moved"] / 1e9 < moved, (name, own, found["moved"] / 1e9)
+        assert found["temporary"] / 2**30 < temporary, (name, own, found["temporary"] / 2**30)
+        assert found["computation_seconds"] * 1e3 < milliseconds, (name, own, found["computation_seconds"] * 1e3)
 
 
 @pytest.mark.parametrize("unroll", [0, 1])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model.norms import normalize
+from jaxlm.model.norms import normalize, sum_once, sum_twice
 
 R, C = 5, 24
 ROUNDED = {"xla_allow_excess_precision": False}  # otherwise XLA omits roundings to bfloat16 on CPU
@@ -68,3 +68,11 @@ def test_a_constant_row_gives_the_bias() -> None:
     x_RC = jnp.full((1, C), 7.3, jnp.bfloat16)
     y_RC = normalize(x_RC, jnp.ones(C), jnp.full(C, 0.5), True, 1e-5)
     np.testing.assert_allclose(y_RC, np.full((1, C), 0.5), rtol=0, atol=0.01)
+
+
+def test_two_ways_to_sum_along_columns_agree() -> None:
+    """GPUs add up both arrays in one reduction, CPUs in two."""
+    a_RC, b_RC = (jnp.asarray(np.random.default_rng(i).integers(-99, 99, (300, C)), jnp.float32) for i in range(2))
+    for once, twice, whole in zip(sum_once(a_RC, b_RC), sum_twice(a_RC, b_RC), (a_RC, b_RC), strict=True):
+        np.testing.assert_array_equal(once, twice)
+        np.testing.assert_array_equal(once, np.asarray(whole).sum(axis=0))

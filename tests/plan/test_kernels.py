@@ -116,6 +116,43 @@ def compiled(f: Any, *shapes: Any) -> Program:
     return parse(text or "")
 
 
+PARTS = """HloModule parts
+
+%sliced (param_0: f32[2,8,30]) -> f32[8,10] {
+  %param_0 = f32[2,8,30]{2,1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %sum = f32[8,30]{1,0} reduce(%param_0, %zero), dimensions={0}, to_apply=%add
+  ROOT %slice = f32[8,10]{1,0} slice(%sum), slice={[0:8], [10:20]}
+}
+
+%scattered (param_0.1: f32[500,8], param_1.1: s32[6,1], param_2.1: bf16[6,1,8]) -> f32[500,8] {
+  %param_0.1 = f32[500,8]{1,0} parameter(0)
+  %param_1.1 = s32[6,1]{1,0} parameter(1)
+  %param_2.1 = bf16[6,1,8]{2,1,0} parameter(2)
+  %rows = f32[6,1,8]{2,1,0} convert(%param_2.1)
+  ROOT %scatter = f32[500,8]{1,0} scatter(%param_0.1, %param_1.1, %rows), update_window_dims={1,2}, to_apply=%add
+}
+
+ENTRY %main (p.0: f32[2,8,30], p.1: f32[500,8], p.2: s32[6,1], p.3: bf16[6,1,8]) -> (f32[8,10], f32[500,8]) {
+  %p.0 = f32[2,8,30]{2,1,0} parameter(0)
+  %p.1 = f32[500,8]{1,0} parameter(1)
+  %p.2 = s32[6,1]{1,0} parameter(2)
+  %p.3 = bf16[6,1,8]{2,1,0} parameter(3)
+  %a = f32[8,10]{1,0} fusion(%p.0), kind=kLoop, calls=%sliced
+  %b = f32[500,8]{1,0} fusion(%p.1, %p.2, %p.3), kind=kInput, calls=%scattered
+  ROOT %both = (f32[8,10]{1,0}, f32[500,8]{1,0}) tuple(%a, %b)
+}
+"""
+
+
+def test_a_kernel_reads_what_its_result_needs():
+    """The third of two sums that a slice takes; of an array with sums in six rows, those rows, in and out."""
+    program = parse(PARTS)
+    a, b = (moved(program, step.instruction, step.shapes) for step in walk(program))
+    assert a == 4 * (2 * 8 * 10 + 8 * 10)
+    assert b == 2 * 4 * 6 * 8 + 2 * 6 * 8 + 4 * 6
+
+
 def test_products_and_traffic_of_what_jax_compiles_here():
     """A product in a loop, whose operand is sliced, and an elementwise pass."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from jaxlm.config import Config
 from jaxlm.train import step as train_step
+from jaxlm.train.backward import accumulate, loss_sums, micro_batches
 from jaxlm.train.placement import Placement
 from tests.stepping import (
     ADAMW,
@@ -25,6 +26,7 @@ from tests.stepping import (
     assert_same,
     built,
     gap,
+    lively,
     make,
     make_config,
     reference,
@@ -53,6 +55,28 @@ from tests.stepping import (
 def test_any_split_is_the_gradient_of_the_whole_batch(rows: int, devices: int, accum: int):
     config = make_config(*ADAMW, f"batch_size={rows}", f"optim.accum_steps={accum}")
     assert_same(run_pmap(config, devices, BATCHES[rows]), reference(tuple(ADAMW), rows))
+
+
+def test_matrices_converted_once_have_the_gradient_of_micro_batches_that_convert_them():
+    """Bit for bit: no other parameter is rounded, and gradients are added up in float32."""
+    config = make_config("model.dtype=bfloat16")
+    model = make(config)
+    params = lively(model.init(jax.random.key(0)))
+    micro = micro_batches((BATCHES[16][0], None), 4)
+
+    def loss(params: Any, *inputs: Any) -> tuple[jax.Array, Any]:
+        sums = loss_sums(config, model, params, *inputs)
+        return sums.objective, sums
+
+    def converting(params: Any) -> Any:
+        parts = [jax.grad(loss, has_aux=True)(params, *jax.tree.map(lambda x, i=i: x[i], micro))[0] for i in range(4)]
+        return jax.tree.map(lambda *g: sum(g), *parts)
+
+    rounded = {"xla_allow_excess_precision": False}  # otherwise XLA omits roundings to bfloat16 on CPU
+    got = jax.jit(lambda p: accumulate(loss, p, micro, "bfloat16")[0], compiler_options=rounded)(params)
+    want = jax.jit(converting, compiler_options=rounded)(params)
+    assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("devices, accum", [(2, 1), (8, 2)])
