@@ -53,6 +53,10 @@ report = metrics.Log.__call__
 
 def watched(self, m):
     if "loss" in m:
+        for _ in range(600 if first and m["step"] == 15 else 0):  # the earlier checkpoint shall be whole, or known to fail
+            if full[0] or os.path.isdir(os.path.join(workdir, "checkpoints", "10")):
+                break
+            time.sleep(0.1)
         full[0] = first and BEGIN <= m["step"] < END
     report(self, m)
 
