@@ -53,7 +53,8 @@ report = metrics.Log.__call__
 
 def watched(self, m):
     if "loss" in m:
-        for _ in range(600 if first and m["step"] == 15 else 0):  # the earlier checkpoint shall be whole, or known to fail
+        # The earlier checkpoint shall be whole first, unless it is one that fails.
+        for _ in range(600 if first and m["step"] == 15 else 0):
             if full[0] or os.path.isdir(os.path.join(workdir, "checkpoints", "10")):
                 break
             time.sleep(0.1)
