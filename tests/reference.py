@@ -10,11 +10,11 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import Params
 
 
-def norm(x: np.ndarray, p: Params, kind: str) -> np.ndarray:
+def norm(x: np.ndarray, p: Params, kind: str, eps: float = 0) -> np.ndarray:
     if kind == "rmsnorm":
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + (eps or 1e-6)) * p["scale"]
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p.get("bias", 0)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + (eps or 1e-5)) * p["scale"] + p.get("bias", 0)
 
 
 def linear(x: np.ndarray, p: Params) -> np.ndarray:
@@ -25,11 +25,16 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def rotate(x_TC: np.ndarray, theta: float) -> np.ndarray:
-    """Rotates each pair (i, i + C/2), as a complex number, by the position times theta^(-2i/C)."""
+def rotate(x_TC: np.ndarray, theta: float, fraction: float = 1, longer: float = 1) -> np.ndarray:
+    """Rotates each pair (i, i + C/2), as a complex number, by the position times theta^(-2i/C), in wavelengths that are
+    longer by a factor; with a fraction, of that many of the channels.
+    """
+    if fraction < 1:
+        part = int(x_TC.shape[1] * fraction)
+        return np.concatenate([rotate(x_TC[:, :part], theta, 1, longer), x_TC[:, part:]], axis=1)
     T, C = x_TC.shape
     turned = (x_TC[:, : C // 2] + 1j * x_TC[:, C // 2 :]) * np.exp(
-        1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C))
+        1j * np.outer(np.arange(T), theta ** (-2 * np.arange(C // 2) / C) / longer)
     )
     return np.concatenate([turned.real, turned.imag], axis=1)
 
@@ -43,12 +48,16 @@ def offset_keys(k_TC: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def attention(q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray) -> np.ndarray:
+def attention(
+    q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray, window: int = 0, divided: float = 0, cap: float = 0
+) -> np.ndarray:
     out = np.zeros((len(q_TC), v_TC.shape[1]))
     for t in range(len(q_TC)):
-        scores = k_TC[: t + 1] @ q_TC[t] / math.sqrt(q_TC.shape[1])
+        seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+        scores = k_TC[seen] @ q_TC[t] / math.sqrt(divided or q_TC.shape[1])
+        scores = cap * np.tanh(scores / cap) if cap else scores
         weights = np.exp(scores - scores.max())
-        out[t] = weights / weights.sum() @ v_TC[: t + 1]
+        out[t] = weights / weights.sum() @ v_TC[seen]
     return out
 
 
@@ -66,10 +75,15 @@ def mlp(x: np.ndarray, p: Params, activation: str) -> np.ndarray:
     return linear(up, p["down"])
 
 
+def post(x: np.ndarray, p: Params, name: str, c: ModelConfig) -> np.ndarray:
+    return norm(x, p[name], c.norm, c.norm_eps) if c.post_norms else x
+
+
 def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    T, C, H, K = len(tokens_T), c.d_model // c.num_heads, c.num_heads, c.num_kv_heads or c.num_heads
-    x = params["embed"]["embedding"][tokens_T]
+    T, H, K = len(tokens_T), c.num_heads, c.num_kv_heads or c.num_heads
+    C = c.head_dim or c.d_model // H
+    x = params["embed"]["embedding"][tokens_T] * (math.sqrt(c.d_model) if c.scale_embeddings else 1)
     if c.position == "learned":
         x = x + params["positions"]["embedding"][:T]
     elif c.position == "sinusoidal":
@@ -79,7 +93,11 @@ def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
             x[t, c.d_model // 2 + i] += math.cos(angle)
     for layer in range(c.num_layers):
         p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
-        a, h = p["attention"], norm(x, p["attention_norm"], c.norm)
+        a, h = p["attention"], norm(x, p["attention_norm"], c.norm, c.norm_eps)
+        everywhere = not c.window or (c.global_every and (layer + 1) % c.global_every == 0)
+        theta, longer = c.rope_theta, c.rope_factor if c.rope_scaling == "linear" else 1
+        if not everywhere and c.rope_local_theta:
+            theta, longer = c.rope_local_theta, 1
         q, k, v = (linear(h, a[name]) for name in ("query", "key", "value"))
         heads = []
         for head in range(H):
@@ -87,15 +105,18 @@ def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
             own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
             q_TC, k_TC = q[:, own], k[:, shared]
             if c.qk_norm:
-                q_TC, k_TC = norm(q_TC, a["query_norm"], "rmsnorm"), norm(k_TC, a["key_norm"], "rmsnorm")
+                q_TC = norm(q_TC, a["query_norm"], "rmsnorm", c.norm_eps)
+                k_TC = norm(k_TC, a["key_norm"], "rmsnorm", c.norm_eps)
             if c.position == "rope":
-                q_TC, k_TC = rotate(q_TC, c.rope_theta), rotate(k_TC, c.rope_theta)
+                q_TC, k_TC = (rotate(x_TC, theta, c.rope_fraction, longer) for x_TC in (q_TC, k_TC))
             if c.key_offset:
                 k_TC = offset_keys(k_TC)
-            heads.append(attention(q_TC, k_TC, v[:, shared]))
-        x = x + linear(np.concatenate(heads, axis=1), a["out"])
-        x = x + mlp(norm(x, p["mlp_norm"], c.norm), p["mlp"], c.activation)
-    x = norm(x, params["final_norm"], c.norm)
+            window = 0 if everywhere else c.window
+            heads.append(attention(q_TC, k_TC, v[:, shared], window, c.score_dim, c.attention_softcap))
+        x = x + post(linear(np.concatenate(heads, axis=1), a["out"]), p, "attention_post_norm", c)
+        h = norm(x, p["mlp_norm"], c.norm, c.norm_eps)
+        x = x + post(mlp(h, p["mlp"], c.activation), p, "mlp_post_norm", c)
+    x = norm(x, params["final_norm"], c.norm, c.norm_eps)
     logits = x @ params["embed"]["embedding"].T if c.tie_embeddings else x @ params["head"]["kernel"]
     return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 

@@ -19,6 +19,16 @@ TORCH = {
     "model.key_offset": (False,),
     "model.dropout": (0.0,),
     "model.logit_softcap": (0.0,),
+    "model.head_dim": (0,),
+    "model.norm_eps": (0.0,),
+    "model.post_norms": (False,),
+    "model.rope_fraction": (1.0,),
+    "model.rope_scaling": ("none",),
+    "model.window": (0,),
+    "model.score_dim": (0,),
+    "model.attention_softcap": (0.0,),
+    "model.qkv_bias": (False,),
+    "model.scale_embeddings": (False,),
     "optim.name": ("adamw",),
 }
 

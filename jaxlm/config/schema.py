@@ -33,15 +33,33 @@ class ModelConfig:
 
     num_layers: int  # number of Transformer blocks
     d_model: int  # width of the residual stream
-    num_heads: int  # query heads; must divide d_model
+    num_heads: int  # query heads; must divide d_model unless head_dim is set
     num_kv_heads: int  # key/value heads; must divide num_heads; 0 = num_heads
+    head_dim: int  # size of a head; 0 = d_model / num_heads
     d_ff: int  # hidden width of the MLP; 0 = 4 * d_model
     activation: Literal["gelu", "relu", "swiglu", "geglu", "relu2"]  # MLP activation; relu2 = squared ReLU
     norm: Literal["layernorm", "rmsnorm"]  # norm before attention, before the MLP and before the output layer
+    norm_eps: float  # what norms add to the variance; 0 = 1e-5 with layernorm, 1e-6 with rmsnorm
+    post_norms: bool  # also norm what attention and MLP add to the residual stream (Gemma 2)
     position: Literal["rope", "learned", "sinusoidal"]  # position encoding; only rope extends beyond seq_len
     rope_theta: float  # rope: base of the wavelengths
+    rope_fraction: float  # rope: share of a head's channels that are rotated; more than 0, at most 1
+    # How rope's wavelengths are stretched for longer texts. `linear`: all by rope_factor; `llama3`: only the long ones;
+    # `longrope`: each by a number of rope_short or, in texts of more than rope_original tokens, rope_long.
+    rope_scaling: Literal["none", "linear", "llama3", "longrope"]
+    rope_factor: float  # rope_scaling: the stretched context / rope_original
+    rope_original: int  # llama3, longrope: tokens of the context before it was stretched
+    rope_short: str  # longrope: a number for each pair of channels, with spaces between
+    rope_long: str  # longrope: the same
+    window: int  # attention to the last tokens only, this many with the token itself; 0 = to all
+    global_every: int  # with window: every n-th layer attends to all tokens; 0 = no layer does
+    rope_local_theta: float  # base of layers with a window, without scaling; 0 = as in the others (Gemma 3)
+    score_dim: int  # attention scores are divided by its square root; 0 = the size of a head (Gemma)
+    attention_softcap: float  # replace attention scores by cap * tanh(scores / cap); 0 = off
     use_bias: bool  # add biases to linear layers and LayerNorms
+    qkv_bias: bool  # add biases to queries, keys and values, with use_bias or without
     tie_embeddings: bool  # use the transposed token embedding as the output layer
+    scale_embeddings: bool  # multiply token embeddings by sqrt(d_model)
     dropout: float  # dropout rate of embeddings and residual branches, in training only; in [0, 1)
     logit_softcap: float  # replace logits by cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # apply RMSNorm to the queries and keys of each head
@@ -66,7 +84,7 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        return self.d_model // self.num_heads
+        return self.head_dim or self.d_model // self.num_heads
 
     @property
     def kv_heads(self) -> int:
@@ -76,6 +94,11 @@ class ModelConfig:
     @property
     def mlp_width(self) -> int:
         return self.d_ff or 4 * self.d_model
+
+    @property
+    def rotated(self) -> int:
+        """Number of a head's channels that RoPE rotates."""
+        return round(self.head_size * self.rope_fraction)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -147,21 +147,47 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _check_model(m: ModelConfig, require: Require) -> None:
-    require(m.d_model % m.num_heads == 0, "model.num_heads", f"a divisor of model.d_model = {m.d_model}")
+    if not m.head_dim:
+        allowed = f"a divisor of model.d_model = {m.d_model}, or any number with a model.head_dim"
+        require(m.d_model % m.num_heads == 0, "model.num_heads", allowed)
     require(m.num_heads % m.kv_heads == 0, "model.num_kv_heads", f"a divisor of model.num_heads = {m.num_heads}")
+    of_size = "model.head_dim" if m.head_dim else "model.num_heads"
+    size = f"one that leaves {{}} of d_model = {m.d_model}" if not m.head_dim else "{}"
     even = m.head_size % 2 == 0
     if m.position == "rope":
-        allowed = f"with position=rope, one that leaves an even head size of d_model = {m.d_model}"
-        require(even, "model.num_heads", allowed)
+        require(even, of_size, f"with position=rope, {size.format('an even head size')}")
+        _check_rope(m, require)
     if m.position == "sinusoidal":
         require(m.d_model % 2 == 0, "model.d_model", "with position=sinusoidal, an even number")
+    if m.key_offset:
+        require(even and m.head_size >= 4, of_size, f"with key_offset, {size.format('an even head size of 4 or more')}")
     if m.attention in ("cudnn", "triton"):
         require(m.dtype != "float32", "model.dtype", f"with attention={m.attention}, bfloat16 or float16")
         fits = m.head_size % 8 == 0 and m.head_size <= 128
-        require(fits, "model.num_heads", f"with attention={m.attention}, one that leaves a head size of 8, 16, ... 128")
-    if m.key_offset:
-        allowed = f"with key_offset, one that leaves an even head size of 4 or more of d_model = {m.d_model}"
-        require(even and m.head_size >= 4, "model.num_heads", allowed)
+        require(fits, of_size, f"with attention={m.attention}, one that gives a head size of 8, 16, ... 128")
+        require(not m.attention_softcap, "model.attention", "with attention_softcap, auto or xla")
+        require(not m.window or m.attention != "triton", "model.attention", "with a window, auto, xla or cudnn")
+    if m.global_every or m.rope_local_theta:
+        require(m.window > 0, "model.window", "with global_every or rope_local_theta, more than 0")
+
+
+def _check_rope(m: ModelConfig, require: Require) -> None:
+    fits = 0 < m.rope_fraction <= 1 and m.rotated > 0 and m.rotated % 2 == 0
+    require(fits, "model.rope_fraction", f"0 to 1, and an even part of a head's {m.head_size} channels")
+    if m.rope_scaling == "none":
+        return
+    require(m.rope_factor >= 1, "model.rope_factor", "1 or more")
+    if m.rope_scaling != "linear":
+        require(m.rope_original > 1, "model.rope_original", f"with rope_scaling={m.rope_scaling}, more than 1")
+    if m.rope_scaling == "longrope":
+        pairs = m.rotated // 2
+        for key, text in (("model.rope_short", m.rope_short), ("model.rope_long", m.rope_long)):
+            try:
+                numbers = [float(n) for n in text.split()]
+            except ValueError:
+                numbers = []
+            good = len(numbers) == pairs and all(0 < n < math.inf for n in numbers)
+            require(good, key, f"with rope_scaling=longrope, {pairs} numbers of more than 0, with spaces between")
 
 
 def _check_steps(c: Config, require: Require) -> None:

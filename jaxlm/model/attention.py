@@ -1,4 +1,4 @@
-"""Attention and rotary positions, without parameters.
+"""Attention, without parameters.
 
 Shapes: B batch, T query time, S key time, H query heads, K key/value heads, G = H / K of them in a group, C size of a
 head, R rows of any kind.
@@ -6,30 +6,13 @@ head, R rows of any kind.
 
 import math
 import warnings
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.remat import keep
-
-
-def rope_tables(positions: jax.Array, head_size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and signed sines for `rotate`, `[..., 1, C]` in float32."""
-    angles = positions[..., None, None] * theta ** (-jnp.arange(0, head_size, 2) / head_size)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x_BTHC: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs of channels (Su et al., RoFormer). Pairs are (i, i + C / 2), as in Llama's Hugging Face weights.
-
-    The halves are swapped by a roll: on CPU, concatenating them would take a tenth of a small model's step.
-    """
-    cos, sin = rope
-    x = x_BTHC.astype(jnp.float32)
-    return (x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin).astype(x_BTHC.dtype)
 
 
 def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
@@ -50,48 +33,80 @@ def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.
 
 
 Kernel = Literal["xla", "cudnn", "triton"]
+
+
+class Scores(NamedTuple):
+    """How scores are made of queries and keys, and which count."""
+
+    scale: float  # q @ k is multiplied by it
+    softcap: float = 0.0  # cap * tanh(score / cap); 0 = off
+    window: int = 0  # number of tokens that a token sees, itself included; 0 = all before it
+
+    @staticmethod
+    def of(c: ModelConfig) -> "Scores":
+        return Scores(1 / math.sqrt(c.score_dim or c.head_size), c.attention_softcap, c.window)
+
+
 BLOCK = 128  # the Triton kernel's sequences are multiples of this many tokens
 
 
 def choose_kernel(c: ModelConfig, platform: str, packed: bool) -> Kernel:
     """Resolves `auto`: a fused kernel on GPUs in 16 bits, for head sizes up to 128 in steps of 8; else XLA.
 
-    The fused kernel is cuDNN's, and with packed documents Triton's: cuDNN would need a mask `[B, T, T]`.
+    The fused kernel is cuDNN's, and with packed documents Triton's: cuDNN would need a mask `[B, T, T]`. Neither has
+    softcaps, and Triton's has no window.
     """
     if c.attention != "auto":
         return c.attention
-    if platform != "gpu" or c.dtype == "float32" or c.head_size % 8 or c.head_size > 128:
+    if platform != "gpu" or c.dtype == "float32" or c.head_size % 8 or c.head_size > 128 or c.attention_softcap:
         return "xla"
-    return "triton" if packed else "cudnn"
+    if packed:
+        return "xla" if c.window else "triton"
+    return "cudnn"
 
 
 def causal_attention(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
+    scores: Scores,
     segments_BT: jax.Array | None = None,
     kernel: Kernel = "xla",
 ) -> jax.Array:
     """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K."""
+    if scores.window >= q_BTHC.shape[1]:
+        scores = scores._replace(window=0)
     match kernel:
         case "xla":
-            return keep(in_chunks(q_BTHC, k_BTKC, v_BTKC, segments_BT))
+            return keep(in_chunks(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT))
         case "cudnn":
-            return cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+            return cudnn(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT)
         case "triton":
-            return triton(q_BTHC, k_BTKC, v_BTKC, segments_BT)
+            return triton(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT)
         case other:
             assert_never(other)
 
 
-def cudnn(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def cudnn(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, scores: Scores, segments_BT: jax.Array | None
+) -> jax.Array:
     """cuDNN's fused attention, for which segments become a mask `[B, 1, T, T]`. JAX refuses odd lengths."""
+    assert not scores.softcap
     q, k, v = (_padded(x, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
     mask_B1TS = None
     if segments_BT is not None:
         s_BT = _padded(segments_BT, 2)
         mask_B1TS = (s_BT[:, :, None] == s_BT[:, None, :])[:, None]
-    o_BTHC = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, is_causal=True, implementation="cudnn")
+    o_BTHC = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask_B1TS,
+        scale=scores.scale,
+        is_causal=True,
+        local_window_size=(scores.window - 1, 0) if scores.window else None,
+        implementation="cudnn",
+    )
     return o_BTHC[:, : q_BTHC.shape[1]]
 
 
@@ -99,6 +114,7 @@ def triton(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
+    scores: Scores,
     segments_BT: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -109,11 +125,12 @@ def triton(
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.attention import mha
 
-    T, (H, C) = q_BTHC.shape[1], q_BTHC.shape[2:]
+    assert not scores.softcap and not scores.window
+    T, H = q_BTHC.shape[1:3]
     k_BTHC, v_BTHC = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BTKC, v_BTKC))
     q, k, v = (_padded(x, BLOCK) for x in (q_BTHC, k_BTHC, v_BTHC))
     s_BT = None if segments_BT is None else _padded(segments_BT, BLOCK)
-    o_BTHC: Any = mha(q, k, v, s_BT, sm_scale=1 / math.sqrt(C), causal=True, interpret=interpret)
+    o_BTHC: Any = mha(q, k, v, s_BT, sm_scale=scores.scale, causal=True, interpret=interpret)
     return o_BTHC[:, :T]
 
 
@@ -122,8 +139,11 @@ def _padded(x_BT: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x_BT, [(0, -x_BT.shape[i] % multiple if i == 1 else 0) for i in range(x_BT.ndim)])
 
 
-def in_chunks(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Attention in plain JAX. The queries are cut into chunks, and each chunk reads only the keys up to its own end.
+def in_chunks(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, scores: Scores, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Attention in plain JAX. The queries are cut into chunks, and each chunk reads only the keys up to its own end,
+    and not those before its window.
 
     Four chunks save three eighths of the scores, all of which would be masked. Of sequences of more than 8192 tokens, a
     chunk has about 2048.
@@ -134,14 +154,18 @@ def in_chunks(q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_
     outs = []
     for start in range(0, T, size):
         end = start + size
-        visible = (start + jnp.arange(size))[:, None] >= jnp.arange(end)
+        first = max(0, start + 1 - scores.window) if scores.window else 0
+        age = (start + jnp.arange(size))[:, None] - jnp.arange(first, end)
+        visible = age >= 0
+        if scores.window:
+            visible &= age < scores.window
         if segments_BT is not None:
-            visible &= segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-        outs.append(attend(q_BTHC[:, start:end], k_BTKC[:, :end], v_BTKC[:, :end], visible))
+            visible &= segments_BT[:, start:end, None] == segments_BT[:, None, first:end]
+        outs.append(attend(q_BTHC[:, start:end], k_BTKC[:, first:end], v_BTKC[:, first:end], visible, scores))
     return jnp.concatenate(outs, axis=1)
 
 
-def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax.Array) -> jax.Array:
+def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax.Array, scores: Scores) -> jax.Array:
     """Attention with scores and softmax in float32. Each key/value head serves G = H / K query heads.
 
     `visible` is `[T, S]`, or `[B, T, S]` if sequences differ. Every query must see at least one key.
@@ -152,9 +176,11 @@ def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
     q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32) / math.sqrt(C)
-    scores = jnp.where(visible if visible.ndim == 2 else visible[:, None, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    s = jnp.einsum("btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32) * scores.scale
+    if scores.softcap:
+        s = scores.softcap * jnp.tanh(s / scores.softcap)
+    s = jnp.where(visible if visible.ndim == 2 else visible[:, None, None], s, -jnp.inf)
+    weights = jnp.exp(s - jax.lax.stop_gradient(s.max(axis=-1, keepdims=True)))
     o_BKGTC = jnp.einsum("bkgts,bskc->bkgtc", weights.astype(v_BSKC.dtype), v_BSKC, preferred_element_type=jnp.float32)
     o_RC = o_BKGTC.reshape(-1, C) / weights.sum(axis=-1).reshape(-1, 1)  # flat: see `layers.norm`
     return jnp.moveaxis(o_RC.reshape(o_BKGTC.shape), 3, 1).astype(v_BSKC.dtype).reshape(B, T, H, C)

@@ -9,6 +9,7 @@ Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[
 of a small model a third faster than `[B, T, D]`; on GPU it is the same matrix product.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, assert_never
@@ -18,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.attention import Kernel, attend, causal_attention, choose_kernel, offset_keys, rope_tables, rotate
+from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, choose_kernel, offset_keys
 from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
 from jaxlm.model.remat import REMAT, keep, layer_loop
+from jaxlm.model.rope import Tables, local_rope_tables, rope_tables, rotate
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
@@ -108,12 +110,15 @@ class Decoder(nn.Module):
         tokens_N = tokens_BT.reshape(-1)
         positions = start + jnp.arange(T) if positions_BT is None else positions_BT
         x_ND = self.embed(tokens_N).astype(c.dtype)
+        if c.scale_embeddings:
+            x_ND *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if (added := self._position_embeddings(positions)) is not None:
             x_ND = (x_ND.reshape(B, T, -1) + added.astype(c.dtype)).reshape(B * T, -1)
         x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
         shared = LayerInputs(
             dropout_keys_B=dropout_keys_B,
-            rope=rope_tables(positions, c.head_size, c.rope_theta) if c.position == "rope" else None,
+            rope=rope_tables(positions, c) if c.position == "rope" else None,
+            local_rope=local_rope_tables(positions, c) if c.window and c.rope_local_theta else None,
             segments_BT=None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
             start=None if cache is None else jnp.asarray(start),
             shape=(B, T),
@@ -154,7 +159,8 @@ class LayerInputs:
     """Inputs that all layers share."""
 
     dropout_keys_B: jax.Array | None
-    rope: tuple[jax.Array, jax.Array] | None  # from rope_tables
+    rope: Tables | None
+    local_rope: Tables | None  # of layers with a window; None = as in the others
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
@@ -162,7 +168,10 @@ class LayerInputs:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with the signature of a scan's body."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with the signature of a scan's body.
+
+    With `post_norms`, norms follow attention and MLP, too (Gemma 2, section 2).
+    """
 
     config: ModelConfig
     window: int  # number of tokens that a decoded token sees, itself included
@@ -170,10 +179,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
         c = self.config
-        a_ND, cache = Attention(c, self.window, name="attention")(norm(c, "attention_norm")(x_ND), cache, shared)
+        normed_ND = norm(c, "attention_norm")(x_ND)
+        a_ND, cache = Attention(c, self.window, name="attention")(normed_ND, layer, cache, shared)
+        if c.post_norms:
+            a_ND = norm(c, "attention_post_norm")(a_ND)
         x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
         x_ND = keep(x_ND)
         m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND))
+        if c.post_norms:
+            m_ND = norm(c, "mlp_post_norm")(m_ND)
         x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
         return x_ND, cache
 
@@ -185,40 +199,69 @@ class Attention(nn.Module):
     window: int
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, cache: Cache | None, shared: LayerInputs) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs
+    ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         B, T = shared.shape
         H, K, C = c.num_heads, c.kv_heads, c.head_size
-        q_RC = linear(c, H * C, "query")(x_ND).reshape(-1, C)
-        k_RC = linear(c, K * C, "key")(x_ND).reshape(-1, C)
-        v_BTKC = keep(linear(c, K * C, "value")(x_ND)).reshape(B, T, K, C)
+        q_RC = linear(c, H * C, "query", bias=c.qkv_bias)(x_ND).reshape(-1, C)
+        k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(x_ND).reshape(-1, C)
+        v_BTKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(x_ND)).reshape(B, T, K, C)
         if c.qk_norm:
             q_RC, k_RC = keep(q_RC), keep(k_RC)  # the norm's gradient reads them
             q_RC, k_RC = rmsnorm(c, "query_norm")(q_RC), rmsnorm(c, "key_norm")(k_RC)
         q_BTHC, k_BTKC = q_RC.reshape(B, T, H, C), k_RC.reshape(B, T, K, C)
+        is_global = attends_to_all(c, layer)
         if shared.rope is not None:
-            q_BTHC, k_BTKC = rotate(q_BTHC, shared.rope), rotate(k_BTKC, shared.rope)
+            rope = shared.rope
+            if shared.local_rope is not None:
+                rope = jax.tree.map(lambda *tables: jnp.where(is_global, *tables), rope, shared.local_rope)
+            q_BTHC, k_BTKC = rotate(q_BTHC, rope), rotate(k_BTKC, rope)
         if not c.qk_norm:
             q_BTHC, k_BTKC = keep(q_BTHC), keep(k_BTKC)  # RoPE's gradient does not read its arguments
         if cache is None:
             if c.key_offset:
                 k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
-            o_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, shared.segments_BT, shared.kernel)
+            o_BTHC = attend_layer(c, is_global, q_BTHC, k_BTKC, v_BTKC, shared)
         else:
             assert shared.start is not None
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
-            o_BTHC = attend_cache(q_BTHC, cache, shared.start, self.window, c.key_offset)
+            window = jnp.where(is_global, self.window, min(c.window or self.window, self.window))
+            o_BTHC = attend_cache(c, q_BTHC, cache, shared.start, window)
         return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C)), cache
 
 
-def attend_cache(q_BTHC: jax.Array, cache: Cache, start: jax.Array, window: int, key_offset: bool) -> jax.Array:
+def attends_to_all(c: ModelConfig, layer: jax.Array) -> jax.Array | bool:
+    """Whether a layer has no window."""
+    if c.window and c.global_every:
+        return (layer + 1) % c.global_every == 0
+    return not c.window
+
+
+def attend_layer(
+    c: ModelConfig, is_global: jax.Array | bool, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, shared: Any
+) -> jax.Array:
+    """Attention in a layer with a window or without; where layers differ, a branch of each."""
+
+    def branch(window: int) -> Callable[..., jax.Array]:
+        scores = Scores.of(c)._replace(window=window)
+        return lambda q, k, v: causal_attention(q, k, v, scores, shared.segments_BT, shared.kernel)
+
+    differ = c.window and c.global_every and c.window < q_BTHC.shape[1]
+    if not differ:
+        return branch(c.window)(q_BTHC, k_BTKC, v_BTKC)
+    return jax.lax.cond(is_global, branch(0), branch(c.window), q_BTHC, k_BTKC, v_BTKC)
+
+
+def attend_cache(c: ModelConfig, q_BTHC: jax.Array, cache: Cache, start: jax.Array, window: jax.Array) -> jax.Array:
     """Attention of tokens at positions start, start + 1, ... to one layer's cache. Each sees the last `window` tokens,
     itself included, as in training.
     """
     age_TS = (start + jnp.arange(q_BTHC.shape[1]))[:, None] - jnp.arange(cache.k.shape[1])
     visible_TS = (age_TS >= 0) & (age_TS < window)
-    keys_BSKC = offset_keys(cache.k) if key_offset else cache.k
-    return attend(q_BTHC, keys_BSKC, cache.v, visible_TS)
+    keys_BSKC = offset_keys(cache.k) if c.key_offset else cache.k
+    return attend(q_BTHC, keys_BSKC, cache.v, visible_TS, Scores.of(c))
 
 
 class Model(NamedTuple):
@@ -297,10 +340,14 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter outside of tables that are only looked up, plus 12 * L * D * T for attention.
+    6 for each parameter outside of tables that are only looked up, plus 12 * H * C * T for attention in each layer,
+    where T is at most the layer's window.
     """
     lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)
     if config.tie_embeddings:
         multiplied += num_params(params["embed"])
-    return 6 * multiplied + 12 * config.num_layers * config.d_model * seq_len
+    L, window = config.num_layers, min(config.window or seq_len, seq_len)
+    global_layers = L // config.global_every if config.global_every else 0
+    seen = global_layers * seq_len + (L - global_layers) * window
+    return 6 * multiplied + 12 * config.num_heads * config.head_size * seen

@@ -60,6 +60,7 @@ class Linear(nn.Module):
     config: ModelConfig
     features: int
     kernel_init: Any
+    use_bias: bool
     keep_product: bool  # keep x @ kernel for the backward pass, which adds the bias again
 
     @nn.compact
@@ -69,19 +70,22 @@ class Linear(nn.Module):
         y_NF = x_ND @ kernel_DF.astype(c.dtype)
         if self.keep_product:
             y_NF = keep(y_NF)
-        if c.use_bias:
+        if self.use_bias:
             y_NF += self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)[None]
         return y_NF
 
 
-def linear(c: ModelConfig, features: int, name: str, residual: bool = False, keep_product: bool = False) -> Linear:
-    """A linear layer; its weights start with standard deviation 1 / sqrt(fan in).
+def linear(
+    c: ModelConfig, features: int, name: str, residual: bool = False, keep_product: bool = False, bias: bool = False
+) -> Linear:
+    """A linear layer, with a bias if `bias` or the configuration says so; its weights start with standard deviation
+    1 / sqrt(fan in).
 
     With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(2L)
     (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
-    return Linear(c, features, init, keep_product, name=name)
+    return Linear(c, features, init, c.use_bias or bias, keep_product, name=name)
 
 
 def _fan_in(variance: float) -> Any:
@@ -120,11 +124,11 @@ def norm(c: ModelConfig, name: str | None = None) -> Norm:
 
 
 def layernorm(c: ModelConfig, name: str | None) -> Norm:
-    return Norm(c, center=True, use_bias=c.use_bias, eps=1e-5, name=name)
+    return Norm(c, center=True, use_bias=c.use_bias, eps=c.norm_eps or 1e-5, name=name)
 
 
 def rmsnorm(c: ModelConfig, name: str | None) -> Norm:
-    return Norm(c, center=False, use_bias=False, eps=1e-6, name=name)
+    return Norm(c, center=False, use_bias=False, eps=c.norm_eps or 1e-6, name=name)
 
 
 NORMS: dict[str, Callable[[ModelConfig, str | None], Norm]] = {"layernorm": layernorm, "rmsnorm": rmsnorm}

@@ -28,7 +28,7 @@ TABLES: dict[str, list[Collection[str]]] = {
     "parallel.reduce": [REDUCTIONS],
 }
 # Code branches on these keys, and the type checker or the code itself finds a value without a branch.
-BRANCHES = {"model.attention", "model.position", "data.packing", "optim.on_spike"}
+BRANCHES = {"model.attention", "model.position", "model.rope_scaling", "data.packing", "optim.on_spike"}
 # JAX or sentencepiece gets the value, and refuses an unknown one.
 PASSED_ON = {"model.dtype", "model.param_dtype", "data.sentencepiece"}
 # The code compares these keys with single values, and all other values share the remaining branch.

@@ -127,6 +127,8 @@ def test_every_choice_can_be_set(base: Config) -> None:
     choices = {k: get_args(t) for k, t in schema.key_types().items() if get_origin(t) is Literal}
     assert len(choices) > 10
     extra = ["--config.data.tfds_name=lm1b", "--config.data.tokenizer_path=x", "--config.model.dtype=bfloat16"]
+    numbers = " ".join(["1"] * (base.model.head_size // 2))
+    extra += [f"--config.model.rope_{k}={v}" for k, v in {"short": numbers, "long": numbers, "original": 9}.items()]
     for key, values in choices.items():
         for value in values:
             path = ["--config.data.path=x"] * (key == "data.source" and value not in ("stdlib", "synthetic"))

@@ -68,6 +68,20 @@ IMPOSSIBLE = [
     ("optim.min_lr_ratio=1.1", "optim.min_lr_ratio", "0 to 1"),
     ("optim.decay_fraction=1.1", "optim.decay_fraction", "0 to 1"),
     ("model.num_heads=5", "model.num_heads", "a divisor of model.d_model = 192"),
+    ("model.head_dim=7", "model.head_dim", "an even head size"),
+    ("model.rope_fraction=0.7", "model.rope_fraction", "an even part of a head's 64 channels"),  # 45 channels
+    ("model.rope_fraction=1.5", "model.rope_fraction", "0 to 1"),
+    ("model.rope_scaling=linear model.rope_factor=0.5", "model.rope_factor", "1 or more"),
+    ("model.rope_scaling=llama3", "model.rope_original", "more than 1"),
+    ("model.rope_scaling=longrope model.rope_original=9", "model.rope_short", "32 numbers"),
+    ("model.global_every=2", "model.window", "more than 0"),
+    ("model.rope_local_theta=9", "model.window", "more than 0"),
+    (
+        "model.attention=cudnn model.dtype=bfloat16 model.attention_softcap=1",
+        "model.attention",
+        "with attention_softcap, auto or xla",
+    ),
+    ("model.attention=triton model.dtype=bfloat16 model.window=9", "model.attention", "auto, xla or cudnn"),
     ("model.num_kv_heads=2", "model.num_kv_heads", "a divisor of model.num_heads = 3"),
     ("model.num_kv_heads=6", "model.num_kv_heads", "a divisor of model.num_heads = 3"),
     ("model.num_heads=64", "model.num_heads", "even head size"),  # heads of 3

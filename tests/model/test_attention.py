@@ -13,11 +13,17 @@ import pytest
 
 from jaxlm.config import files
 from jaxlm.model import make_model
-from jaxlm.model.attention import causal_attention, choose_kernel, in_chunks, rope_tables, rotate, triton
+from jaxlm.model.attention import Scores, causal_attention, choose_kernel, in_chunks, triton
 from jaxlm.model.remat import REMAT
+from jaxlm.model.rope import rope_tables, rotate
 from tests import reference
 
+PLAIN = Scores(8**-0.5)  # for heads of size 8
 BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
+
+
+def attention(q: Any, k: Any, v: Any, segments: Any = None) -> jax.Array:
+    return causal_attention(q, k, v, PLAIN, segments)
 
 
 @pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])
@@ -25,7 +31,7 @@ def test_attention_equals_the_reference_at_any_length(T: int, kv_heads: int) -> 
     rng = np.random.default_rng(T)
     q_BTHC = rng.standard_normal((2, T, 4, 8)).astype(np.float32)
     k_BTKC, v_BTKC = rng.standard_normal((2, 2, T, kv_heads, 8)).astype(np.float32)
-    out = jax.jit(causal_attention)(q_BTHC, k_BTKC, v_BTKC)
+    out = jax.jit(attention)(q_BTHC, k_BTKC, v_BTKC)
     assert out.shape == q_BTHC.shape
     for b, h in itertools.product(range(2), range(4)):
         k = h * kv_heads // 4
@@ -38,7 +44,7 @@ def test_attention_equals_the_reference_at_any_length(T: int, kv_heads: int) -> 
 def test_attention_is_cut_into_chunks_of_queries() -> None:
     def products(T: int) -> int:
         q_BTHC = jnp.zeros((1, T, 2, 4))
-        return str(jax.make_jaxpr(causal_attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
+        return str(jax.make_jaxpr(attention)(q_BTHC, q_BTHC, q_BTHC)).count("dot_general")
 
     assert [products(T) for T in (64, 127, 128, 129, 256)] == [2, 2, 4, 2, 8]  # two products a chunk
     assert products(32_768) == 2 * 16  # of at most 2048 queries, because memory for scores grows with them
@@ -49,7 +55,7 @@ def test_large_scores_do_not_overflow() -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 40, 2, 8)).astype(np.float32)
     q *= 1000
-    out, grads = jax.jit(jax.value_and_grad(lambda q: causal_attention(q, k, v).sum()))(q)
+    out, grads = jax.jit(jax.value_and_grad(lambda q: attention(q, k, v).sum()))(q)
     expected = sum(reference.attention(*(x[0, :, h].astype(np.float64) for x in (q, k, v))).sum() for h in range(2))
     np.testing.assert_allclose(out, expected, rtol=1e-3)  # scores are exact to 1e-4
     assert np.isfinite(grads).all()
@@ -64,7 +70,7 @@ def test_bfloat16_attention_has_scores_and_softmax_in_float32() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.standard_normal((3, 1, 60, 2, 8)))
     q *= 16
-    out = jax.jit(causal_attention, compiler_options=ROUNDED)(q, k, v)
+    out = jax.jit(attention, compiler_options=ROUNDED)(q, k, v)
     for h in range(2):
         expected = reference.attention(*(np.asarray(x[0, :, h], np.float64) for x in (q, k, v)))
         # The weights and the result are rounded once each.
@@ -76,8 +82,9 @@ def test_bfloat16_attention_has_scores_and_softmax_in_float32() -> None:
 def test_rotation_is_computed_in_float32() -> None:
     rng = np.random.default_rng(0)
     x_BTHC = jnp.asarray(rng.standard_normal((1, 50, 2, 8)), jnp.bfloat16)
-    tables = rope_tables(jnp.arange(1000, 1050), 8, 100.0)
-    out = jax.jit(lambda x: rotate(x, rope_tables(jnp.arange(1000, 1050), 8, 100.0)), compiler_options=ROUNDED)(x_BTHC)
+    c = dataclasses.replace(BASE.model, head_dim=8, rope_theta=100.0)
+    tables = rope_tables(jnp.arange(1000, 1050), c)
+    out = jax.jit(lambda x: rotate(x, rope_tables(jnp.arange(1000, 1050), c)), compiler_options=ROUNDED)(x_BTHC)
     assert out.dtype == jnp.bfloat16 and {t.dtype for t in tables} == {jnp.dtype("float32")}
     whole = np.concatenate([np.zeros((1000, 8)), np.asarray(x_BTHC[0, :, 1], np.float64)])
     expected = reference.rotate(whole, 100.0)[1000:]
@@ -92,7 +99,7 @@ def test_attention_stays_inside_a_segment() -> None:
     q, k, v = rng.standard_normal((3, 2, T, 2, 8)).astype(np.float32)
     other = np.repeat([7, 7, 8], [20, 70, 166])  # the other row has other segments; only equality of numbers matters
     segments_BT = np.stack([np.repeat(np.arange(5), lengths), other])
-    out = np.asarray(jax.jit(causal_attention)(q, k, v, segments_BT))
+    out = np.asarray(jax.jit(attention)(q, k, v, segments_BT))
     for b, cuts in enumerate([np.cumsum(lengths)[:-1], [90]]):
         for span, h in itertools.product(np.split(np.arange(T), cuts), range(2)):
             expected = reference.attention(*(x[b, span, h].astype(np.float64) for x in (q, k, v)))
@@ -140,15 +147,15 @@ def test_the_triton_kernel_equals_plain_attention() -> None:
 
     def both(attention: Any) -> Any:
         def along(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array]:
-            out = attention(q, k, v, segments_BT)
+            out = attention(q, k, v, segments_BT=segments_BT)
             return jnp.sum(out * direction), out
 
         return jax.jit(jax.grad(along, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    got, want = both(partial(triton, interpret=True)), both(in_chunks)
+    got, want = both(partial(triton, scores=PLAIN, interpret=True)), both(partial(in_chunks, scores=PLAIN))
     # Sums of up to 130 products of order 1, each rounded to 6e-8.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, want)
-    assert np.abs(in_chunks(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None) - want[1]).max() > 0.1
+    assert np.abs(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)) - want[1]).max() > 0.1
 
 
 def test_elementwise_remat_keeps_what_the_triton_kernel_returns() -> None:
@@ -157,7 +164,7 @@ def test_elementwise_remat_keeps_what_the_triton_kernel_returns() -> None:
 
     def forwards(policy: Any) -> int:
         def loss(q: jax.Array) -> jax.Array:
-            return triton(2 * q, q, q, jnp.zeros((1, 128), jnp.int32), interpret=True).sum()
+            return triton(2 * q, q, q, PLAIN, jnp.zeros((1, 128), jnp.int32), interpret=True).sum()
 
         return str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(q)).count("name=mha_forward")
 
