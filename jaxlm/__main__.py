@@ -18,6 +18,8 @@ COMMANDS = {
     "prepare": Command("jaxlm.commands.prepare", "tokenize the data of a configuration, without training"),
     "inspect": Command("jaxlm.commands.inspect", "print the data as the model sees it"),
     "plan": Command("jaxlm.commands.plan", "say what a run would need, without running it"),
+    "import-hf": Command("jaxlm.commands.import_hf", "make a workdir of a Hugging Face model"),
+    "export-hf": Command("jaxlm.commands.export_hf", "write a run's model for transformers"),
     "bench": Command(
         "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),

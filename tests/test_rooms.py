@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxlm"
 # From bottom to top.
-ROOMS = ["config", "host", "model", "sync", "data", "train", "plan", "checkpoint", "run", "commands"]
+ROOMS = ["config", "host", "model", "sync", "data", "train", "plan", "checkpoint", "run", "interop", "commands"]
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -205,6 +205,19 @@ class Saver:
             self._manager.close()
 
 
+def write_params(workdir: Path, params: Any) -> None:
+    """Writes a checkpoint of step 0 that holds parameters alone, for runs that start from them."""
+    hide_cut_off()
+    with ocp.CheckpointManager(
+        folder_of(workdir),
+        item_handlers={"params": _handler(["params"])},
+        options=ocp.CheckpointManagerOptions(create=True),
+    ) as manager:
+        items = ocp.args.Composite(params=ocp.args.StandardSave(params))
+        manager.save(0, args=items, custom_metadata=checksums.PROMISE)
+    sync(folder_of(workdir))
+
+
 def _from_first(what: str, value: Callable[[], Any]) -> Any:
     """Returns the value that the first process computes; it is the one that writes."""
     return json.loads(distributed.from_first(what, lambda: json.dumps(value())))

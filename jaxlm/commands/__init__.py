@@ -2,5 +2,5 @@
 
 `jaxlm/__main__.py` has the table of commands; training is in `jaxlm/main.py`.
 
-May import: config, host, model, sync, data, train, plan, checkpoint, run.
+May import: config, host, model, sync, data, train, plan, checkpoint, run, interop.
 """

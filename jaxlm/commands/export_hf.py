@@ -1,0 +1,35 @@
+"""Writes a run's model as a folder that `transformers` loads.
+
+    jaxlm export-hf WORKDIR DST [--step N|best] [--dtype bfloat16]
+
+The last line on stdout is one JSON object.
+"""
+
+import json
+
+from jaxlm.config import cli
+from jaxlm.config.paths import user_path
+from jaxlm.config.pretrained import read_step
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="jaxlm export-hf",
+        description="Write a run's model as a folder that transformers loads: config.json, safetensors, tokenizer.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("workdir", metavar="WORKDIR", help="the run, e.g. runs/base")
+    parser.add_argument("destination", metavar="DST", help="a new folder")
+    parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors")
+    args = parser.parse_args(argv)
+    step, workdir = read_step("--step", args.step), user_path("WORKDIR", args.workdir)
+
+    from jaxlm.interop.exporting import export_model
+    from jaxlm.run.open_run import open_run
+
+    run, destination = open_run(workdir, step), user_path("DST", args.destination)
+    architecture = export_model(run, destination, args.dtype)
+    print(f"{destination}: {architecture}, step {run.step}, {args.dtype}")
+    print(json.dumps({"folder": str(destination), "architecture": architecture, "step": run.step}))
+    return 0

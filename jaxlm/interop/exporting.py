@@ -1,0 +1,183 @@
+"""Writes the model of a workdir as `transformers` reads it: config.json, safetensors, the tokenizer."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxlm.checkpoint import workdirs
+from jaxlm.config import ModelConfig, UserError, flatten
+from jaxlm.host.durable import beside
+from jaxlm.interop import shards
+from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
+from jaxlm.interop.importing import KEPT, MODEL_TYPE, WITHOUT
+from jaxlm.interop.tensors import Source, sources
+from jaxlm.model import Params
+from jaxlm.run.open_run import Run
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+# Keys that the weights' results do not depend on, apart from rounding.
+FREE = ("dtype", "param_dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll", "residual_init")
+FREE = (*FREE, "vocab_multiple")
+
+
+def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> str:
+    """Writes the folder whole or not at all. Returns the architecture.
+
+    Raises:
+      UserError: no architecture of `transformers` has this model, or the folder is there.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"DST is {destination}, which is there already; allowed: a new or empty folder")
+    if not destination.absolute().parent.is_dir():
+        raise UserError(f"DST is {destination}; allowed: a new folder in one that exists")
+    c = run.config.model
+    kind, hf = described(c, run.config.seq_len, workdirs.read_facts(run.folder).get(MODEL_TYPE))
+    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **_special_ids(run)}
+    temporary = beside(destination.absolute())
+    try:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        shards.write(temporary, _tensors(kind, c, run.params, dtype))
+        _write_tokenizer(run, temporary)
+        if destination.exists():
+            destination.rmdir()
+        temporary.rename(destination)
+    except OSError as error:
+        raise UserError(f"DST is {destination}: {error.strerror or error}; allowed: a folder to write in") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return hf["architectures"][0]
+
+
+def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tuple[str, Hf]:
+    """The family that a model belongs to, and its config.json without what the weights say.
+
+    Args:
+      original: the family that it was imported from, which is tried first.
+
+    Raises:
+      UserError: it belongs to none; the message says what differs from the nearest one.
+    """
+    wanted, differ = _results(c), {}
+    context = max(seq_len, round(c.rope_original * c.rope_factor))
+    first = ["phi3"] if c.rope_scaling == "longrope" else []  # whose models have it
+    for kind in (*([original] if original in FAMILIES else first), *FAMILIES):
+        family = FAMILIES[kind]
+        length = {"n_positions": seq_len} if kind == "gpt2" else {"max_position_embeddings": context}
+        hf = {
+            "architectures": [family.architecture],
+            "model_type": kind,
+            **family.write(c),
+            **length,
+            "tie_word_embeddings": c.tie_embeddings,
+        }
+        if (kind == "gemma2" and not c.window) or (kind == "gemma3_text" and not c.window):
+            continue
+        _, keys = keys_of(Reader(hf, "config.json"))
+        names = {key.removeprefix("model."): value for key, value in (WITHOUT | NEUTRAL | keys).items()}
+        own = {f.name for f in dataclasses.fields(c)}
+        found = _results(dataclasses.replace(c, **{k: v for k, v in names.items() if k in own}))
+        differ[kind] = {key: found.get(key) for key in wanted | found if wanted.get(key) != found.get(key)}
+        if not differ[kind]:
+            return kind, hf
+    kind = min(differ, key=lambda kind: len(differ[kind]))
+    changes = {key: value for key, value in differ[kind].items() if value is not None}
+    keys = ", ".join(f"model.{key}={value} instead of {wanted.get(key)}" for key, value in changes.items())
+    raise UserError(
+        f"the model is of no architecture of transformers; the nearest is {FAMILIES[kind].architecture}; allowed, to be"
+        f" set before training: {keys}"
+    )
+
+
+# Values of the keys that a family does not read.
+NEUTRAL = {
+    "use_bias": False,
+    "qkv_bias": False,
+    "rope_theta": 10_000.0,
+    "rope_fraction": 1.0,
+    "rope_scaling": "none",
+    "window": 0,
+    "global_every": 0,
+    "rope_local_theta": 0.0,
+    "score_dim": 0,
+    "attention_softcap": 0.0,
+    "logit_softcap": 0.0,
+    "post_norms": False,
+    "scale_embeddings": False,
+    "head_dim": 0,
+}
+
+
+def _results(c: ModelConfig) -> dict[str, Any]:
+    """The keys that decide what a model computes, with defaults resolved and keys that others turn off left out."""
+    keys = {k: v for k, v in flatten(c).items() if k not in FREE}
+    keys |= {"num_kv_heads": c.kv_heads, "head_dim": c.head_size, "d_ff": c.mlp_width}
+    keys |= {"norm_eps": c.norm_eps or (1e-5 if c.norm == "layernorm" else 1e-6)}
+    keys |= {"score_dim": c.score_dim or c.head_size, "qkv_bias": c.use_bias or c.qkv_bias}
+    if not c.window:
+        keys |= {"global_every": 0, "rope_local_theta": 0.0}
+    elif not c.rope_local_theta:
+        keys |= {"rope_local_theta": c.rope_theta if c.rope_scaling == "none" else 0.0}
+    off = {"none": ("factor", "original", "short", "long"), "linear": ("original", "short", "long")}
+    off |= {"llama3": ("short", "long"), "longrope": ()}
+    for name in off[c.rope_scaling]:
+        keys.pop(f"rope_{name}")
+    if c.position != "rope":
+        keys = {k: v for k, v in keys.items() if not k.startswith("rope_")}
+    return keys
+
+
+def _tensors(kind: str, c: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """All tensors, layer by layer, one at a time."""
+    flat = {"/".join(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    parts: dict[str, list[tuple[str, Source]]] = {}
+    for path, source in sources(kind, c, "transformer." if kind == "gpt2" else "").items():
+        parts.setdefault(source.name, []).append((path, source))
+    once = [name for name in parts if "{l}" not in name]
+    repeated = [(layer, name) for layer in range(c.num_layers) for name in parts if "{l}" in name]
+    for layer, name in [*((0, name) for name in once), *repeated]:
+        found = []
+        for path, source in sorted(parts[name], key=lambda part: part[1].start):
+            x = np.asarray(flat[path][layer] if "{l}" in name else flat[path], np.float32)
+            found.append(source.given(x))
+        axis = 0 if parts[name][0][1].transposed or found[0].ndim == 1 else 1
+        whole = np.concatenate(found, axis) if len(found) > 1 else found[0]
+        yield name.format(l=layer), np.ascontiguousarray(whole.astype(DTYPES[dtype]))
+
+
+def _special_ids(run: Run) -> Hf:
+    """The ids of the tokens that open and end a text: those of the original, or else of the tokenizer."""
+    original = run.folder / "tokenizer" / "generation_config.json"
+    if original.is_file():
+        there = json.loads(original.read_text("utf-8"))
+        return {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
+    if run.tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    ends = sorted(run.tokenizer.end_ids)
+    return {"bos_token_id": run.tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def _write_tokenizer(run: Run, folder: Path) -> None:
+    """The tokenizer's files as they came; for a tokenizer.json without its configuration, the shortest one."""
+    own = run.folder / "tokenizer"
+    special = _special_ids(run)
+    if not (own / "generation_config.json").is_file():
+        (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    for name in ("tokenizer.json", *KEPT):
+        if (own / name).is_file():
+            shutil.copyfile(own / name, folder / name)
+    if (own / "sentencepiece.model").is_file():
+        shutil.copyfile(own / "sentencepiece.model", folder / "tokenizer.model")
+    if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        ids = {"bos_token": special["bos_token_id"], "eos_token": special["eos_token_id"]}
+        names = {i: name for name, i in getattr(run.tokenizer, "specials", {}).items()}
+        tokens = {key: names.get(i[0] if isinstance(i, list) else i) for key, i in ids.items()}
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in tokens.items() if v}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,291 @@
+"""The families of models that can be imported and exported: their config.json as keys of a jaxlm configuration.
+
+A family reads what changes its results and refuses what jaxlm's model cannot do, so that no import computes something
+else than the original. The names of keys are those of `transformers`, versions 4 and 5.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxlm.config import ModelConfig, UserError, show
+
+Hf = dict[str, Any]  # the content of a config.json
+GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # GELU by its tanh approximation
+
+
+class Family(NamedTuple):
+    architecture: str  # the class of `transformers`
+    tied: bool  # whether embeddings are tied where config.json does not say it
+    read: Callable[["Reader"], dict[str, Any]]  # config.json -> keys of the model
+    write: Callable[[ModelConfig], Hf]  # what `read` reads, apart from sizes
+
+
+class Reader:
+    """A config.json, with errors that name it."""
+
+    def __init__(self, hf: Hf, name: str):
+        self._hf, self.name = hf, name
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or `default` if the key is absent or null."""
+        value = self._hf.get(key)
+        return default if value is None else value
+
+    def number(self, key: str) -> Any:
+        """Raises UserError unless the key has a number of more than 0."""
+        value: Any = self._hf.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{self.name}: {key} is {show(value)}; allowed: a number of more than 0")
+        return value
+
+    def require(self, key: str, default: Any, *allowed: Any) -> Any:
+        """The value. Raises UserError unless it is one of those allowed."""
+        value = self.get(key, default)
+        if value not in allowed:
+            raise UserError(f"{self.name}: {key} is {show(value)}; allowed: {', '.join(map(repr, allowed))}")
+        return value
+
+    def rope(self, kind: str = "full_attention") -> "Reader":
+        """RoPE's keys: transformers 5 has them in rope_parameters, by kind of layer if these differ; 4 in
+        rope_scaling, apart from the base.
+        """
+        own = self.get("rope_parameters", {})
+        scaling = own.get(kind, own) or self.get("rope_scaling", {})
+        return Reader({"rope_theta": self.get("rope_theta", 10_000.0), **scaling}, f"{self.name}: RoPE")
+
+
+def keys_of(hf: Reader) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json, and the keys of the model that it describes, with seq_len.
+
+    Raises:
+      UserError: jaxlm does not know the architecture, or cannot do something that the file asks for.
+    """
+    kind = hf.require("model_type", None, *FAMILIES)
+    family = FAMILIES[kind]
+    tied = hf.get("tie_word_embeddings", family.tied)
+    return family, {"model.tie_embeddings": bool(tied), **family.read(hf)}
+
+
+def _sizes(hf: Reader) -> dict[str, Any]:
+    """The keys that all families but GPT-2 share."""
+    heads, width = hf.number("num_attention_heads"), hf.number("hidden_size")
+    head = hf.get("head_dim", 0)
+    return {
+        "model.num_layers": hf.number("num_hidden_layers"),
+        "model.d_model": width,
+        "model.num_heads": heads,
+        "model.num_kv_heads": hf.get("num_key_value_heads", 0),
+        "model.head_dim": 0 if head * heads == width else head,
+        "model.d_ff": hf.number("intermediate_size"),
+        "model.activation": "swiglu",
+        "model.norm": "rmsnorm",
+        "model.norm_eps": hf.number("rms_norm_eps"),
+        "model.position": "rope",
+        "seq_len": hf.number("max_position_embeddings"),
+    }
+
+
+def _rope(rope: Reader, context: int) -> dict[str, Any]:
+    kind = "rope_type" if rope.get("rope_type") else "type"
+    scaling = {"default": "none"}.get(rope.get(kind, "default"), rope.get(kind))
+    keys: dict[str, Any] = {"model.rope_theta": float(rope.number("rope_theta"))}
+    if scaling == "none":
+        return keys
+    rope.require(kind, None, "default", "linear", "llama3", "longrope")
+    keys["model.rope_scaling"] = scaling
+    if scaling == "longrope":
+        original = rope.number("original_max_position_embeddings")
+        keys |= {"model.rope_original": original, "model.rope_factor": rope.get("factor", context / original)}
+        factor = keys["model.rope_factor"]
+        growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        if not math.isclose(rope.get("attention_factor", growth), growth, rel_tol=1e-6):
+            raise UserError(f"{rope.name}: attention_factor is {rope.get('attention_factor')}; allowed: {growth}")
+        for length in ("short", "long"):
+            numbers = rope.get(f"{length}_factor", [])
+            keys[f"model.rope_{length}"] = " ".join(map(repr, map(float, numbers)))
+        return keys
+    keys["model.rope_factor"] = float(rope.number("factor"))
+    if scaling == "llama3":
+        rope.require("low_freq_factor", None, 1, 1.0)
+        rope.require("high_freq_factor", None, 4, 4.0)
+        keys["model.rope_original"] = rope.number("original_max_position_embeddings")
+    return keys
+
+
+def _written_rope(c: ModelConfig) -> Hf:
+    base: Hf = {"rope_theta": c.rope_theta}
+    match c.rope_scaling:
+        case "none":
+            return base
+        case "linear":
+            return base | {"rope_scaling": {"rope_type": "linear", "factor": c.rope_factor}}
+        case "llama3":
+            scaling = {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            return base | {"rope_scaling": scaling | {"original_max_position_embeddings": c.rope_original}}
+        case "longrope":
+            factors = {f"{n}_factor": [float(x) for x in getattr(c, f"rope_{n}").split()] for n in ("short", "long")}
+            original = {"original_max_position_embeddings": c.rope_original}
+            return base | original | {"rope_scaling": {"rope_type": "longrope", **factors, **original}}
+
+
+def _silu(hf: Reader) -> None:
+    hf.require("hidden_act", "silu", "silu", "swish")
+
+
+def _llama(hf: Reader) -> dict[str, Any]:
+    _silu(hf)
+    hf.require("attention_bias", False, False)
+    hf.require("mlp_bias", False, False)
+    keys = _sizes(hf)
+    return keys | _rope(hf.rope(), keys["seq_len"])
+
+
+def _mistral(hf: Reader) -> dict[str, Any]:
+    _silu(hf)
+    keys = _sizes(hf)
+    return keys | _rope(hf.rope(), keys["seq_len"]) | {"model.window": hf.get("sliding_window", 0)}
+
+
+def _qwen2(hf: Reader) -> dict[str, Any]:
+    _silu(hf)
+    hf.require("use_sliding_window", False, False)
+    keys = _sizes(hf)
+    return keys | _rope(hf.rope(), keys["seq_len"]) | {"model.qkv_bias": True}
+
+
+def _qwen3(hf: Reader) -> dict[str, Any]:
+    hf.require("attention_bias", False, False)
+    return _qwen2(hf) | {"model.qkv_bias": False, "model.qk_norm": True}
+
+
+def _phi3(hf: Reader) -> dict[str, Any]:
+    keys = _mistral(hf)
+    if hf.get("rope_scaling") or hf.get("rope_parameters"):
+        scaling = {
+            **hf.rope()._hf,
+            "original_max_position_embeddings": hf.get("original_max_position_embeddings", 4096),
+        }
+        keys |= _rope(Reader(scaling, f"{hf.name}: RoPE"), keys["seq_len"])
+    fraction = hf.rope().get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    return keys | {"model.rope_fraction": fraction}
+
+
+def _gemma2(hf: Reader) -> dict[str, Any]:
+    hf.require("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    hf.require("attention_bias", False, False)
+    keys = _sizes(hf) | {
+        "model.activation": "geglu",
+        "model.post_norms": True,
+        "model.scale_embeddings": True,
+        "model.score_dim": hf.number("query_pre_attn_scalar"),
+        "model.window": hf.number("sliding_window"),
+        "model.global_every": 2,
+        "model.attention_softcap": hf.get("attn_logit_softcapping", 0.0),
+        "model.logit_softcap": hf.get("final_logit_softcapping", 0.0),
+    }
+    return _layers(hf, keys) | _rope(hf.rope(), keys["seq_len"])
+
+
+def _gemma3(hf: Reader) -> dict[str, Any]:
+    hf.require("use_bidirectional_attention", False, False)
+    keys = _gemma2(hf) | {"model.qk_norm": True, "model.global_every": hf.get("sliding_window_pattern", 6)}
+    local = hf.rope("sliding_attention").get("rope_theta") if hf.get("rope_parameters") else None
+    keys["model.rope_local_theta"] = float(hf.get("rope_local_base_freq", local or 10_000.0))
+    return _layers(hf, keys)
+
+
+def _layers(hf: Reader, keys: dict[str, Any]) -> dict[str, Any]:
+    """Takes the pattern of layers from layer_types, if that is there. Raises UserError if it is not periodic."""
+    kinds = hf.get("layer_types")
+    if not kinds:
+        return keys
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    wanted = ["full_attention" if every and i % every == 0 else "sliding_attention" for i in range(1, len(kinds) + 1)]
+    if kinds != wanted or len(kinds) != keys["model.num_layers"]:
+        raise UserError(f"{hf.name}: layer_types is {show(kinds)}; allowed: every n-th layer full_attention")
+    return keys | {"model.global_every": every}
+
+
+def _gpt2(hf: Reader) -> dict[str, Any]:
+    hf.require("activation_function", "gelu_new", *GPT2_ACTIVATIONS)
+    hf.require("scale_attn_weights", True, True)
+    hf.require("scale_attn_by_inverse_layer_idx", False, False)
+    return {
+        "model.num_layers": hf.number("n_layer"),
+        "model.d_model": hf.number("n_embd"),
+        "model.num_heads": hf.number("n_head"),
+        "model.num_kv_heads": 0,
+        "model.d_ff": hf.get("n_inner", 0),
+        "model.activation": "gelu",
+        "model.norm": "layernorm",
+        "model.norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "model.position": "learned",
+        "model.use_bias": True,
+        "seq_len": hf.number("n_positions"),
+    }
+
+
+def _write_gpt2(c: ModelConfig) -> Hf:
+    return {
+        "n_layer": c.num_layers,
+        "n_embd": c.d_model,
+        "n_head": c.num_heads,
+        "n_inner": c.mlp_width,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": c.norm_eps or 1e-5,
+    }
+
+
+def _write_sizes(c: ModelConfig) -> Hf:
+    return {
+        "num_hidden_layers": c.num_layers,
+        "hidden_size": c.d_model,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_size,
+        "intermediate_size": c.mlp_width,
+        "rms_norm_eps": c.norm_eps or 1e-6,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        **_written_rope(c),
+    }
+
+
+def _write_windowed(c: ModelConfig) -> Hf:
+    return _write_sizes(c) | {"sliding_window": c.window or None}
+
+
+def _write_phi3(c: ModelConfig) -> Hf:
+    return _write_windowed(c) | {"partial_rotary_factor": c.rope_fraction, "pad_token_id": None}
+
+
+def _write_gemma2(c: ModelConfig) -> Hf:
+    period = c.global_every
+    kinds = [
+        "full_attention" if period and i % period == 0 else "sliding_attention" for i in range(1, c.num_layers + 1)
+    ]
+    return _write_sizes(c) | {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": c.score_dim or c.head_size,
+        "sliding_window": c.window,
+        "layer_types": kinds,
+        "attn_logit_softcapping": c.attention_softcap or None,
+        "final_logit_softcapping": c.logit_softcap or None,
+    }
+
+
+def _write_gemma3(c: ModelConfig) -> Hf:
+    return _write_gemma2(c) | {"rope_local_base_freq": c.rope_local_theta, "sliding_window_pattern": c.global_every}
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("GPT2LMHeadModel", True, _gpt2, _write_gpt2),
+    "llama": Family("LlamaForCausalLM", False, _llama, _write_sizes),  # Llama 2 and 3, SmolLM2
+    "mistral": Family("MistralForCausalLM", False, _mistral, _write_windowed),
+    "qwen2": Family("Qwen2ForCausalLM", False, _qwen2, _write_sizes),  # Qwen 2 and 2.5
+    "qwen3": Family("Qwen3ForCausalLM", False, _qwen3, _write_sizes),
+    "gemma2": Family("Gemma2ForCausalLM", True, _gemma2, _write_gemma2),
+    "gemma3_text": Family("Gemma3ForCausalLM", True, _gemma3, _write_gemma3),
+    "phi3": Family("Phi3ForCausalLM", False, _phi3, _write_phi3),  # Phi-3 and Phi-4-mini
+}
