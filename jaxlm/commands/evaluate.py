@@ -67,11 +67,12 @@ def main(argv: list[str]) -> int:
     workdir = user_path("--workdir", args.workdir)
     trained = flatten(files.load_workdir(workdir))
     config = load(workdir, overrides)
+    free = ("data.", "parallel.", "batch_size", "loss.chunk", *["seq_len"] * (config.model.position == "rope"))
     for key, value in flatten(config).items():
-        if value != trained[key] and not key.startswith(("data.", "parallel.", "batch_size", "loss.chunk")):
+        if value != trained[key] and not key.startswith(free):
             raise UserError(
-                f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size and"
-                " loss.chunk can be set here"
+                f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size,"
+                " loss.chunk and, with rope, seq_len can be set here"
             )
     config.eval.batches = 0
     runtime.check_batch(config, config.parallel.devices or 1, 1)

@@ -80,10 +80,15 @@ def _sizes(hf: Reader) -> dict[str, Any]:
         "model.d_ff": hf.number("intermediate_size"),
         "model.activation": "swiglu",
         "model.norm": "rmsnorm",
-        "model.norm_eps": hf.number("rms_norm_eps"),
+        "model.norm_eps": _eps(hf.number("rms_norm_eps"), 1e-6),
         "model.position": "rope",
         "seq_len": hf.number("max_position_embeddings"),
     }
+
+
+def _eps(eps: float, own: float) -> float:
+    """0 stands for the value that a norm has by itself."""
+    return 0.0 if eps == own else eps
 
 
 def _rope(rope: Reader, context: int) -> dict[str, Any]:
@@ -219,7 +224,7 @@ def _gpt2(hf: Reader) -> dict[str, Any]:
         "model.d_ff": hf.get("n_inner", 0),
         "model.activation": "gelu",
         "model.norm": "layernorm",
-        "model.norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "model.norm_eps": _eps(hf.get("layer_norm_epsilon", 1e-5), 1e-5),
         "model.position": "learned",
         "model.use_bias": True,
         "seq_len": hf.number("n_positions"),

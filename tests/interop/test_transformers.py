@@ -23,16 +23,18 @@ SIZES: dict[str, Any] = {
 GEMMA = SIZES | {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 7}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 500.0}  # fmt: skip
-LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 7.0],
-            "partial_rotary_factor": 0.75}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 7.0]}  # fmt: skip
+THETA = {"rope_type": "default", "rope_theta": 300.0}
+TIED = SIZES | {"tie_word_embeddings": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"vocab_size": ROWS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "llama 2": ("Llama", SIZES),
     "llama 3": ("Llama", SIZES | {"rope_parameters": LLAMA3}),
-    "smollm2": ("Llama", SIZES | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}),
+    "smollm2": ("Llama", TIED | {"rope_parameters": THETA}),
     "mistral": ("Mistral", SIZES | {"sliding_window": 9}),
     "nemo": ("Mistral", SIZES | {"sliding_window": None, "head_dim": 16}),
-    "qwen2": ("Qwen2", SIZES | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", TIED),
     "qwen3": ("Qwen3", SIZES | {"head_dim": 12}),
     "gemma2": ("Gemma2", GEMMA | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
     "gemma3": ("Gemma3Text", GEMMA | {
@@ -43,7 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     }),
     "phi3": ("Phi3", SIZES | {"sliding_window": 11}),
-    "phi4": ("Phi3", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "tie_word_embeddings": True}),
+    "phi4": ("Phi3", TIED | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
 }  # fmt: skip
 
 
