@@ -49,7 +49,7 @@ def offset_keys(k_TC: np.ndarray) -> np.ndarray:
 
 
 def attention(
-    q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray, window: int = 0, divided: float = 0, cap: float = 0
+    q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray, *, window: int = 0, divided: float = 0, cap: float = 0
 ) -> np.ndarray:
     out = np.zeros((len(q_TC), v_TC.shape[1]))
     for t in range(len(q_TC)):
@@ -112,7 +112,9 @@ def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
             if c.key_offset:
                 k_TC = offset_keys(k_TC)
             window = 0 if everywhere else c.window
-            heads.append(attention(q_TC, k_TC, v[:, shared], window, c.score_dim, c.attention_softcap))
+            heads.append(
+                attention(q_TC, k_TC, v[:, shared], window=window, divided=c.score_dim, cap=c.attention_softcap)
+            )
         x = x + post(linear(np.concatenate(heads, axis=1), a["out"]), p, "attention_post_norm", c)
         h = norm(x, p["mlp_norm"], c.norm, c.norm_eps)
         x = x + post(mlp(h, p["mlp"], c.activation), p, "mlp_post_norm", c)

@@ -155,7 +155,7 @@ class Checkpoints:
 
     def _on_host(self, step: int, item: str) -> Any:
         """Returns an item as NumPy arrays, read through a local device: those that saved it may not be here."""
-        here = SingleDeviceSharding(_host())
+        here = SingleDeviceSharding(host())
         with self._damage(step):
             meta = self._manager.item_metadata(step)[item]
             if meta is None:
@@ -212,7 +212,7 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _host() -> Any:
+def host() -> Any:
     """Returns the CPU as a device; the first device if JAX has no CPU (JAX_PLATFORMS=cuda)."""
     try:
         return jax.local_devices(backend="cpu")[0]

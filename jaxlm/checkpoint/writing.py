@@ -210,7 +210,7 @@ def write_params(workdir: Path, params: Any) -> None:
     hide_cut_off()
     with ocp.CheckpointManager(
         folder_of(workdir),
-        item_handlers={"params": _handler(["params"])},
+        item_handlers={"params": _handler(["params"], save_concurrent_gb=1)},  # it copies what it writes
         options=ocp.CheckpointManagerOptions(create=True),
     ) as manager:
         items = ocp.args.Composite(params=ocp.args.StandardSave(params))
@@ -223,13 +223,14 @@ def _from_first(what: str, value: Callable[[], Any]) -> Any:
     return json.loads(distributed.from_first(what, lambda: json.dumps(value())))
 
 
-def _handler(items: list[str]) -> ocp.StandardCheckpointHandler:
+def _handler(items: list[str], **options: Any) -> ocp.StandardCheckpointHandler:
     """Returns an Orbax handler that also writes the hashes of an item's files before the checkpoint becomes visible.
 
     Args:
       items: the items of the checkpoint being written.
+      options: for Orbax.
     """
-    handler = ocp.StandardCheckpointHandler()
+    handler = ocp.StandardCheckpointHandler(**options)
     finish = handler.finalize
 
     def finalize(directory: Any) -> None:

@@ -1,6 +1,7 @@
 """Makes a workdir of a Hugging Face model: its parameters as the checkpoint of step 0, its tokenizer, its keys."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxlm import data
 from jaxlm.checkpoint import workdirs
-from jaxlm.checkpoint.reading import shapes
+from jaxlm.checkpoint.reading import host, shapes
 from jaxlm.checkpoint.writing import write_params
 from jaxlm.config import Config, UserError, files, show
 from jaxlm.config.pretrained import updated
@@ -53,21 +54,19 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     reader = Reader(hf, str(source / "config.json"))
     _, keys = keys_of(reader)
     tokenizer = _tokenizer(source)
-    with Tensors(source) as tensors:
-        rows, kind = reader.number("vocab_size"), hf["model_type"]
-        vocab_size = tokenizer.vocab_size if tokenizer else rows
-        if vocab_size > rows:
-            raise UserError(
-                f"{reader.name}: vocab_size is {rows}; allowed: at least {vocab_size}, as the tokenizer has"
-            )
-        config = _config(keys, seq_len, vocab_size, rows, workdir if tokenizer else None)
-        prefix = "transformer." if any(name.startswith("transformer.") for name in tensors.names) else ""
-        found = sources(kind, config.model, prefix)
-        model = make_model(config.model, vocab_size, config.seq_len)
-        wanted = shapes(jax.eval_shape(model.init, jax.random.key(0)))
-        assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
-        _check(tensors, source, found, wanted, config.model.tie_embeddings)
-        params = read_params(tensors, found, wanted)
+    tensors = Tensors(source)
+    rows, kind = reader.number("vocab_size"), hf["model_type"]
+    vocab_size = tokenizer.vocab_size if tokenizer else rows
+    if vocab_size > rows:
+        raise UserError(f"{reader.name}: vocab_size is {rows}; allowed: at least {vocab_size}, as the tokenizer has")
+    config = _config(keys, seq_len, vocab_size, rows, workdir if tokenizer else None)
+    prefix = "transformer." if any(name.startswith("transformer.") for name in tensors.names) else ""
+    found = sources(kind, config.model, prefix)
+    model = make_model(config.model, vocab_size, config.seq_len)
+    wanted = shapes(jax.eval_shape(model.init, jax.random.key(0)))
+    assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
+    _check(tensors, source, found, wanted, config.model.tie_embeddings)
+    params = read_params(tensors, found, wanted)
     facts = {"data_fingerprint": "imported", "vocab_size": vocab_size, "order": VERSION, MODEL_TYPE: kind}
     _write(workdir, source, config, facts, tokenizer, params)
     return Imported(config, vocab_size, sum(x.size for x in jax.tree.leaves(params)))
@@ -151,20 +150,29 @@ def _shape(s: Source, parameter: tuple[int, ...], so_far: tuple[int, ...] | None
 
 
 def read_params(tensors: Tensors, found: Sources, wanted: dict[str, tuple[int, ...]]) -> Params:
-    """The parameters as NumPy arrays, float32, read one tensor at a time."""
+    """The parameters, float32, on the host, read one tensor at a time. Orbax would copy NumPy arrays."""
     params: dict[str, Any] = {}
     for path, s in found.items():
         *above, last = path.split("/")
         holder = params
         for key in above:
             holder = holder.setdefault(key, {})
-        x = holder[last] = np.empty(wanted[path], np.float32)
+        x = _aligned(wanted[path])
         if path.startswith("layers/"):
             for layer in range(len(x)):
                 x[layer] = s.taken(tensors.read(s.name.format(l=layer)))
         else:
             x[:] = s.taken(tensors.read(s.name))
+        holder[last] = jax.device_put(x, host())
     return params
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array at an address that JAX takes without copying the array."""
+    size = 4 * math.prod(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +11,46 @@ import numpy as np
 from jaxlm.config import UserError, show
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = 4 * 10**9  # bytes of a file at most, unless one tensor is larger
+SHARD = 2 * 10**9  # bytes of a file at most, unless one tensor is larger
 
 
 class Tensors:
-    """Opens the tensors of a folder; nothing is read before it is asked for.
+    """The tensors of a folder. Each is read when it is asked for, from a file that is open for that long: pages of
+    files that stay open would stay in memory.
 
     Raises:
       UserError: the folder has no safetensors, or they are damaged.
     """
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
-
-        self._files = ExitStack()
-        self._of: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._path: dict[str, Path] = {}
         for path in _files(folder):
-            try:
-                file = self._files.enter_context(safe_open(path, "np"))
-                self._of |= dict.fromkeys(file.keys(), file)
-            except Exception as error:  # the library's own, or OSError
-                self._files.close()
-                raise UserError(f"{path}: unreadable ({' '.join(str(error).split())}); allowed: safetensors") from error
-
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118, not a dict
+                    self._path[name], self._shapes[name] = path, tuple(file.get_slice(name).get_shape())
 
     @property
     def names(self) -> set[str]:
-        return set(self._of)
+        return set(self._path)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._of[name].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
-        return self._of[name].get_tensor(name)
+        with _opened(self._path[name]) as file:
+            return file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except Exception as error:  # the library's own, or OSError
+        raise UserError(f"{path}: unreadable ({' '.join(str(error).split())}); allowed: safetensors") from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -75,6 +77,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard: int = 
     for i, part in enumerate(_parted(tensors, shard), 1):
         save_file(part, folder / f"{i}.safetensors", metadata={"format": "pt"})
         parts.append({name: x.nbytes for name, x in part.items()})
+        part.clear()  # before the next one is made
     if len(parts) == 1:
         (folder / "1.safetensors").rename(folder / FILE)
         return

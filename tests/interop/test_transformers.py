@@ -97,7 +97,7 @@ def test_logits_are_the_same_both_ways(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours(run, tokens_BT), want, rtol=0, atol=1e-4 * max(1, np.abs(want).max() / 10))
 
     assert export_model(run, tmp_path / "back") == type(model).__name__
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=1e-6)
     prompt = torch.tensor(tokens()[:, :20], dtype=torch.long)

@@ -1,0 +1,99 @@
+"""A decoder as pure functions of its parameters, for one device. Shape names as in decoder.py."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.config import ModelConfig
+from jaxlm.model.decoder import Cache, Decoder, OnLayer, Params
+
+
+class Model(NamedTuple):
+    """A decoder as pure functions of its parameters."""
+
+    init: Callable[[jax.Array], Params]  # (key) -> params
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
+    # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
+    # uses on_layer(its slice of params["layers"]), which may then hold more than parameters.
+    hidden: Callable[..., jax.Array]
+    output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
+    unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
+    init_cache: Callable[[int, int], Cache]  # (B, S)
+    # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
+    decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+    on: Callable[[str], "Model"]  # the same model for another platform, cpu or gpu
+    vocab_size: int
+    max_positions: int | None  # number of positions; None = unlimited (RoPE)
+
+
+def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str = "") -> Model:
+    """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
+
+    In longer texts a decoded token sees the last `max_len` tokens. Learned and sinusoidal positions end at `max_len`.
+
+    Args:
+      platform: what the functions are compiled for, cpu or gpu; "" = JAX's default.
+    """
+
+    def decoder(on_layer: OnLayer | None = None) -> Decoder:
+        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer)
+
+    # Flax does not tell type checkers what a method returns.
+    def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
+        return decoder(on_layer).apply({"params": params}, *args, method=method)
+
+    def init(key: jax.Array) -> Params:
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return decoder().init(key, tokens_BT)["params"]
+
+    def on(platform: str) -> Model:
+        return make_model(config, vocab_size, max_len, platform)
+
+    def hidden(
+        params: Params,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> jax.Array:
+        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
+
+    def output_params(params: Params) -> Params:
+        name = "embed" if config.tie_embeddings else "head"
+        return {name: params[name]}
+
+    def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
+        return call("unembed", params, x_ND)
+
+    def init_cache(batch: int, length: int) -> Cache:
+        shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
+        return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
+
+    max_positions = None if config.position == "rope" else max_len
+    return Model(init, hidden, output_params, unembed, init_cache, decode, on, vocab_size, max_positions)
+
+
+def num_params(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
+    """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
+
+    6 for each parameter outside of tables that are only looked up, plus 12 * H * C * T for attention in each layer,
+    where T is at most the layer's window.
+    """
+    lookups = [params["embed"], params.get("positions")]
+    multiplied = num_params(params) - num_params(lookups)
+    if config.tie_embeddings:
+        multiplied += num_params(params["embed"])
+    L, window = config.num_layers, min(config.window or seq_len, seq_len)
+    global_layers = L // config.global_every if config.global_every else 0
+    seen = global_layers * seq_len + (L - global_layers) * window
+    return 6 * multiplied + 12 * config.num_heads * config.head_size * seen
