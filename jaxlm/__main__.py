@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": Command("jaxlm.commands.prepare", "tokenize the data of a configuration, without training"),
     "inspect": Command("jaxlm.commands.inspect", "print the data as the model sees it"),
     "plan": Command("jaxlm.commands.plan", "say what a run would need, without running it"),
+    "report": Command("jaxlm.commands.report", "draw runs on a page: curves, samples, what differs"),
     "bench": Command(
         "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),
