@@ -13,7 +13,7 @@ from jaxlm.checkpoint.metrics_file import Metrics
 from jaxlm.config import UserError, flatten
 from jaxlm.config.files import from_saved, read_saved
 
-POINTS = 1000  # most points of a curve; a screen shows no more
+POINTS = 800  # most points of a curve; a page shows no more
 TRAINING = ("lr", "grad_norm", "skipped", "spikes", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes")
 EVALUATION = ("eval_loss", "eval_bits_per_byte", "eval_accuracy")
 
@@ -44,6 +44,14 @@ class History(NamedTuple):
     @property
     def tokens_per_step(self) -> int:
         return self.config["batch_size"] * self.config["seq_len"]
+
+    @property
+    def last_step(self) -> int:
+        return int(self.training.steps[-1])
+
+    @property
+    def total_hours(self) -> float:
+        return float(self.hours(self.training.steps)[-1])
 
     def hours(self, steps: np.ndarray) -> np.ndarray:
         """Hours of training up to these steps, without evaluations, saves and pauses."""
@@ -108,24 +116,39 @@ def _read_metrics(workdir: Path) -> tuple[Series, Series, list[tuple[int, str]]]
     return training.done(), evaluations.done(), samples
 
 
-def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[list[float], list[float]]:
-    """Returns a curve with at most so many points. It keeps the first and the last one, and the lowest and the highest
-    of each of the equally wide parts of the axis, so no spike is lost. Points that are not finite are left out.
+class Drawn(NamedTuple):
+    """A curve as a page draws it."""
+
+    line: tuple[list[float], list[float]]
+    extremes: tuple[list[float], list[float]] | None  # behind the line, if that is of means
+
+
+def drawn(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> Drawn:
+    """Returns a curve with at most so many points, without those that are not finite.
+
+    A longer curve is divided into parts, which are equally wide on its axis. The line has the mean of each part;
+    `extremes` has the lowest and the highest point of each, so no spike is lost, and the first and the last of all.
 
     Args:
       x: rises.
     """
     known = np.isfinite(y)
     x, y = x[known], y[known]
-    if len(x) > points:
-        parts = points // 2 - 1
-        edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1])
-        kept = {0, len(x) - 1}
-        for start, end in zip([0, *edges], [*edges, len(x)], strict=True):
-            if start < end:
-                kept |= {start + int(np.argmin(y[start:end])), start + int(np.argmax(y[start:end]))}
-        chosen = sorted(kept)
-        x, y = x[chosen], y[chosen]
+    if len(x) <= points:
+        return Drawn(_pairs(x, y), None)
+    parts = points // 2 - 1
+    edges = np.searchsorted(x, np.linspace(x[0], x[-1], parts + 1)[1:-1])
+    means, kept = [], {0, len(x) - 1}
+    for start, end in zip([0, *edges], [*edges, len(x)], strict=True):
+        if start < end:
+            part = y[start:end]
+            means.append((x[start:end].mean(), part.mean()))
+            kept |= {start + int(part.argmin()), start + int(part.argmax())}
+    chosen = sorted(kept)
+    return Drawn(_pairs(*np.transpose(means)), _pairs(x[chosen], y[chosen]))
+
+
+def _pairs(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
     return [_short(value, 7) for value in x], [_short(value, 5) for value in y]
 
 

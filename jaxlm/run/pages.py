@@ -30,7 +30,8 @@ class Lines(NamedTuple):
     log_x: bool = False
     log_y: bool = False
     note: str = ""
-    variants: Mapping[str, str] = {}  # {a dashed curve: the curve whose color it has}
+    dashed: Mapping[str, str] = {}  # {curve: the one whose color it has}
+    faint: Mapping[str, str] = {}  # the same; comes and goes with that one, and is not in the legend
 
 
 class Bar(NamedTuple):
@@ -145,13 +146,15 @@ def markdown(table: Table) -> str:
 
 def _chart(lines: Lines) -> dict:
     """What the page's script reads of a chart."""
-    own = [name for name in lines.curves if name not in lines.variants]
+    names, like = list(lines.curves), {**lines.dashed, **lines.faint}
+    own = [name for name in names if name not in like]
     return {
         "x": lines.x,
         "y": lines.y,
         "log": [lines.log_x, lines.log_y],
-        "names": list(lines.curves),
-        "colors": [own.index(lines.variants.get(name, name)) for name in lines.curves],
-        "dashed": [name in lines.variants for name in lines.curves],
+        "names": names,
+        "colors": [own.index(like.get(name, name)) for name in names],
+        "dashed": [name in lines.dashed for name in names],
+        "follows": [names.index(lines.faint[name]) if name in lines.faint else None for name in names],
         "data": [[list(x), list(y)] for x, y in lines.curves.values()],
     }

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.run.curves import History, Series, read_history, thinned
+from jaxlm.run.curves import History, Series, drawn, read_history
 from jaxlm.run.pages import Lines, Table, Texts, check_path, write_page
 
 NAME = "report.html"
 SAMPLES, LONGEST = 10, 1500  # samples of a run, and characters of a sample
+SPEEDS = ("tokens_per_second", "mfu")
+NOISY = (*SPEEDS, "grad_norm")
 NOTHING = "–"
 
 
@@ -43,9 +45,8 @@ def write_report(path: Path, runs: Sequence[History]) -> None:
 
 
 def _sentence(run: History, named: bool) -> str:
-    steps, total = int(run.training.steps[-1]), run.config["steps"]
-    text = f"{run.name}: " * named + f"{steps:,} of {total:,} steps"
-    text += f", {_count(steps * run.tokens_per_step)} tokens in {_hours(run)}"
+    text = f"{run.name}: " * named + f"{run.last_step:,} of {run.config['steps']:,} steps"
+    text += f", {_count(run.last_step * run.tokens_per_step)} tokens in {_hours(run)}"
     if best := _best(run.evaluations):
         text += f", validation loss {run.evaluations.columns['eval_loss'][best[0]]:.4f} after step {best[1]:,}"
     return text
@@ -68,8 +69,8 @@ def _count(number: float) -> str:
 
 
 def _hours(run: History) -> str:
-    hours = float(run.hours(run.training.steps[-1:])[0])
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    hours = run.total_hours
+    return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.1f} minutes"
 
 
 def _known(number: float, text: str) -> str:
@@ -89,8 +90,8 @@ def _overview(runs: Sequence[History]) -> Table:
         train, scores, best = run.training, run.evaluations, _best(run.evaluations)
         place, step = best or (0, 0)
         return {
-            "steps": f"{train.steps[-1]:,} of {run.config['steps']:,}",
-            "tokens": _count(int(train.steps[-1]) * run.tokens_per_step),
+            "steps": f"{run.last_step:,}" + f" of {run.config['steps']:,}" * (run.last_step < run.config["steps"]),
+            "tokens": _count(run.last_step * run.tokens_per_step),
             "time of the steps": _hours(run),
             "training loss, last": _known(train.last("loss"), "{:.4f}"),
             "validation loss, last": _known(scores.last("eval_loss"), "{:.4f}"),
@@ -100,7 +101,7 @@ def _overview(runs: Sequence[History]) -> Table:
             "accuracy there": _known(scores.columns["eval_accuracy"][place], "{:.1%}") if best else NOTHING,
             "tokens per second, median": _known(_median(run, "tokens_per_second"), "{:,.0f}"),
             "MFU, median": _known(_median(run, "mfu"), "{:.1%}"),
-            "peak memory, GB": _known(train.last("peak_memory_bytes") / 1e9, "{:.3g}"),
+            "peak memory": _known(train.last("peak_memory_bytes") / 1e9, "{:.3g} GB"),
             "skipped steps": _known(train.last("skipped"), "{:,.0f}"),
             "spikes": _known(train.last("spikes"), "{:,.0f}"),
             "returns to a checkpoint": str(len(run.returns)),
@@ -112,57 +113,111 @@ def _overview(runs: Sequence[History]) -> Table:
     return Table("Overview", ("", *(run.name for run in runs)), rows)
 
 
+class _Curves:
+    """Gathers the curves of a chart."""
+
+    def __init__(self, runs: Sequence[History]):
+        self._names = [run.name for run in runs]
+        self._behind, self._lines, self._dashed, self._faint = {}, {}, {}, {}
+
+    def add(self, name: str, x: np.ndarray, y: np.ndarray, means: bool = True) -> None:
+        """Adds the curve of a run. If it has many points, it is of means, with the extremes behind it, or the extremes
+        alone.
+        """
+        line, extremes = drawn(x, y)
+        self._lines[name] = line if means else extremes or line
+        if extremes and means:
+            behind = self._free(f"{name} · extremes")
+            self._behind[behind], self._faint[behind] = extremes, name
+
+    def add_dashed(self, name: str, what: str, x: np.ndarray, y: np.ndarray) -> None:
+        dashed = self._free(f"{name} · {what}")
+        self._lines[dashed], self._dashed[dashed] = drawn(x, y).line, name
+
+    def _free(self, name: str) -> str:
+        while name in self._names:
+            name += "*"
+        self._names.append(name)
+        return name
+
+    def chart(self, title: str, x: str, y: str, note: str = "", log_y: bool = False) -> Lines | None:
+        """None without any point."""
+        if not any(places for places, _ in self._lines.values()):
+            return None
+        curves = self._behind | self._lines
+        return Lines(title, x, y, curves, False, log_y, note, self._dashed, self._faint)
+
+
 def _losses(runs: Sequence[History]) -> list[Lines]:
-    """Training and validation loss over tokens, and over hours."""
-    axes: dict[str, Callable[[History, np.ndarray], np.ndarray]] = {
-        "tokens": lambda run, steps: steps * run.tokens_per_step,
-        "hours": lambda run, steps: run.hours(steps),
-    }
-    notes = {"tokens": "", "hours": "Hours of the steps alone: evaluations, saves and pauses are left out."}
-    found = []
-    for axis, place in axes.items():
-        curves, variants = {}, {}
-        for run in runs:
-            train, scores = run.training, run.evaluations
-            curves[run.name] = thinned(place(run, train.steps), train.columns["loss"])
-            if len(scores.steps):
-                name = _free(f"{run.name} · validation", [run.name for run in runs])
-                curves[name] = thinned(place(run, scores.steps), scores.columns["eval_loss"])
-                variants[name] = run.name
-        note = f"Dashed: validation. {notes[axis]}" if variants else notes[axis]
-        found.append(Lines(f"Loss over {axis}", axis, "nats per token", curves, note=note.strip(), variants=variants))
-    return found
+    """Training and validation loss over tokens, and over hours, or over minutes if all runs are short."""
+    minutes = max(run.total_hours for run in runs) < 2
+    unit, factor = ("minutes", 60) if minutes else ("hours", 1)
+
+    def tokens(run: History, steps: np.ndarray) -> np.ndarray:
+        return steps * run.tokens_per_step
+
+    def time(run: History, steps: np.ndarray) -> np.ndarray:
+        return run.hours(steps) * factor
+
+    zoom = (
+        "Dashed: validation. Pale, here and below: the extremes of the steps of which a line is the mean. A drag across"
+        " a chart zooms in, a double click zooms out."
+    )
+    alone = "The steps alone, without evaluations, saves and pauses."
+    found = [
+        _loss(runs, "Loss over tokens", "tokens", tokens, 0, zoom),
+        _loss(runs, "Loss over tokens, without the first quarter", "tokens", tokens, 1 / 4, ""),
+        _loss(runs, f"Loss over {unit}", unit, time, 0, alone),
+    ]
+    return [chart for chart in found if chart]
 
 
-def _free(name: str, taken: Sequence[str]) -> str:
-    while name in taken:
-        name += "*"
-    return name
+def _loss(
+    runs: Sequence[History],
+    title: str,
+    axis: str,
+    place: Callable[[History, np.ndarray], np.ndarray],
+    start: float,
+    note: str,
+) -> Lines | None:
+    """The chart of the losses, from a share `start` of its axis on."""
+    curves = _Curves(runs)
+    first = start * max(place(run, run.training.steps[-1:])[0] for run in runs)
+    for run in runs:
+        for series, key in ((run.training, "loss"), (run.evaluations, "eval_loss")):
+            x = place(run, series.steps)
+            x, y = x[x >= first], series.columns[key][x >= first]
+            if key == "loss":
+                curves.add(run.name, x, y)
+            elif len(x):
+                curves.add_dashed(run.name, "validation", x, y)
+    return curves.chart(title, axis, "nats per token", note)
 
 
 def _training(runs: Sequence[History]) -> list[Lines]:
     """What the steps recorded, over tokens; without charts that would be empty."""
     found = []
 
-    def add(title: str, unit: str, key: str, factor: float = 1.0, compiled: bool = False, **how: Any) -> None:
-        curves = {}
+    def add(title: str, unit: str, key: str, note: str = "", factor: float = 1.0, log_y: bool = False) -> None:
+        curves = _Curves(runs)
         for run in runs:
-            x, y = run.training.steps * run.tokens_per_step, run.training.columns[key] * factor
-            shown = np.isfinite(y) & ((y > 0) | (not how.get("log_y"))) & ((run.training.steps > 1) | (not compiled))
-            curves[run.name] = thinned(x[shown], y[shown])
-        if any(x for x, _ in curves.values()):
-            found.append(Lines(title, "tokens", unit, curves, **how))
+            steps, y = run.training.steps, run.training.columns[key] * factor
+            shown = (y > 0) | (not log_y)
+            if key in SPEEDS:
+                shown &= steps > 1
+            curves.add(run.name, steps[shown] * run.tokens_per_step, y[shown], means=key in NOISY)
+        found.append(curves.chart(title, "tokens", unit, note, log_y))
 
     add("Learning rate", "learning rate", "lr")
-    add("Norm of the gradient", "norm", "grad_norm", log_y=True, note="Before clipping, on a logarithmic axis.")
+    add("Norm of the gradient", "norm", "grad_norm", "Before clipping, on a logarithmic axis.", log_y=True)
     first = "Without the first step, which includes compilation."
-    add("Throughput", "tokens per second", "tokens_per_second", compiled=True, note=first)
-    add("Model FLOPs utilization", "% of the peak", "mfu", 100.0, compiled=True)
-    add("Peak memory", "GB", "peak_memory_bytes", 1e-9, note="Of the fullest device; on CPUs, of the process.")
+    add("Throughput", "tokens per second", "tokens_per_second", first)
+    add("Model FLOPs utilization", "% of the peak", "mfu", factor=100.0)
+    add("Peak memory", "GB", "peak_memory_bytes", "Of the fullest device; on CPUs, of the process.", factor=1e-9)
     for title, key in (("Skipped steps", "skipped"), ("Spikes", "spikes")):
         if any(run.training.last(key) > 0 for run in runs):
             add(title, "so far", key)
-    return found
+    return [chart for chart in found if chart]
 
 
 def _returns(runs: Sequence[History]) -> list[Table]:
@@ -190,7 +245,7 @@ def _samples(runs: Sequence[History]) -> list[Texts]:
 
 
 def _changes(runs: Sequence[History]) -> list[Table]:
-    rows = [(run.name, time, changed) for run in runs for time, changed in run.changes]
+    rows = [(run.name, time[:16].replace("T", " "), changed) for run in runs for time, changed in run.changes]
     return [Table("Changed on the way", ("run", "time", "what"), rows, words=True)] if rows else []
 
 
