@@ -25,7 +25,7 @@ def write_own(workdir: Path, say: Callable[[str], None]) -> None:
         check_path(str(workdir / NAME), workdir / NAME)
         write_report(workdir / NAME, [read_history(workdir, workdir.resolve().name)])
     except Exception as error:
-        say(f"{workdir / NAME} is NOT written: {error or type(error).__name__}")
+        say(f"{workdir / NAME} is not written: {error or type(error).__name__}")
 
 
 def write_report(path: Path, runs: Sequence[History]) -> None:
