@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": Command("jaxlm.commands.inspect", "print the data as the model sees it"),
     "plan": Command("jaxlm.commands.plan", "say what a run would need, without running it"),
     "report": Command("jaxlm.commands.report", "draw runs on a page: curves, samples, what differs"),
+    "show": Command("jaxlm.commands.show", "list a model's parts, and the checkpoints of a run"),
     "bench": Command(
         "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),
