@@ -224,7 +224,7 @@ def _returns(runs: Sequence[History]) -> list[Table]:
     rows = [
         (run.name, f"{r.to:,}", f"{r.first:,} to {r.last:,}", f"{r.lr:.3g}", r.why) for run in runs for r in run.returns
     ]
-    columns = ("run", "back to step", "left out batches", "learning rates times", "why")
+    columns = ("run", "back to step", "without batches", "rates times", "why")
     return [Table("Returns to a checkpoint", columns, rows, words=True)] if rows else []
 
 
