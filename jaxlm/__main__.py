@@ -20,6 +20,8 @@ COMMANDS = {
     "plan": Command("jaxlm.commands.plan", "say what a run would need, without running it"),
     "import-hf": Command("jaxlm.commands.import_hf", "make a workdir of a Hugging Face model"),
     "export-hf": Command("jaxlm.commands.export_hf", "write a run's model for transformers"),
+    "report": Command("jaxlm.commands.report", "draw runs on a page: curves, samples, what differs"),
+    "show": Command("jaxlm.commands.show", "list a model's parts, and the checkpoints of a run"),
     "bench": Command(
         "jaxlm.commands.bench", "time the step; `bench data`: the data; `bench comm`: what the devices exchange"
     ),

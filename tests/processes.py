@@ -83,5 +83,5 @@ def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
 
 def numbers(workdir: Path) -> list[dict[str, Any]]:
     """Returns the metrics without times, and without bits per byte."""
-    timing = {"time", "tokens_per_second", "step_seconds", "mfu", "eval_bits_per_byte"}
+    timing = {"time", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "eval_bits_per_byte"}
     return [{k: v for k, v in m.items() if k not in timing} for m in lines(workdir)]

@@ -22,7 +22,7 @@ from jaxlm.train.placement import Placement
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/debug.py"
 STEPS, CHECKPOINT = 600, 100
-TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
+TIMES = {"time", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes"}
 TINY = {
     "steps": STEPS,
     "batch_size": 8,

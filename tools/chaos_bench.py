@@ -16,7 +16,7 @@ from jaxlm.config.paths import steps_in
 from jaxlm.host import signals
 
 CHILD = Path(__file__).with_name("chaos_child.py")
-TIMES = {"time", "tokens_per_second", "step_seconds", "mfu"}
+TIMES = {"time", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes"}
 LIMIT = 600.0  # seconds; a run that takes longer to end has broken a promise
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import UserError
+from jaxlm.config import MAX_INT, UserError
 from jaxlm.host.durable import append, sync, write_whole
 
 NAME = "metrics.jsonl"
@@ -33,24 +33,38 @@ class JsonLines:
             sync(self._path.parent)
 
 
-def check(workdir: Path) -> None:
-    """Raises UserError if metrics.jsonl holds anything but a run's lines; the last one may be incomplete."""
-    path = workdir / "metrics.jsonl"
+def stream(workdir: Path) -> Iterator[Metrics]:
+    """Yields the lines of metrics.jsonl one by one, without the last one if it is incomplete; nothing without a file.
+
+    Raises:
+      UserError: the file cannot be read, or holds anything but a run's lines.
+    """
+    path = workdir / NAME
     if not path.exists():
         return
     try:
-        lines = path.read_text("utf-8").split("\n")[:-1]
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith("\n"):
+                    yield _parsed(line, f"{path}: line {number}")
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}); allowed: the metrics of a run, or no file") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            known = isinstance(json.loads(line)["step"], int)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            known = False
-        if not known:
-            raise UserError(
-                f"{path}: line {number} was not written by a run; allowed: the metrics of a run, or no file"
-            )
+
+
+def _parsed(line: str, where: str) -> Metrics:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        step = (found := json.loads(line))["step"]
+        if type(step) is int and 0 <= step <= MAX_INT:
+            return found
+    raise UserError(f"{where} was not written by a run; allowed: the metrics of a run, or no file")
+
+
+def check(workdir: Path) -> None:
+    """Raises UserError if metrics.jsonl holds anything but a run's lines; the last one may be incomplete."""
+    for _ in stream(workdir):
+        pass
 
 
 def _step_of(line: str) -> float:

@@ -27,7 +27,7 @@ from jaxlm.host.durable import beside, write_whole
 from jaxlm.host.temporary import temporary_folder
 
 # All that a run writes in its workdir. It writes config.json first, which marks the folder as a run's.
-FILES = ("config.json", "metrics.jsonl", "returns.json", "wandb_id")
+FILES = ("config.json", "metrics.jsonl", "returns.json", "report.html", "wandb_id")
 FOLDERS = ("checkpoints", "tokenizer", "tensorboard", "profile", "wandb")
 LOCK = ".lock"
 

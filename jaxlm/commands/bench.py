@@ -241,9 +241,7 @@ class Trainer:
 
     def peak_memory(self) -> int:
         """Returns the peak bytes of the fullest device if devices report them, else of this process."""
-        stats = [d.memory_stats() or {} for d in self.parts.placement.local]
-        device = max(s.get("peak_bytes_in_use", 0) for s in stats)
-        return device or memory.peak_bytes()
+        return memory.peak_of(self.parts.placement.local)
 
     def close(self) -> None:
         self._stream.close()

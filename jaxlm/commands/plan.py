@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         allowed = f"up to {few}, the devices of a host, or a multiple of {few}"
         raise UserError(f"--devices is {args.devices}; allowed with --device {args.device}: {allowed}")
     runtime.check_batch(config, few, args.devices // few)
-    vocab_size = args.vocab_size or _vocab_size(config)
+    vocab_size = args.vocab_size or vocab_size_of(config)
     if vocab_size < 2:
         raise UserError(f"--vocab_size is {vocab_size}; allowed: 2 or more")
     configure(config, device, few)
@@ -90,7 +90,7 @@ def _import_as_a_run_does() -> None:
         import_tensorflow()
 
 
-def _vocab_size(config: Config) -> int:
+def vocab_size_of(config: Config) -> int:
     """The number of tokens, as far as the configuration says it."""
     d = config.data
     if d.source in ("synthetic", "tokens") or (d.tokenizer == "sentencepiece" and not d.tokenizer_path):

@@ -4,7 +4,9 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def resident_bytes() -> int:
@@ -15,6 +17,11 @@ def resident_bytes() -> int:
 def peak_bytes(pid: int | None = None) -> int:
     """Peak memory of a running process, by default of this one; 0 = the system does not say it."""
     return _of_status(str(pid or "self"), "VmHWM") or (_largest() if pid in (None, os.getpid()) else 0)
+
+
+def peak_of(devices: Sequence[Any]) -> int:
+    """Peak memory of the fullest of these JAX devices; of this process where they do not say it, as on CPUs."""
+    return max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in devices) or peak_bytes()
 
 
 def _of_status(pid: str, name: str) -> int:

@@ -62,13 +62,15 @@ def _recorded(workdir: Path, config: Config) -> dict[str, Any] | None:
 
 
 def close(reporter: Reporter, config: Config, workdir: Path, corpus: data.Corpus, scores: dict[str, Any]) -> None:
-    """Shows the score beside those of compressors, and the command to type next."""
+    """Shows the score beside those of compressors, where the report is, and the command to type next."""
     bits = scores["eval_bits_per_byte"]
     whole = not config.eval.batches  # otherwise compressors and model would see different bytes
     if bits is not None and whole and config.eval.baselines and not reporter.console.quiet:
         baselines = data.compression_baselines(corpus)
         if baselines:
             reporter.comparison(baselines, bits)
+    if (workdir / "report.html").is_file():
+        reporter.say(f"report: {workdir / 'report.html'}", clock=False)
     reporter.say(f"next: {_next(config, corpus, shlex.quote(str(workdir)))}", clock=False)
 
 

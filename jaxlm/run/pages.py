@@ -3,13 +3,18 @@
 uPlot draws the charts in the browser (jaxlm/run/page/uplot.js, MIT license), and Jinja fills in the page.
 """
 
+import functools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxlm.config import UserError
 from jaxlm.host.durable import write_whole
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 WIDEST = 1000  # columns of a table in the terminal, which wraps longer lines itself
 FOLDER = Path(__file__).with_name("page")
@@ -25,6 +30,8 @@ class Lines(NamedTuple):
     log_x: bool = False
     log_y: bool = False
     note: str = ""
+    dashed: Mapping[str, str] = {}  # {curve: the one whose color it has}
+    faint: Mapping[str, str] = {}  # the same; comes and goes with that one, and is not in the legend
 
 
 class Bar(NamedTuple):
@@ -47,25 +54,55 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]  # numbers but for the first column
     note: str = ""
+    words: bool = False  # text in all columns
+    folded: bool = False  # until the reader unfolds it
+
+
+class Texts(NamedTuple):
+    """Texts below each other, with their line breaks."""
+
+    title: str
+    texts: Sequence[tuple[str, str]]  # [(heading, text)]
+    note: str = ""
+
+
+Part = Lines | Bars | Table | Texts
+MARK = '<meta name="generator" content="jaxlm">'  # in the head of every page
 
 
 def check_path(option: str, path: Path) -> None:
-    """Raises UserError unless a page can be written there, before the work that it shows."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
+    """Raises UserError unless a page can be written there, before the work that it shows.
+
+    A page may replace a page, but no other file.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir() or path.is_dir():
         raise UserError(f"{option} is {path}; allowed: a file in a folder that exists")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} is {path}; allowed: a file in a folder that you may write to")
+    if path.exists() and not _is_page(path):
+        raise UserError(f"{option} is {path}, which is there and no page of jaxlm; allowed: a new file, or such a page")
 
 
-def write_page(path: Path, title: str, summary: str, parts: Sequence[Lines | Bars | Table]) -> None:
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(1000)
+    except OSError:
+        return False
+
+
+def write_page(path: Path, title: str, summary: str, parts: Sequence[Part]) -> None:
     """Writes the page whole or not at all.
 
     Raises:
       UserError: the file cannot be written.
     """
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     charts = [_chart(part) for part in parts if isinstance(part, Lines)]
-    text = environment.get_template("page.html").render(
+    text = _template().render(
+        mark=MARK,
         title=title,
         summary=summary,
         parts=[(type(part).__name__, part) for part in parts],
@@ -75,11 +112,19 @@ def write_page(path: Path, title: str, summary: str, parts: Sequence[Lines | Bar
         style=(FOLDER / "uplot.css").read_text(),
     )
     try:
-        write_whole(path, text)
+        write_whole(path, text.encode("utf-8", "replace").decode())  # names of files may hold what UTF-8 cannot write
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); allowed: a file in a folder"
         ) from error
+
+
+@functools.cache
+def _template() -> "Template":
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html")
 
 
 def print_table(table: Table) -> None:
@@ -101,10 +146,15 @@ def markdown(table: Table) -> str:
 
 def _chart(lines: Lines) -> dict:
     """What the page's script reads of a chart."""
+    names, like = list(lines.curves), {**lines.dashed, **lines.faint}
+    own = [name for name in names if name not in like]
     return {
         "x": lines.x,
         "y": lines.y,
         "log": [lines.log_x, lines.log_y],
-        "names": list(lines.curves),
+        "names": names,
+        "colors": [own.index(like.get(name, name)) for name in names],
+        "dashed": [name in lines.dashed for name in names],
+        "follows": [names.index(lines.faint[name]) if name in lines.faint else None for name in names],
         "data": [[list(x), list(y)] for x, y in lines.curves.values()],
     }

@@ -8,6 +8,7 @@ import jax
 
 from jaxlm.checkpoint import metrics_file
 from jaxlm.checkpoint.rollback import Trouble
+from jaxlm.host import memory
 from jaxlm.model import flops_per_token
 from jaxlm.run import metrics
 from jaxlm.run.begin import Parts
@@ -58,6 +59,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
             m |= {k: int(done.metrics[k]) for k in ("skipped", "spikes")}
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds}
             m |= {"mfu": rate * flops / (peak * len(parts.devices)) if peak else None}
+            m |= {"peak_memory_bytes": memory.peak_of(parts.placement.local)}
             m |= _consumed(parts, done.step)
             write(m)
             parts.reporter.train(m)

@@ -20,7 +20,7 @@ from jaxlm.host.startup import STOPPED
 from jaxlm.host.stop import Interrupted, make_stop
 from jaxlm.host.watchdog import Watchdog
 from jaxlm.model import num_params
-from jaxlm.run import metrics
+from jaxlm.run import metrics, report
 from jaxlm.run.begin import Parts, begin
 from jaxlm.run.console import human
 from jaxlm.run.evaluation import make_evaluation
@@ -82,6 +82,8 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, s
             return STOPPED
         if jax.process_count() == 1:
             stop.release("stopped after the last step, saved; run the same command again for its scores")
+    if jax.process_index() == 0:
+        report.write_own(workdir, parts.reporter.say)
     close(parts.reporter, config, workdir, parts.corpus, scores)
     return 0
 

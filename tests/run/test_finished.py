@@ -39,7 +39,8 @@ def test_a_finished_run_answers_at_once(
     argv = ["--config", str(CONFIG), "--workdir", str(workdir), *keys]
     assert main.run(argv) == 0
     first = closing(capsys.readouterr().out)
-    assert "this model" in first and "│ the " in first and "next: " in first
+    assert "this model" in first and "│ the " in first and f"report: {workdir}/report.html\nnext: " in first
+    assert "2 of 2 steps" in (workdir / "report.html").read_text()
     assert lines(workdir)[-1]["sample"].startswith("the ")
 
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}

@@ -58,6 +58,7 @@ def test_metrics(whole: Path):
         "tokens_per_second",
         "step_seconds",
         "mfu",
+        "peak_memory_bytes",
         "epochs",
     }
     assert all(m.keys() == keys for m in train)
