@@ -30,7 +30,7 @@ def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool)
     """
     if not chat:
         return np.concatenate([[tokenizer.bos_id], tokenizer.encode([text])[0]]).astype(np.int32)
-    pieces = question(text, data)
+    pieces = question(text, data, tokenizer)
     ids = encode_marked(tokenizer, [piece.text for piece in pieces], [piece.markup for piece in pieces])
     return np.concatenate([[tokenizer.bos_id], *ids]).astype(np.int32)
 
@@ -42,7 +42,7 @@ def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = (
     An answer ends at the first special token that the template writes after it. Without one, it ends where the user's
     next message opens.
     """
-    after, opening = after_answer(data) if trains_on_answers(data) else ("", "")
+    after, opening = after_answer(data, tokenizer) if trains_on_answers(data) else ("", "")
     special = first_special(tokenizer, after)
     if special is not None:
         return Ending(tokenizer.end_ids | {special}, tuple(stops), "")

@@ -150,7 +150,8 @@ BAD = [
     ([], r"line 2: 'm' has no message of role 'assistant'"),
     ([turn("user", "a")], r"line 2: 'm' has no message of role 'assistant'"),
     ([turn("user", "a"), {"role": "assistant"}], r"line 2: 'm' message 1 has no text 'content'"),
-    ([{"from": "human", "value": "a"}], r"line 2: 'm' message 0 has no text 'role'"),
+    ([{"from": "human", "value": "a"}], r"line 2: 'm' has no message of role 'assistant'"),
+    ([{"from": "human", "text": "a"}], r"line 2: 'm' message 0 has no text 'content'"),
     ([turn("assistant", "a\0")], r"line 2: 'm' message 0 holds a NUL"),
     (["a"], r"line 2: 'm' message 0 has no text 'role'"),
 ]

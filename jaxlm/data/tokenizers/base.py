@@ -38,12 +38,14 @@ class Tokenizer(abc.ABC):
     library: str | None = None  # the package that encodes; another version may give other ids
     num_threads: int  # threads that `encode` may use
     specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
+    beside: dict[str, bytes]  # files that its model ships beside it, such as its chat template (shipped.py)
     end_ids: frozenset[int]  # ids that end a text: bos, and other ends that a pretrained model may write
 
     def __init__(self, pieces: list[bytes], bos_id: int):
         self.pieces = pieces
         self.bos_id = bos_id
         self.specials = {}
+        self.beside = {}
         self.end_ids = frozenset([bos_id])
         self.num_threads = os.cpu_count() or 1
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError, show
 from jaxlm.data.tokenizers.base import Texts, Tokenizer, to_bytes, write_spec
+from jaxlm.data.tokenizers.shipped import write_beside
 
 FILE = "tokenizer.json"
 # Names of the token that opens a document in families of models or, in families without one, separates documents.
@@ -163,6 +164,7 @@ class HfTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(self._content)
+        write_beside(folder, self.beside)
         write_spec(folder, {"kind": "hf"})
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.data.sources.conversations import Spans
+from jaxlm.data.sources.documents import Spans
 from jaxlm.data.tokenizers.base import Tokenizer
 
 

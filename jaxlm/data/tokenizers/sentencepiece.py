@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
+from jaxlm.data.tokenizers.shipped import write_beside
 
 SAMPLE_CHARACTERS = 20_000_000  # of the training text, on which sentencepiece is trained, at most
 # Training a unigram model takes 17 s of one core per million characters, and larger vocabularies need more characters.
@@ -58,15 +59,17 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
         super().__init__(pieces, sp.bos_id())
         self.end_ids |= {sp.eos_id()} - {-1}
+        if not lossless:
+            self.specials = {sp.id_to_piece(i): i for i in range(sp.vocab_size()) if sp.is_control(i)}
         self._model = model
-        self._lossless = lossless
+        self.lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
         self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
         # Most models made elsewhere put a space before the text; decoding removes it.
         self._adds_space = not lossless and first.startswith(b" ")
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        if not self._lossless:  # the model may normalize and add a space, so texts cannot be cut
+        if not self.lossless:  # the model may normalize and add a space, so texts cannot be cut
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
             encoded = self._processor.encode(texts, num_threads=self.num_threads)
             return [np.array(ids, np.int32) for ids in encoded]
@@ -112,7 +115,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         (folder / "sentencepiece.model").write_bytes(self._model)
-        write_spec(folder, {"kind": "sentencepiece", "lossless": self._lossless})
+        write_beside(folder, self.beside)
+        write_spec(folder, {"kind": "sentencepiece", "lossless": self.lossless})
 
     @classmethod
     def load(cls, folder: Path, spec: dict[str, Any]) -> "SentencePieceTokenizer":
