@@ -137,7 +137,7 @@ def test_a_newline_that_a_shell_left_as_two_characters_is_refused(config: Config
 def test_a_template_does_not_expand_placeholders_in_a_message():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     found = conversation(messages, "m", "[{role}] {content}</s>{role}")
-    assert [(text, learned) for text, learned, _ in found] == [
+    assert [(piece.text, piece.learned) for piece in found] == [
         ("[user] ", False),
         ("a {role} {content}</s>user", False),
         ("[assistant] ", False),

@@ -43,6 +43,8 @@ def conversation(messages: Any, key: str, template: Template) -> list[TextPiece]
         raise UserError(f": '{key}' has no message of role '{LEARNED}', so there is nothing to train on")
     if isinstance(template, ChatTemplate):
         pieces = [_from_marked(text, learned) for text, learned in jinja_chats.segments(turns, template)]
+        while pieces and not pieces[-1].learned:
+            pieces.pop()
     else:
         pieces = [piece for turn in turns for piece in _message(turn["role"], turn["content"], template)]
     pieces = [piece for piece in pieces if piece.text]
@@ -72,7 +74,7 @@ def _turn(message: Any, i: int, key: str) -> dict[str, Any]:
 def _from_marked(text: str, learned: bool) -> TextPiece:
     """A piece of what a Jinja template wrote. All of it is markup, but no special token reaches over a GUARD."""
     ends = list(itertools.accumulate(map(len, parts := text.split(GUARD))))
-    return TextPiece("".join(parts), learned, tuple(zip([0, *ends], ends, strict=False)))
+    return TextPiece("".join(parts), learned, tuple(zip([0, *ends], ends, strict=False)), shipped=True)
 
 
 def trains_on_answers(data: DataConfig) -> bool:

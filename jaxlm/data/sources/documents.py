@@ -18,6 +18,7 @@ class TextPiece(NamedTuple):
     text: str
     learned: bool
     markup: Spans = ()  # characters that a chat template wrote: special tokens are recognized there
+    shipped: bool = False  # whether special tokens change the spaces around them, as the tokenizer was shipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Document:
     first: bool = True  # False: continues the part before it
     predicted: bool = True  # whether it is trained on; False for a prompt, for example
     markup: Spans = ()  # characters that a chat template wrote
+    shipped: bool = False  # whether special tokens change the spaces around them, as the tokenizer was shipped
+
+
+def documents_of(pieces: list[TextPiece], name: str = "", split: Split = "train") -> list[Document]:
+    """The parts of one document."""
+    return [Document(name, p.text, split, i == 0, p.learned, p.markup, p.shipped) for i, p in enumerate(pieces)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,7 +100,7 @@ def after_answer(template: ChatTemplate) -> tuple[str, str]:
     except TemplateError:
         return "", ""
     both = both.partition(OPEN)[0]
-    after = both[: _shared(last, both)] if both else last
+    after = both[: _before_name(both, _shared(last, both), template)] if both else last
     return after, both[len(after) :]
 
 

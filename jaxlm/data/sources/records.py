@@ -112,10 +112,11 @@ def _read_part(part: RecordPart, data: DataConfig, form: Format, template: Templ
             yield Skipped(reason)
             continue
         first = True
-        for text, learned, markup in texts:
+        for text, learned, markup, shipped in texts:
             at = 0
             for piece in parts_of(text):
-                yield Document(f"{part.name} {place}", piece, split, first, learned, _within(markup, at, len(piece)))
+                spans = _within(markup, at, len(piece))
+                yield Document(f"{part.name} {place}", piece, split, first, learned, spans, shipped)
                 first, at = False, at + len(piece)
 
 
