@@ -16,7 +16,10 @@ HARD_SAMPLE = (
     "naïve café Ångström ﬁ \u00a0\u2003\u3000\u200b\ufeff tab\tend 1234567 ①②½ x²\n"
     "[INST] <s> </s> <0x41> <|im_end|> <unk> <tool_call> \U000e0001 \U0010ffff end"
 )
-SCRIPTS = "".join(f"مرحبا {a} 你好世界 {b} 👩\u200d👧 שלום 한국어\n" for a in "سلام 😀" for b in "é世ή한")  # to train on
+# To train on.
+SCRIPTS = "".join(
+    f"مرحبا {a} 你好世界 {b} 👩\u200d👧 שלום 한국어\n" for a in "سلام 😀" for b in "é世ή한"
+)  # to train on
 NOT_NFC = "cafe\u0301 A\u030angstro\u0308m"  # Qwen's tokenizers compose these letters
 
 # The patterns at which byte-level families cut a text before merging: words, numbers, punctuation, spaces.
