@@ -167,7 +167,8 @@ def test_a_folder_with_both_files_gives_the_one_that_is_asked_for(shipped: Path,
     (tmp_path / "tokenizer.json").write_text(family("llama2"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
     data.tokenizer_path = str(tmp_path)
-    for kind, expected in (("hf", HfTokenizer), ("sentencepiece", SentencePieceTokenizer)):
+    kinds: list[tuple[Any, type]] = [("hf", HfTokenizer), ("sentencepiece", SentencePieceTokenizer)]
+    for kind, expected in kinds:
         data.tokenizer = kind
         tokenizer = make_tokenizer(data, list, list)
         assert isinstance(tokenizer, expected) and list(tokenizer.beside) == ["tokenizer_config.json"]

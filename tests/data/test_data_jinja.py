@@ -174,6 +174,7 @@ def test_a_store_of_chats_keeps_the_template(config: Config, tmp_path: Path):
     validate(dataclasses.replace(config, data=dataclasses.replace(config.data, path="a")))
     corpus = open_corpus(config, tmp_path / "a.jsonl")
     assert corpus.tokenizer and corpus.train.masks and corpus.bytes_per_token is not None
+    assert corpus.train.starts is not None
     ids, mask = np.asarray(corpus.train), np.concatenate(corpus.train.masks)
     texts = {corpus.tokenizer.decode(part) for part in np.split(ids, corpus.train.starts[1:])}
     assert texts == {"system\ns\nuser\nq\nassistant\n<s>a\n"}
@@ -214,12 +215,14 @@ def test_a_run_keeps_the_template_for_its_answers(tmp_path: Path, folder: Path, 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"m": turns("q", "yes")}) + "\n" for _ in range(60)))
     keys = {"data.source": "jsonl", "data.path": tmp_path / "a.jsonl", "data.messages_key": "m", "steps": 2,
             "data.tokenizer": "hf", "data.tokenizer_path": shipped, "data.chat_template": "tokenizer",
-            "data.packing": "document", "seq_len": 64, "data.cache_dir": tmp_path / "cache"}  # fmt: skip
+            "data.packing": "document", "seq_len": 64, "data.cache_dir": tmp_path / "cache",
+            "model.num_layers": 1, "parallel.devices": 1, "eval.sample_tokens": 0, "eval.batches": 1,
+            "optim.ema_decay": 0, "log.hang_seconds": 0}  # fmt: skip
     assert run(tmp_path / "run", **keys) == 0
     shutil.rmtree(shipped)
     from jaxlm.commands.generate import main
 
-    arguments = ["--workdir", str(tmp_path / "run"), "--chat", "--prompt", "q", "--max_new_tokens", "2"]
+    arguments = ["--workdir", str(tmp_path / "run"), "--chat", "--prompt", "q", "--max_new_tokens", "1"]
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().err == ""

@@ -283,8 +283,8 @@ def _spaces(spec: dict[str, Any]) -> Spaces:
     for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") == "always":
             adds = "missing" if step.get("add_prefix_space", True) else adds
-    taken = (frozenset(t["content"] for t in added if t.get(side)) for side in ("rstrip", "lstrip"))
-    return Spaces(*taken, adds)
+    after, before = (frozenset(token["content"] for token in added if token.get(side)) for side in ("rstrip", "lstrip"))
+    return Spaces(after, before, adds)
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
