@@ -187,6 +187,18 @@ def test_a_store_of_chats_keeps_the_template(config: Config, tmp_path: Path):
     assert other.folder != corpus.folder and other.fingerprint != corpus.fingerprint
 
 
+def test_prompts_and_responses_are_written_by_a_template(config: Config, tmp_path: Path):
+    records = [{"q": "Say it", "a": f"it {i}"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    keys = {"messages_key": "", "prompt_key": "q", "response_key": "a", "chat_template": FAMILIES["llama2"]}
+    corpus = open_corpus(config, tmp_path / "a.jsonl", **keys)
+    validate(config)
+    assert corpus.tokenizer and corpus.train.masks
+    ids, mask = np.asarray(corpus.train), np.concatenate(corpus.train.masks)
+    assert corpus.tokenizer.decode(ids[:40]).startswith("[INST] Say it [/INST] it ")
+    assert set(corpus.tokenizer.decode(ids[mask])) <= set(" it0123456789") and (ids == corpus.tokenizer.bos_id).any()
+
+
 def test_prompts_and_ends_of_answers_follow_the_template(config: Config, tokenizer: HfTokenizer):
     ids = encode_prompt(tokenizer, config.data, "<|im_end|>", chat=True).tolist()
     text = "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -57,7 +57,7 @@ def _turn(message: Any, i: int, key: str) -> dict[str, Any]:
     """Message i as {"role": ..., "content": ..., and what else it has}. Raises UserError if it has no text."""
     found = dict(message) if isinstance(message, dict) else {}
     for name, other in (("role", "from"), ("content", "value")):
-        if name not in found and isinstance(found.get(other), str):
+        if found.get(name) is None and isinstance(found.get(other), str):
             found[name] = found.pop(other)
         if not isinstance(found.get(name), str):
             raise UserError(
@@ -66,7 +66,7 @@ def _turn(message: Any, i: int, key: str) -> dict[str, Any]:
             )
         if "\0" in found[name]:
             raise UserError(f": '{key}' message {i} holds a NUL character; allowed: text")
-    if "role" not in message:
+    if message.get("role") is None:
         found["role"] = SHAREGPT.get(found["role"], found["role"])
     return found
 

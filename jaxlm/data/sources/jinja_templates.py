@@ -88,7 +88,7 @@ def render(template: ChatTemplate, messages: list[dict[str, Any]], opening: bool
     try:
         text = program.render(**template.tokens, tools=None, documents=None, **given)
     except Exception as error:  # a program by somebody else may raise anything
-        reason = show(" ".join(str(error).split()) or type(error).__name__)
+        reason = show(" ".join(str(error).replace(GUARD, "").split()) or type(error).__name__)
         raise TemplateError(
             f": data.chat_template refuses these messages ({reason}); allowed: roles and orders that it knows"
         ) from None
@@ -111,7 +111,7 @@ def guarded(value: Any, template: ChatTemplate) -> Any:
 
 def _guarded_text(text: str, template: ChatTemplate) -> str:
     if any(mark in text for mark in MARKS):
-        raise UserError(" holds a character of U+FDD0 to U+FDD2, which are no text; allowed: text")
+        raise TemplateError(": a message holds a character of U+FDD0 to U+FDD2; allowed: text, which has none of them")
     names = _names_anywhere(template.specials)
     return names.sub(lambda match: match[0] + GUARD, text) if names else text
 
