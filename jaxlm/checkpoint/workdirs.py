@@ -23,6 +23,7 @@ from jaxlm.config import Config, UserError, changes, show
 from jaxlm.config.files import check_vocab_size, read_config, read_saved
 from jaxlm.config.paths import holds_checkpoints, steps_in
 from jaxlm.data.order import VERSION, VERSIONS
+from jaxlm.data.tokenizers.shipped import BESIDE
 from jaxlm.host.durable import beside, write_whole
 from jaxlm.host.temporary import temporary_folder
 
@@ -195,17 +196,17 @@ def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
 
 
 def holds_tokenizer(workdir: Path, tokenizer: Any) -> bool:
-    """Whether the tokenizer in a workdir has the same files as this one."""
+    """Whether the tokenizer in a workdir has the same files as this one, apart from those that decide no ids."""
     folder = workdir / "tokenizer"
     if tokenizer is None:
         return not folder.exists()
     with temporary_folder() as saved:
         tokenizer.save(saved)
-        names = os.listdir(saved)
+        names = [name for name in os.listdir(saved) if name not in BESIDE]
         renamed = folder / "jaxlm_tokenizer.json"
         if renamed.name in names and not renamed.exists() and "tokenizer.json" not in names:
             (saved / renamed.name).rename(saved / "tokenizer.json")  # the name in older versions
-            names = os.listdir(saved)
+            names = [name for name in os.listdir(saved) if name not in BESIDE]
         return filecmp.cmpfiles(saved, folder, names, shallow=False)[0] == names
 
 

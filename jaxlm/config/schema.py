@@ -133,6 +133,9 @@ class OptimConfig:
     return_lr: float  # factor on all learning rates after a return within 1000 steps of another; at most 1 = no change
 
 
+OF_TOKENIZER = "tokenizer"  # value of data.chat_template: the template that the tokenizer came with
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class DataConfig:
     source: SourceName  # kind of data
@@ -142,8 +145,12 @@ class DataConfig:
     text_key: str  # jsonl, parquet, tfds: key of a record's text; in jsonl and parquet a.b is key b of object a
     prompt_key: str  # jsonl, parquet: with response_key, key of a prompt, which is not trained on; "" = none
     response_key: str  # jsonl, parquet: key of a response, which is trained on; replaces text_key; "" = none
-    messages_key: str  # jsonl, parquet: key of a list of {role, content}; trains on the assistant's; replaces text_key
-    chat_template: str  # text of a message, with {role} and {content}; "" = prompt and response without a template
+    # jsonl, parquet: key of a list of {role, content} or ShareGPT's {from, value}; trains on the assistant's messages;
+    # replaces text_key.
+    messages_key: str
+    # Text of a message, with {role} and {content}; or Jinja; or tokenizer = the Jinja template that came with it;
+    # "" = prompt and response without a template.
+    chat_template: str
     on_error: Literal["stop", "skip"]  # text, jsonl, parquet: stop at a bad file or record, or skip and count it
     tfds_name: str  # tfds: dataset builder, `name[/config][:version]`
     split: str  # tfds: split to train on
@@ -157,6 +164,11 @@ class DataConfig:
     # How documents fill rows of seq_len tokens. `concat`: one after the other, across rows; `document`: whole documents
     # side by side, each attending only to itself.
     packing: Literal["concat", "document"]
+
+    @property
+    def jinja(self) -> bool:
+        """Whether the chat template is in Jinja."""
+        return self.chat_template == OF_TOKENIZER or "{%" in self.chat_template or "{{" in self.chat_template
 
 
 # Values of parallel.reduce that are refused with parallel.zero=1: they save bytes on gradients, which gathering whole

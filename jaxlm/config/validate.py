@@ -253,10 +253,11 @@ def _check_conversations(d: DataConfig, parts: list[DataConfig], require: Requir
         require(bool(d.response_key), "data.response_key", "a key, since data.prompt_key is set")
     if d.messages_key or (d.response_key and d.chat_template):
         fits = d.chat_template.count("{content}") == 1 and "{role}" in d.chat_template
-        require(fits, "data.chat_template", "a text with {role}, and with {content} once")
+        allowed = "a text with {role}, and with {content} once; Jinja; or tokenizer, for the one that came with it"
+        require(fits or d.jinja, "data.chat_template", allowed)
     # A shell passes '...\\n' as a backslash and an n, which the model would learn to write.
     allowed = r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'"
-    require("\\n" not in d.chat_template, "data.chat_template", allowed)
+    require("\\n" not in d.chat_template or d.jinja, "data.chat_template", allowed)
     if not any(SOURCES[part.source].records for part in parts):
         have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
         for key in ("response_key", "messages_key"):

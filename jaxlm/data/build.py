@@ -120,7 +120,7 @@ def _make_shard(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, mask
             documents = [item for item in batch if isinstance(item, Document)]
             reasons = [item.reason for item in batch if isinstance(item, Skipped)]
             skipped, count = (skipped + reasons)[:REASONS], count + len(reasons)
-            encoded = encode_marked(tokenizer, [d.text for d in documents], [d.markup for d in documents])
+            encoded = encode_marked(tokenizer, documents)
             for document, ids in zip(documents, encoded, strict=True):
                 shards[document.split].add(document, ids)
     facts = {split: shards[split].facts() for split in SPLITS} | {"skipped": count, "reasons": skipped}

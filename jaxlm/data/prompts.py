@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxlm.config import DataConfig
 from jaxlm.data.sources.conversations import after_answer, question, trains_on_answers
+from jaxlm.data.sources.documents import documents_of
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokenizers.markup import encode_marked, first_special
 
@@ -30,8 +31,8 @@ def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool)
     """
     if not chat:
         return np.concatenate([[tokenizer.bos_id], tokenizer.encode([text])[0]]).astype(np.int32)
-    pieces = question(text, data)
-    ids = encode_marked(tokenizer, [piece.text for piece in pieces], [piece.markup for piece in pieces])
+    pieces = question(text, data, tokenizer)
+    ids = encode_marked(tokenizer, documents_of(pieces))
     return np.concatenate([[tokenizer.bos_id], *ids]).astype(np.int32)
 
 
@@ -42,7 +43,7 @@ def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = (
     An answer ends at the first special token that the template writes after it. Without one, it ends where the user's
     next message opens.
     """
-    after, opening = after_answer(data) if trains_on_answers(data) else ("", "")
+    after, opening = after_answer(data, tokenizer) if trains_on_answers(data) else ("", "")
     special = first_special(tokenizer, after)
     if special is not None:
         return Ending(tokenizer.end_ids | {special}, tuple(stops), "")

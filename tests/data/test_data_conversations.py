@@ -110,6 +110,18 @@ def test_only_answers_are_targets(config: Config, tmp_path: Path, packing: Any):
     assert "It is " in text and "assistant" not in text and "What" not in text
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_records_of_sharegpt_are_the_same_conversations(config: Config, tmp_path: Path, kind: str):
+    """Also in a table whose other rows have roles, where missing keys are null."""
+    said = [("human", "q"), ("gpt", "a"), ("tool", "t"), ("gpt", "b")]
+    named = [{"from": who, "value": text} for who, text in said]
+    roles = [turn(role, text) for role, text in zip(("user", "assistant", "tool", "assistant"), "qatb", strict=True)]
+    path = save(tmp_path / f"a.{kind}", [{"m": named if i % 2 else roles} for i in range(40)])
+    corpus = open_corpus(config, path, source=kind, messages_key="m", text_key="")
+    whole = "<|user|>\nq\n<|assistant|>\na\n<|tool|>\nt\n<|assistant|>\nb\n"
+    assert documents(corpus, "train") == [(whole, ["a\n", "b\n"])] * corpus.facts["train"]["documents"]
+
+
 RECORDS = [{"q": f"Name the number {i}", "a": {"text": f"number {i}"}} for i in range(40)]
 
 
@@ -137,7 +149,7 @@ def test_a_newline_that_a_shell_left_as_two_characters_is_refused(config: Config
 def test_a_template_does_not_expand_placeholders_in_a_message():
     messages = [turn("user", "a {role} {content}"), turn("assistant", "b")]
     found = conversation(messages, "m", "[{role}] {content}</s>{role}")
-    assert [(text, learned) for text, learned, _ in found] == [
+    assert [(piece.text, piece.learned) for piece in found] == [
         ("[user] ", False),
         ("a {role} {content}</s>user", False),
         ("[assistant] ", False),
@@ -150,7 +162,8 @@ BAD = [
     ([], r"line 2: 'm' has no message of role 'assistant'"),
     ([turn("user", "a")], r"line 2: 'm' has no message of role 'assistant'"),
     ([turn("user", "a"), {"role": "assistant"}], r"line 2: 'm' message 1 has no text 'content'"),
-    ([{"from": "human", "value": "a"}], r"line 2: 'm' message 0 has no text 'role'"),
+    ([{"from": "human", "value": "a"}], r"line 2: 'm' has no message of role 'assistant'"),
+    ([{"from": "human", "text": "a"}], r"line 2: 'm' message 0 has no text 'content'"),
     ([turn("assistant", "a\0")], r"line 2: 'm' message 0 holds a NUL"),
     (["a"], r"line 2: 'm' message 0 has no text 'role'"),
 ]

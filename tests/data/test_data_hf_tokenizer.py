@@ -134,7 +134,9 @@ def test_hf_needs_a_path_and_its_own_kind_of_file(hf: dict[str, HfTokenizer], tm
     (tmp_path / "model").write_bytes(b"of another kind")
     config.data.tokenizer_path, before = str(tmp_path / "model"), config.data.tokenizer_path
     config.data.tokenizer = "hf"
-    with pytest.raises(UserError, match=r"not a Hugging Face tokenizer; allowed .*=hf: a tokenizer\.json or a folder"):
+    with pytest.raises(
+        UserError, match=r"not a Hugging Face tokenizer; allowed .*=hf: a tokenizer\.json, a tokenizer\.model or"
+    ):
         make_tokenizer(validate(config).data, list, list)
     config.data.tokenizer_path = before
     assert isinstance(make_tokenizer(validate(config).data, list, list), HfTokenizer)

@@ -13,6 +13,7 @@ from jaxlm.config import Config
 from jaxlm.data import store
 from jaxlm.data.prompts import encode_prompt, make_ending
 from jaxlm.data.sources.conversations import conversation
+from jaxlm.data.sources.documents import documents_of
 from jaxlm.data.tokenizers.hf import HfTokenizer
 from jaxlm.data.tokenizers.markup import encode_marked
 from tests.corpora import make_config, open_corpus
@@ -60,7 +61,7 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
 
 def ids_of(tokenizer: HfTokenizer, messages: Any, template: str = CHATML) -> list[int]:
     pieces = conversation(messages, "m", template)
-    encoded = encode_marked(tokenizer, [p.text for p in pieces], [p.markup for p in pieces])
+    encoded = encode_marked(tokenizer, documents_of(pieces))
     return np.concatenate(encoded).tolist()
 
 

@@ -3,11 +3,22 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "val"]
 
+Spans = tuple[tuple[int, int], ...]  # [start, stop) each
+
 BLOCK = 1 << 23  # bytes read at a time; characters tokenized as one text, at most
+
+
+class TextPiece(NamedTuple):
+    """A text that is tokenized as a whole; `learned` says whether it is trained on."""
+
+    text: str
+    learned: bool
+    markup: Spans = ()  # characters that a chat template wrote: special tokens are recognized there
+    shipped: bool = False  # whether special tokens change the spaces around them, as the tokenizer was shipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +30,13 @@ class Document:
     split: Split
     first: bool = True  # False: continues the part before it
     predicted: bool = True  # whether it is trained on; False for a prompt, for example
-    markup: tuple[tuple[int, int], ...] = ()  # characters [start, stop) that a chat template wrote
+    markup: Spans = ()  # characters that a chat template wrote
+    shipped: bool = False  # whether special tokens change the spaces around them, as the tokenizer was shipped
+
+
+def documents_of(pieces: list[TextPiece], name: str = "", split: Split = "train") -> list[Document]:
+    """The parts of one document."""
+    return [Document(name, p.text, split, i == 0, p.learned, p.markup, p.shipped) for i, p in enumerate(pieces)]
 
 
 @dataclasses.dataclass(frozen=True)

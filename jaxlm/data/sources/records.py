@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.config import DataConfig, UserError, show
-from jaxlm.data.sources.conversations import Spans, TextPiece, conversation
-from jaxlm.data.sources.documents import Document, Skipped, Source, Split, Unit, held_out, parts_of
+from jaxlm.data.sources.conversations import Template, conversation, template_of
+from jaxlm.data.sources.documents import (
+    Document,
+    Skipped,
+    Source,
+    Spans,
+    Split,
+    TextPiece,
+    Unit,
+    held_out,
+    parts_of,
+)
 from jaxlm.data.sources.files import grouped, identify, real, unit_bytes
+from jaxlm.data.sources.jinja_templates import TRAINING_DATE, ChatTemplate
 from jaxlm.data.sources.splits import find_files
 
 
@@ -49,6 +60,9 @@ def open_records(data: DataConfig, form: Format) -> Source:
     """
     files, val, notes = find_files(data)
     shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *conversation_keys(data))}
+    template = template_of(data, None) if conversation_keys(data) else ""
+    if isinstance(template, ChatTemplate):
+        shapes["chat_template"] = {**template._asdict(), "today": TRAINING_DATE.isoformat()}
     key = {
         **shapes,
         "train": identify(files),
@@ -61,7 +75,8 @@ def open_records(data: DataConfig, form: Format) -> Source:
         whole += [RecordPart(n, p, "val", p.stat().st_size) for n, p in val.items()]
         limit = unit_bytes(sum(part.num_bytes for part in whole))
         parts = [piece for part in whole for piece in form.cut(part, limit)]
-        return [Unit(partial(_read, group, data, form)) for group in grouped(parts, lambda part: part.num_bytes, limit)]
+        groups = grouped(parts, lambda part: part.num_bytes, limit)
+        return [Unit(partial(_read, group, data, form, template)) for group in groups]
 
     masked, paths = bool(conversation_keys(data)), real([*files.values(), *val.values()])
     return Source(data.path or data.val_path, key, units, 0, masked=masked, files=paths, notes=notes)
@@ -73,23 +88,23 @@ def conversation_keys(data: DataConfig) -> tuple[str, ...]:
     return ("prompt_key", "response_key", "chat_template") if data.response_key else ()
 
 
-def _read(parts: list[RecordPart], data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+def _read(parts: list[RecordPart], data: DataConfig, form: Format, template: Template) -> Iterator[Document | Skipped]:
     for part in parts:
         try:
-            yield from _read_part(part, data, form)
+            yield from _read_part(part, data, form, template)
         except UserError as error:
             if data.on_error == "stop" or isinstance(error, NoColumn):
                 raise
             yield Skipped(str(error))  # in place of the rest of a damaged file
 
 
-def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Document | Skipped]:
+def _read_part(part: RecordPart, data: DataConfig, form: Format, template: Template) -> Iterator[Document | Skipped]:
     for place, number, record in form.read(part, data):
         split = part.split
         if split is None:
             split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
         try:
-            texts = _texts(record, data)
+            texts = _texts(record, data, template)
         except UserError as error:
             reason = f"{part.path} {form.unit} {number()}{error}"
             if data.on_error == "stop":
@@ -97,10 +112,11 @@ def _read_part(part: RecordPart, data: DataConfig, form: Format) -> Iterator[Doc
             yield Skipped(reason)
             continue
         first = True
-        for text, learned, markup in texts:
+        for text, learned, markup, shipped in texts:
             at = 0
             for piece in parts_of(text):
-                yield Document(f"{part.name} {place}", piece, split, first, learned, _within(markup, at, len(piece)))
+                spans = _within(markup, at, len(piece))
+                yield Document(f"{part.name} {place}", piece, split, first, learned, spans, shipped)
                 first, at = False, at + len(piece)
 
 
@@ -110,7 +126,7 @@ def _within(spans: Spans, start: int, length: int) -> Spans:
     return tuple((a, b) for a, b in clipped if a < b)
 
 
-def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
+def _texts(record: bytes | dict[str, Any], data: DataConfig, template: Template) -> list[TextPiece]:
     """The pieces of a record. Raises UserError, whose text continues a line that begins with the record's name."""
     value: Any = record
     if isinstance(record, bytes):
@@ -121,14 +137,14 @@ def _texts(record: bytes | dict[str, Any], data: DataConfig) -> list[TextPiece]:
         except (ValueError, RecursionError) as error:
             raise UserError(f": not JSON ({error}); allowed: one JSON object per line") from None
     if data.messages_key:
-        return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, data.chat_template)
+        return conversation(_at(value, "messages_key", data.messages_key), data.messages_key, template)
     if data.response_key:
         asked = _text(value, "prompt_key", data.prompt_key, empty=True) if data.prompt_key else ""
         answer = _text(value, "response_key", data.response_key)
-        if not data.chat_template:
+        if not template:
             return [TextPiece(asked, False)] * bool(asked) + [TextPiece(answer, True)]
         turns = [{"role": "user", "content": asked}] if asked else []
-        return conversation([*turns, {"role": "assistant", "content": answer}], "", data.chat_template)
+        return conversation([*turns, {"role": "assistant", "content": answer}], "", template)
     return [TextPiece(_text(value, "text_key", data.text_key), True)]
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,18 +32,30 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
+class Spaces(NamedTuple):
+    """How special tokens of a tokenizer, as it was shipped, change the spaces around them."""
+
+    takes_after: frozenset[str] = frozenset()  # tokens that take the spaces after them
+    takes_before: frozenset[str] = frozenset()
+    # Whether a space is put before a text that follows a special token; `missing`: if it does not begin with one.
+    adds: Literal["never", "always", "missing"] = "never"
+
+
 class Tokenizer(abc.ABC):
     """Maps text to ids 0 … vocab_size - 1 and back. The id `bos_id` opens a document and stands for no text."""
 
     library: str | None = None  # the package that encodes; another version may give other ids
     num_threads: int  # threads that `encode` may use
     specials: dict[str, int]  # special tokens by name; `encode` never gives their ids (markup.py)
+    spaces: Spaces = Spaces()  # `encode` does nothing of it; markup.py does, in what a Jinja template writes
+    beside: dict[str, bytes]  # files that its model ships beside it, such as its chat template (shipped.py)
     end_ids: frozenset[int]  # ids that end a text: bos, and other ends that a pretrained model may write
 
     def __init__(self, pieces: list[bytes], bos_id: int):
         self.pieces = pieces
         self.bos_id = bos_id
         self.specials = {}
+        self.beside = {}
         self.end_ids = frozenset([bos_id])
         self.num_threads = os.cpu_count() or 1
 
@@ -54,6 +66,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The int32 ids [n] of each text, without bos."""
+
+    def encode_inside(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of texts that continue others: without what `encode` may put before a text."""
+        return self.encode(texts)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text that ids [n] stand for. Bytes that are not UTF-8, which a model may sample, become U+FFFD."""

@@ -16,12 +16,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError, show
-from jaxlm.data.tokenizers.base import Texts, Tokenizer, to_bytes, write_spec
+from jaxlm.data.tokenizers.base import Spaces, Texts, Tokenizer, to_bytes, write_spec
+from jaxlm.data.tokenizers.shipped import write_beside
 
 FILE = "tokenizer.json"
 # Names of the token that opens a document in families of models or, in families without one, separates documents.
@@ -77,6 +78,7 @@ class HfTokenizer(Tokenizer):
 
         try:
             spec = json.loads(content)
+            spaces = _spaces(spec)
             alphabet = _keep_bytes(spec, name)
             self._library = tokenizers.Tokenizer.from_str(json.dumps(spec))
             added = {token["content"]: token for token in spec["added_tokens"]}
@@ -108,6 +110,7 @@ class HfTokenizer(Tokenizer):
         super().__init__(pieces, vocab[bos])
         self.specials = {text: vocab[text] for text in special if text not in BYTE_PIECES}
         self.end_ids |= {vocab[text] for text in ENDS if text in special}
+        self.spaces = spaces
         self._content, self._name = content, name
         self._library.encode_special_tokens = True  # their names are plain text
         self._as_bytes = SURROGATES if alphabet else SURROGATES_OR_SPACE_SIGN
@@ -163,6 +166,7 @@ class HfTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(self._content)
+        write_beside(folder, self.beside)
         write_spec(folder, {"kind": "hf"})
 
     @classmethod
@@ -268,6 +272,19 @@ def _keep_bytes(spec: dict[str, Any], name: str) -> list[str]:
     spec["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     return alphabet
+
+
+def _spaces(spec: dict[str, Any]) -> Spaces:
+    """How a tokenizer.json changes the spaces around special tokens."""
+    added = spec["added_tokens"]
+    adds: Literal["never", "always", "missing"] = "never"
+    if any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"), "normalizers")):
+        adds = "always"
+    for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") == "always":
+            adds = "missing" if step.get("add_prefix_space", True) else adds
+    after, before = (frozenset(token["content"] for token in added if token.get(side)) for side in ("rstrip", "lstrip"))
+    return Spaces(after, before, adds)
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxlm.config import DataConfig, UserError
 from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
+from jaxlm.data.tokenizers.hf import ENDS
+from jaxlm.data.tokenizers.shipped import write_beside
 
 SAMPLE_CHARACTERS = 20_000_000  # of the training text, on which sentencepiece is trained, at most
 # Training a unigram model takes 17 s of one core per million characters, and larger vocabularies need more characters.
@@ -28,6 +30,8 @@ MAX_LINE = 1000  # characters; longer lines are cut, because encoding time grows
 # sentencepiece writes a space as U+2581 and accepts no surrogates, so these characters are encoded as bytes.
 AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
 SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
+
+TURNS = ("<start_of_turn>",)  # symbols that open messages
 
 
 def _library() -> Any:
@@ -58,18 +62,37 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{name}: the model has no bos piece; allowed: one trained with bos_id >= 0")
         super().__init__(pieces, sp.bos_id())
         self.end_ids |= {sp.eos_id()} - {-1}
+        self._names = re.compile(r"(?!)")
+        if not lossless:
+            self._find_specials()
         self._model = model
-        self._lossless = lossless
+        self.lossless = lossless
         self._byte_ids = [sp.piece_to_id(f"<0x{i:02X}>") for i in range(256)] if lossless else []
         self._as_bytes = SPACES_AS_BYTES if sp.is_unknown(sp.piece_to_id("\u2581")) else AS_BYTES
         # Most models made elsewhere put a space before the text; decoding removes it.
         self._adds_space = not lossless and first.startswith(b" ")
 
+    def _find_specials(self) -> None:
+        """Control pieces, and symbols of chats (Gemma's <end_of_turn>), which the library would find in any text."""
+        sp = self._processor
+        for name in (sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)):
+            self.specials[name] = sp.piece_to_id(name)
+        symbols = [name for name in (*ENDS, *TURNS) if not sp.is_unknown(sp.piece_to_id(name))]
+        self.specials |= {name: sp.piece_to_id(name) for name in symbols}
+        self.end_ids |= {self.specials[name] for name in ENDS if name in self.specials}
+        if symbols := [name for name in symbols if not sp.is_control(self.specials[name])]:
+            self._names = re.compile(f"(?=(?:{'|'.join(map(re.escape, symbols))}))")
+            for name in symbols:
+                self.pieces[self.specials[name]] = b""
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        if not self._lossless:  # the model may normalize and add a space, so texts cannot be cut
+        if not self.lossless:  # the model may normalize and add a space, so texts cannot be cut
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
             encoded = self._processor.encode(texts, num_threads=self.num_threads)
-            return [np.array(ids, np.int32) for ids in encoded]
+            return [
+                self._encode_names(text) if self._names.search(text) else np.array(ids, np.int32)
+                for text, ids in zip(texts, encoded, strict=True)
+            ]
         lines: list[str] = []
         ends = [0]
         ids: dict[str, list[int]] = {}  # the ids of a line, or of characters encoded as bytes
@@ -95,6 +118,19 @@ class SentencePieceTokenizer(Tokenizer):
         spans = itertools.pairwise(ends)
         return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
 
+    def _encode_names(self, text: str) -> np.ndarray:
+        """The ids of a text that holds names of symbols, as plain text: the names are cut in two."""
+        cuts = [match.start() + 1 for match in self._names.finditer(text)]
+        first, *rest = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        return np.concatenate([*self.encode([first]), *self.encode_inside(rest)]).astype(np.int32)
+
+    def encode_inside(self, texts: list[str]) -> list[np.ndarray]:
+        if not self._adds_space:
+            return self.encode(texts)
+        # No piece holds U+FDD0, so the ids behind it are those of the text alone.
+        skip = len(self.encode(["\ufdd0"])[0])
+        return [ids[skip:] for ids in self.encode(["\ufdd0" + text for text in texts])]
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         text = super().decode(ids)
         return text.removeprefix(" ") if self._adds_space else text
@@ -112,7 +148,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         (folder / "sentencepiece.model").write_bytes(self._model)
-        write_spec(folder, {"kind": "sentencepiece", "lossless": self._lossless})
+        write_beside(folder, self.beside)
+        write_spec(folder, {"kind": "sentencepiece", "lossless": self.lossless})
 
     @classmethod
     def load(cls, folder: Path, spec: dict[str, Any]) -> "SentencePieceTokenizer":
