@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxlm.checkpoint import workdirs
 from jaxlm.config import ModelConfig, UserError, flatten
+from jaxlm.data.tokenizers.shipped import BESIDE
 from jaxlm.host.durable import beside
 from jaxlm.interop import shards
 from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
-from jaxlm.interop.importing import KEPT, MODEL_TYPE, WITHOUT
+from jaxlm.interop.importing import GENERATION, MODEL_TYPE, WITHOUT
 from jaxlm.interop.tensors import Source, sources
 from jaxlm.model import Params
 from jaxlm.run.open_run import Run
@@ -154,7 +155,7 @@ def _tensors(kind: str, c: ModelConfig, params: Params, dtype: str) -> Iterator[
 
 def _special_ids(run: Run) -> Hf:
     """The ids of the tokens that open and end a text: those of the original, or else of the tokenizer."""
-    original = run.folder / "tokenizer" / "generation_config.json"
+    original = run.folder / "tokenizer" / GENERATION
     if original.is_file():
         there = json.loads(original.read_text("utf-8"))
         return {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
@@ -168,9 +169,9 @@ def _write_tokenizer(run: Run, folder: Path) -> None:
     """The tokenizer's files as they came; for a tokenizer.json without its configuration, the shortest one."""
     own = run.folder / "tokenizer"
     special = _special_ids(run)
-    if not (own / "generation_config.json").is_file():
-        (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
-    for name in ("tokenizer.json", *KEPT):
+    if not (own / GENERATION).is_file():
+        (folder / GENERATION).write_text(json.dumps(special, indent=2) + "\n")
+    for name in ("tokenizer.json", GENERATION, *BESIDE):
         if (own / name).is_file():
             shutil.copyfile(own / name, folder / name)
     if (own / "sentencepiece.model").is_file():

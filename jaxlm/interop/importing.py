@@ -27,8 +27,7 @@ from jaxlm.model import Params, make_model
 # What configs/base.py has and these models do not.
 WITHOUT = {"model.qk_norm": False, "model.key_offset": False, "model.dropout": 0.0}
 MODEL_TYPE = "hf_model_type"  # in config.json: the family that the workdir was imported from
-# Files beside a tokenizer that exports give back.
-KEPT = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+GENERATION = "generation_config.json"  # kept beside the tokenizer: exports give it back
 # Tensors that older files have, and that are no parameters.
 UNUSED = r".*rotary_emb\.inv_freq|.*attn\.(masked_)?bias"
 
@@ -187,9 +186,8 @@ def _write(
             validate(config)
             workdirs.claim(temporary, config, facts, None, lock)
             workdirs.save_tokenizer(temporary, tokenizer)
-            for name in KEPT if tokenizer is not None else ():
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, temporary / "tokenizer" / name)
+            if tokenizer is not None and (source / GENERATION).is_file():
+                shutil.copyfile(source / GENERATION, temporary / "tokenizer" / GENERATION)
             write_params(temporary, params)
         if workdir.exists():
             workdir.rmdir()
