@@ -220,6 +220,7 @@ def test_prompts_and_ends_of_answers_follow_the_template(config: Config, tokeniz
     assert make_ending(ByteTokenizer(), config.data).texts == ()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_template_for_its_answers(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
     """Also when the tokenizer that it was given is gone."""
     shipped = tmp_path / "model"
