@@ -23,18 +23,18 @@ def main(argv: list[str]) -> int:
     prompt = _read_prompt(args)
     runtime.check_environment()
 
-    from jaxlm.data.prompts import Continuation, encode_prompt, make_ending
-    from jaxlm.data.sources.conversations import trains_on_answers
+    from jaxlm.data.prompts import Continuation, encode_prompt, for_chats, make_ending
     from jaxlm.run.open_run import open_run
 
     run = open_run(user_path("--workdir", args.workdir), read_step("--step", args.step))
     tokenizer, data, seq_len = run.tokenizer, run.config.data, run.config.seq_len
     if tokenizer is None:
         raise UserError(f"--workdir {args.workdir}: the run has no tokenizer, so its tokens are not text")
-    if args.chat and not trains_on_answers(data):
+    data = for_chats(tokenizer, data) if args.chat else data
+    if data is None:
         raise UserError(
             f"--chat: {args.workdir} was trained on texts, not on answers; allowed with data.messages_key or "
-            "data.response_key: --chat, otherwise --prompt alone"
+            "data.response_key, or a pretrained tokenizer that came with a template: --chat, otherwise --prompt alone"
         )
     try:
         ids = encode_prompt(tokenizer, data, prompt, args.chat)
@@ -107,8 +107,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="for a run trained on answers: the prompt is the user's message, formatted with the run's chat template;"
-        " shows the answer alone",
+        help="for a run trained on answers, or a pretrained model that came with a chat template: the prompt is the"
+        " user's message, formatted with the template; shows the answer alone",
     )
     parser.add_argument("--num_samples", type=int, default=1, help="number of samples (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of each sample (default: 200)")

@@ -1,14 +1,16 @@
 """Turns prompts into ids and generated ids into text, piece by piece, up to where the text ends."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxlm.config import DataConfig
+from jaxlm.config.schema import OF_TOKENIZER
 from jaxlm.data.sources.conversations import after_answer, question, trains_on_answers
 from jaxlm.data.sources.documents import documents_of
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, shipped
 from jaxlm.data.tokenizers.markup import encode_marked, first_special
 
 
@@ -18,6 +20,17 @@ class Ending(NamedTuple):
     ids: frozenset[int]
     texts: tuple[str, ...]
     tail: str  # text of the template after an answer; removed if the continuation ends with it
+
+
+def for_chats(tokenizer: Tokenizer, data: DataConfig) -> DataConfig | None:
+    """The configuration with which a run answers: its own if it trains on answers, or else the chat template that its
+    pretrained tokenizer came with. None if there is none.
+    """
+    if trains_on_answers(data):
+        return data
+    if not shipped.chat_template(tokenizer.beside):
+        return None
+    return dataclasses.replace(data, messages_key="messages", chat_template=OF_TOKENIZER)
 
 
 def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
-from jaxlm.data.prompts import encode_prompt, make_ending
+from jaxlm.data.prompts import encode_prompt, for_chats, make_ending
 from jaxlm.data.sources.conversations import conversation, template_of
 from jaxlm.data.sources.documents import documents_of
 from jaxlm.data.sources.jinja_templates import ChatTemplate, compiled
@@ -220,6 +220,17 @@ def test_prompts_and_ends_of_answers_follow_the_template(config: Config, tokeniz
     assert make_ending(ByteTokenizer(), config.data).texts == ()
 
 
+def test_a_pretrained_model_answers_with_the_template_it_came_with(config: Config, tokenizer: HfTokenizer):
+    expected = encode_prompt(tokenizer, config.data, "q", chat=True).tolist()
+    assert for_chats(tokenizer, config.data) is config.data
+    config.data.messages_key, config.data.chat_template = "", "<|{role}|>{content}"  # texts, as after an import
+    found = for_chats(tokenizer, config.data)
+    assert found and encode_prompt(tokenizer, found, "q", chat=True).tolist() == expected
+    assert tokenizer.specials["<|im_end|>"] in make_ending(tokenizer, found).ids
+    assert for_chats(ByteTokenizer(), config.data) is None
+
+
+@pytest.mark.slow
 def test_a_run_keeps_the_template_for_its_answers(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
     """Also when the tokenizer that it was given is gone."""
     shipped = tmp_path / "model"
