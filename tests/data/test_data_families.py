@@ -3,6 +3,7 @@
 The `tokenizers` library is what `transformers` encodes with; tests marked `peers` compare with `transformers` itself.
 """
 
+import importlib
 import io
 import json
 from pathlib import Path
@@ -132,9 +133,7 @@ def test_symbols_of_chats_are_ids_in_templates_and_text_in_messages(tmp_path: Pa
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ADDED)
 def test_ids_are_those_of_transformers(name: str):
-    from transformers import PreTrainedTokenizerFast
-
-    peer: Any = PreTrainedTokenizerFast(tokenizer_object=theirs(name))
+    peer: Any = importlib.import_module("transformers").PreTrainedTokenizerFast(tokenizer_object=theirs(name))
     space = " " if name in ADD_SPACE else ""
     for text in (HARD_SAMPLE, MARKUP, CODE[:20_000]):
         plain = peer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -145,10 +144,9 @@ def test_ids_are_those_of_transformers(name: str):
 
 @pytest.mark.peers
 def test_ids_of_a_sentencepiece_model_are_those_of_transformers(shipped: Path):
-    from transformers import GemmaTokenizer, LlamaTokenizer
-
+    transformers: Any = importlib.import_module("transformers")
     tokenizer: Any = load_tokenizer(shipped)
-    kind: Any = LlamaTokenizer if "<s>" in tokenizer.specials else GemmaTokenizer
+    kind: Any = transformers.LlamaTokenizer if "<s>" in tokenizer.specials else transformers.GemmaTokenizer
     peer = kind.from_pretrained(shipped)
     for text in (HARD_SAMPLE, CODE[:20_000]):
         expected = peer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

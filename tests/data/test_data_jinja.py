@@ -1,6 +1,7 @@
 """Chat templates in Jinja: what they write, what of it is learned, and where they come from."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import shutil
@@ -256,9 +257,9 @@ def test_a_run_keeps_the_template_for_its_answers(tmp_path: Path, folder: Path, 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_chats_are_those_of_transformers(tokenizer: HfTokenizer, folder: Path, name: str):
     """Text, ids and, for templates with blocks of generation, which of them the assistant wrote."""
-    from transformers import PreTrainedTokenizerFast
-
-    peer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **TOKENS)
+    peer: Any = importlib.import_module("transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), **TOKENS
+    )
     source = FAMILIES[name].replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     plain = HARD_SAMPLE.replace("<s>", "").replace("</s>", "").replace("<|im_end|>", "")
     chat = turns(plain, f" {plain}\n", plain, "yes")

@@ -1,5 +1,6 @@
 """Small random models of each family: the logits of `transformers` after an import, and again after an export."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def peers() -> tuple[Any, Any]:
+    return importlib.import_module("torch"), importlib.import_module("transformers")
+
+
 def make(name: str) -> Any:
     """A random model of `transformers`, with every parameter away from its initial value."""
-    import torch
-    import transformers
-
+    torch, transformers = peers()
     kind, sizes = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes, attn_implementation="eager")
@@ -69,8 +72,7 @@ def tokens(seed: int = 0) -> np.ndarray:
 
 
 def theirs(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
-    import torch
-
+    torch, _ = peers()
     with torch.no_grad():
         return model(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
 
@@ -82,9 +84,7 @@ def ours(run: Run, tokens_BT: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_same_both_ways(name: str, tmp_path: Path) -> None:
-    import torch
-    import transformers
-
+    torch, transformers = peers()
     model = make(name)
     model.save_pretrained(tmp_path / "hf", max_shard_size="20KB" if name == "llama 2" else "5GB")
     found = import_model(tmp_path / "hf", tmp_path / "run")
@@ -97,7 +97,7 @@ def test_logits_are_the_same_both_ways(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours(run, tokens_BT), want, rtol=0, atol=1e-4 * max(1, np.abs(want).max() / 10))
 
     assert export_model(run, tmp_path / "back") == type(model).__name__
-    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     for key, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=1e-6)
     prompt = torch.tensor(tokens()[:, :20], dtype=torch.long)
