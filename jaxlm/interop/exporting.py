@@ -14,9 +14,9 @@ import numpy as np
 from jaxlm.checkpoint import workdirs
 from jaxlm.config import ModelConfig, UserError, flatten
 from jaxlm.data.tokenizers.shipped import BESIDE
-from jaxlm.host.durable import beside
 from jaxlm.interop import shards
 from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
+from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.importing import GENERATION, MODEL_TYPE, WITHOUT
 from jaxlm.interop.tensors import Source, sources
 from jaxlm.model import Params
@@ -34,26 +34,15 @@ def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat1
     Raises:
       UserError: no architecture of `transformers` has this model, or the folder is there.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"DST is {destination}, which is there already; allowed: a new or empty folder")
-    if not destination.absolute().parent.is_dir():
-        raise UserError(f"DST is {destination}; allowed: a new folder in one that exists")
+    check_new("DST", destination)
     c = run.config.model
     kind, hf = described(c, run.config.seq_len, workdirs.read_facts(run.folder).get(MODEL_TYPE))
     hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **_special_ids(run)}
-    temporary = beside(destination.absolute())
-    try:
+    with whole_folder("DST", destination) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         shards.write(temporary, _tensors(kind, c, run.params, dtype))
         _write_tokenizer(run, temporary)
-        if destination.exists():
-            destination.rmdir()
-        temporary.rename(destination)
-    except OSError as error:
-        raise UserError(f"DST is {destination}: {error.strerror or error}; allowed: a folder to write in") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return hf["architectures"][0]
 
 

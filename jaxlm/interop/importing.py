@@ -18,8 +18,8 @@ from jaxlm.config import Config, UserError, files, show
 from jaxlm.config.pretrained import updated
 from jaxlm.config.validate import validate
 from jaxlm.data.order import VERSION
-from jaxlm.host.durable import beside
 from jaxlm.interop.families import Hf, Reader, keys_of
+from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.shards import Tensors
 from jaxlm.interop.tensors import Source, Sources, sources
 from jaxlm.model import Params, make_model
@@ -48,7 +48,7 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     Raises:
       UserError: jaxlm cannot do what the model does, or a file is missing, damaged or of another model.
     """
-    _check_new(workdir)
+    check_new("WORKDIR", workdir)
     hf = read_json(source / "config.json")
     reader = Reader(hf, str(source / "config.json"))
     _, keys = keys_of(reader)
@@ -69,13 +69,6 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     facts = {"data_fingerprint": "imported", "vocab_size": vocab_size, "order": VERSION, MODEL_TYPE: kind}
     _write(workdir, source, config, facts, tokenizer, params)
     return Imported(config, vocab_size, sum(x.size for x in jax.tree.leaves(params)))
-
-
-def _check_new(workdir: Path) -> None:
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"WORKDIR is {workdir}, which is there already; allowed: a new or empty folder")
-    if not workdir.absolute().parent.is_dir():
-        raise UserError(f"WORKDIR is {workdir}; allowed: a new folder in one that exists")
 
 
 def read_json(path: Path) -> Hf:
@@ -180,19 +173,10 @@ def _write(
     """Writes to a folder beside the workdir, which gets the workdir's name when it is whole."""
     if tokenizer is not None:
         config.data.tokenizer = "hf" if (source / "tokenizer.json").is_file() else "sentencepiece"
-    temporary = beside(workdir.absolute())
-    try:
-        with workdirs.Lock() as lock:
-            validate(config)
-            workdirs.claim(temporary, config, facts, None, lock)
-            workdirs.save_tokenizer(temporary, tokenizer)
-            if tokenizer is not None and (source / GENERATION).is_file():
-                shutil.copyfile(source / GENERATION, temporary / "tokenizer" / GENERATION)
-            write_params(temporary, params)
-        if workdir.exists():
-            workdir.rmdir()
-        temporary.rename(workdir)
-    except OSError as error:
-        raise UserError(f"WORKDIR is {workdir}: {error.strerror or error}; allowed: a folder to write in") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder("WORKDIR", workdir) as temporary, workdirs.Lock() as lock:
+        validate(config)
+        workdirs.claim(temporary, config, facts, None, lock)
+        workdirs.save_tokenizer(temporary, tokenizer)
+        if tokenizer is not None and (source / GENERATION).is_file():
+            shutil.copyfile(source / GENERATION, temporary / "tokenizer" / GENERATION)
+        write_params(temporary, params)
