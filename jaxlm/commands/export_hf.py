@@ -31,5 +31,7 @@ def main(argv: list[str]) -> int:
     run, destination = open_run(workdir, step), user_path("DST", args.destination)
     architecture = export_model(run, destination, args.dtype)
     print(f"{destination}: {architecture}, step {run.step}, {args.dtype}")
+    if not any((destination / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        print(f"without a tokenizer: transformers has none like the run's (data.tokenizer={run.config.data.tokenizer})")
     print(json.dumps({"folder": str(destination), "architecture": architecture, "step": run.step}))
     return 0

@@ -17,7 +17,7 @@ from jaxlm.data.tokenizers.shipped import BESIDE
 from jaxlm.interop import shards
 from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
-from jaxlm.interop.importing import GENERATION, MODEL_TYPE, WITHOUT
+from jaxlm.interop.importing import GENERATION, MODEL_TYPE, read_json
 from jaxlm.interop.tensors import Source, sources
 from jaxlm.model import Params
 from jaxlm.run.open_run import Run
@@ -68,12 +68,12 @@ def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tupl
             **length,
             "tie_word_embeddings": c.tie_embeddings,
         }
-        if (kind == "gemma2" and not c.window) or (kind == "gemma3_text" and not c.window):
+        try:
+            _, keys = keys_of(Reader(hf, "config.json"))
+        except UserError:  # Gemma without a window, for instance
             continue
-        _, keys = keys_of(Reader(hf, "config.json"))
-        names = {key.removeprefix("model."): value for key, value in (WITHOUT | NEUTRAL | keys).items()}
-        own = {f.name for f in dataclasses.fields(c)}
-        found = _results(dataclasses.replace(c, **{k: v for k, v in names.items() if k in own}))
+        own = {key.removeprefix("model."): value for key, value in keys.items() if key.startswith("model.")}
+        found = _results(dataclasses.replace(c, **own))
         differ[kind] = {key: found.get(key) for key in wanted | found if wanted.get(key) != found.get(key)}
         if not differ[kind]:
             return kind, hf
@@ -84,25 +84,6 @@ def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tupl
         f"the model is of no architecture of transformers; the nearest is {FAMILIES[kind].architecture}; allowed, to be"
         f" set before training: {keys}"
     )
-
-
-# Values of the keys that a family does not read.
-NEUTRAL = {
-    "use_bias": False,
-    "qkv_bias": False,
-    "rope_theta": 10_000.0,
-    "rope_fraction": 1.0,
-    "rope_scaling": "none",
-    "window": 0,
-    "global_every": 0,
-    "rope_local_theta": 0.0,
-    "score_dim": 0,
-    "attention_softcap": 0.0,
-    "logit_softcap": 0.0,
-    "post_norms": False,
-    "scale_embeddings": False,
-    "head_dim": 0,
-}
 
 
 def _results(c: ModelConfig) -> dict[str, Any]:
@@ -146,7 +127,7 @@ def _special_ids(run: Run) -> Hf:
     """The ids of the tokens that open and end a text: those of the original, or else of the tokenizer."""
     original = run.folder / "tokenizer" / GENERATION
     if original.is_file():
-        there = json.loads(original.read_text("utf-8"))
+        there = read_json(original)
         return {key: there[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in there}
     if run.tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}

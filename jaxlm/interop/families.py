@@ -12,6 +12,27 @@ from jaxlm.config import ModelConfig, UserError, show
 
 Hf = dict[str, Any]  # the content of a config.json
 GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # GELU by its tanh approximation
+# Keys of the model with the values that they have where a family does not read them.
+UNREAD: dict[str, Any] = {
+    "model.num_kv_heads": 0,
+    "model.head_dim": 0,
+    "model.post_norms": False,
+    "model.rope_theta": 10_000.0,
+    "model.rope_fraction": 1.0,
+    "model.rope_scaling": "none",
+    "model.window": 0,
+    "model.global_every": 0,
+    "model.rope_local_theta": 0.0,
+    "model.score_dim": 0,
+    "model.attention_softcap": 0.0,
+    "model.use_bias": False,
+    "model.qkv_bias": False,
+    "model.scale_embeddings": False,
+    "model.dropout": 0.0,
+    "model.logit_softcap": 0.0,
+    "model.qk_norm": False,
+    "model.key_offset": False,
+}
 
 
 class Family(NamedTuple):
@@ -46,17 +67,24 @@ class Reader:
             raise UserError(f"{self.name}: {key} is {show(value)}; allowed: {', '.join(map(repr, allowed))}")
         return value
 
-    def rope(self, kind: str = "full_attention") -> "Reader":
+    def table(self, key: str) -> Hf:
+        """The object at a key, {} if there is none. Raises UserError if it is none."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.name}: {key} is {show(value)}; allowed: an object of keys")
+        return value
+
+    def rope(self, kind: str = "full_attention", **defaults: Any) -> "Reader":
         """RoPE's keys: transformers 5 has them in rope_parameters, by kind of layer if these differ; 4 in
         rope_scaling, apart from the base.
         """
-        own = self.get("rope_parameters", {})
-        scaling = own.get(kind, own) or self.get("rope_scaling", {})
-        return Reader({"rope_theta": self.get("rope_theta", 10_000.0), **scaling}, f"{self.name}: RoPE")
+        own = Reader(self.table("rope_parameters"), self.name)
+        scaling = own.table(kind) or self.table("rope_parameters") or self.table("rope_scaling")
+        return Reader({"rope_theta": self.get("rope_theta", 10_000.0), **defaults, **scaling}, f"{self.name}: RoPE")
 
 
 def keys_of(hf: Reader) -> tuple[Family, dict[str, Any]]:
-    """The family of a config.json, and the keys of the model that it describes, with seq_len.
+    """The family of a config.json, and the keys of the model that it describes, and seq_len.
 
     Raises:
       UserError: jaxlm does not know the architecture, or cannot do something that the file asks for.
@@ -64,7 +92,7 @@ def keys_of(hf: Reader) -> tuple[Family, dict[str, Any]]:
     kind = hf.require("model_type", None, *FAMILIES)
     family = FAMILIES[kind]
     tied = hf.get("tie_word_embeddings", family.tied)
-    return family, {"model.tie_embeddings": bool(tied), **family.read(hf)}
+    return family, UNREAD | {"model.tie_embeddings": bool(tied)} | family.read(hf)
 
 
 def _sizes(hf: Reader) -> dict[str, Any]:
@@ -92,29 +120,33 @@ def _eps(eps: float, own: float) -> float:
 
 
 def _rope(rope: Reader, context: int) -> dict[str, Any]:
-    kind = "rope_type" if rope.get("rope_type") else "type"
-    scaling = {"default": "none"}.get(rope.get(kind, "default"), rope.get(kind))
-    keys: dict[str, Any] = {"model.rope_theta": float(rope.number("rope_theta"))}
-    if scaling == "none":
-        return keys
-    rope.require(kind, None, "default", "linear", "llama3", "longrope")
-    keys["model.rope_scaling"] = scaling
+    kind = "rope_type" if rope.get("rope_type") else "type"  # the older name
+    found = rope.require(kind, "default", "default", "linear", "llama3", "longrope", "su")
+    scaling = {"default": "none", "su": "longrope"}.get(found, found)
+    keys: dict[str, Any] = {"model.rope_theta": float(rope.number("rope_theta")), "model.rope_scaling": scaling}
     if scaling == "longrope":
-        original = rope.number("original_max_position_embeddings")
-        keys |= {"model.rope_original": original, "model.rope_factor": rope.get("factor", context / original)}
-        factor = keys["model.rope_factor"]
-        growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        if not math.isclose(rope.get("attention_factor", growth), growth, rel_tol=1e-6):
-            raise UserError(f"{rope.name}: attention_factor is {rope.get('attention_factor')}; allowed: {growth}")
-        for length in ("short", "long"):
-            numbers = rope.get(f"{length}_factor", [])
-            keys[f"model.rope_{length}"] = " ".join(map(repr, map(float, numbers)))
-        return keys
-    keys["model.rope_factor"] = float(rope.number("factor"))
+        return keys | _longrope(rope, context)
+    if scaling != "none":
+        keys["model.rope_factor"] = float(rope.number("factor"))
     if scaling == "llama3":
         rope.require("low_freq_factor", None, 1, 1.0)
         rope.require("high_freq_factor", None, 4, 4.0)
         keys["model.rope_original"] = rope.number("original_max_position_embeddings")
+    return keys
+
+
+def _longrope(rope: Reader, context: int) -> dict[str, Any]:
+    original = rope.number("original_max_position_embeddings")
+    factor = rope.get("factor", context / original)
+    growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+    if not math.isclose(rope.get("attention_factor", growth), growth, rel_tol=1e-6):
+        raise UserError(f"{rope.name}: attention_factor is {rope.get('attention_factor')}; allowed: {growth}")
+    keys: dict[str, Any] = {"model.rope_original": original, "model.rope_factor": float(factor)}
+    for length in ("short", "long"):
+        numbers = rope.get(f"{length}_factor")
+        if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+            raise UserError(f"{rope.name}: {length}_factor is {show(numbers)}; allowed: a list of numbers")
+        keys[f"model.rope_{length}"] = " ".join(str(float(n)) for n in numbers)
     return keys
 
 
@@ -134,46 +166,34 @@ def _written_rope(c: ModelConfig) -> Hf:
             return base | original | {"rope_scaling": {"rope_type": "longrope", **factors, **original}}
 
 
-def _silu(hf: Reader) -> None:
+def _llama(hf: Reader, **rope: Any) -> dict[str, Any]:
+    """What Llama and its relatives share; `rope` are defaults of RoPE's keys."""
     hf.require("hidden_act", "silu", "silu", "swish")
-
-
-def _llama(hf: Reader) -> dict[str, Any]:
-    _silu(hf)
-    hf.require("attention_bias", False, False)
-    hf.require("mlp_bias", False, False)
+    for key in ("attention_bias", "mlp_bias", "rope_interleaved", "use_sliding_window"):
+        hf.require(key, False, False)
     keys = _sizes(hf)
-    return keys | _rope(hf.rope(), keys["seq_len"])
+    return keys | _rope(hf.rope(**rope), keys["seq_len"])
 
 
 def _mistral(hf: Reader) -> dict[str, Any]:
-    _silu(hf)
-    keys = _sizes(hf)
-    return keys | _rope(hf.rope(), keys["seq_len"]) | {"model.window": hf.get("sliding_window", 0)}
+    return _llama(hf) | {"model.window": hf.get("sliding_window", 0)}
 
 
 def _qwen2(hf: Reader) -> dict[str, Any]:
-    _silu(hf)
-    hf.require("use_sliding_window", False, False)
-    keys = _sizes(hf)
-    return keys | _rope(hf.rope(), keys["seq_len"]) | {"model.qkv_bias": True}
+    return _llama(hf) | {"model.qkv_bias": True}
 
 
 def _qwen3(hf: Reader) -> dict[str, Any]:
-    hf.require("attention_bias", False, False)
-    return _qwen2(hf) | {"model.qkv_bias": False, "model.qk_norm": True}
+    return _llama(hf) | {"model.qk_norm": True}
 
 
 def _phi3(hf: Reader) -> dict[str, Any]:
-    keys = _mistral(hf)
-    if hf.get("rope_scaling") or hf.get("rope_parameters"):
-        scaling = {
-            **hf.rope()._hf,
-            "original_max_position_embeddings": hf.get("original_max_position_embeddings", 4096),
-        }
-        keys |= _rope(Reader(scaling, f"{hf.name}: RoPE"), keys["seq_len"])
+    original = hf.get("original_max_position_embeddings", 4096)
     fraction = hf.rope().get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    return keys | {"model.rope_fraction": fraction}
+    return _llama(hf, original_max_position_embeddings=original) | {
+        "model.window": hf.get("sliding_window", 0),
+        "model.rope_fraction": fraction,
+    }
 
 
 def _gemma2(hf: Reader) -> dict[str, Any]:
@@ -202,9 +222,11 @@ def _gemma3(hf: Reader) -> dict[str, Any]:
 
 def _layers(hf: Reader, keys: dict[str, Any]) -> dict[str, Any]:
     """Takes the pattern of layers from layer_types, if that is there. Raises UserError if it is not periodic."""
-    kinds = hf.get("layer_types")
+    kinds = hf.get("layer_types", [])
     if not kinds:
         return keys
+    if not isinstance(kinds, list):
+        raise UserError(f"{hf.name}: layer_types is {show(kinds)}; allowed: a list of kinds of layers")
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
     wanted = ["full_attention" if every and i % every == 0 else "sliding_attention" for i in range(1, len(kinds) + 1)]
     if kinds != wanted or len(kinds) != keys["model.num_layers"]:
@@ -220,7 +242,6 @@ def _gpt2(hf: Reader) -> dict[str, Any]:
         "model.num_layers": hf.number("n_layer"),
         "model.d_model": hf.number("n_embd"),
         "model.num_heads": hf.number("n_head"),
-        "model.num_kv_heads": 0,
         "model.d_ff": hf.get("n_inner", 0),
         "model.activation": "gelu",
         "model.norm": "layernorm",
@@ -281,7 +302,10 @@ def _write_gemma2(c: ModelConfig) -> Hf:
 
 
 def _write_gemma3(c: ModelConfig) -> Hf:
-    return _write_gemma2(c) | {"rope_local_base_freq": c.rope_local_theta, "sliding_window_pattern": c.global_every}
+    return _write_gemma2(c) | {
+        "rope_local_base_freq": c.rope_local_theta or c.rope_theta,
+        "sliding_window_pattern": c.global_every,
+    }
 
 
 FAMILIES: dict[str, Family] = {

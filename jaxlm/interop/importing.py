@@ -18,14 +18,13 @@ from jaxlm.config import Config, UserError, files, show
 from jaxlm.config.pretrained import updated
 from jaxlm.config.validate import validate
 from jaxlm.data.order import VERSION
+from jaxlm.data.tokenizers.hf import HfTokenizer
 from jaxlm.interop.families import Hf, Reader, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.shards import Tensors
 from jaxlm.interop.tensors import Source, Sources, sources
 from jaxlm.model import Params, make_model
 
-# What configs/base.py has and these models do not.
-WITHOUT = {"model.qk_norm": False, "model.key_offset": False, "model.dropout": 0.0}
 MODEL_TYPE = "hf_model_type"  # in config.json: the family that the workdir was imported from
 GENERATION = "generation_config.json"  # kept beside the tokenizer: exports give it back
 # Tensors that older files have, and that are no parameters.
@@ -58,7 +57,13 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     vocab_size = tokenizer.vocab_size if tokenizer else rows
     if vocab_size > rows:
         raise UserError(f"{reader.name}: vocab_size is {rows}; allowed: at least {vocab_size}, as the tokenizer has")
-    config = _config(keys, seq_len, vocab_size, rows, workdir if tokenizer else None)
+    config = _config(keys, seq_len, vocab_size, rows)
+    if tokenizer is None:
+        config.data.source = "synthetic"
+    else:
+        config.data.tokenizer = "hf" if isinstance(tokenizer, HfTokenizer) else "sentencepiece"
+        config.data.tokenizer_path = str(workdir.absolute() / "tokenizer")
+    validate(config)
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors.names) else ""
     found = sources(kind, config.model, prefix)
     model = make_model(config.model, vocab_size, config.seq_len)
@@ -90,24 +95,19 @@ def _tokenizer(source: Path) -> data.Tokenizer | None:
     return None
 
 
-def _config(keys: dict[str, Any], seq_len: int | None, vocab_size: int, rows: int, workdir: Path | None) -> Config:
+def _config(keys: dict[str, Any], seq_len: int | None, vocab_size: int, rows: int) -> Config:
     """The configuration of configs/base.py with the model's keys.
 
     Args:
       rows: of the token table; those from `vocab_size` on have no token.
-      workdir: where the tokenizer will be; None = there is none.
     """
     context = keys["seq_len"]
     if seq_len is not None and not 0 < seq_len <= context:
         raise UserError(f"--seq_len is {seq_len}; allowed: 1 to {context}, the context of the model")
     if seq_len is not None and keys["model.position"] == "learned" and seq_len != context:
         raise UserError(f"--seq_len is {seq_len}; allowed: {context}, for which the model has learned positions")
-    keys = WITHOUT | keys | {"seq_len": seq_len or context, "data.vocab_size": vocab_size}
+    keys = keys | {"seq_len": seq_len or context, "data.vocab_size": vocab_size}
     keys["model.vocab_multiple"] = 1 if vocab_size == rows else rows
-    if workdir is None:
-        keys["data.source"] = "synthetic"
-    else:
-        keys |= {"data.tokenizer_path": str(workdir.absolute() / "tokenizer")}
     return updated(files.load(files.BASE), keys)
 
 
@@ -171,10 +171,7 @@ def _write(
     workdir: Path, source: Path, config: Config, facts: Hf, tokenizer: data.Tokenizer | None, params: Params
 ) -> None:
     """Writes to a folder beside the workdir, which gets the workdir's name when it is whole."""
-    if tokenizer is not None:
-        config.data.tokenizer = "hf" if (source / "tokenizer.json").is_file() else "sentencepiece"
     with whole_folder("WORKDIR", workdir) as temporary, workdirs.Lock() as lock:
-        validate(config)
         workdirs.claim(temporary, config, facts, None, lock)
         workdirs.save_tokenizer(temporary, tokenizer)
         if tokenizer is not None and (source / GENERATION).is_file():

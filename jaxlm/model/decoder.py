@@ -174,13 +174,13 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    window: int  # number of tokens that a decoded token sees, itself included
+    context: int  # number of tokens that a decoded token sees at most, itself included
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
         c = self.config
         normed_ND = norm(c, "attention_norm")(x_ND)
-        a_ND, cache = Attention(c, self.window, name="attention")(normed_ND, layer, cache, shared)
+        a_ND, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared)
         if c.post_norms:
             a_ND = norm(c, "attention_post_norm")(a_ND)
         x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
@@ -196,7 +196,7 @@ class Attention(nn.Module):
     """Causal multi-head self-attention. With fewer key/value heads, each serves a group of query heads."""
 
     config: ModelConfig
-    window: int
+    context: int
 
     @nn.compact
     def __call__(
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         else:
             assert shared.start is not None
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
-            window = jnp.where(is_global, self.window, min(c.window or self.window, self.window))
+            window = jnp.where(is_global, self.context, min(c.window or self.context, self.context))
             o_BTHC = attend_cache(c, q_BTHC, cache, shared.start, window)
         return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C)), cache
 
@@ -240,7 +240,12 @@ def attends_to_all(c: ModelConfig, layer: jax.Array) -> jax.Array | bool:
 
 
 def attend_layer(
-    c: ModelConfig, is_global: jax.Array | bool, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, shared: Any
+    c: ModelConfig,
+    is_global: jax.Array | bool,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    shared: LayerInputs,
 ) -> jax.Array:
     """Attention in a layer with a window or without; where layers differ, a branch of each."""
 

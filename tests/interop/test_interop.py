@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jaxlm.commands import export_hf, import_hf
 from jaxlm.config import ModelConfig, UserError
 from jaxlm.interop import shards
 from jaxlm.interop.exporting import described, export_model
+from jaxlm.interop.families import Reader, keys_of
 from jaxlm.interop.importing import import_model
 from jaxlm.model import make_model
 from jaxlm.run.open_run import Run, open_run
@@ -123,6 +125,43 @@ def test_a_wrong_config_is_refused(change: Change, said: str, llama: tuple[Run, 
     with pytest.raises(UserError, match=said):
         import_model(source, tmp_path / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]  # nothing half written
+
+
+OLDER_PHI: list[dict[str, Any]] = [
+    {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 8.0]}},
+    {"rope_scaling": {"type": "su", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2, 4, 8]}},
+]
+
+
+@pytest.mark.parametrize("change", OLDER_PHI, ids=["longrope", "su"])
+def test_configs_as_older_versions_wrote_them(change: dict[str, Any]) -> None:
+    """The first context beside rope_scaling, not in it, and older names."""
+    c = MODELS["phi4"][1]
+    hf = described(c, 32)[1] | change
+    assert "original_max_position_embeddings" in hf
+    _, keys = keys_of(Reader(hf, "config.json"))
+    found = dataclasses.replace(c, **{k.removeprefix("model."): v for k, v in keys.items() if k.startswith("model.")})
+    assert described(found, 32) == described(c, 32)
+
+
+WRONG_ROPE: list[tuple[dict[str, Any], str]] = [
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; allowed: an object"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": "1", "long_factor": [1]}}, "short_factor is '1'; allowed"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor is None; allowed: a number"),
+    ({"num_hidden_layers": 2.5}, "model.num_layers is 2.5; allowed: a whole number"),
+    ({"head_dim": "8"}, "model.head_dim is '8'; allowed"),
+]
+
+
+@pytest.mark.parametrize("change, said", WRONG_ROPE, ids=[said[:20] for _, said in WRONG_ROPE])
+def test_values_of_a_wrong_kind_are_refused(
+    change: dict[str, Any], said: str, llama: tuple[Run, Path], tmp_path: Path
+) -> None:
+    content = json.loads((llama[1] / "config.json").read_text()) | {"model_type": "phi3"} | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / shards.FILE).symlink_to(llama[1] / shards.FILE)
+    with pytest.raises(UserError, match=re.escape(said)):
+        import_model(tmp_path, tmp_path / "run")
 
 
 def test_wrong_tensors_are_refused(llama: tuple[Run, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -40,7 +40,7 @@ class TemplateError(UserError):
 class _Generation(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}: encloses what the assistant writes."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
