@@ -82,13 +82,16 @@ def model_table(config: Config, params: Any) -> Table:
     """
     import jax
 
+    from jaxlm.model import attention_flops
+
     rows = []
     for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = ".".join(str(key.key) for key in path)
         looked_up = name.startswith("positions.") or (name.startswith("embed.") and not config.model.tie_embeddings)
         rows.append((name, array.shape, array.size, 0 if looked_up else 6 * array.size))
-    attention = 12 * config.model.num_layers * config.model.d_model * config.seq_len
-    rows.append((f"attention to {config.seq_len:,} tokens", (), 0, attention))
+    window = f", with windows of {config.model.window:,}" * bool(config.model.window)
+    attention = attention_flops(config.model, config.seq_len)
+    rows.append((f"attention to {config.seq_len:,} tokens{window}", (), 0, attention))
     total = sum(row[3] for row in rows)
     shown = [
         (name, " x ".join(map(str, shape)), f"{size:,}" * bool(size), _short(flops), f"{flops / total:.1%}")

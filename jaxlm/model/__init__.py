@@ -6,6 +6,6 @@ as modules.
 May import: config.
 """
 
-from jaxlm.model.model import Cache, Model, Params, flops_per_token, make_model, num_params
+from jaxlm.model.model import Cache, Model, Params, attention_flops, flops_per_token, make_model, num_params
 
-__all__ = ["Cache", "Model", "Params", "flops_per_token", "make_model", "num_params"]
+__all__ = ["Cache", "Model", "Params", "attention_flops", "flops_per_token", "make_model", "num_params"]

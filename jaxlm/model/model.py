@@ -86,14 +86,19 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter outside of tables that are only looked up, plus 12 * H * C * T for attention in each layer,
-    where T is at most the layer's window.
+    6 for each parameter outside of tables that are only looked up, plus those of attention.
     """
     lookups = [params["embed"], params.get("positions")]
     multiplied = num_params(params) - num_params(lookups)
     if config.tie_embeddings:
         multiplied += num_params(params["embed"])
+    return 6 * multiplied + attention_flops(config, seq_len)
+
+
+def attention_flops(config: ModelConfig, seq_len: int) -> float:
+    """Those of the products of queries with keys and of weights with values: 12 * H * C * T in each layer, where T is
+    at most the layer's window.
+    """
     L, window = config.num_layers, min(config.window or seq_len, seq_len)
     global_layers = L // config.global_every if config.global_every else 0
-    seen = global_layers * seq_len + (L - global_layers) * window
-    return 6 * multiplied + 12 * config.num_heads * config.head_size * seen
+    return 12 * config.num_heads * config.head_size * (global_layers * seq_len + (L - global_layers) * window)

@@ -18,6 +18,8 @@ from tests.runs import CONFIG
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_the_rows_add_up(tied: bool, position: str):
     keys = {"model.tie_embeddings": str(tied).lower(), "model.position": position, "model.num_layers": 3}
+    if tied:
+        keys |= {"model.head_dim": "8", "model.window": "9", "model.global_every": "2"}
     config = load(CONFIG, [f"--config.{key}={value}" for key, value in keys.items()])
     params = jax.eval_shape(make_model(config.model, 99, config.seq_len).init, jax.random.key(0))
     rows = model_table(config, params).rows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import make_model
+from jaxlm.model import attention_flops, make_model
 from jaxlm.model.attention import Scores, causal_attention, choose_kernel
 from jaxlm.model.rope import rope_tables
 from tests import reference
@@ -126,3 +126,10 @@ def test_fused_kernels_are_left_where_they_cannot_do_it() -> None:
         "cudnn", "triton", "cudnn", "xla",
     ]  # fmt: skip
     assert chosen(False, attention_softcap=1.0) == "xla"
+
+
+def test_attention_in_a_window_has_fewer_flops() -> None:
+    """Of three layers, the second attends to all 12 tokens; a head has 6 channels, and there are 4."""
+    c = with_(head_dim=6, num_layers=3, window=5, global_every=2)
+    assert attention_flops(c, 12) == 12 * 4 * 6 * (12 + 2 * 5)
+    assert attention_flops(c, 4) == 12 * 4 * 6 * 3 * 4
