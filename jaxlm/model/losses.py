@@ -112,8 +112,8 @@ def output_loss(
             weights_grad, x_grad_ND = pull_back(grad_NV * scale)
             return (sums, weights_grad), x_grad_ND
 
-        # Converts once, where each chunk would do it again. `one` converts back, so that gradients have the dtype of the
-        # weights; the compiler removes that.
+        # Converts once, not in each chunk. `one` converts back, which gives gradients the weights' own dtype, and which
+        # the compiler removes.
         low = jax.tree.map(lambda w: w.astype(x_ND.dtype), weights)
         (sums, weights_grad), x_grad_ND = _in_chunks(one, config.chunk, low, x_ND, targets_N)
         return _scaled(sums, scale), (weights_grad, x_grad_ND)
