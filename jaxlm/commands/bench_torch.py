@@ -2,7 +2,7 @@
 
 For each line of input, a number of steps, it prints the seconds per step and the peak bytes of the GPU (0: none). The
 decoder is written as PyTorch users write it today: scaled_dot_product_attention, fused AdamW, on GPUs torch.compile,
-and autocast if the model computes in bfloat16. Shapes are named as in jaxlm/model/decoder.py.
+and autocast if the model computes in bfloat16. Shapes are named as in jaxlm/model/blocks.py.
 """
 
 import importlib

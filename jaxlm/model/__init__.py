@@ -1,11 +1,11 @@
 """The decoder as pure functions of its parameters: hidden states, logits, losses, sampling.
 
-Only `decoder.py` and `layers.py` know Flax. Other rooms import the names below from here, and `losses` and `generate`
+Only `blocks.py` and `layers.py` know Flax. Other rooms import the names below from here, and `losses` and `generate`
 as modules.
 
 May import: config.
 """
 
-from jaxlm.model.model import Cache, Model, Params, attention_flops, flops_per_token, make_model, num_params
+from jaxlm.model.decoder import Cache, Model, Params, attention_flops, flops_per_token, make_model, num_params
 
 __all__ = ["Cache", "Model", "Params", "attention_flops", "flops_per_token", "make_model", "num_params"]

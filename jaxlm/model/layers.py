@@ -1,4 +1,4 @@
-"""Layers of the decoder: linear layers, MLP, norms, dropout, sinusoids, output layer. Shape names as in decoder.py."""
+"""Layers of the decoder: linear layers, MLP, norms, dropout, sinusoids, output layer. Shape names as in blocks.py."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Compares the decoder with the papers' formulas in NumPy, and checks the properties that a decoder must have.
 
-Shapes as in `jaxlm/model/decoder.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
+Shapes as in `jaxlm/model/blocks.py`: B batch, T time, N = B * T, D d_model, H heads, K key/value heads, C head size.
 """
 
 import dataclasses
