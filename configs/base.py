@@ -58,6 +58,10 @@ def get_config() -> Config:
             qk_norm=True,
             key_offset=True,  # one layer can find what followed a token before: 1.42 -> 1.31 bits per byte at 800 steps
             vocab_multiple=1,  # on GPUs, 64 or 128 speeds up the output layer
+            lora_rank=0,  # off
+            lora_alpha=16.0,
+            lora_targets="query|key|value|out|up|gate|down",
+            lora_dropout=0.0,
             residual_init="zero",
             dtype="float32",  # use bfloat16 on GPUs; on CPU it is no faster
             param_dtype="float32",
@@ -83,6 +87,7 @@ def get_config() -> Config:
             momentum=OWN,
             clip_norm=1.0,
             accum_steps=1,
+            freeze="",
             ema_decay=0.0,  # off
             spike_factor=10.0,  # the guard: docs/reliability.md
             on_spike="scale",

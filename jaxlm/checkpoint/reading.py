@@ -25,7 +25,7 @@ from jaxlm.checkpoint import checksums
 from jaxlm.config import UserError
 from jaxlm.config.paths import steps_in
 from jaxlm.config.pretrained import Step
-from jaxlm.train import guard
+from jaxlm.train import guard, trained
 from jaxlm.train.placement import Placement
 from jaxlm.train.step import TrainState, float32
 
@@ -133,7 +133,7 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(**args))
         ema = found["ema"] if "ema" in wanted else None
         if like.ema is not None and ema is None:  # the average starts now
-            ema = jax.tree.map(jnp.copy, float32(found["params"]))
+            ema = jax.tree.map(jnp.copy, float32(trained.within(found["params"], like.ema)))
         sync = found["sync"] if same else placement.everywhere(fresh).sync
         if not same and "sync" in there and jax.tree.leaves(sync):
             sync = _adapted(self._on_host(step, "sync"), sync)
@@ -144,7 +144,12 @@ class Checkpoints:
 
     def restore_params(self, step: int, ema: bool = True) -> Any:
         """Returns the parameters of a step as NumPy arrays; with `ema`, their moving average if there is one."""
-        return self._on_host(step, "ema" if ema and "ema" in self._items(step) else "params")
+        if not ema or "ema" not in self._items(step):
+            return self._on_host(step, "params")
+        average = self._on_host(step, "ema")
+        if self._shapes(step, "params").keys() == shapes(average).keys():
+            return average
+        return trained.joined(self._on_host(step, "params"), average)  # frozen parameters have no average
 
     def restore_arrays(self, step: int) -> dict[str, np.ndarray]:
         """Returns all arrays of a step by name: {'train/step': …}"""

@@ -18,7 +18,9 @@ from jaxlm.config.files import load_workdir
 from jaxlm.config.paths import holds_checkpoints
 from jaxlm.config.pretrained import Step, Weights, brought_by, check_asked
 from jaxlm.host import distributed
+from jaxlm.model import lora
 from jaxlm.train import step as train_step
+from jaxlm.train import trained
 
 
 def check(config: Config, weights: Weights) -> None:
@@ -64,15 +66,23 @@ def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tup
         losses = validation_losses(weights.workdir)
         checkpoints.check_step(f"checkpoint.resume is '{resume}'", weights.step, losses)
         step, damage = find_whole(checkpoints, weights.step, losses)
-        params = checkpoints.restore_params(step)
-    here, there = shapes(fresh.params), shapes(params)
+        params = lora.merged(load_workdir(weights.workdir).model, checkpoints.restore_params(step))
+    wanted = trained.within(fresh.params, params)
+    here, there = shapes(lora.without(fresh.params)), shapes(params)
     if here != there:
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
-    params = jax.tree.map(lambda p, x: jax.device_put(np.asarray(x, p.dtype), p.sharding), fresh.params, params)
-    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
+    params = trained.joined(fresh.params, jax.tree.map(_replaced, wanted, params))
+    ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(trained.part(config, params)))
     lines = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
     return fresh._replace(params=params, ema=ema), lines
+
+
+def _replaced(old: jax.Array, new: np.ndarray) -> jax.Array:
+    """The new array in the old one's dtype and place. The old one is freed first: both might not fit."""
+    dtype, sharding = old.dtype, old.sharding
+    old.delete()
+    return jax.device_put(np.asarray(new, dtype), sharding)
 
 
 def find_whole(

@@ -109,12 +109,12 @@ def summary(ours: "Trainer", rounds: dict[str, list[float]], peaks: dict[str, in
     Args:
       peaks: the peak bytes of other trainers; 0 = unknown.
     """
-    from jaxlm.model import flops_per_token
     from jaxlm.run.metrics import peak_flops
+    from jaxlm.train import trained
 
     c, devices, plan = ours.config, ours.parts.devices, ours.planned
     rate = c.batch_size * c.seq_len / statistics.median(rounds["trainer"])
-    flops = flops_per_token(c.model, ours.state.params, c.seq_len)
+    flops = trained.flops_per_token(c, ours.state.params)
     peak = peak_flops(devices[0].device_kind)
     result: dict[str, Any] = {
         "devices": f"{len(devices)} x {devices[0].device_kind}",

@@ -86,8 +86,10 @@ def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple
     """Returns the collectives of the compiled step, and the bytes for the gradients by the formula."""
     from jaxlm import data
     from jaxlm.sync import Group, make_sync
+    from jaxlm.train import trained
     from jaxlm.train.step import AXIS
 
     found = compile_step(config, devices, vocab_size or data.prepare(config).vocab_size)
-    sync = make_sync(config.parallel, Group(AXIS, found.count, platform=found.platform), found.state.params)
-    return collectives(parse(found.text)), sync.sent_bytes(found.state.params)
+    params = trained.part(config, found.state.params)
+    sync = make_sync(config.parallel, Group(AXIS, found.count, platform=found.platform), params)
+    return collectives(parse(found.text)), sync.sent_bytes(params)

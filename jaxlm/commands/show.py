@@ -62,16 +62,19 @@ def _show_run(workdir: Path, options: list[str]) -> None:
 def _show_model(config: Config, vocab_size: int) -> None:
     import jax
 
-    from jaxlm.model import flops_per_token, make_model, num_params
+    from jaxlm.model import make_model, num_params
+    from jaxlm.train import trained
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no GPU is taken
     model = make_model(config.model, vocab_size, config.seq_len, "cpu")
     params = jax.eval_shape(model.init, jax.random.key(0))
-    flops = flops_per_token(config.model, params, config.seq_len)
+    flops = trained.flops_per_token(config, params)
     print_table(model_table(config, params))
     tokens = config.steps * config.batch_size * config.seq_len
+    own = num_params(trained.part(config, params))
+    of_them = f", {_short(own)}of them trained" if own < num_params(params) else ""
     print(
-        f"{_short(num_params(params))} parameters; {_short(flops)}FLOPs a training token, forward and backward;"
+        f"{_short(num_params(params))}parameters{of_them}; {_short(flops)}FLOPs a training token, forward and backward;"
         f" {config.steps:,} steps of {config.batch_size:,} x {config.seq_len:,} tokens: {flops * tokens:.3g} FLOPs"
     )
 
@@ -83,12 +86,15 @@ def model_table(config: Config, params: Any) -> Table:
     import jax
 
     from jaxlm.model import attention_flops
+    from jaxlm.train import trained
 
     rows = []
     for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = ".".join(str(key.key) for key in path)
-        looked_up = name.startswith("positions.") or (name.startswith("embed.") and not config.model.tie_embeddings)
-        rows.append((name, array.shape, array.size, 0 if looked_up else 6 * array.size))
+        name = "/".join(str(key.key) for key in path)
+        looked_up = name.startswith("positions/") or (name.startswith("embed/") and not config.model.tie_embeddings)
+        frozen = not trained.trains(config, name)
+        flops = 0 if looked_up else (4 if frozen else 6) * array.size
+        rows.append((name + " (frozen)" * frozen, array.shape, array.size, flops))
     window = f", with windows of {config.model.window:,}" * bool(config.model.window)
     attention = attention_flops(config.model, config.seq_len)
     rows.append((f"attention to {config.seq_len:,} tokens{window}", (), 0, attention))

@@ -14,8 +14,9 @@ from jaxlm.config.paths import user_path
 
 Step = int | Literal["best"] | None  # a checkpoint's step; best = the lowest validation loss; None = the newest
 
-# Keys of a model that do not change what its weights compute, except for rounding.
-FREE = r"model\.(dtype|param_dtype|dropout|remat|attention|matmul_precision|scan_unroll|residual_init)"
+# Keys of a model that do not change what its weights compute, except for rounding. LoRA is added to the weights before
+# another run takes them.
+FREE = r"model\.(dtype|param_dtype|dropout|remat|attention|matmul_precision|scan_unroll|residual_init|lora_.*)"
 
 
 class Weights(NamedTuple):

@@ -65,6 +65,12 @@ class ModelConfig:
     qk_norm: bool  # apply RMSNorm to the queries and keys of each head
     key_offset: bool  # take half of each key's channels from the previous token's key
     vocab_multiple: int  # round the rows of token tables up to a multiple of this; the extra rows are never used
+    # LoRA (Hu et al., 2021): beside each matrix of a linear layer, two of rank `lora_rank`, whose product times
+    # lora_alpha / lora_rank is added to it. They alone are trained, unless optim.freeze says otherwise. 0 = no LoRA
+    lora_rank: int
+    lora_alpha: float  # lora_rank: see there
+    lora_targets: str  # lora_rank: regular expression of linear layers: query, key, value, out, up, gate, down
+    lora_dropout: float  # lora_rank: dropout rate of what the two matrices read, in training only; in [0, 1)
     residual_init: Literal["scaled", "zero"]  # last layers of attention and MLP: std / sqrt(2 num_layers), or zero
     dtype: Dtype  # dtype of the computation
     param_dtype: Literal["float32", "bfloat16"]  # dtype of the master weights
@@ -85,6 +91,16 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The names of a block's linear layers."""
+        gate = ("gate",) if self.activation in ("swiglu", "geglu") else ()
+        return ("query", "key", "value", "out", "up", *gate, "down")
+
+    def has_lora(self, layer: str) -> bool:
+        """Whether a linear layer of this name has LoRA's matrices."""
+        return self.lora_rank > 0 and re.fullmatch(self.lora_targets, layer) is not None
 
     @property
     def kv_heads(self) -> int:
@@ -125,6 +141,9 @@ class OptimConfig:
     momentum: OwnFloat  # muon, sgd: Nesterov momentum; in [0, 1)
     clip_norm: float  # scale gradients down to at most this global norm; 0 = off
     accum_steps: int  # micro-batches per optimizer step; must divide batch_size
+    # Regular expression of parameters that stay as they are, such as embed|norm; `jaxlm show` lists their names. They
+    # get no gradient and no optimizer state. "" = none, with model.lora_rank all but LoRA's.
+    freeze: str
     ema_decay: float  # decay of the parameters' moving average, used to evaluate and sample; in [0, 1); 0 = off
     spike_factor: float  # a spike is a gradient norm above this many times the recent root mean square; 0 = no limit
     on_spike: Literal["scale", "skip"]  # scale a spike down to that limit, or skip its step
@@ -236,8 +255,8 @@ class Config:
 
 # Keys that a resumed run may change, because they do not change the meaning of the steps so far.
 CHANGEABLE = (
-    r"steps|deterministic|optim\.(?!name$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
-    r"|model\.(dtype|dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
+    r"steps|deterministic|optim\.(?!(name|freeze)$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
+    r"|model\.(dtype|dropout|lora_dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
 )
 
 # Keys that say where the data is. A resumed run may change them if the data's fingerprint stays the same; in a mixture,

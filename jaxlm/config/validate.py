@@ -45,7 +45,15 @@ LEAST = {"model.scan_unroll": -1}  # 0 for all others
 # Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
 LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and the seed of dropout is seed + 1
-BELOW_ONE = ("model.dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay")
+BELOW_ONE = (
+    "model.dropout",
+    "model.lora_dropout",
+    "loss.label_smoothing",
+    "optim.b1",
+    "optim.b2",
+    "optim.momentum",
+    "optim.ema_decay",
+)
 
 
 def _check_type(key: str, value: Any, kind: Any) -> None:
@@ -167,8 +175,27 @@ def _check_model(m: ModelConfig, require: Require) -> None:
         require(fits, of_size, f"with attention={m.attention}, one that gives a head size of 8, 16, ... 128")
         require(not m.attention_softcap, "model.attention", "with attention_softcap, auto or xla")
         require(not m.window or m.attention != "triton", "model.attention", "with a window, auto, xla or cudnn")
+    if m.lora_rank:
+        _check_lora(m, require)
     if m.global_every or m.rope_local_theta:
         require(m.window > 0, "model.window", "with global_every or rope_local_theta, more than 0")
+
+
+def _check_lora(m: ModelConfig, require: Require) -> None:
+    most = min(m.d_model, m.mlp_width)
+    require(m.lora_rank <= most, "model.lora_rank", f"at most {most}, the smaller of d_model and d_ff")
+    require(m.lora_alpha > 0, "model.lora_alpha", "more than 0")
+    layers = ", ".join(m.linear_layers)
+    fits = _is_pattern(m.lora_targets) and any(map(m.has_lora, m.linear_layers))
+    require(fits, "model.lora_targets", f"a regular expression of one or more of {layers}")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _check_rope(m: ModelConfig, require: Require) -> None:
@@ -195,6 +222,7 @@ def _check_steps(c: Config, require: Require) -> None:
     require(c.batch_size % o.accum_steps == 0, "batch_size", f"a multiple of optim.accum_steps = {o.accum_steps}")
     if "adam_lr" in PEAKS[o.name]:
         require(o.adam_lr > 0, "optim.adam_lr", f"more than 0 with optim.name={o.name}")
+    require(_is_pattern(o.freeze), "optim.freeze", "a regular expression of names of parameters")
     require(not 0 < o.spike_factor <= 1, "optim.spike_factor", "0, or more than 1")
     require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")

@@ -19,13 +19,13 @@ from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.importing import GENERATION, MODEL_TYPE, read_json
 from jaxlm.interop.tensors import Source, sources
-from jaxlm.model import Params
+from jaxlm.model import Params, lora
 from jaxlm.run.open_run import Run
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 # Keys that the weights' results do not depend on, apart from rounding.
 FREE = ("dtype", "param_dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll", "residual_init")
-FREE = (*FREE, "vocab_multiple")
+FREE = (*FREE, "vocab_multiple", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # LoRA is merged
 
 
 def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> str:
@@ -116,11 +116,18 @@ def _tensors(kind: str, c: ModelConfig, params: Params, dtype: str) -> Iterator[
     for layer, name in [*((0, name) for name in once), *repeated]:
         found = []
         for path, source in sorted(parts[name], key=lambda part: part[1].start):
-            x = np.asarray(flat[path][layer] if "{l}" in name else flat[path], np.float32)
-            found.append(source.given(x))
+            found.append(source.given(_parameter(c, flat, path, layer)))
         axis = 0 if parts[name][0][1].transposed or found[0].ndim == 1 else 1
         whole = np.concatenate(found, axis) if len(found) > 1 else found[0]
         yield name.format(l=layer), np.ascontiguousarray(whole.astype(DTYPES[dtype]))
+
+
+def _parameter(c: ModelConfig, flat: dict[str, Any], path: str, layer: int) -> np.ndarray:
+    """A parameter, of one layer if it is stacked, with its LoRA added; float32."""
+    found = [flat.get(name) for name in (path, path.replace("kernel", lora.A), path.replace("kernel", lora.B))]
+    x, a, b = [x[layer] if x is not None and path.startswith("layers/") else x for x in found]
+    is_adapted = path.endswith("kernel") and a is not None
+    return lora.merged_kernel(c, x, a, b) if is_adapted else np.asarray(x, np.float32)
 
 
 def _special_ids(run: Run) -> Hf:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.model import lora
 from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, choose_kernel, offset_keys
 from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
 from jaxlm.model.remat import REMAT, keep, layer_loop
@@ -179,17 +180,27 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
         c = self.config
-        normed_ND = norm(c, "attention_norm")(x_ND)
-        a_ND, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared)
+        normed_ND, drop = norm(c, "attention_norm")(x_ND), lora_dropout(c, layer, shared)
+        a_ND, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared, drop)
         if c.post_norms:
             a_ND = norm(c, "attention_post_norm")(a_ND)
         x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
         x_ND = keep(x_ND)
-        m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND))
+        m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND), drop)
         if c.post_norms:
             m_ND = norm(c, "mlp_post_norm")(m_ND)
         x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
         return x_ND, cache
+
+
+def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs) -> lora.Drop:
+    """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout."""
+
+    def drop(x_ND: jax.Array, place: int) -> jax.Array:
+        site = 2 * c.num_layers + 1 + len(lora.PLACES) * layer + place
+        return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site)
+
+    return drop
 
 
 class Attention(nn.Module):
@@ -200,14 +211,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs
+        self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs, drop: lora.Drop
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         B, T = shared.shape
         H, K, C = c.num_heads, c.kv_heads, c.head_size
-        q_RC = linear(c, H * C, "query", bias=c.qkv_bias)(x_ND).reshape(-1, C)
-        k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(x_ND).reshape(-1, C)
-        v_BTKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(x_ND)).reshape(B, T, K, C)
+        q_RC = linear(c, H * C, "query", bias=c.qkv_bias)(x_ND, drop).reshape(-1, C)
+        k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(x_ND, drop).reshape(-1, C)
+        v_BTKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(x_ND, drop)).reshape(B, T, K, C)
         if c.qk_norm:
             q_RC, k_RC = keep(q_RC), keep(k_RC)  # the norm's gradient reads them
             q_RC, k_RC = rmsnorm(c, "query_norm")(q_RC), rmsnorm(c, "key_norm")(k_RC)
@@ -229,7 +240,7 @@ class Attention(nn.Module):
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
             window = jnp.where(is_global, self.context, min(c.window or self.context, self.context))
             o_BTHC = attend_cache(c, q_BTHC, cache, shared.start, window)
-        return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C)), cache
+        return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C), drop), cache
 
 
 def attends_to_all(c: ModelConfig, layer: jax.Array) -> jax.Array | bool:

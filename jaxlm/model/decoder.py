@@ -86,13 +86,15 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter outside of tables that are only looked up, plus those of attention.
+    6 for each parameter that takes part in products, plus those of attention.
     """
-    lookups = [params["embed"], params.get("positions")]
-    multiplied = num_params(params) - num_params(lookups)
-    if config.tie_embeddings:
-        multiplied += num_params(params["embed"])
-    return 6 * multiplied + attention_flops(config, seq_len)
+    return 6 * multiplied(config, params) + attention_flops(config, seq_len)
+
+
+def multiplied(config: ModelConfig, params: Params) -> int:
+    """Number of parameters, or of some of them, outside of tables that are only looked up."""
+    lookups = ("positions",) if config.tie_embeddings else ("positions", "embed")
+    return num_params(params) - num_params([params.get(name) for name in lookups])
 
 
 def attention_flops(config: ModelConfig, seq_len: int) -> float:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.model import lora
 from jaxlm.model.norms import normalize
 from jaxlm.model.remat import keep
 
@@ -43,19 +44,19 @@ class Mlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
+    def __call__(self, x_ND: jax.Array, drop: lora.Drop) -> jax.Array:
         c = self.config
-        h_NF = linear(c, c.mlp_width, "up", keep_product=True)(x_ND)
+        h_NF = linear(c, c.mlp_width, "up", keep_product=True)(x_ND, drop)
         function, gated = ACTIVATIONS[c.activation]
         if gated:
-            h_NF *= function(linear(c, c.mlp_width, "gate", keep_product=True)(x_ND))
+            h_NF *= function(linear(c, c.mlp_width, "gate", keep_product=True)(x_ND, drop))
         else:
             h_NF = function(h_NF)
-        return linear(c, c.d_model, "down", residual=True)(h_NF)
+        return linear(c, c.d_model, "down", residual=True)(h_NF, drop)
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias in the dtype of the computation."""
+    """x @ kernel + bias in the dtype of the computation, with LoRA if the layer has it."""
 
     config: ModelConfig
     features: int
@@ -64,10 +65,14 @@ class Linear(nn.Module):
     keep_product: bool  # keep x @ kernel for the backward pass, which adds the bias again
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array) -> jax.Array:
+    def __call__(self, x_ND: jax.Array, drop: lora.Drop) -> jax.Array:
         c = self.config
         kernel_DF = self.param("kernel", self.kernel_init, (x_ND.shape[-1], self.features), c.param_dtype)
         y_NF = x_ND @ kernel_DF.astype(c.dtype)
+        if self.name and c.has_lora(self.name):
+            a_DR = self.param(lora.A, lora.init_a, (x_ND.shape[-1], c.lora_rank), jnp.float32)
+            b_RF = self.param(lora.B, nn.initializers.zeros, (c.lora_rank, self.features), jnp.float32)
+            y_NF += lora.product(c, drop(x_ND, lora.PLACES[self.name]), a_DR, b_RF)
         if self.keep_product:
             y_NF = keep(y_NF)
         if self.use_bias:

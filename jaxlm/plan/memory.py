@@ -7,6 +7,7 @@ import jax
 from jaxlm.config import Config, UserError
 from jaxlm.model import Model, num_params
 from jaxlm.plan.compiled import Compiled
+from jaxlm.train import trained
 from jaxlm.train.backward import batch_shapes, loss_sums
 from jaxlm.train.step import TrainState, init_state, state_axes
 
@@ -59,7 +60,9 @@ def least_bytes(config: Config, model: Model, count: int) -> float:
     """
     state = jax.eval_shape(lambda: init_state(config, model, count))
     kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    return sum(held_bytes(config, state, count).values()) + max(kept, GRADIENT * num_params(state.params))
+    return sum(held_bytes(config, state, count).values()) + max(
+        kept, GRADIENT * num_params(trained.part(config, state.params))
+    )
 
 
 def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, process: float = 0.0) -> Memory:
@@ -69,7 +72,7 @@ def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, pr
     state = jax.eval_shape(lambda: init_state(config, model, count))
     held = held_bytes(config, state, count)
     kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    gradients = GRADIENT * num_params(state.params)
+    gradients = GRADIENT * num_params(trained.part(config, state.params))
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
     working = max(0.0, compiled.temporary - kept - gradients)
     return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
@@ -93,12 +96,13 @@ def kept_bytes(config: Config, model: Model, rows: int) -> float:
     These grow with the number of sequences; what does not grow are the parameters, which are there anyway.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
+    own = trained.part(config, params)
 
     def residuals(rows: int) -> float:
-        def pull_back(params: Any, batch: Any) -> Any:
-            return jax.vjp(lambda params: loss_sums(config, model, params, batch).objective, params)[1]
+        def pull_back(params: Any, frozen: Any, batch: Any) -> Any:
+            return jax.vjp(lambda params: loss_sums(config, model, params, batch, frozen=frozen).objective, params)[1]
 
-        kept = jax.eval_shape(pull_back, params, batch_shapes(config, rows))
+        kept = jax.eval_shape(pull_back, own, trained.without(params, own), batch_shapes(config, rows))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
     return rows * (residuals(2) - residuals(1))

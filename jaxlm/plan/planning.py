@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 from jaxlm.config import Config
 from jaxlm.host.memory import resident_bytes
 from jaxlm.host.runtime import GPU_MEMORY
-from jaxlm.model import flops_per_token, make_model, num_params
+from jaxlm.model import make_model, num_params
 from jaxlm.plan.compiled import Compiled, compile_step, devices
 from jaxlm.plan.devices import Device
 from jaxlm.plan.memory import Memory, plan_memory
 from jaxlm.plan.program import parse
 from jaxlm.plan.times import StepTime, step_time
+from jaxlm.train import trained
 
 COUNTS = [2**i for i in range(13)]  # devices on the curve
 
@@ -129,6 +130,6 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
         memory=plan_memory(config, model, compiled, count, process),
         time=time(count),
         parameters=num_params(params),
-        flops_per_token=flops_per_token(config.model, params, config.seq_len),
+        flops_per_token=trained.flops_per_token(config, params),
         curve=[(n, time(n).seconds) for n in (COUNTS if few > 1 else [1])],
     )

@@ -17,6 +17,7 @@ from jaxlm.run.go_back import bad_since
 from jaxlm.run.phases import Phases, counted
 from jaxlm.run.setup import Setup
 from jaxlm.run.time_left import num_eval_batches
+from jaxlm.train import trained
 from jaxlm.train.evaluate import evaluate
 from jaxlm.train.step import TrainState
 
@@ -53,7 +54,7 @@ def make_evaluation(
     score = make_score(parts, parts.reporter, stop)
 
     def evaluation(step: int, state: TrainState) -> dict[str, Any]:
-        params = state.params if state.ema is None else state.ema
+        params = state.params if state.ema is None else trained.joined(state.params, state.ema)
         scores = score(params, lambda: reached(step, "evaluating"))
         if not math.isfinite(scores["eval_loss"]):
             raise bad_since(parts, step, f"the validation loss after step {step} is {scores['eval_loss']}")

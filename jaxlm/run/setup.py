@@ -14,6 +14,7 @@ from jaxlm.config import Config
 from jaxlm.host import runtime
 from jaxlm.model import Model, make_model
 from jaxlm.train import step as train_step
+from jaxlm.train import trained
 from jaxlm.train.placement import Placement
 from jaxlm.train.schedules import UNTOUCHED, LrHistory
 from jaxlm.train.step import Device
@@ -59,4 +60,5 @@ def set_up(config: Config, corpus: data.Corpus) -> Setup:
     """Raises UserError if the devices do not fit the configuration."""
     devices = runtime.choose_devices(config)
     model = make_model(config.model, corpus.vocab_size, config.seq_len, devices[0].platform)
+    trained.check(config, jax.eval_shape(model.init, jax.random.key(0)))
     return Setup(config, corpus, model, devices, Placement(config, devices))

@@ -9,10 +9,10 @@ import jax
 from jaxlm.checkpoint import metrics_file
 from jaxlm.checkpoint.rollback import Trouble
 from jaxlm.host import memory
-from jaxlm.model import flops_per_token
 from jaxlm.run import metrics
 from jaxlm.run.begin import Parts
 from jaxlm.run.charts import shortened, tensorboard, wandb_writer
+from jaxlm.train import trained
 from jaxlm.train.loop import Done
 from jaxlm.train.loss_mean import is_logged
 
@@ -43,7 +43,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
     """
     c = parts.config
     per_step = c.batch_size * c.seq_len
-    flops = flops_per_token(c.model, params, c.seq_len)
+    flops = trained.flops_per_token(c, params)
     peak = metrics.peak_flops(parts.devices[0].device_kind)
     check = _make_check(parts)
     last_step, last_seconds = start, 0.0

@@ -29,6 +29,7 @@ from jaxlm.run.go_back import all_finite, bad_since, go_back
 from jaxlm.run.profiler import Profiler
 from jaxlm.run.step_report import make_log, make_on_step
 from jaxlm.run.time_budget import fit
+from jaxlm.train import trained
 from jaxlm.train.loop import Hook, train
 from jaxlm.train.step import TrainState
 
@@ -216,8 +217,10 @@ def describe(parts: Parts, state: TrainState, start: int) -> None:
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
     per_step = c.batch_size * c.seq_len
     epochs = c.steps * per_step / len(parts.corpus.train)
+    count, own = num_params(state.params), num_params(trained.part(c, state.params))
+    of_them = f" ({human(own)} trained)" if own < count else ""
     say(
-        f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind} · {human(num_params(state.params))} parameters"
+        f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind} · {human(count)} parameters{of_them}"
         f" · {human(per_step)} tokens per step · {c.steps} steps = {human(c.steps * per_step)} tokens"
         f" ({epochs:.2f} epochs) · {parts.workdir}"
     )

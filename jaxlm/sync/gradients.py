@@ -40,7 +40,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
         if config.overlap:  # one call for each layer, and one for each other key
             together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key != "layers"]
             layers = [s for path, s in shapes.items() if path[0].key == "layers"]
-            together += [[(1, *s[1:]) for s in layers]] * layers[0][0]
+            together += [[(1, *s[1:]) for s in layers]] * (layers[0][0] if layers else 0)
         return sum(
             reduction.sent_bytes(piece_shapes(bucket, shapes), zero)
             for shapes in together

@@ -13,16 +13,16 @@ from jaxlm.config import Config
 from jaxlm.model import Model, Params
 from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import GradSync, Group, overlap
-from jaxlm.train import loss_scale
+from jaxlm.train import loss_scale, trained
 
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
 # stop, float32 [1]: 1 if this process was asked to stop.
 Batch = dict[str, jax.Array]
 Loss = Callable[..., tuple[jax.Array, LossSums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
-# (params, micro-batches [count, ...], mean number of targets of a device, state of the reduction) -> (gradient of the
-# mean loss of the global batch, or with ZeRO this device's parts of it; sums of this device's losses; new state of the
-# reduction)
-Gradients = Callable[[Params, Any, jax.Array, Any], tuple[Params, LossSums, Any]]
+# (trained params, frozen ones, micro-batches [count, ...], mean number of targets of a device, state of the reduction)
+# -> (gradient of the mean loss of the global batch, or with ZeRO this device's parts of it; sums of this device's
+# losses; new state of the reduction)
+Gradients = Callable[[Params, Params, Any, jax.Array, Any], tuple[Params, LossSums, Any]]
 
 
 def batch_shapes(config: Config, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -39,8 +39,15 @@ def loss_sums(
     dropout_keys: jax.Array | None = None,
     on_layer: Callable | None = None,
     scale: jax.Array | float = 1.0,
+    frozen: Params | None = None,
 ) -> LossSums:
-    """The forward pass: sums of the losses over the targets of a batch; the objective is multiplied by `scale`."""
+    """The forward pass: sums of the losses over the targets of a batch; the objective is multiplied by `scale`.
+
+    Args:
+      on_layer: applied to a layer's `params` when the layer uses them.
+      frozen: the parameters that are not in `params`.
+    """
+    params, on_layer = with_frozen(params, frozen, on_layer) if frozen else (params, on_layer)
     x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
     weights, targets_N = model.output_params(params), batch["targets"].reshape(-1)
     return output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale)
@@ -60,15 +67,17 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
         grads, sync_state = sync.reduce(grads, sync_state)
         return grads, sums, sync_state
 
-    def gradients(params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any) -> tuple[Params, LossSums, Any]:
+    def gradients(
+        params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
+    ) -> tuple[Params, LossSums, Any]:
         def loss(params: Params, *inputs: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss_sums(config, model, params, *inputs, scale=1 / mean_targets)
+            sums = loss_sums(config, model, params, *inputs, scale=1 / mean_targets, frozen=frozen)
             return sums.objective, sums
 
         return averaged(loss, params, micro, mean_targets, sync_state)
 
     def in_float16(
-        params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
+        params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
     ) -> tuple[Params, LossSums, Any]:
         """Differentiates the scaled sum, and divides by the scale and the number of targets in float32."""
 
@@ -77,7 +86,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
                 params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
             ) -> tuple[jax.Array, LossSums]:
                 params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * mean_targets))
-                sums = loss_sums(config, model, params, batch, dropout_keys, on_layer, scale)
+                sums = loss_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen)
                 return sums.objective, sums
 
             return averaged(loss, params, micro, mean_targets, sync_state)
@@ -89,12 +98,33 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
         return loss_scale.until_finite(scaled, finite, loss_scale.first_scale(micro[0]["inputs"][0].size))
 
-    return in_float16 if config.model.dtype == "float16" else gradients
+    def with_low_frozen(params: Params, frozen: Params, *inputs: Any) -> tuple[Params, LossSums, Any]:
+        if config.optim.accum_steps > 1:  # converted once, as in `accumulate`
+            frozen = converted(frozen, config.model.dtype)
+        return (in_float16 if config.model.dtype == "float16" else gradients)(params, frozen, *inputs)
+
+    return with_low_frozen
+
+
+def with_frozen(params: Params, frozen: Params, on_layer: Callable | None) -> tuple[Params, Callable | None]:
+    """Returns trained and frozen parameters as one tree, and an `on_layer` that acts only on a layer's trained ones."""
+
+    def on_trained(layer: Params) -> Params:
+        own, others = (act(layer, params["layers"]) for act in (trained.within, trained.without))
+        return trained.joined(others, on_layer(own)) if on_layer else layer
+
+    return trained.joined(frozen, params), on_trained if on_layer else None
 
 
 def micro_batches(tree: Any, count: int) -> Any:
     """[B, ...] -> [count, B / count, ...]"""
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
+
+
+def converted(params: Params, dtype: str) -> Params:
+    """Parameters with the layers' matrices in another dtype."""
+    layers = params.get("layers", {})
+    return params | {"layers": jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 3 else p, layers)}  # [L, D, F]
 
 
 def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tuple[Params, LossSums]:
@@ -111,11 +141,10 @@ def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tup
     if len(jax.tree.leaves(micro)[0]) == 1:
         return grad(params, *first)
 
-    layers = jax.tree.map(lambda p: p.astype(matrices) if p.ndim == 3 else p, params["layers"])  # [L, D, F]
-    converted = params | {"layers": layers}
+    low = converted(params, matrices)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad(converted, *part)), None
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad(low, *part)), None
 
     shapes = jax.eval_shape(grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.config import OptimConfig
+from jaxlm.model import lora
 from jaxlm.sync.sharing import LayerSharing, alone
 from jaxlm.sync.zero import Zero
 from jaxlm.train.muon import muon
@@ -20,7 +21,8 @@ from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
 def matrix_mask(params: Any) -> Any:
     """True for the weights of linear layers and embeddings; by name, since stacked layers add a dimension."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    matrices = ("kernel", "embedding", lora.A, lora.B)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
 
 
 def _clip_rms(path: Any, x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jaxlm.config import Config
 from jaxlm.host import together
 from jaxlm.model import Model, Params
 from jaxlm.sync import zero
+from jaxlm.train import trained
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.step import AXIS, Device, TrainState, float32, init_params, init_rest, state_axes
 
@@ -140,7 +141,8 @@ class Placement:
         )
 
     def _opt_state_like(self, params: Params) -> Any:
-        return jax.eval_shape(lambda p: make_optimizer(self._config.optim, self._config.steps).init(float32(p)), params)
+        own = trained.part(self._config, params)
+        return jax.eval_shape(lambda p: make_optimizer(self._config.optim, self._config.steps).init(float32(p)), own)
 
     def _spread(self, like: Any) -> Any:
         """Shards each array along its first dimension that the devices divide, else replicates it."""

@@ -15,7 +15,7 @@ from jaxlm.config import Config
 from jaxlm.host import runtime, together
 from jaxlm.model import Model, Params
 from jaxlm.sync import Group, make_sync, sharing, zero
-from jaxlm.train import guard, loss_mean
+from jaxlm.train import guard, loss_mean, trained
 from jaxlm.train.backward import Batch, loss_sums, make_gradients, micro_batches
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # optimizer updates done, int32
     params: Params
     opt_state: optax.OptState
-    ema: Params | None  # moving average of params, if optim.ema_decay is set
+    ema: Params | None  # moving average of the params that are trained, if optim.ema_decay is set
     sync: Any  # state of the reduction of gradients, [devices, ...]
     guard: guard.Guard  # statistics of recent gradient norms, and counts of bad steps
     loss_mean: loss_mean.LossMean  # over the steps since the last training line
@@ -51,6 +51,7 @@ def init_params(config: Config, model: Model) -> Params:
 
 def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
     """The initial state without its parameters."""
+    params = trained.part(config, params)
     opt_state = make_optimizer(config.optim, config.steps).init(float32(params))
     sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(params)
     return TrainState(
@@ -75,7 +76,7 @@ def make_train_step(
     """Returns the step of one device: (state, its part of the batch) -> (new state, metrics of the global batch)."""
     platform = devices[0].platform  # that the step is compiled for, whatever compiles it
     model = model.on(platform)
-    params_like = jax.eval_shape(model.init, jax.random.key(0))
+    params_like = trained.part(config, jax.eval_shape(model.init, jax.random.key(0)))
     group = Group(AXIS, len(devices), platform=platform)
     sync = make_sync(config.parallel, group, params_like)
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
@@ -92,9 +93,11 @@ def make_train_step(
 
         # The gradient of the global batch: forward, backward and the mean over the devices (make_gradients).
         keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
-        masters = float32(state.params)  # whatever dtype they are stored in
+        own_params = trained.part(config, state.params)
+        frozen = trained.without(state.params, own_params)
+        masters = float32(own_params)  # whatever dtype they are stored in
         micro = micro_batches((batch, keys), config.optim.accum_steps)
-        grads, sums, sync_state = gradients(masters, micro, mean_targets, state.sync)
+        grads, sums, sync_state = gradients(masters, frozen, micro, mean_targets, state.sync)
 
         # One factor for the guard and for clipping.
         numbers = guard.agree(state.guard, sums.nll, sync.global_norm(grads), group)
@@ -117,12 +120,12 @@ def make_train_step(
 
         # The new state, or the old one if the guard did not accept the step.
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
-        params = stored(masters, config.model.param_dtype, jax.random.fold_in(jax.random.key(config.seed), state.step))
-        new, old = (params, opt_state, ema, sync_state), (state.params, state.opt_state, state.ema, state.sync)
+        params = stored(masters, own_params, jax.random.fold_in(jax.random.key(config.seed), state.step))
+        new, old = (params, opt_state, ema, sync_state), (own_params, state.opt_state, state.ema, state.sync)
         params, opt_state, ema, sync_state = guard.either(accepted, new, old)
         new_state = TrainState(
             step=state.step + 1,
-            params=params,
+            params=trained.joined(frozen, params),
             opt_state=opt_state,
             ema=ema,
             sync=sync_state,
@@ -138,24 +141,25 @@ def float32(params: Params) -> Params:
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
-def stored(params: Params, dtype: str, key: jax.Array) -> Params:
-    """Converts parameters to the dtype in which they are stored; bfloat16 by stochastic rounding.
+def stored(params: Params, like: Params, key: jax.Array) -> Params:
+    """Converts float32 parameters to the dtypes of `like`, in which they are stored; bfloat16 by stochastic rounding.
 
     Most updates are smaller than half the distance between two bfloat16 numbers. Rounding up or down at random, with
     probabilities that preserve the mean, does not lose them (Gupta et al., Deep Learning with Limited Numerical
     Precision, 2015).
     """
-    if dtype == "float32":
-        return params
 
-    def rounded(i: int, x: jax.Array) -> jax.Array:
+    def rounded(i: int, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        if dtype == jnp.float32:
+            return x
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
         noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16)
         up = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
         return jnp.where(jnp.isfinite(x), up, x).astype(dtype)
 
     leaves, tree = jax.tree.flatten(params)
-    return jax.tree.unflatten(tree, [rounded(i, x) for i, x in enumerate(leaves)])
+    dtypes = [x.dtype for x in jax.tree.leaves(like)]
+    return jax.tree.unflatten(tree, [rounded(i, x, d) for i, (x, d) in enumerate(zip(leaves, dtypes, strict=True))])
 
 
 def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float) -> Params | None:
@@ -168,7 +172,7 @@ def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float
 
 def _dropout_keys(config: Config, step: jax.Array, batch: int) -> jax.Array | None:
     """A key for each sequence, from its row in the global batch, so that masks do not depend on the devices."""
-    if not config.model.dropout:
+    if not (config.model.dropout or config.model.lora_dropout):
         return None
     key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
     rows_B = jax.lax.axis_index(AXIS) * batch + jnp.arange(batch)

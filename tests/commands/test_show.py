@@ -29,15 +29,15 @@ def test_the_rows_add_up(tied: bool, position: str):
     flops = [float(number) * units[unit] for number, _, unit in (row[3].partition(" ") for row in rows)]
     assert sum(flops) == pytest.approx(flops_per_token(config.model, params, config.seq_len), rel=0.01)
     shapes = {row[0]: row[1] for row in rows}
-    assert shapes["embed.embedding"] == f"99 x {config.model.d_model}"
-    assert ("head.kernel" in shapes) != tied and ("positions.embedding" in shapes) == (position == "learned")
+    assert shapes["embed/embedding"] == f"99 x {config.model.d_model}"
+    assert ("head/kernel" in shapes) != tied and ("positions/embedding" in shapes) == (position == "learned")
 
 
 def test_a_run_shows_its_checkpoints_and_last_metrics(finished: Path, capsys: pytest.CaptureFixture[str]):
     assert tool("show", finished) == 0
     lines = capsys.readouterr().out.splitlines()
     model, checkpoints, last = "\n".join(lines).split("\n\n")
-    assert "embed.embedding" in model and "FLOPs a training token" in model
+    assert "embed/embedding" in model and "FLOPs a training token" in model
     score = next(m for m in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in m)
     assert [line.split()[0] for line in checkpoints.splitlines()[1:]] == ["2", "1"]
     assert f"{score['eval_loss']:.4f} (best)" in checkpoints.splitlines()[1]
