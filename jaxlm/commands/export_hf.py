@@ -21,16 +21,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("workdir", metavar="WORKDIR", help="the run, e.g. runs/base")
     parser.add_argument("destination", metavar="DST", help="a new folder")
     parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the tensors")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: float32)")
+    parser.add_argument("--adapter", action="store_true", help="write LoRA alone, as peft loads it; else it is merged")
+    parser.add_argument("--base", help="with --adapter: name or path of the original model, for adapter_config.json")
     args = parser.parse_args(argv)
+    if args.base is not None and not args.adapter:
+        parser.error("--base: allowed with --adapter only")
+    if args.adapter and args.dtype:
+        parser.error("--dtype: not allowed with --adapter, which is float32")
+    dtype = args.dtype or "float32"
     step, workdir = read_step("--step", args.step), user_path("WORKDIR", args.workdir)
 
+    from jaxlm.interop.adapters import export_adapter
     from jaxlm.interop.exporting import export_model
     from jaxlm.run.open_run import open_run
 
     run, destination = open_run(workdir, step), user_path("DST", args.destination)
-    architecture = export_model(run, destination, args.dtype)
-    print(f"{destination}: {architecture}, step {run.step}, {args.dtype}")
+    if args.adapter:
+        count = export_adapter(run, destination, args.base)
+        print(f"{destination}: LoRA of {count} layers, step {run.step}")
+        print(json.dumps({"folder": str(destination), "adapted_layers": count, "step": run.step}))
+        return 0
+    architecture = export_model(run, destination, dtype)
+    print(f"{destination}: {architecture}, step {run.step}, {dtype}")
     if not any((destination / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         print(f"without a tokenizer: transformers has none like the run's (data.tokenizer={run.config.data.tokenizer})")
     print(json.dumps({"folder": str(destination), "architecture": architecture, "step": run.step}))

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.checkpoint import workdirs
 from jaxlm.config import ModelConfig, UserError, flatten
+from jaxlm.config.pretrained import named_weights
 from jaxlm.data.tokenizers.shipped import BESIDE
 from jaxlm.interop import shards
 from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
@@ -36,7 +37,7 @@ def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat1
     """
     check_new("DST", destination)
     c = run.config.model
-    kind, hf = described(c, run.config.seq_len, workdirs.read_facts(run.folder).get(MODEL_TYPE))
+    kind, hf = described(c, run.config.seq_len, original(run))
     hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **_special_ids(run)}
     with whole_folder("DST", destination) as temporary:
         temporary.mkdir()
@@ -44,6 +45,14 @@ def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat1
         shards.write(temporary, _tensors(kind, c, run.params, dtype))
         _write_tokenizer(run, temporary)
     return hf["architectures"][0]
+
+
+def original(run: Run) -> str | None:
+    """The family that the model was imported from, if this run or the one that it started from was imported."""
+    start = named_weights(run.config.checkpoint.resume)
+    folders = [run.folder, *([start.workdir] if start else [])]
+    kinds = [workdirs.read_facts(folder).get(MODEL_TYPE) for folder in folders if (folder / "config.json").is_file()]
+    return next(filter(None, kinds), None)
 
 
 def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tuple[str, Hf]:
