@@ -30,7 +30,7 @@ REDUCTIONS = key_types()["parallel.reduce"].__args__
 
 
 def some_path(config: Path) -> list[str]:
-    return ["data.path=x"] * (load_file(config).data.source == "text")
+    return ["data.path=x"] * (load_file(config).data.source in ("text", "jsonl"))
 
 
 def job(config: str, overrides: list[str], hosts: int = 1, per_host: int = 8, vocab_size: int = 50_257) -> dict:
