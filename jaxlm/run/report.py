@@ -28,25 +28,29 @@ def write_own(workdir: Path, say: Callable[[str], None]) -> None:
         say(f"{workdir / NAME} is not written: {error or type(error).__name__}")
 
 
-def write_report(path: Path, runs: Sequence[History]) -> None:
+def write_report(path: Path, runs: Sequence[History], title: str = "", first: Sequence[Table] = ()) -> None:
     """Writes the report as one page. The runs' names differ.
+
+    Args:
+      title: of the page, if it should have another one.
+      first: tables that come before all others.
 
     Raises:
       UserError: the file cannot be written.
     """
     several = len(runs) > 1
-    parts: list[Any] = [_overview(runs)]
+    parts: list[Any] = [*first, _overview(runs)]
     if several:
         parts.append(_differences(runs))
     parts += [*_losses(runs), *_training(runs), *_returns(runs), *_samples(runs), *_changes(runs)]
     parts.append(_configuration(runs))
-    title = "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
+    title = title or "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
     write_page(path, title, "; ".join(_sentence(run, several) for run in runs) + ".", parts)
 
 
 def _sentence(run: History, named: bool) -> str:
     text = f"{run.name}: " * named + f"{run.last_step:,} of {run.config['steps']:,} steps"
-    text += f", {_count(run.last_step * run.tokens_per_step)} tokens in {_hours(run)}"
+    text += f", {_count(run.last_step * run.tokens_per_step)} tokens in {hours_of(run)}"
     if best := _best(run.evaluations):
         text += f", validation loss {run.evaluations.columns['eval_loss'][best[0]]:.4f} after step {best[1]:,}"
     return text
@@ -68,7 +72,7 @@ def _count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _hours(run: History) -> str:
+def hours_of(run: History) -> str:
     hours = run.total_hours
     return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.1f} minutes"
 
@@ -92,7 +96,7 @@ def _overview(runs: Sequence[History]) -> Table:
         return {
             "steps": f"{run.last_step:,}" + f" of {run.config['steps']:,}" * (run.last_step < run.config["steps"]),
             "tokens": _count(run.last_step * run.tokens_per_step),
-            "time of the steps": _hours(run),
+            "time of the steps": hours_of(run),
             "training loss, last": _known(train.last("loss"), "{:.4f}"),
             "validation loss, last": _known(scores.last("eval_loss"), "{:.4f}"),
             "validation loss, best": f"{scores.columns['eval_loss'][place]:.4f}" if best else NOTHING,
