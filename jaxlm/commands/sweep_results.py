@@ -74,16 +74,36 @@ def _labels(sweep: Sweep) -> list[str]:
 
 
 def table_of(sweep: Sweep, found: Sequence[Result]) -> Table:
-    columns = ["point", *sweep.grid_keys(), "best validation loss", "after step", "bits/byte", "last validation loss"]
-    rows = []
-    for result in found:
-        h = result.history
-        steps = f"{h.last_step:,}" + f" of {h.config['steps']:,}" * (h.last_step < h.config["steps"]) if h else ""
-        scores = [_shown(result.best), f"{result.best_step:,}" if result.best_step else "", _shown(result.bits)]
-        values = [result.value(key) for key in sweep.grid_keys()]
-        ended = f"{result.status} ({result.run.exit})" if result.status in ("failed", "diverged") else result.status
-        rows.append([str(result.index), *values, *scores, _shown(result.last), steps, hours_of(h) if h else "", ended])
-    return Table("Points", [*columns, "steps", "time", "state"], rows)
+    columns: dict[str, list[str]] = {"point": [str(result.index) for result in found]}
+    columns |= {key: [result.value(key) for result in found] for key in sweep.grid_keys()}
+    columns |= {
+        "best validation loss": [_shown(result.best) for result in found],
+        "after step": [f"{result.best_step:,}" if result.best_step else "" for result in found],
+        "bits/byte": [_shown(result.bits) for result in found],
+        "last validation loss": [_shown(result.last) for result in found],
+        "steps": [_steps(result.history) for result in found],
+        "time": [hours_of(result.history) if result.history else "" for result in found],
+        "state": [_ended(result) for result in found],
+    }
+    return _without_empty("Points", columns)
+
+
+def _without_empty(title: str, columns: dict[str, list[str]], note: str = "") -> Table:
+    """The table without columns in which nothing stands."""
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    return Table(title, [*shown], [*zip(*shown.values(), strict=True)], note)
+
+
+def _steps(history: History | None) -> str:
+    if history is None:
+        return ""
+    steps = history.config["steps"]
+    return f"{history.last_step:,}" + f" of {steps:,}" * (history.last_step < steps)
+
+
+def _ended(result: Result) -> str:
+    failed = result.status in ("failed", "diverged")
+    return f"{result.status} (exit code {result.run.exit})" if failed else result.status
 
 
 def _shown(number: float) -> str:
@@ -126,13 +146,14 @@ def means_table(averaged: Sequence[Mean]) -> Table:
     def shown(number: tuple[float, float]) -> str:
         return _shown(number[0]) + (f" ± {number[1]:.4f}" if math.isfinite(number[1]) else "")
 
-    rows = []
-    for mean in averaged:
-        seeds = str(mean.seeds) + f" of {mean.of}" * (mean.seeds < mean.of)
-        rows.append([*mean.values.values(), seeds, shown(mean.best), shown(mean.bits), shown(mean.last)])
-    columns = [*averaged[0].values, "seeds", "best validation loss", "bits/byte", "last validation loss"]
-    note = "Finished points: mean ± standard deviation of one run."
-    return Table("Means over seeds", columns, rows, note)
+    columns = {key: [mean.values[key] for mean in averaged] for key in averaged[0].values}
+    columns |= {
+        "seeds": [str(mean.seeds) + f" of {mean.of}" * (mean.seeds < mean.of) for mean in averaged],
+        "best validation loss": [shown(mean.best) for mean in averaged],
+        "bits/byte": [shown(mean.bits) for mean in averaged],
+        "last validation loss": [shown(mean.last) for mean in averaged],
+    }
+    return _without_empty("Means over seeds", columns, "Finished points: mean ± standard deviation of one run.")
 
 
 def conclude(sweep: Sweep) -> list[Result]:

@@ -14,6 +14,8 @@ from jaxlm.run.pages import Lines, Table, Texts, check_path, write_page
 
 NAME = "report.html"
 SAMPLES, LONGEST = 10, 1500  # samples of a run, and characters of a sample
+MOST_SAMPLES = 24  # of all runs, but one of each
+FEW = 4  # runs, each of which the page describes at its top
 SPEEDS = ("tokens_per_second", "mfu")
 NOISY = (*SPEEDS, "grad_norm")
 NOTHING = "–"
@@ -45,7 +47,24 @@ def write_report(path: Path, runs: Sequence[History], title: str = "", first: Se
     parts += [*_losses(runs), *_training(runs), *_returns(runs), *_samples(runs), *_changes(runs)]
     parts.append(_configuration(runs))
     title = title or "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
-    write_page(path, title, "; ".join(_sentence(run, several) for run in runs) + ".", parts)
+    write_page(path, title, _summary(runs), parts)
+
+
+def _summary(runs: Sequence[History]) -> str:
+    """A sentence about each run; of many, only about the one with the lowest validation loss."""
+    if len(runs) <= FEW:
+        return "; ".join(_sentence(run, len(runs) > 1) for run in runs) + "."
+    losses = {
+        i: run.evaluations.columns["eval_loss"][best[0]]
+        for i, run in enumerate(runs)
+        if (best := _best(run.evaluations))
+    }
+    lowest = (
+        f"; the lowest validation loss has {_sentence(runs[min(losses, key=losses.__getitem__)], True)}"
+        if losses
+        else ""
+    )
+    return f"{len(runs)} runs{lowest}."
 
 
 def _sentence(run: History, named: bool) -> str:
@@ -74,6 +93,8 @@ def _count(number: float) -> str:
 
 def hours_of(run: History) -> str:
     hours = run.total_hours
+    if hours * 60 < 2:
+        return f"{hours * 3600:.1f} seconds"
     return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.1f} minutes"
 
 
@@ -236,7 +257,8 @@ def _samples(runs: Sequence[History]) -> list[Texts]:
     found = []
     for run in runs:
         losses = dict(zip(run.evaluations.steps.tolist(), run.evaluations.columns["eval_loss"].tolist(), strict=True))
-        chosen = np.unique(np.linspace(0, len(run.samples) - 1, min(SAMPLES, len(run.samples))).round().astype(int))
+        count = min(SAMPLES, len(run.samples), max(1, MOST_SAMPLES // len(runs)))
+        chosen = np.unique(np.linspace(len(run.samples) - 1, 0, count).round().astype(int))  # the last one first
         texts = []
         for step, text in (run.samples[i] for i in chosen):
             head = f"after step {step:,}" + _known(losses.get(step, np.nan), " · validation loss {:.4f}")
