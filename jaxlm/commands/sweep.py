@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     if args.slurm:
         sweep_slurm.check_path(args.slurm)
     if args.table:
+        _check_alone(args.grid, overrides)
         sweep_results.conclude(sweep_state.read(folder))
         return 0
     sweep = _opened(folder, args, overrides)
@@ -77,6 +78,13 @@ def _check_hosts(overrides: list[str]) -> None:
         raise UserError(f"{count} processes were started, but a sweep is one; allowed: --slurm FILE, or jaxlm train")
 
 
+def _check_alone(arguments: list[str], overrides: list[str]) -> None:
+    """Raises UserError if --table comes with options that it would ignore."""
+    if arguments or overrides:
+        given = "--grid" if arguments else overrides[0].split("=")[0]
+        raise UserError(f"{given} is given with --table; allowed: --workdir DIR alone")
+
+
 def _folder(args: argparse.Namespace) -> Path:
     if args.workdir is not None:
         return user_path("--workdir", args.workdir)
@@ -94,6 +102,7 @@ def _opened(folder: Path, args: argparse.Namespace, overrides: list[str]) -> Swe
     if args.config is not None:
         base = with_overrides(files.load_file(user_path("--config", args.config)), overrides)
     elif overrides:
+        with_overrides(files.load_file(files.BASE), overrides)  # an unknown option has a message of its own
         raise UserError(f"{overrides[0].split('=')[0]} is given without --config; allowed: both")
     return sweep_state.opened(folder, base, args.grid)
 

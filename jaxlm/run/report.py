@@ -54,17 +54,11 @@ def _summary(runs: Sequence[History]) -> str:
     """A sentence about each run; of many, only about the one with the lowest validation loss."""
     if len(runs) <= FEW:
         return "; ".join(_sentence(run, len(runs) > 1) for run in runs) + "."
-    losses = {
-        i: run.evaluations.columns["eval_loss"][best[0]]
-        for i, run in enumerate(runs)
-        if (best := _best(run.evaluations))
-    }
-    lowest = (
-        f"; the lowest validation loss has {_sentence(runs[min(losses, key=losses.__getitem__)], True)}"
-        if losses
-        else ""
-    )
-    return f"{len(runs)} runs{lowest}."
+    scored = [(run.evaluations.columns["eval_loss"][best[0]], run) for run in runs if (best := _best(run.evaluations))]
+    if not scored:
+        return f"{len(runs)} runs."
+    _, lowest = min(scored, key=lambda pair: pair[0])
+    return f"{len(runs)} runs; the lowest validation loss has {_sentence(lowest, True)}."
 
 
 def _sentence(run: History, named: bool) -> str:
