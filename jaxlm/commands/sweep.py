@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from jaxlm.commands import sweep_point, sweep_results, sweep_slurm, sweep_state
-from jaxlm.commands.sweep_state import Sweep
+from jaxlm.commands.sweep_state import FAILED, Sweep
 from jaxlm.config import UserError, cli, files, grid
 from jaxlm.config.overrides import with_overrides
 from jaxlm.config.paths import user_path
@@ -36,7 +36,6 @@ def main(argv: list[str]) -> int:
         return 0
     sweep = _opened(folder, args, overrides)
     if args.point is not None:
-        sweep_state.check_index(sweep, args.point)
         return sweep_point.train_here(sweep, args.point)
     if args.slurm:
         return _write_slurm(args.slurm, sweep, args.retry)
@@ -104,6 +103,8 @@ def _opened(folder: Path, args: argparse.Namespace, overrides: list[str]) -> Swe
     elif overrides:
         with_overrides(files.load_file(files.BASE), overrides)  # an unknown option has a message of its own
         raise UserError(f"{overrides[0].split('=')[0]} is given without --config; allowed: both")
+    if args.point is not None:  # before anything is written
+        sweep_state.check_index(sweep_state.planned(folder, base, args.grid)[0], args.point)
     return sweep_state.opened(folder, base, args.grid)
 
 
@@ -118,7 +119,7 @@ def _write_slurm(path: Path, sweep: Sweep, retry: bool) -> int:
 
 
 def _is_left(status: str, retry: bool) -> bool:
-    return status in ("waiting", "stopped") or (retry and status in ("failed", "diverged"))
+    return status in ("waiting", "stopped") or (retry and status in FAILED)
 
 
 def _train_all(sweep: Sweep, retry: bool) -> int:
@@ -127,25 +128,27 @@ def _train_all(sweep: Sweep, retry: bool) -> int:
     stop.defer()
     for i in range(len(sweep.runs)):
         current = sweep_state.read(sweep.folder)  # other processes may have changed it
+        code = None
         if _is_left(current.status(current.runs[i]), retry) and not stop.received:
-            _train(current, i, stop)
-        if stop.received or sweep_state.read(sweep.folder).runs[i].exit == STOPPED:
+            code = _train(current, i, stop)
+        if stop.received or code == STOPPED:
             print(f"stopped in point {i + 1} of {len(sweep.runs)}; run the same command again to continue")
             return STOPPED
     stop.release("stopped after the last point; run the same command again for its table")
     sweep = sweep_state.read(sweep.folder)
     found = sweep_results.conclude(sweep)
-    codes = [result.run.exit or 0 for result in found if result.status in ("failed", "diverged")]
+    codes = [result.run.exit or 0 for result in found if result.status in FAILED]
     return codes[0] if len(codes) == len(found) else 0
 
 
-def _train(sweep: Sweep, index: int, stop: signals.StopSignal) -> None:
+def _train(sweep: Sweep, index: int, stop: signals.StopSignal) -> int:
+    """Trains a point in another process, and returns its exit code."""
     name = f"{index + 1}/{len(sweep.runs)} · {grid.name_of(sweep.runs[index].values)}"
     print(f"{name} · {sweep.workdir(sweep.runs[index])}", flush=True)
     code = sweep_point.train_apart(sweep.folder, index, stop)
     now = sweep_state.read(sweep.folder)
-    run = now.runs[index]
-    if (status := now.status(run)) == "running":
+    if (status := now.status(now.runs[index])) == "running":
         print(f"{name} · another process trains it", flush=True)
     elif code not in (0, STOPPED):
-        print(f"{name} · {status}, exit code {code}{f': {run.error}' if run.error else ''}", flush=True)
+        print(f"{name} · {status}, exit code {code}", flush=True)
+    return code

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.commands.sweep_state import Run, Sweep
+from jaxlm.commands.sweep_state import FAILED, Run, Sweep
 from jaxlm.config import UserError, grid
 from jaxlm.run.curves import History, read_history
 from jaxlm.run.pages import Table, check_path, print_table
@@ -102,8 +102,7 @@ def _steps(history: History | None) -> str:
 
 
 def _ended(result: Result) -> str:
-    failed = result.status in ("failed", "diverged")
-    return f"{result.status} (exit code {result.run.exit})" if failed else result.status
+    return f"{result.status} (exit code {result.run.exit})" if result.status in FAILED else result.status
 
 
 def _shown(number: float) -> str:
@@ -165,6 +164,9 @@ def conclude(sweep: Sweep) -> list[Result]:
     for table in tables:
         print_table(table)
         print()
+    for result in found:
+        if result.status in FAILED and result.run.error:
+            print(f"point {result.index} {result.status}: {result.run.error}")
     runs = [result.history for result in found if result.history]
     if runs:
         check_path(str(page), page)
@@ -187,6 +189,7 @@ def _summary(sweep: Sweep, found: Sequence[Result], averaged: Sequence[Mean]) ->
             "workdir": str(result.workdir),
             "state": result.status,
             "exit": result.run.exit,
+            "error": result.run.error or None,
             "steps": result.history.last_step if result.history else 0,
             "seconds": result.history.total_hours * 3600 if result.history else 0.0,
             "eval_loss": known(result.best),

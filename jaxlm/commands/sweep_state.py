@@ -24,6 +24,7 @@ from jaxlm.host.startup import STOPPED
 
 NAME, LOCK = "sweep.json", ".sweep.lock"
 LONGEST = 120  # characters of a folder's name
+FAILED = ("failed", "diverged")  # states
 AGAIN = (STOPPED, 5)  # exit codes after which the same command continues a run
 
 
