@@ -23,6 +23,7 @@ from jaxlm.host.durable import write_whole
 from jaxlm.host.startup import STOPPED
 
 NAME, LOCK = "sweep.json", ".sweep.lock"
+OURS = ".sweep."  # starts the names of the lock, and of a sweep.json that is being written
 LONGEST = 120  # characters of a folder's name
 FAILED = ("failed", "diverged")  # states
 AGAIN = (STOPPED, 5)  # exit codes after which the same command continues a run
@@ -92,6 +93,8 @@ def read(folder: Path) -> Sweep:
         saved = json.loads(path.read_text("utf-8"))
         runs = [Run(**run) for run in saved["points"]]
         grids, base = saved["grids"], saved["config"]
+        if not isinstance(base, dict) or not all(isinstance(run.name, str) and {*run.values} for run in runs):
+            raise ValueError("config or points are wrong")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: unreadable ({type(error).__name__}: {error}); {allowed}") from error
     return Sweep(folder, files.unchecked(base, str(path)), grids, runs)
@@ -140,7 +143,7 @@ def _check_same(sweep: Sweep, base: Config) -> None:
 
 
 def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {LOCK}):
+    if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(OURS) for path in folder.iterdir())):
         raise UserError(f"--workdir {folder}: is there and no sweep; allowed: a new folder, or a sweep's own")
 
 

@@ -180,7 +180,8 @@ def test_folders_and_files_of_others_are_left_alone(seeds: Path, tmp_path: Path,
         assert "no sweep" in capsys.readouterr().err
     assert tool("sweep", *BASE, "--grid", "seed=0", "--workdir", tmp_path / "new", "--slurm", tmp_path / "notes") == 2
     assert contents(tmp_path) | contents(finished) == before
-    for damage in ("nonsense", "[]", '{"config": {}, "grids": [], "points": [{}]}', '{"config": 3, "points": []}'):
+    empty = '{"config": %s, "grids": [], "points": %s}'
+    for damage in ("nonsense", "[]", empty % ("{}", "[{}]"), empty % (3, "[]"), empty % ("{}", "[]")):
         (tmp_path / "sweep").mkdir(exist_ok=True)
         (tmp_path / "sweep/sweep.json").write_text(damage)
         assert tool("sweep", "--workdir", tmp_path / "sweep") == 2
