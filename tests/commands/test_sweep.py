@@ -88,6 +88,10 @@ def test_a_sweep_goes_on_after_a_failure_and_resumes_after_a_signal(tmp_path: Pa
     assert found["best"]["workdir"] == str(folder / "optim.lr=0.03") and "means" not in found
     assert found["best"]["eval_loss"] == lines(folder / "optim.lr=0.03")[-1]["eval_loss"]
     assert [(p["state"], p["exit"]) for p in found["points"]] == [("done", 0), ("diverged", 3)]
+    script = tmp_path / "file"
+    assert tool("sweep", "--workdir", folder, "--slurm", script) == 2  # no point is left
+    assert tool("sweep", "--workdir", folder, "--retry", "--slurm", script) == 0
+    assert "\n#SBATCH --array=0\n" in script.read_text()
 
 
 def test_the_table_the_page_and_the_object_compare_the_points(seeds: Path, capsys: pytest.CaptureFixture[str]):
