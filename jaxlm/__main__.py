@@ -13,6 +13,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("jaxlm.main", "train a configuration, or resume a run"),
+    "sweep": Command("jaxlm.commands.sweep", "train every point of a grid of values, and compare them"),
     "generate": Command("jaxlm.commands.generate", "sample text from a run"),
     "evaluate": Command("jaxlm.commands.evaluate", "score a run on its validation data, or on other data"),
     "prepare": Command("jaxlm.commands.prepare", "tokenize the data of a configuration, without training"),
@@ -33,7 +34,7 @@ def main(*before: str) -> NoReturn:
     """Runs a command and ends the process with its exit code. Its arguments are `before` and the command line's."""
     arguments = [*before, *sys.argv[1:]]
     name, argv = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if name == "train":
+    if name in ("train", "sweep"):
         startup.trainer()
     else:
         startup.tool(huge_pages=name in FAST)

@@ -40,10 +40,11 @@ class Lock:
         self._file: int | None = None
 
     def take(self, workdir: Path) -> None:
-        """Raises UserError if another run holds the lock, or the folder is not writable."""
+        """Makes the folder if it is missing. Raises UserError if another run holds the lock, or it is not writable."""
         if self._file is not None:
             return
         with _writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
             file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,7 +153,6 @@ def claim(workdir: Path, config: Config, facts: dict[str, Any], changed: str | N
         history.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "changed": changed})
     content = {"config": dataclasses.asdict(config), "versions": _versions(), **facts, "history": history}
     with _writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         lock.take(workdir)
         if new and path.exists():

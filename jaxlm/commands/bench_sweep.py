@@ -1,51 +1,32 @@
 """Sweeps over values of keys for `jaxlm bench --grid`: one process each, because memory has its peak once."""
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
 from typing import Any
 
 from jaxlm.commands.bench_peers import check_torch
-from jaxlm.config import UserError, files
+from jaxlm.config import files
+from jaxlm.config.grid import Point, name_of, overrides, points
 from jaxlm.config.paths import user_path
 from jaxlm.host import signals
 from jaxlm.run.pages import Bar, Bars, Lines, Table, check_path, print_table, write_page
 
-Point = dict[str, str]  # {key: value}
+
+def arguments(point: Point, config: str, given: list[str]) -> list[str]:
+    """The point as arguments of `jaxlm bench`, after the given ones. Its key `config` is a configuration."""
+    keys = {key: value for key, value in point.items() if key != "config"}
+    return ["--config", point.get("config", config), *given, *overrides(keys)]
 
 
-def points(grid: list[str]) -> list[Point]:
-    """All combinations of `["KEY=A,B", ...]`; the last key changes first.
-
-    Raises:
-      UserError: an argument has another form.
-    """
-    values = {}
-    for argument in grid:
-        key, equals, found = argument.removeprefix("config.").partition("=")
-        if not (key and equals and all(found.split(","))):
-            raise UserError(f"--grid is {argument!r}; allowed: KEY=A,B with one or more values")
-        if key in values:
-            raise UserError(f"--grid names {key} twice; allowed: once, with all values")
-        values[key] = found.split(",")
-    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-
-
-def arguments(point: Point, config: str, overrides: list[str]) -> list[str]:
-    """The point as arguments of `jaxlm bench`."""
-    changed = [f"--config.{key}={value}" for key, value in point.items() if key != "config"]
-    return ["--config", point.get("config", config), *overrides, *changed]
-
-
-def sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+def sweep(args: argparse.Namespace, given: list[str]) -> int:
     """Measures all points; prints a table and one JSON object, and writes the page. Returns 2 if no point ran."""
     if args.html:
         check_path("--html", args.html)
     grid = points(args.grid)
     for point in grid:  # before the first is measured
-        _, file, *changed = arguments(point, args.config, overrides)
+        _, file, *changed = arguments(point, args.config, given)
         loaded = files.load(user_path("--config", file), changed)
         if args.torch:
             check_torch(loaded)
@@ -54,7 +35,7 @@ def sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     options += ["--torch"] if args.torch else []
     found = []
     for i, point in enumerate(grid):
-        found.append(measured([*arguments(point, args.config, overrides), *options]))
+        found.append(measured([*arguments(point, args.config, given), *options]))
         print(f"{i + 1}/{len(grid)} · {name_of(point)} · {_said(found[-1])}", flush=True)
     table = table_of(grid, found)
     print_table(table)
@@ -74,10 +55,6 @@ def measured(arguments: list[str]) -> dict[str, Any]:
     if process.returncode:
         return {"error": (errors.strip().splitlines() or [f"it ended with {process.returncode}"])[-1]}
     return json.loads(out.splitlines()[-1])
-
-
-def name_of(point: Point) -> str:
-    return " ".join(f"{key}={value}" for key, value in point.items())
 
 
 def _said(numbers: dict[str, Any]) -> str:

@@ -31,7 +31,11 @@ def load(path: str | Path, overrides: list[str] | None = None, workdir: Path | N
     Raises:
       UserError: the file or an override is wrong, or an override contradicts the weights.
     """
-    file, overrides = load_file(Path(path)), overrides or []
+    return complete(load_file(Path(path)), overrides or [], workdir)
+
+
+def complete(file: Config, overrides: list[str], workdir: Path | None) -> Config:
+    """`load`, applied to a configuration that `load_file` or `unchecked` returned."""
     config = with_overrides(file, overrides)
     check_address("checkpoint.resume", config.checkpoint.resume)  # before any message repeats it
     weights = named_weights(config.checkpoint.resume)
@@ -84,7 +88,10 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
     Raises:
       UserError: a key is unknown or missing, or a value is wrong.
     """
+    return validate(_build(tree, where))
 
+
+def _build(tree: dict[str, Any], where: str) -> Config:
     def build(cls: Any, sub: Any, prefix: str) -> Any:
         names: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
         if not isinstance(sub, dict):
@@ -100,7 +107,7 @@ def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
             }
         )
 
-    return validate(build(Config, tree, ""))
+    return build(Config, tree, "")
 
 
 def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]]:
@@ -112,17 +119,33 @@ def from_saved(tree: dict[str, Any], where: str) -> tuple[Config, dict[str, Any]
     Raises:
       UserError: a key is unknown, a value is wrong, or a section is missing.
     """
-    added = {}
-    for key in key_types():
-        *section, name = key.split(".")
-        holder = tree.get(section[0]) if section else tree
-        if isinstance(holder, dict) and name not in holder:
-            added[key] = holder[name] = BEFORE.get(key, flatten(load_file(BASE))[key])
+    added = _add_keys(tree)
     try:
         config = from_dict(tree, where)
     except UserError as error:
         raise UserError(str(error) if where in str(error) else f"{where}: {error}") from error
     return config, {key: flatten(config)[key] for key in added}
+
+
+def _add_keys(tree: dict[str, Any]) -> list[str]:
+    added = []
+    for key in key_types():
+        *section, name = key.split(".")
+        holder = tree.get(section[0]) if section else tree
+        if isinstance(holder, dict) and name not in holder:
+            holder[name] = BEFORE.get(key, flatten(load_file(BASE))[key])
+            added.append(key)
+    return added
+
+
+def unchecked(tree: dict[str, Any], where: str) -> Config:
+    """The configuration of a nested dict that may lack keys, like `from_saved` but without `validate`.
+
+    Raises:
+      UserError: a key is unknown, or a section is missing.
+    """
+    _add_keys(tree)
+    return _build(tree, where)
 
 
 def read_saved(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 WIDEST = 1000  # columns of a table in the terminal, which wraps longer lines itself
+MANY = 4  # curves of a chart; with more, its dashed ones are not in the legend, and come and go with theirs
 FOLDER = Path(__file__).with_name("page")
 
 
@@ -148,6 +149,7 @@ def _chart(lines: Lines) -> dict:
     """What the page's script reads of a chart."""
     names, like = list(lines.curves), {**lines.dashed, **lines.faint}
     own = [name for name in names if name not in like]
+    leaders = like if len(own) > MANY else lines.faint
     return {
         "x": lines.x,
         "y": lines.y,
@@ -155,6 +157,7 @@ def _chart(lines: Lines) -> dict:
         "names": names,
         "colors": [own.index(like.get(name, name)) for name in names],
         "dashed": [name in lines.dashed for name in names],
-        "follows": [names.index(lines.faint[name]) if name in lines.faint else None for name in names],
+        "faint": [name in lines.faint for name in names],
+        "follows": [names.index(leaders[name]) if name in leaders else None for name in names],
         "data": [[list(x), list(y)] for x, y in lines.curves.values()],
     }

@@ -14,6 +14,8 @@ from jaxlm.run.pages import Lines, Table, Texts, check_path, write_page
 
 NAME = "report.html"
 SAMPLES, LONGEST = 10, 1500  # samples of a run, and characters of a sample
+MOST_SAMPLES = 24  # of all runs, but one of each
+FEW = 4  # runs, each of which the page describes at its top
 SPEEDS = ("tokens_per_second", "mfu")
 NOISY = (*SPEEDS, "grad_norm")
 NOTHING = "–"
@@ -28,25 +30,40 @@ def write_own(workdir: Path, say: Callable[[str], None]) -> None:
         say(f"{workdir / NAME} is not written: {error or type(error).__name__}")
 
 
-def write_report(path: Path, runs: Sequence[History]) -> None:
+def write_report(path: Path, runs: Sequence[History], title: str = "", first: Sequence[Table] = ()) -> None:
     """Writes the report as one page. The runs' names differ.
+
+    Args:
+      title: of the page, if it should have another one.
+      first: tables that come before all others.
 
     Raises:
       UserError: the file cannot be written.
     """
     several = len(runs) > 1
-    parts: list[Any] = [_overview(runs)]
+    parts: list[Any] = [*first, _overview(runs)]
     if several:
         parts.append(_differences(runs))
     parts += [*_losses(runs), *_training(runs), *_returns(runs), *_samples(runs), *_changes(runs)]
     parts.append(_configuration(runs))
-    title = "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
-    write_page(path, title, "; ".join(_sentence(run, several) for run in runs) + ".", parts)
+    title = title or "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
+    write_page(path, title, _summary(runs), parts)
+
+
+def _summary(runs: Sequence[History]) -> str:
+    """A sentence about each run; of many, only about the one with the lowest validation loss."""
+    if len(runs) <= FEW:
+        return "; ".join(_sentence(run, len(runs) > 1) for run in runs) + "."
+    scored = [(run.evaluations.columns["eval_loss"][best[0]], run) for run in runs if (best := _best(run.evaluations))]
+    if not scored:
+        return f"{len(runs)} runs."
+    _, lowest = min(scored, key=lambda pair: pair[0])
+    return f"{len(runs)} runs; the lowest validation loss has {_sentence(lowest, True)}."
 
 
 def _sentence(run: History, named: bool) -> str:
     text = f"{run.name}: " * named + f"{run.last_step:,} of {run.config['steps']:,} steps"
-    text += f", {_count(run.last_step * run.tokens_per_step)} tokens in {_hours(run)}"
+    text += f", {_count(run.last_step * run.tokens_per_step)} tokens in {hours_of(run)}"
     if best := _best(run.evaluations):
         text += f", validation loss {run.evaluations.columns['eval_loss'][best[0]]:.4f} after step {best[1]:,}"
     return text
@@ -68,8 +85,10 @@ def _count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _hours(run: History) -> str:
+def hours_of(run: History) -> str:
     hours = run.total_hours
+    if hours * 60 < 2:
+        return f"{hours * 3600:.1f} seconds"
     return f"{hours:.1f} hours" if hours >= 2 else f"{hours * 60:.1f} minutes"
 
 
@@ -92,7 +111,7 @@ def _overview(runs: Sequence[History]) -> Table:
         return {
             "steps": f"{run.last_step:,}" + f" of {run.config['steps']:,}" * (run.last_step < run.config["steps"]),
             "tokens": _count(run.last_step * run.tokens_per_step),
-            "time of the steps": _hours(run),
+            "time of the steps": hours_of(run),
             "training loss, last": _known(train.last("loss"), "{:.4f}"),
             "validation loss, last": _known(scores.last("eval_loss"), "{:.4f}"),
             "validation loss, best": f"{scores.columns['eval_loss'][place]:.4f}" if best else NOTHING,
@@ -232,7 +251,8 @@ def _samples(runs: Sequence[History]) -> list[Texts]:
     found = []
     for run in runs:
         losses = dict(zip(run.evaluations.steps.tolist(), run.evaluations.columns["eval_loss"].tolist(), strict=True))
-        chosen = np.unique(np.linspace(0, len(run.samples) - 1, min(SAMPLES, len(run.samples))).round().astype(int))
+        count = min(SAMPLES, len(run.samples), max(1, MOST_SAMPLES // len(runs)))
+        chosen = np.unique(np.linspace(len(run.samples) - 1, 0, count).round().astype(int))  # the last one first
         texts = []
         for step, text in (run.samples[i] for i in chosen):
             head = f"after step {step:,}" + _known(losses.get(step, np.nan), " · validation loss {:.4f}")

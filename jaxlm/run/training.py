@@ -34,13 +34,20 @@ from jaxlm.train.loop import Hook, train
 from jaxlm.train.step import TrainState
 
 
-def run(config: Config, workdir: Path, deadline: float | None = None, stop: StopSignal | None = None) -> int:
+def run(
+    config: Config,
+    workdir: Path,
+    deadline: float | None = None,
+    stop: StopSignal | None = None,
+    lock: workdirs.Lock | None = None,
+) -> int:
     """Trains; returns the exit code.
 
     Args:
       deadline: a time of `time.monotonic()`. A new run makes fewer steps if not all of `steps` fit before it.
       stop: SIGINT and SIGTERM. While there is nothing to save they end the process at once; later the run saves and
         returns.
+      lock: the workdir's, if the caller has taken it.
 
     Raises:
       UserError: data, workdir or devices do not fit the configuration.
@@ -52,8 +59,8 @@ def run(config: Config, workdir: Path, deadline: float | None = None, stop: Stop
     stop, steps_asked = stop or StopSignal(), config.steps
     if deadline is not None:
         config = _fitted(config, workdir, deadline)
-    with workdirs.Lock() as lock:
-        return _run(config, workdir, lock, stop, steps_asked)
+    with workdirs.Lock() if lock is None else nullcontext(lock) as held:
+        return _run(config, workdir, held, stop, steps_asked)
 
 
 def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, steps_asked: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.commands import bench, bench_sweep
-from jaxlm.config import UserError
+from jaxlm.config import UserError, grid
 from jaxlm.train import guard
 from tests.runs import CONFIG, flags
 
@@ -51,7 +51,7 @@ def test_warming_up_takes_at_most_a_minute(seconds: float, steps: tuple[int, int
 
 
 def test_a_grid_has_every_combination_and_the_last_key_changes_first():
-    found = bench_sweep.points(["config=a,b", "model.remat=none,full"])
+    found = grid.points(["config=a,b", "model.remat=none,full"])
     assert found == [{"config": c, "model.remat": r} for c in "ab" for r in ("none", "full")]
     assert bench_sweep.arguments(found[3], "c", ["--x"]) == ["--config", "b", "--x", "--config.model.remat=full"]
 

@@ -1,5 +1,6 @@
 """Real launchers start runs: Slurm, Open MPI and sshd on this machine, and the environment that Kubernetes sets."""
 
+import json
 import os
 import re
 import shutil
@@ -143,6 +144,21 @@ def test_sbatch_resumes_after_a_preemption(slurm: dict[str, str], tmp_path: Path
     assert "restart 1" in text and "resumes after step" in text, text
     steps = [m["step"] for m in lines(workdir) if "loss" in m]
     assert steps == sorted(set(steps)) and steps[-1] == 1500
+
+
+@needs("sbatch", "slurmctld", "slurmd", "munged")
+def test_an_array_trains_the_points_of_a_sweep(slurm: dict[str, str], tmp_path: Path):
+    folder, script = tmp_path / "sweep", tmp_path / "array.sbatch"
+    sweep = [sys.executable, "-m", "jaxlm", "sweep", "--workdir", str(folder)]
+    create = [*sweep, "--config", str(CONFIG), *flags("steps=20"), "--grid", "seed=0,1", "--slurm", str(script)]
+    subprocess.run(create, env=slurm, cwd=ROOT, check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
+    command = ["sbatch", "--wait", "--overcommit", str(script)]
+    subprocess.run(command, env=slurm, cwd=ROOT, check=True, timeout=LIMIT, stdout=subprocess.DEVNULL)
+    logs = [log.read_text() for log in sorted(folder.glob("slurm-*.log"))]
+    assert len(logs) == 2 and all("restart 0" in log for log in logs), logs
+    done = subprocess.run([*sweep, "--table"], env=slurm, cwd=ROOT, capture_output=True, text=True, check=True)
+    points = json.loads(done.stdout.splitlines()[-1])["points"]
+    assert [(p["state"], p["exit"], p["steps"]) for p in points] == [("done", 0, 20)] * 2
 
 
 @needs("mpirun")

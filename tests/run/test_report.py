@@ -130,6 +130,26 @@ def test_the_page_shows_samples_returns_and_what_differs(page: Path):
     assert "<td>versions.jax</td><td>1.2.3</td><td>1.2.3</td>" in text
 
 
+def test_a_page_of_many_runs_names_the_best_and_has_one_entry_of_a_legend_for_each(runs: list[Path], tmp_path: Path):
+    run = read_history(runs[0], "run")
+    losses = run.evaluations.columns["eval_loss"]
+
+    def with_loss(less: int) -> Any:
+        columns = run.evaluations.columns | {"eval_loss": losses - less / 10}
+        return run._replace(name=f"run {less}", evaluations=run.evaluations._replace(columns=columns))
+
+    page = tmp_path / "page.html"
+    report.write_report(page, [with_loss(less) for less in (0, 1, 5, 2, 3, 4, 6)])
+    text = page.read_text()
+    assert "<p>7 runs; the lowest validation loss has run 6: " in text
+    chart = charts(page)["Loss over tokens"]
+    assert sum(of is None for of in chart["follows"]) == 7 == len({*chart["colors"]})
+    for name, of, dashed in zip(chart["names"], chart["follows"], chart["dashed"], strict=True):
+        assert not dashed or name.startswith(chart["names"][of])
+    shown = re.findall(r"<figcaption>after step ([\d,]+) ", text)
+    assert len(shown) <= report.MOST_SAMPLES and "5,000" in shown
+
+
 @pytest.mark.skipif(not BROWSER, reason="there is no chromium")
 def test_a_browser_draws_every_chart_without_an_error(page: Path, tmp_path: Path):
     assert BROWSER

@@ -1,0 +1,6 @@
+"""`jaxlm sweep`."""
+
+if __name__ == "__main__":
+    from jaxlm.__main__ import main
+
+    main("sweep")
