@@ -32,6 +32,7 @@ SMALL = {
     "data.vocab_size": 64,
     "parallel.devices": 2,
     "eval.batches": 1,
+    "checkpoint.keep": 2,
     "log.tensorboard": False,
 }
 
