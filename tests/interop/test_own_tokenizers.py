@@ -34,7 +34,7 @@ HAN = "漢字仮名交文\n" * 400
 
 def texts(seed: int = 0) -> Iterator[str]:
     """Hard texts, and random ones: of parts that are difficult, of ASCII, of all of Unicode."""
-    yield from ("", CODE, " ".join(PARTS), CODE.replace("\n", " ")[:5000], HAN)
+    yield from ("", CODE, " ".join(PARTS), CODE.replace("\n", " ")[:5000], HAN, "漢字 " + HAN[:6] * 400)
     rng = random.Random(seed)
     for _ in range(200):
         yield "".join(rng.choices(PARTS, k=rng.randint(0, 20)))
