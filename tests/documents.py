@@ -125,7 +125,7 @@ def _parsed(words: list[str], whole: bool) -> tuple[argparse.Namespace, list[str
             finally:
                 sys.argv = before
             if name == "netbench":
-                del found.known.config  # netbench sets the data itself
+                vars(found.known).pop("config")  # netbench sets the data itself
             return found.known, found.others
         (name,) = re.findall(r'main\("([\w-]+)"\)', (ROOT / argv[0]).read_text())
         argv = argv[1:]
