@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     dtype = args.dtype or "float32"
     step, workdir = read_step("--step", args.step), user_path("WORKDIR", args.workdir)
 
+    from jaxlm.data.tokenizers.hf import HfTokenizer
     from jaxlm.interop.adapters import export_adapter
     from jaxlm.interop.exporting import export_model
     from jaxlm.run.open_run import open_run
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> int:
         return 0
     architecture = export_model(run, destination, dtype)
     print(f"{destination}: {architecture}, step {run.step}, {dtype}")
-    if not any((destination / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        print(f"without a tokenizer: transformers has none like the run's (data.tokenizer={run.config.data.tokenizer})")
+    if run.tokenizer is None:
+        print(f"without a tokenizer: the run has token ids of its own (data.source={run.config.data.source})")
+    elif architecture == "Qwen2ForCausalLM" and not isinstance(run.tokenizer, HfTokenizer):
+        print("transformers' AutoTokenizer changes it for this architecture; PreTrainedTokenizerFast loads it as it is")
     print(json.dumps({"folder": str(destination), "architecture": architecture, "step": run.step}))
     return 0

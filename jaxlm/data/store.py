@@ -34,7 +34,7 @@ from jaxlm.data.sources.opening import open_source
 from jaxlm.data.store_reader import COUNTS, FORMAT, open_store
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokenizers.loading import TOKENIZERS
-from jaxlm.data.tokenizers.sentencepiece import SAMPLE_CHARACTERS
+from jaxlm.data.tokenizers.sentencepiece_training import SAMPLE_CHARACTERS
 from jaxlm.host import signals
 from jaxlm.host.temporary import temporary_folder
 

@@ -15,7 +15,7 @@ from jaxlm.checkpoint import workdirs
 from jaxlm.config import ModelConfig, UserError, flatten
 from jaxlm.config.pretrained import named_weights
 from jaxlm.data.tokenizers.shipped import BESIDE
-from jaxlm.interop import shards
+from jaxlm.interop import own_tokenizers, shards
 from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.importing import GENERATION, MODEL_TYPE, read_json
@@ -152,7 +152,9 @@ def _special_ids(run: Run) -> Hf:
 
 
 def _write_tokenizer(run: Run, folder: Path) -> None:
-    """The tokenizer's files as they came; for a tokenizer.json without its configuration, the shortest one."""
+    """The tokenizer's files as they came, or those of a tokenizer that jaxlm made; for a tokenizer.json without its
+    configuration, the shortest one.
+    """
     own = run.folder / "tokenizer"
     special = _special_ids(run)
     if not (own / GENERATION).is_file():
@@ -162,6 +164,8 @@ def _write_tokenizer(run: Run, folder: Path) -> None:
             shutil.copyfile(own / name, folder / name)
     if (own / "sentencepiece.model").is_file():
         shutil.copyfile(own / "sentencepiece.model", folder / "tokenizer.model")
+    if run.tokenizer is not None and own_tokenizers.write(run.tokenizer, folder):
+        return
     if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         ids = {"bos_token": special["bos_token_id"], "eos_token": special["eos_token_id"]}
         names = {i: name for name, i in getattr(run.tokenizer, "specials", {}).items()}

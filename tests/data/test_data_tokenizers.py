@@ -18,13 +18,8 @@ from jaxlm.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from jaxlm.data.tokenizers import sentencepiece as sentencepiece_lib
 from jaxlm.data.tokenizers.base import ByteTokenizer, CharTokenizer
 from jaxlm.data.tokenizers.hf import HfTokenizer
-from jaxlm.data.tokenizers.sentencepiece import (
-    CHUNK,
-    SentencePieceTokenizer,
-    sample_characters,
-    spread_sample,
-    train_sentencepiece,
-)
+from jaxlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from jaxlm.data.tokenizers.sentencepiece_training import CHUNK, sample_characters, spread_sample, train_sentencepiece
 from tests.tokenizing import ANYTHING, CODE, HARD, check
 
 
@@ -108,9 +103,9 @@ def test_text_can_be_cut_before_newlines(
 def test_whole_lines_get_the_ids_of_the_library(sentencepiece: SentencePieceTokenizer):
     """Cutting a text, and encoding repeated lines only once, serves speed alone."""
     text = CODE[:900]
-    assert sentencepiece.encode([text])[0].tolist() == sentencepiece._processor.encode(text)
+    assert sentencepiece.encode([text])[0].tolist() == sentencepiece.processor.encode(text)
     text = CODE[900:1800] + "\nx\n"
-    assert sentencepiece.encode([text * 3])[0].tolist() == sentencepiece._processor.encode(text * 3)
+    assert sentencepiece.encode([text * 3])[0].tolist() == sentencepiece.processor.encode(text * 3)
 
 
 def test_threads_do_not_change_ids(sentencepiece: SentencePieceTokenizer, hf: dict[str, HfTokenizer]):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jaxlm.config import UserError
 from jaxlm.data import load_tokenizer
 from jaxlm.data.tokenizers.base import Tokenizer
-from jaxlm.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from jaxlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from jaxlm.data.tokenizers.sentencepiece_training import train_sentencepiece
 from tests.corpora import LINES, write
 from tests.fuzzing import changed, damaged, fuzz
 from tests.tokenizing import CODE, HF_KINDS

@@ -1,44 +1,34 @@
 """sentencepiece tokenizers: lossless models trained on the corpus, and models made elsewhere."""
 
+import importlib
 import importlib.metadata
-import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from jaxlm.config import DataConfig, UserError
-from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, code_points, to_bytes, write_spec
+from jaxlm.data.tokenizers.base import UNKNOWN, Texts, Tokenizer, to_bytes, write_spec
 from jaxlm.data.tokenizers.hf import ENDS
+from jaxlm.data.tokenizers.sentencepiece_training import (
+    AS_BYTES,
+    CHUNK,
+    SCORES_PER_NAT,
+    sample_characters,
+    sentencepiece_library,
+    spread_sample,
+    train_sentencepiece,
+)
 from jaxlm.data.tokenizers.shipped import write_beside
 
-SAMPLE_CHARACTERS = 20_000_000  # of the training text, on which sentencepiece is trained, at most
-# Training a unigram model takes 17 s of one core per million characters, and larger vocabularies need more characters.
-# On Python source, 2 and 4 million characters give 2.203 and 2.206 bytes per token with 1024 pieces, and 3.65 and 3.81
-# with 8192 pieces.
-UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE = 2_000_000, 1000
-
-# A sentence is a line with the newlines before it, so "\n        return" may become one piece, and no piece has a
-# newline after any other character. Text can therefore be cut before newlines without changing its ids.
-SENTENCE = re.compile(r"\n*[^\n]{1,1000}|\n+")
-CHUNK = re.compile(r"[\s\S]{0,999}[^\n](?=\n|\Z)|[\s\S]{1,1000}")
 LINE = re.compile(r"\n*[^\n]+|\n+")
 MAX_LINE = 1000  # characters; longer lines are cut, because encoding time grows faster than the length
-# sentencepiece writes a space as U+2581 and accepts no surrogates, so these characters are encoded as bytes.
-AS_BYTES = re.compile("([\u2581\ud800-\udfff]+)")
 SPACES_AS_BYTES = re.compile("([ \u2581\ud800-\udfff]+)")  # for a model without a piece for spaces
 
 TURNS = ("<start_of_turn>",)  # symbols that open messages
-
-
-def _library() -> Any:
-    """The module sentencepiece, as Any, because type checkers do not see the functions that it makes at run time."""
-    import sentencepiece
-
-    return sentencepiece
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -53,7 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
           UserError: the bytes are not a sentencepiece model, or it has no bos.
         """
         try:
-            sp = self._processor = _library().SentencePieceProcessor(model_proto=model)
+            sp = self.processor = sentencepiece_library().SentencePieceProcessor(model_proto=model)
             pieces = [_piece_bytes(sp, i) for i in range(sp.vocab_size())]
             first = pieces[sp.encode("a")[0]]
         except (RuntimeError, OSError, ValueError, IndexError) as error:
@@ -74,7 +64,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _find_specials(self) -> None:
         """Control pieces, and symbols of chats (Gemma's <end_of_turn>), which the library would find in any text."""
-        sp = self._processor
+        sp = self.processor
         for name in (sp.id_to_piece(i) for i in range(sp.vocab_size()) if sp.is_control(i)):
             self.specials[name] = sp.piece_to_id(name)
         symbols = [name for name in (*ENDS, *TURNS) if not sp.is_unknown(sp.piece_to_id(name))]
@@ -88,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         if not self.lossless:  # the model may normalize and add a space, so texts cannot be cut
             texts = [to_bytes(text).decode("utf-8", "replace") for text in texts]
-            encoded = self._processor.encode(texts, num_threads=self.num_threads)
+            encoded = self.processor.encode(texts, num_threads=self.num_threads)
             return [
                 self._encode_names(text) if self._names.search(text) else np.array(ids, np.int32)
                 for text, ids in zip(texts, encoded, strict=True)
@@ -111,10 +101,10 @@ class SentencePieceTokenizer(Tokenizer):
         new = dict.fromkeys(lines)
         if ids or len(new) < 0.8 * len(lines):
             new = [line for line in new if line not in ids]
-            ids |= zip(new, self._processor.encode(new, num_threads=self.num_threads), strict=True)
+            ids |= zip(new, self.processor.encode(new, num_threads=self.num_threads), strict=True)
             encoded = list(map(ids.__getitem__, lines))
         else:  # few repeated lines, as in prose: a lookup per line would cost more than it saves
-            encoded = self._processor.encode(lines, num_threads=self.num_threads)
+            encoded = self.processor.encode(lines, num_threads=self.num_threads)
         spans = itertools.pairwise(ends)
         return [np.fromiter(itertools.chain.from_iterable(encoded[a:b]), np.int32) for a, b in spans]
 
@@ -161,7 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
         version = importlib.metadata.version("sentencepiece")
         key = {"model": data.sentencepiece, "vocab_size": data.vocab_size, "version": version}
         if data.sentencepiece == "unigram":  # for BPE, SHAPE in store.py holds it
-            key["sample"] = sample_characters(data.sentencepiece, data.vocab_size)
+            key |= {"sample": sample_characters(data.sentencepiece, data.vocab_size), "scores": SCORES_PER_NAT}
         return key
 
     @classmethod
@@ -211,90 +201,3 @@ def _piece_bytes(sp: Any, i: int) -> bytes:
         return UNKNOWN
     piece = sp.id_to_piece(i)
     return bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else to_bytes(piece.replace("\u2581", " "))
-
-
-def sample_characters(kind: Literal["bpe", "unigram"], vocab_size: int) -> int:
-    """The most characters of the training text that a model is trained on."""
-    if kind == "bpe":
-        return SAMPLE_CHARACTERS
-    return min(max(UNIGRAM_CHARACTERS, UNIGRAM_CHARACTERS_PER_PIECE * vocab_size), SAMPLE_CHARACTERS)
-
-
-def spread_sample(chunks: Iterable[str], limit: int) -> list[str]:
-    """Every k-th chunk, where k is the smallest power of two that keeps at most `limit` characters."""
-    kept: list[str] = []
-    size, k = 0, 1
-    for i, chunk in enumerate(chunks):
-        if i % k == 0:
-            kept.append(chunk)
-            size += len(chunk)
-        while size > limit and len(kept) > 1:
-            kept, k = kept[::2], 2 * k
-            size = sum(map(len, kept))
-    return kept
-
-
-def train_sentencepiece(texts: list[str], vocab_size: int, kind: Literal["bpe", "unigram"] = "bpe") -> bytes:
-    """Trains a lossless model with at most `vocab_size` pieces and returns its bytes, the same on every machine.
-
-    Pieces may hold several words ("self." or "\\n        return"). On Python source with 2048 pieces, BPE then gives
-    3.23 bytes per token; splitting at spaces gives 2.90.
-
-    Raises:
-      UserError: no model of that size can be trained on the text.
-    """
-    sentencepiece = _library()
-    # The number of threads changes the pieces of unigram, so it is fixed. By default, unigram starts from a million
-    # pieces; with 25 per piece of the vocabulary, training on 2 MB of code takes 12 s instead of 21 s.
-    pinned = {"num_threads": 1}
-    if kind == "unigram":
-        pinned = {"num_threads": 16, "seed_sentencepiece_size": min(25 * vocab_size, 1_000_000)}
-
-    def train(texts: Iterable[str], coverage: float) -> bytes:
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(s for text in texts for s in SENTENCE.findall(AS_BYTES.sub("\n", text))),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            character_coverage=coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_by_whitespace=False,
-            split_by_unicode_script=False,
-            allow_whitespace_only_pieces=True,
-            max_sentencepiece_length=32,
-            bos_id=0,
-            unk_id=1,
-            eos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-            **pinned,
-        )
-        return model.getvalue()
-
-    try:
-        try:
-            return train(texts, coverage=0.9995)  # the rarest characters are encoded as bytes
-        except RuntimeError as error:
-            if "required_chars" not in str(error):
-                raise
-            return train(_without_rare_characters(texts, (vocab_size - 258) // 2), coverage=1.0)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.vocab_size is {vocab_size}: cannot train a sentencepiece model on this text ({reason})"
-        ) from error
-
-
-def _without_rare_characters(texts: list[str], keep: int) -> Iterator[str]:
-    """The texts with all but the `keep` most frequent characters replaced by newlines."""
-    counts = np.zeros(0x110000, np.int64)
-    for text in texts:
-        np.add.at(counts, code_points(text), 1)
-    rare = set(np.flatnonzero(counts)) - set(np.argsort(-counts, kind="stable")[: max(keep, 0)])
-    table = dict.fromkeys(map(int, rare), "\n")
-    return (text.translate(table) for text in texts)
