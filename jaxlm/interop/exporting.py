@@ -37,7 +37,7 @@ def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat1
     check_new("DST", destination)
     c = run.config.model
     kind, hf = described(c, run.config.seq_len, workdirs.read_facts(run.folder).get(MODEL_TYPE))
-    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **_special_ids(run)}
+    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **special_ids(run)}
     with whole_folder("DST", destination) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
@@ -123,7 +123,7 @@ def _tensors(kind: str, c: ModelConfig, params: Params, dtype: str) -> Iterator[
         yield name.format(l=layer), np.ascontiguousarray(whole.astype(DTYPES[dtype]))
 
 
-def _special_ids(run: Run) -> Hf:
+def special_ids(run: Run) -> Hf:
     """The ids of the tokens that open and end a text: those of the original, or else of the tokenizer."""
     original = run.folder / "tokenizer" / GENERATION
     if original.is_file():
@@ -138,7 +138,7 @@ def _special_ids(run: Run) -> Hf:
 def _write_tokenizer(run: Run, folder: Path) -> None:
     """The tokenizer's files as they came; for a tokenizer.json without its configuration, the shortest one."""
     own = run.folder / "tokenizer"
-    special = _special_ids(run)
+    special = special_ids(run)
     if not (own / GENERATION).is_file():
         (folder / GENERATION).write_text(json.dumps(special, indent=2) + "\n")
     for name in ("tokenizer.json", GENERATION, *BESIDE):
