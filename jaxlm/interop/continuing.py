@@ -20,7 +20,11 @@ class Continuer:
     def __init__(self, run: Run, devices: Devices, max_length: int, rows: int | None, seed: int):
         self._run, self._devices, self._max_length, self._rows = run, devices, max_length, rows
         self._begin = devices.program(partial(ragged.begin, run.model, seed=seed), in_axes=(0, 0, 0))
-        read = {size: partial(ragged.read, run.model, size) for size in ragged.PIECES}
+        # LongRoPE turns a prompt otherwise if it is longer than the first context. All of that many tokens and one more
+        # are then read in one call.
+        c = run.config.model
+        self._first = c.rope_original + 1 if c.rope_scaling == "longrope" else max_length + 1
+        read = {size: partial(ragged.read, run.model, size) for size in (*ragged.PIECES, self._first)}
         self._read = {size: devices.program(each, (None, 0, None), donate=(1,)) for size, each in read.items()}
         self._extend: dict[Sampling, Callable[..., ragged.Rows]] = {}
 
@@ -41,10 +45,14 @@ class Continuer:
           ended: whether these new tokens end a text.
           done: is called with the number of prompts of each batch.
         """
-        lengths = [padded_length(len(p) + max_new_tokens, self._max_length, self._run.config.model) for p in prompts]
+        c = self._run.config.model
+        lengths = [padded_length(len(p) + max_new_tokens, self._max_length, c) for p in prompts]
+        shapes = [(S, len(p) >= self._first) for S, p in zip(lengths, prompts, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours of about the same length
         found: dict[int, Ids] = {}
-        for S, places, size in self._devices.batches([lengths[i] for i in order], lambda length: length, self._rows):
+        for (S, _), places, size in self._devices.batches(
+            [shapes[i] for i in order], lambda shape: shape[0], self._rows
+        ):
             batch = [order[place] for place in places]
             batch += batch[-1:] * (size - len(batch))
             ids = [prompts[i] for i in batch]
@@ -68,6 +76,8 @@ class Continuer:
         lengths, params = [len(p) for p in prompts], self._devices.params
         arrays = filled(prompts, (len(prompts), S), 0), np.array(lengths, np.int32), np.array(numbers, np.int32)
         rows, position = self._begin(*map(self._devices.split, arrays)), 0
+        if min(lengths) >= self._first:
+            rows, position = self._read[self._first](params, rows, np.int32(0)), self._first - 1  # reads one again
         for size in ragged.PIECES:
             while position + size < min(lengths):
                 rows = self._read[size](params, rows, np.int32(position))
