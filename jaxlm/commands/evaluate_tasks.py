@@ -111,7 +111,8 @@ def _print(results: dict[str, Any], step: int) -> None:
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    found = {name: {k: v for k, v in scores.items() if k != "alias"} for name, scores in results["results"].items()}
+    # Metrics have names such as "acc,none": a metric and how answers were filtered.
+    found = {name: {k: v for k, v in scores.items() if "," in k} for name, scores in results["results"].items()}
     more = {key: results[key] for key in ("versions", "n-shot", "n-samples") if key in results}
     sys.stdout.flush()
     print(json.dumps({"step": step, "results": found, **more}, default=str))

@@ -43,6 +43,7 @@ class JaxLM(Base):
       add_bos_token: whether bos precedes texts; None = as the tokenizer was shipped.
       prefix_token_id: precedes a text without a context; None = bos, or else the token that ends texts.
       seed: of sampled continuations.
+      device, max_batch_size: given by the harness, and not used: all of JAX's devices share a batch.
 
     Raises:
       UserError: there is no such run or step, or an argument is impossible.
@@ -59,10 +60,12 @@ class JaxLM(Base):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         seed: int = 0,
+        device: str | None = None,
+        max_batch_size: int | None = None,
         **unknown: Any,
     ):
         super().__init__()
-        if unknown := {key: value for key, value in unknown.items() if value is not None}:
+        if unknown:
             raise UserError(
                 f"{', '.join(unknown)} is not an argument of this model; allowed: workdir, step, batch_size,"
                 " max_length, max_gen_toks, add_bos_token, prefix_token_id, seed (JAX_PLATFORMS chooses the devices)"
