@@ -1,8 +1,9 @@
 """Models of Hugging Face, in and out: `families` translates their configurations, `tensors` says which tensor is which
 parameter, `shards` reads and writes their files, `importing` and `exporting` do the work.
 
-And a model for lm-evaluation-harness: `harness` answers its requests with `scoring` and `continuing`, which put rows into
-`batches` over all devices; `shipped_texts` reads texts as `transformers` does, `generation_kwargs` what a request asks for.
+And a model for lm-evaluation-harness: `harness` answers its requests with `scoring` and `continuing`, which put rows
+into `batches` over all devices; `shipped_texts` reads texts as `transformers` does, `generation_kwargs` what a request
+asks for.
 
 Nothing here imports torch or transformers, and only `harness` imports the harness.
 

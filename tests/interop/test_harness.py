@@ -107,6 +107,39 @@ def test_texts_and_chats(both: Both):
     assert both.jaxlm.chat_template(True) == both.hf.chat_template(True)
 
 
+@pytest.mark.parametrize("both", ["gpt2"], indirect=True)
+def test_the_harness_s_own_program(
+    both: Both, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    tasks = write_tasks(tmp_path / "tasks")
+    arguments = f"workdir={both.workdir},step=0,max_gen_toks=8"
+    argv = ["run", "--model", "jaxlm", "--model_args", arguments, "--tasks", "local_choice", "--batch_size", "auto"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *argv, "--include_path", str(tasks)])
+    importlib.import_module("jaxlm.interop.harness").main()
+    assert "|local_choice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("both", ["gpt2"], indirect=True)
+def test_mistakes(both: Both, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tasks = write_tasks(tmp_path / "tasks")
+    (tasks / "questions.jsonl").unlink()
+    for argv, words in (
+        (["local_choise"], ["no task is called 'local_choise'; did you mean 'local_choice'"]),
+        (["local_choice"], ["cannot be read", "questions.jsonl"]),
+        (["local_choice", "--max_length", 65], ["max_length is 65", "at most 64", "learned"]),
+        (["local_choice", "--step", 3], ["--step 3"]),
+    ):
+        code = tool("evaluate", "--workdir", both.workdir, "--include_path", tasks, "--tasks", *argv)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxlm: ")]
+        assert code == 2 and len(said) == 1 and all(word in said[0] for word in words), said
+    JaxLM = importlib.import_module("jaxlm.interop.harness").JaxLM
+    for key, value in (("batch_size", 0), ("max_length", "x"), ("prefix_token_id", 10**6), ("pretrained", "gpt2")):
+        with pytest.raises(ValueError, match=key):
+            JaxLM(workdir=str(both.workdir), **{key: value})
+    with pytest.raises(ValueError, match=r"max_gen_toks is 64; allowed: at most 63"):
+        both.jaxlm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 64})]))
+
+
 def test_tasks(both: Both, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tasks, chat = write_tasks(tmp_path / "tasks"), both.workdir.parent.name.rstrip("0") in CHATS
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
