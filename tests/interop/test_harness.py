@@ -83,6 +83,8 @@ def test_continuations(both: Both):
     free = [(context, {"max_gen_toks": 20}) for context in contexts]
     want = both.hf.generate_until(instances("generate_until", free))
     assert both.jaxlm.generate_until(instances("generate_until", free)) == want
+    ended = [len(both.jaxlm.tok_encode(text, False)) < 10 for text in want]
+    assert any(ended) or both.workdir.parent.name != "llama30"  # at the end token
     stop = next(text[3:5] for text in want if len(text) > 8)
     until = [(context, {"until": [stop, "\n\n"], "max_gen_toks": 20, "do_sample": False}) for context in contexts]
     stopped = both.jaxlm.generate_until(instances("generate_until", until))
