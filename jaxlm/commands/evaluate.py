@@ -1,4 +1,6 @@
-"""Scores a checkpoint on its whole validation set or on other data. The last line of output is one JSON object."""
+"""Scores a checkpoint on its whole validation set, on other data, or on tasks of lm-evaluation-harness. The last line
+of output is one JSON object.
+"""
 
 import json
 import re
@@ -6,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxlm.commands import evaluate_tasks
 from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, files, flatten, mixture
 from jaxlm.config.overrides import apply_overrides
 from jaxlm.config.paths import user_path
@@ -63,8 +66,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
+    evaluate_tasks.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
+    evaluate_tasks.check(args, overrides)
     workdir = user_path("--workdir", args.workdir)
+    if args.tasks is not None:
+        return evaluate_tasks.run(args, workdir)
     trained = flatten(files.load_workdir(workdir))
     config = load(workdir, overrides)
     free = ("data.", "parallel.", "batch_size", "loss.chunk", *["seq_len"] * (config.model.position == "rope"))

@@ -2,7 +2,11 @@
 parameter, `shards` reads and writes their files, `own_tokenizers` writes the tokenizers that jaxlm trains, `importing`
 and `exporting` do the work.
 
-Nothing here imports torch or transformers.
+And a model for lm-evaluation-harness: `harness` answers its requests with `scoring` and `continuing`, which put rows
+into `batches` over all devices; `shipped_texts` reads texts as `transformers` does, `generation_kwargs` what a request
+asks for.
+
+Nothing here imports torch or transformers, and only `harness` imports the harness.
 
 May import: config, host, model, data, checkpoint, run.
 """

@@ -38,7 +38,7 @@ def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat1
     check_new("DST", destination)
     c = run.config.model
     kind, hf = described(c, run.config.seq_len, original(run))
-    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **_special_ids(run)}
+    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **special_ids(run)}
     with whole_folder("DST", destination) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
@@ -139,7 +139,7 @@ def _parameter(c: ModelConfig, flat: dict[str, Any], path: str, layer: int) -> n
     return lora.merged_kernel(c, x, a, b) if is_adapted else np.asarray(x, np.float32)
 
 
-def _special_ids(run: Run) -> Hf:
+def special_ids(run: Run) -> Hf:
     """The ids of the tokens that open and end a text: those of the original, or else of the tokenizer."""
     original = run.folder / "tokenizer" / GENERATION
     if original.is_file():
@@ -156,7 +156,7 @@ def _write_tokenizer(run: Run, folder: Path) -> None:
     configuration, the shortest one.
     """
     own = run.folder / "tokenizer"
-    special = _special_ids(run)
+    special = special_ids(run)
     if not (own / GENERATION).is_file():
         (folder / GENERATION).write_text(json.dumps(special, indent=2) + "\n")
     for name in ("tokenizer.json", GENERATION, *BESIDE):

@@ -101,7 +101,7 @@ def _read(
     if chunks:
         cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
     logits_BTV, cache = model.decode(params, prompt_BT[:, chunks * CHUNK :], cache, jnp.int32(chunks * CHUNK))
-    return _pick(logits_BTV[:, -1], jnp.int32(0), keys_B, how), cache
+    return pick(logits_BTV[:, -1], jnp.int32(0), keys_B, how), cache
 
 
 # `count` is traced, so that one compiled program also serves the last block of a text.
@@ -124,7 +124,7 @@ def _with_cache(
     def one(i, carry):
         token_B, block_BN, cache = carry
         logits_BTV, cache = model.decode(params, token_B[:, None], cache, position + i)
-        token_B = _pick(logits_BTV[:, -1], done + i, keys_B, how)
+        token_B = pick(logits_BTV[:, -1], done + i, keys_B, how)
         return token_B, block_BN.at[:, i].set(token_B), cache
 
     block_BN = jnp.zeros((len(last_B), BLOCK), jnp.int32)
@@ -148,14 +148,14 @@ def _with_window(
     def one(i, carry):
         window_BT, block_BN = carry
         x_BD = model.hidden(params, window_BT).reshape(B, T, -1)[:, -1]
-        token_B = _pick(model.unembed(params, x_BD), done + i, keys_B, how)
+        token_B = pick(model.unembed(params, x_BD), done + i, keys_B, how)
         return jnp.concatenate([window_BT[:, 1:], token_B[:, None]], axis=1), block_BN.at[:, i].set(token_B)
 
     window_BT, block_BN = jax.lax.fori_loop(0, count, one, (window_BT, jnp.zeros((B, BLOCK), jnp.int32)))
     return block_BN, window_BT
 
 
-def _pick(logits_BV: jax.Array, n: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
+def pick(logits_BV: jax.Array, n: jax.Array, keys_B: jax.Array, how: Sampling) -> jax.Array:
     """Draws new token n of each row, int32 `[B]`."""
     logits_BV = filter_logits(logits_BV, *how)
     if how.temperature == 0:

@@ -103,7 +103,7 @@ def output_loss(
         def one(weights: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[LossSums, tuple[()]]:
             return cross_entropy(unembed(weights, x_ND), targets_N, config)[0], ()
 
-        return _scaled(_in_chunks(one, config.chunk, weights, x_ND, targets_N)[0], scale)
+        return _scaled(in_chunks(one, config.chunk, weights, x_ND, targets_N)[0], scale)
 
     def forward(weights: Any, x_ND: jax.Array, targets_N: jax.Array, scale: jax.Array) -> tuple[LossSums, Any]:
         def one(low: Any, x_ND: jax.Array, targets_N: jax.Array) -> tuple[Any, jax.Array]:
@@ -115,7 +115,7 @@ def output_loss(
         # Converts once, not in each chunk. `one` converts back, which gives gradients the weights' own dtype, and which
         # the compiler removes.
         low = jax.tree.map(lambda w: w.astype(x_ND.dtype), weights)
-        (sums, weights_grad), x_grad_ND = _in_chunks(one, config.chunk, low, x_ND, targets_N)
+        (sums, weights_grad), x_grad_ND = in_chunks(one, config.chunk, low, x_ND, targets_N)
         return _scaled(sums, scale), (weights_grad, x_grad_ND)
 
     def backward(grads: tuple[Any, jax.Array], cotangents: LossSums) -> tuple[Any, jax.Array, None, None]:
@@ -131,7 +131,7 @@ def _scaled(sums: LossSums, scale: jax.Array) -> LossSums:
     return sums._replace(objective=sums.objective * scale)
 
 
-def _in_chunks(
+def in_chunks(
     act: Callable[..., tuple[Any, Any]], chunk: int, weights: Any, x_ND: jax.Array, targets_N: jax.Array
 ) -> tuple[Any, Any]:
     """Applies `act` to `chunk` tokens at a time (0 = all), adds up its first results and joins the second ones, which

@@ -93,6 +93,24 @@ def question(prompt: str, data: DataConfig, tokenizer: Tokenizer) -> list[TextPi
     return [piece for piece in (*_message(ASKS, prompt, template), opening) if piece.text]
 
 
+def chat_text(turns: list[dict[str, Any]], template: Template, opening: bool) -> str:
+    """The text of a conversation of messages with role and content, names of special tokens included.
+
+    Args:
+      opening: whether the answer is opened; otherwise the text ends with the last message's content.
+
+    Raises:
+      UserError: the template cannot write them.
+    """
+    if isinstance(template, ChatTemplate):
+        return jinja_chats.plain_text(turns, template, opening)
+    pieces = [_message(turn["role"], turn["content"], template) for turn in turns]
+    text = "".join(before.text + content.text for before, content in pieces)
+    if opening:
+        return text + _message(LEARNED, "", template)[0].text
+    return text.removesuffix(_message(turns[-1]["role"], "", template)[1].text)
+
+
 def after_answer(data: DataConfig, tokenizer: Tokenizer) -> tuple[str, str]:
     """The text that the template writes after an answer, and the text that opens the user's next message."""
     if not _has_template(data):

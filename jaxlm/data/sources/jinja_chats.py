@@ -24,6 +24,7 @@ from jaxlm.data.sources.jinja_templates import (
 )
 
 Turns = list[dict[str, Any]]
+END = "CONTINUE_FINAL_MESSAGE_TAG "  # behind a message that a model is to continue, as in `transformers`
 
 
 def segments(turns: Turns, template: ChatTemplate) -> list[tuple[str, bool]]:
@@ -86,6 +87,27 @@ def question(prompt: str, template: ChatTemplate) -> str:
         return render(template, [guarded({"role": "user", "content": prompt}, template)], True, datetime.now())
     except TemplateError as error:
         raise UserError(str(error).removeprefix(": ")) from None
+
+
+def plain_text(turns: Turns, template: ChatTemplate, opening: bool) -> str:
+    """What the template writes, a bos included, without a difference between markup and names that are only text.
+
+    Args:
+      opening: whether the assistant's next message is opened; otherwise the text ends with the last message's content,
+        which a model is to continue.
+
+    Raises:
+      TemplateError: the template refuses the messages, or leaves out the last one.
+    """
+    marked = turns if opening else [*turns[:-1], turns[-1] | {"content": turns[-1]["content"] + END}]
+    text = render(template._replace(bos=""), marked, opening, datetime.now())
+    text = re.sub(f"[{OPEN}{CLOSE}]", "", text)
+    if opening:
+        return text
+    before, end, after = text.rpartition(END.strip())
+    if not end:
+        raise TemplateError(": data.chat_template leaves out the last message; allowed: a template that writes it")
+    return before if after.startswith(" ") else before.rstrip()  # a template may strip a message
 
 
 def after_answer(template: ChatTemplate) -> tuple[str, str]:
