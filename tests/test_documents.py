@@ -51,6 +51,13 @@ RUN: dict[str, str] = {
         f"{TEXTS} --config.seq_len=32 {DATA} {SHORT}"
     ),
     "jaxlm export-hf runs/tuned DST [--step N|best] [--dtype bfloat16]": "--step best",
+    "jaxlm train --config finetune --workdir runs/lora --config.checkpoint.resume=runs/docs "
+    "--config.data.path=my_texts/": f"{TEXTS} {DATA} {SHORT} --config.seq_len=32",
+    "jaxlm generate --workdir runs/lora --prompt 'Once'": "--max_new_tokens 3",
+    "jaxlm export-hf runs/lora my-model": "",
+    "jaxlm export-hf runs/lora my-adapter --adapter": "",
+    "jaxlm sweep --config base --grid optim.lr=1e-3,3e-3,1e-2 --grid seed=0,1 --slurm sweep.sbatch": "",
+    "jaxlm sweep --workdir runs/base-sweep --table": "",
     r"jaxlm train --config configs/base.py --config.data.source=jsonl --config.data.path=chats.jsonl "
     r"--config.data.messages_key=messages --config.data.chat_template=$'<|{role}|>\n{content}\n'": (
         f"{SIZES} {DATA} {SHORT} {BYTES}"
@@ -74,7 +81,8 @@ INSTALLS = "installs into .venv, or runs all of this: tests/commands/test_instal
 CONFIGS = "a large model, or a text to download; tests/config/test_configs.py trains each configuration, small"
 CHAOS = "minutes; tests/development/test_chaos.py runs it, small"
 BENCH = "minutes, and nanoGPT; tests/commands/test_bench.py runs it, small"
-FINETUNING = "tests/run/test_finetuning.py runs all commands of that page"
+FINETUNING = "tests/run/test_finetuning.py runs these commands of that page"
+HARNESS = "needs the harness, which tests/interop/test_harness.py runs"
 PRETRAINED = "options to add to a command; the tokenizer is Qwen's"
 PARSED: dict[str, str] = {
     "jaxlm plan --config llama_small --config.data.path=texts/ --devices 1 --device CPU": (
@@ -85,6 +93,12 @@ PARSED: dict[str, str] = {
     "make check": INSTALLS,
     "make train CONFIG=configs/debug.py": INSTALLS,
     'make train CONFIG=configs/shakespeare_char.py ARGS="--config.data.path=input.txt"': INSTALLS,
+    "jaxlm plan --config lora_8b --devices 1 --device RTX4090 --config.data.path=chats.jsonl --vocab_size 128256": (
+        "needs the 7 GB of `make plan-env`; tests/gpu/test_gpu_compile.py compiles it"
+    ),
+    "jaxlm sweep --config base --grid optim.lr=1e-3,3e-3,1e-2 --grid seed=0,1": (
+        "six runs; tests/commands/test_sweep.py trains sweeps"
+    ),
     "make plan-env": "downloads 7 GB",
     "make test-gpu": "downloads 7 GB",
     ".venv-plan/bin/jaxlm plan --config gpt2_124m --devices 8 --device H100 --config.data.path=x": (
@@ -96,6 +110,8 @@ PARSED: dict[str, str] = {
 # Commands that start like this, too.
 PARSED_LIKE = {
     ".venv/bin/python -m jaxlm.main --config configs/gpt2_124m.py ": CONFIGS,
+    "jaxlm evaluate --workdir runs/base --tasks ": HARNESS,
+    "jaxlm evaluate --workdir runs/chat --tasks ": HARNESS,
     "python tools/chaos": CHAOS,
     "jaxlm bench --config ": BENCH,
     "sudo .venv/bin/python tools/netbench.py ": "makes network namespaces as root, and runs PyTorch beside",
@@ -109,6 +125,10 @@ OTHERS = {
     "git clone … && cd jaxlm",
     "git tag v0.2.0",
     "pip install .",
+    "pip install 'lm_eval>=0.4.10'",
+    "python -m jaxlm.interop.harness --model jaxlm --model_args workdir=runs/base,step=best --tasks arc_easy "
+    "--batch_size auto",
+    "sbatch --gpus-per-task=1 sweep.sbatch",
     "pip install s3fs",
     "pip install torch transformers",
     "pre-commit install",

@@ -3,5 +3,5 @@ and weights from other runs.
 
 Import each module by its own name.
 
-May import: config, host, data, train.
+May import: config, host, model, data, train.
 """

@@ -172,16 +172,20 @@ class Hosts:
             time.sleep(1)
 
     def _watch(self) -> None:
-        """Ends this process when another one has ended early, or has written no new count for too long."""
+        """Ends this process when another one has ended early, or has written no new count for too long.
+
+        An end counts a second after it was seen: for a mistake that all hosts notice, each prints its own line.
+        """
         beats: dict[str, str] = {}
+        ends: dict[str, str] = {}
         silent = [0] * self.count  # seconds since each process wrote a new count
         while not self._ending:
             with contextlib.suppress(Exception):
                 new = dict(self._client.key_value_dir_get("jaxlm/beat/"))
-                ends = dict(self._client.key_value_dir_get("jaxlm/end/"))
+                seen, ends = ends, dict(self._client.key_value_dir_get("jaxlm/end/"))
                 self._unanswered = 0
                 for i in range(self.count):
-                    code, *lines = json.loads(ends.get(f"jaxlm/end/{i}", "[0]"))
+                    code, *lines = json.loads(seen.get(f"jaxlm/end/{i}", "[0]"))
                     key = f"jaxlm/beat/{i}"
                     silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
                     if code not in (0, STOPPED) or lines:

@@ -8,5 +8,5 @@ asks for.
 
 Nothing here imports torch or transformers, and only `harness` imports the harness.
 
-May import: config, host, model, data, checkpoint, run.
+May import: config, host, model, data, train, checkpoint, run.
 """
