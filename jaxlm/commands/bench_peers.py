@@ -29,7 +29,9 @@ TORCH = {
     "model.attention_softcap": (0.0,),
     "model.qkv_bias": (False,),
     "model.scale_embeddings": (False,),
+    "model.lora_rank": (0,),
     "optim.name": ("adamw",),
+    "optim.freeze": ("",),
 }
 
 
@@ -100,7 +102,7 @@ def check_torch(config: Config) -> None:
     for key, allowed in TORCH.items():
         section, name = key.split(".")
         if (value := getattr(getattr(config, section), name)) not in allowed:
-            raise UserError(f"{key} is {value}; allowed with --torch: {', '.join(map(str, allowed))}")
+            raise UserError(f"{key} is {value}; allowed with --torch: {', '.join(str(v) or 'none' for v in allowed)}")
     if config.parallel.devices > 1:
         raise UserError(f"parallel.devices is {config.parallel.devices}; allowed with --torch: 1")
 

@@ -57,11 +57,6 @@ def begin(config: Config, workdir: Path, lock: workdirs.Lock, quiet: bool = Fals
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("log.wandb is True; allowed: false, or the package: pip install wandb")
     weights = None if workdirs.holds_checkpoints(workdir) else named_weights(config.checkpoint.resume)
-    if config.model.lora_rank and not weights and not workdirs.holds_checkpoints(workdir):
-        raise UserError(
-            f"checkpoint.resume is {config.checkpoint.resume!r}; allowed with model.lora_rank: the workdir of a trained"
-            " model, to which LoRA is added"
-        )
     corpus = _prepare(config, workdir, weights, quiet)
     setup = set_up(config, corpus)
     check_fits(config, setup.model, setup.devices)

@@ -13,7 +13,8 @@ from jaxlm.checkpoint import metrics_file, rollback, workdirs
 from jaxlm.checkpoint.replicas import Replicas
 from jaxlm.checkpoint.rollback import Diverged, Trouble
 from jaxlm.checkpoint.writing import Unsaved
-from jaxlm.config import Config
+from jaxlm.config import Config, UserError
+from jaxlm.config.pretrained import named_weights
 from jaxlm.host import distributed, runtime
 from jaxlm.host.signals import StopSignal
 from jaxlm.host.startup import STOPPED
@@ -56,6 +57,7 @@ def run(
       Unsaved: the last state could not be written.
       Corrupt: devices that should hold the same state do not.
     """
+    _check_lora(config, workdir)
     stop, steps_asked = stop or StopSignal(), config.steps
     if deadline is not None:
         config = _fitted(config, workdir, deadline)
@@ -94,6 +96,15 @@ def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, s
         report.write_own(workdir, parts.reporter.say)
     close(parts.reporter, config, workdir, parts.corpus, scores)
     return 0
+
+
+def _check_lora(config: Config, workdir: Path) -> None:
+    """Raises UserError if LoRA would be trained beside random weights."""
+    resume = config.checkpoint.resume
+    if config.model.lora_rank and named_weights(resume) is None and not workdirs.holds_checkpoints(workdir):
+        raise UserError(
+            f"checkpoint.resume is {resume!r}; allowed with model.lora_rank: the workdir of a trained model"
+        )
 
 
 def _fitted(config: Config, workdir: Path, deadline: float) -> Config:
