@@ -20,10 +20,7 @@ class Continuer:
     def __init__(self, run: Run, devices: Devices, max_length: int, rows: int | None, seed: int):
         self._run, self._devices, self._max_length, self._rows = run, devices, max_length, rows
         self._begin = devices.program(partial(ragged.begin, run.model, seed=seed), in_axes=(0, 0, 0))
-        # LongRoPE turns a prompt otherwise if it is longer than the first context. All of that many tokens and one more
-        # are then read in one call.
-        c = run.config.model
-        self._first = c.rope_original + 1 if c.rope_scaling == "longrope" else max_length + 1
+        self._first = run.model.first_read or max_length + 1
         read = {size: partial(ragged.read, run.model, size) for size in (*ragged.PIECES, self._first)}
         self._read = {size: devices.program(each, (None, 0, None), donate=(1,)) for size, each in read.items()}
         self._extend: dict[Sampling, Callable[..., ragged.Rows]] = {}

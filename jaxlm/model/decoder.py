@@ -26,6 +26,9 @@ class Model(NamedTuple):
     on: Callable[[str], "Model"]  # the same model for another platform, cpu or gpu
     vocab_size: int
     max_positions: int | None  # number of positions; None = unlimited (RoPE)
+    # LongRoPE turns long texts otherwise, so the first `decode` of a prompt of at least this many tokens must read as
+    # many; 0 = any number.
+    first_read: int
 
 
 def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str = "") -> Model:
@@ -76,7 +79,8 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
     max_positions = None if config.position == "rope" else max_len
-    return Model(init, hidden, output_params, unembed, init_cache, decode, on, vocab_size, max_positions)
+    first_read = config.rope_original + 1 if config.rope_scaling == "longrope" else 0
+    return Model(init, hidden, output_params, unembed, init_cache, decode, on, vocab_size, max_positions, first_read)
 
 
 def num_params(params: Params) -> int:

@@ -93,14 +93,20 @@ def _read(
     B, T = prompt_BT.shape
     cache = model.init_cache(B, length)
 
-    def read(cache, i):
-        chunk_BT = jax.lax.dynamic_slice(prompt_BT, (0, i * CHUNK), (B, CHUNK))
-        return model.decode(params, chunk_BT, cache, i * CHUNK)[1], None
+    first = model.first_read if T > model.first_read else 0
+    if first:
+        cache = model.decode(params, prompt_BT[:, :first], cache, jnp.int32(0))[1]
 
-    chunks = (T - 1) // CHUNK  # whole chunks; at least one token is left, whose logits give the first new token
+    def read(cache, i):
+        at = first + i * CHUNK
+        return model.decode(params, jax.lax.dynamic_slice(prompt_BT, (0, at), (B, CHUNK)), cache, at)[1], None
+
+    # Whole chunks; at least one token is left, whose logits give the first new token.
+    chunks = 0 if T == model.first_read else (T - 1 - first) // CHUNK
     if chunks:
         cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
-    logits_BTV, cache = model.decode(params, prompt_BT[:, chunks * CHUNK :], cache, jnp.int32(chunks * CHUNK))
+    at = first + chunks * CHUNK
+    logits_BTV, cache = model.decode(params, prompt_BT[:, at:], cache, jnp.int32(at))
     return pick(logits_BTV[:, -1], jnp.int32(0), keys_B, how), cache
 
 

@@ -83,6 +83,20 @@ def test_a_long_prompt_is_read_in_chunks(
     cast(Any, _read).clear_cache()
 
 
+@pytest.mark.parametrize("length", [6, 9, 10, 16])
+def test_longrope_reads_a_long_prompt_as_a_whole(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first context has 8 tokens. In longer texts, tokens before that place are rotated otherwise, too."""
+    model, params = with_params(rope_scaling="longrope", rope_original=8, rope_factor=4.0, rope_fraction=0.5,
+                                head_dim=8, rope_short="1.0 1.0", rope_long="40.0 90.0")  # fmt: skip
+    prompt_BT = prompts(3, length)
+    want = np.asarray(jax.jit(logits_of(model))(params, prompt_BT))[:, -1].argmax(-1)
+    cast(Any, _read).clear_cache()
+    monkeypatch.setattr("jaxlm.model.generate.CHUNK", 4)
+    got = generate(model, params, prompt_BT, jax.random.key(0), max_new_tokens=1, temperature=0.0)
+    cast(Any, _read).clear_cache()
+    np.testing.assert_array_equal(got[:, 0], want)
+
+
 @pytest.mark.parametrize("key_offset", [False, True])
 def test_cached_logits_equal_uncached_logits(key_offset: bool) -> None:
     """Logits do not depend on how a text is split into calls: a prompt, several tokens at once, one token."""
