@@ -15,7 +15,8 @@ def get_config() -> Config:
     c.steps, c.batch_size = 300, 8
     c.model.lora_rank, c.model.lora_alpha = 16, 32.0
     o = c.optim
-    o.name, o.lr, o.b1, o.b2, o.weight_decay = "adamw", 1e-2, 0.9, 0.99, 0.0  # for millions of parameters; 2e-4 for billions
+    o.name, o.lr = "adamw", 1e-2  # for millions of parameters; 2e-4 for billions
+    o.b1, o.b2, o.weight_decay = 0.9, 0.99, 0.0
     o.schedule, o.warmup_steps, o.decay_fraction = "wsd", 10, 0.5
     c.data.source = "text"
     c.eval.every_steps, c.checkpoint.every_steps = 100, 100
