@@ -93,7 +93,7 @@ def _read(
     B, T = prompt_BT.shape
     cache = model.init_cache(B, length)
 
-    first = model.first_read if T > model.first_read else 0
+    first = model.first_read if model.first_read < T else 0
     if first:
         cache = model.decode(params, prompt_BT[:, :first], cache, jnp.int32(0))[1]
 
@@ -102,7 +102,7 @@ def _read(
         return model.decode(params, jax.lax.dynamic_slice(prompt_BT, (0, at), (B, CHUNK)), cache, at)[1], None
 
     # Whole chunks; at least one token is left, whose logits give the first new token.
-    chunks = 0 if T == model.first_read else (T - 1 - first) // CHUNK
+    chunks = 0 if model.first_read == T else (T - 1 - first) // CHUNK
     if chunks:
         cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
     at = first + chunks * CHUNK
