@@ -1,6 +1,6 @@
 """The report's charts of layers, for a run with log.layer_stats."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,20 +9,20 @@ from jaxlm.run.pages import Lines
 
 MOST_POINTS = 3000  # of all curves of a chart
 CHARTS = (  # (metric, title, unit, logarithmic, note)
-    ("layers/grad_norm", "Norm of each layer's gradient", "norm", True, "Before clipping, on a logarithmic axis."),
+    ("layers/grad_norm", "Norm of the gradient, by layer", "norm", True, "Before clipping, on a logarithmic axis."),
     (
         "layers/update_ratio",
-        "Each layer's update, divided by its parameters",
+        "Update divided by weights, by layer",
         "ratio of norms",
         True,
         "On a logarithmic axis.",
     ),
     (
         "layers/activation_rms",
-        "Activations behind each layer",
+        "Activations, by layer",
         "root mean square",
         False,
-        "Of the residual stream, over the global batch.",
+        "Of the residual stream behind the layer, over the global batch.",
     ),
 )
 
@@ -33,21 +33,25 @@ def layer_charts(run: History, several: bool) -> list[Lines]:
     Args:
       several: the page shows other runs, too, so that titles name this one.
     """
-    found = []
+    found, count = [], run.config["model.num_layers"]
     for key, title, unit, log_y, note in CHARTS:
         if key in run.layers:
-            curves, count = _curves(run, key, log_y), run.config["model.num_layers"]
-            some = f" {len(curves)} of {count} layers." * (len(curves) < count)
+            curves = _curves(run, key, log_y)
+            note += f" {len(curves)} of {count} layers." * (len(curves) < count)
+            note += " Means of neighbouring steps." * (len(run.layers[key].steps) > _points(curves))
             if any(x for x, _ in curves.values()):
                 title += f", {run.name}" * several
-                found.append(Lines(title, "tokens", unit, curves, False, log_y, note + some, ordered=True))
+                found.append(Lines(title, "tokens", unit, curves, False, log_y, note, ordered=True))
     return found
 
 
 def _curves(run: History, key: str, positive: bool) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
-    steps, columns = run.layers[key]
-    points, curves = min(POINTS, MOST_POINTS // len(columns)), {}
+    (steps, columns), curves = run.layers[key], {}
     for layer, y in columns.items():
         shown = np.where(y > 0, y, np.nan) if positive else y
-        curves[f"layer {layer}"] = drawn(steps * run.tokens_per_step, shown, points).line
+        curves[f"layer {layer}"] = drawn(steps * run.tokens_per_step, shown, _points(columns)).line
     return curves
+
+
+def _points(curves: Mapping[str, object]) -> int:
+    return min(POINTS, MOST_POINTS // len(curves))
