@@ -129,6 +129,12 @@ def get_config() -> Config:
         checkpoint=CheckpointConfig(every_steps=1000, keep=2, keep_best=1, resume="auto", check_replicas=True),
         eval=EvalConfig(every_steps=1000, batches=0, sample_tokens=100, sample_prompt="def ", baselines=True),
         log=LogConfig(
-            every_steps=10, tensorboard=True, wandb=False, profile_steps=0, hang_seconds=600.0, hang_abort=False
+            every_steps=10,
+            tensorboard=True,
+            wandb=False,
+            layer_stats=False,
+            profile_steps=0,
+            hang_seconds=600.0,
+            hang_abort=False,
         ),
     )

@@ -79,7 +79,8 @@ def post(x: np.ndarray, p: Params, name: str, c: ModelConfig) -> np.ndarray:
     return norm(x, p[name], c.norm, c.norm_eps) if c.post_norms else x
 
 
-def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
+def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray, behind: list[np.ndarray] | None = None) -> np.ndarray:
+    """The logits [T, V]; appends the residual stream behind each layer, [T, D], to `behind`."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     T, H, K = len(tokens_T), c.num_heads, c.num_kv_heads or c.num_heads
     C = c.head_dim or c.d_model // H
@@ -118,6 +119,8 @@ def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray) -> np.ndarray:
         x = x + post(linear(np.concatenate(heads, axis=1), a["out"]), p, "attention_post_norm", c)
         h = norm(x, p["mlp_norm"], c.norm, c.norm_eps)
         x = x + post(mlp(h, p["mlp"], c.activation), p, "mlp_post_norm", c)
+        if behind is not None:
+            behind.append(x)
     x = norm(x, params["final_norm"], c.norm, c.norm_eps)
     logits = x @ params["embed"]["embedding"].T if c.tie_embeddings else x @ params["head"]["kernel"]
     return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits

@@ -24,13 +24,19 @@ class JsonLines:
         self._path = path
 
     def __call__(self, metrics: Metrics) -> None:
-        known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
-        append(self._path, (json.dumps(known) + "\n").encode())
+        append(self._path, (json.dumps({k: _known(v) for k, v in metrics.items()}) + "\n").encode())
 
     def sync(self) -> None:
         if self._path.exists():
             sync(self._path)
             sync(self._path.parent)
+
+
+def _known(value: Any) -> Any:
+    """The value with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, list):
+        return [_known(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stream(workdir: Path) -> Iterator[Metrics]:

@@ -133,6 +133,8 @@ def _last_metrics(workdir: Path) -> Table:
 def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list):
+        return " ".join(_number(x) for x in value)
     return f"{value:,}" if isinstance(value, int) else "–" if value is None else show(value)
 
 

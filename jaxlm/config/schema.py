@@ -231,6 +231,7 @@ class LogConfig:
     every_steps: int  # steps between training lines of metrics.jsonl
     tensorboard: bool  # write event files to WORKDIR/tensorboard
     wandb: bool  # log to Weights & Biases; its own environment variables set project and API key
+    layer_stats: bool  # gradient, update and activations of each layer in the metrics, where others are logged
     profile_steps: int  # steps to trace with jax.profiler into WORKDIR/profile; 0 = off
     hang_seconds: float  # seconds without progress after which each process prints where every host is; 0 = never
     hang_abort: bool  # end a run that hangs with exit code 5, so that a launcher starts it again

@@ -27,6 +27,7 @@ from jaxlm.model.rope import Tables, local_rope_tables, rope_tables, rotate
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
+STATISTICS = "intermediates"  # the collection of what layers record, if it is mutable; `init` leaves it out
 
 
 class Cache(NamedTuple):
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         in_axes: Any = (0, 0, nn.broadcast)  # for layer, cache, shared
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, STATISTICS: 0},
             split_rngs={"params": True},
             in_axes=in_axes,
             length=c.num_layers,
@@ -190,6 +191,10 @@ class Block(nn.Module):
         if c.post_norms:
             m_ND = norm(c, "mlp_post_norm")(m_ND)
         x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
+        if self.is_mutable_collection(STATISTICS):
+            float_ND = jax.lax.stop_gradient(x_ND).astype(jnp.float32)
+            squares_D = jnp.sum(jnp.square(float_ND), axis=0)  # in two steps, for the rounding of a sum grows with it
+            self.sow(STATISTICS, "squares", jnp.sum(squares_D))
         return x_ND, cache
 
 

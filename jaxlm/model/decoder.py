@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.blocks import Cache, Decoder, OnLayer, Params
+from jaxlm.model.blocks import STATISTICS, Cache, Decoder, OnLayer, Params
 
 
 class Model(NamedTuple):
@@ -18,6 +18,8 @@ class Model(NamedTuple):
     # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
     # uses on_layer(its slice of params["layers"]), which may then hold more than parameters.
     hidden: Callable[..., jax.Array]
+    # The same arguments -> (x_ND, sum of the squares of each layer's output, float32 [L], without a gradient)
+    hidden_and_squares: Callable[..., tuple[jax.Array, jax.Array]]
     output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
     init_cache: Callable[[int, int], Cache]  # (B, S)
@@ -63,6 +65,13 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str
     ) -> jax.Array:
         return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
 
+    def hidden_and_squares(
+        params: Params, *inputs: Any, on_layer: OnLayer | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        model: Any = decoder(on_layer)
+        (x_ND, _), found = model.apply({"params": params}, *inputs, method="hidden", mutable=[STATISTICS])
+        return x_ND, found[STATISTICS]["layers"]["squares"][0]
+
     def output_params(params: Params) -> Params:
         name = "embed" if config.tie_embeddings else "head"
         return {name: params[name]}
@@ -80,7 +89,19 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str
 
     max_positions = None if config.position == "rope" else max_len
     first_read = config.rope_original + 1 if config.rope_scaling == "longrope" else 0
-    return Model(init, hidden, output_params, unembed, init_cache, decode, on, vocab_size, max_positions, first_read)
+    return Model(
+        init,
+        hidden,
+        hidden_and_squares,
+        output_params,
+        unembed,
+        init_cache,
+        decode,
+        on,
+        vocab_size,
+        max_positions,
+        first_read,
+    )
 
 
 def num_params(params: Params) -> int:

@@ -17,6 +17,7 @@ from jaxlm.config import Config, flatten
 from jaxlm.host.durable import append
 from jaxlm.run.metrics import Writer
 
+OF_LAYERS = ("/grad_norm", "/update_ratio", "/activation_rms")  # endings of log.layer_stats' metrics
 ENDINGS = r"(\.(txt|md|jsonl?|parquet|npy|bin|gz|bz2|xz|zst))+$"
 
 
@@ -50,6 +51,23 @@ def shortened(writer: Writer, names: Sequence[str]) -> Writer:
         return f"{number}/{short[name]}" if name in short else key
 
     return lambda metrics: writer({rename(key): value for key, value in metrics.items()})
+
+
+def by_layer(writer: Writer) -> Writer:
+    """Returns a writer that gets a number for each layer: `layers/grad_norm: [1.0, 2.0]` becomes `layer_0/grad_norm`
+    and `layer_1/grad_norm`.
+    """
+
+    def split(metrics: Metrics) -> Metrics:
+        found = {}
+        for key, value in metrics.items():
+            if isinstance(value, list):
+                found |= {key.replace("layers/", f"layer_{i}/"): x for i, x in enumerate(value)}
+            else:
+                found[key] = value
+        return found
+
+    return lambda metrics: writer(split(metrics))
 
 
 def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
@@ -87,7 +105,8 @@ def tensorboard(folder: Path, config: Config, resume_step: int) -> Writer:
         group = "eval" if "eval_loss" in metrics else "train"
         values = []
         for key, value in metrics.items():
-            tag = f"{group}/{key.removeprefix('eval_')}"
+            # A layer's numbers have a section of their own.
+            tag = key if key.endswith(OF_LAYERS) else f"{group}/{key.removeprefix('eval_')}"
             if isinstance(value, str):  # indented, because Markdown shows indented text verbatim
                 values.append(text(tag, "\n".join("    " + line for line in value.split("\n"))))
             elif isinstance(value, (int, float)) and key not in ("step", "time"):

@@ -15,6 +15,8 @@ from jaxlm.config.files import from_saved, read_saved
 
 POINTS = 800  # most points of a curve; a page shows no more
 TRAINING = ("lr", "grad_norm", "skipped", "spikes", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes")
+LAYERS = ("layers/grad_norm", "layers/update_ratio", "layers/activation_rms")  # lists, with log.layer_stats
+MOST_LAYERS = 16  # of a deeper model, so many layers, evenly spread
 EVALUATION = ("eval_loss", "eval_bits_per_byte", "eval_accuracy")
 
 
@@ -40,6 +42,7 @@ class History(NamedTuple):
     training: Series  # `loss` is the mean since the line before
     evaluations: Series
     samples: list[tuple[int, str]]  # [(step, text)]
+    layers: dict[str, Series]  # {one of LAYERS: a column for each layer, named 0, 1, ...}; without what has no number
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,9 +77,9 @@ def read_history(workdir: Path, name: str) -> History:
     if not isinstance(versions, dict) or not isinstance(history, list):
         raise UserError(f"{path}: versions or history are missing; allowed: what a run wrote there")
     changes = [(str(entry.get("time")), str(entry.get("changed"))) for entry in history if isinstance(entry, dict)]
-    training, evaluations, samples = _read_metrics(workdir)
+    numbers = _read_metrics(workdir)
     config |= {f"versions.{key}": value for key, value in versions.items()}
-    return History(name, config, changes, rollback.read(workdir), training, evaluations, samples)
+    return History(name, config, changes, rollback.read(workdir), *numbers)
 
 
 class _Columns:
@@ -102,8 +105,9 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _read_metrics(workdir: Path) -> tuple[Series, Series, list[tuple[int, str]]]:
+def _read_metrics(workdir: Path) -> tuple[Series, Series, list[tuple[int, str]], dict[str, Series]]:
     training, evaluations, samples = _Columns(("loss", *TRAINING)), _Columns(EVALUATION), []
+    layers: dict[str, _Columns] = {}
     for m in metrics_file.stream(workdir):
         if "eval_loss" in m:
             evaluations.append(m["step"], m)
@@ -111,9 +115,18 @@ def _read_metrics(workdir: Path) -> tuple[Series, Series, list[tuple[int, str]]]
                 samples.append((m["step"], m["sample"]))
         else:
             training.append(m["step"], m | {"loss": m.get("loss_mean", m.get("loss"))})
+            for key in LAYERS:
+                if isinstance(found := m.get(key), list) and found:
+                    named = {str(i): number for i, number in enumerate(found)}
+                    layers.setdefault(key, _Columns(_spread([*named]))).append(m["step"], named)
     if not training.steps:
         raise UserError(f"{workdir / metrics_file.NAME}: no step in it; allowed: a run that has made a step")
-    return training.done(), evaluations.done(), samples
+    return training.done(), evaluations.done(), samples, {key: column.done() for key, column in layers.items()}
+
+
+def _spread(names: list[str]) -> list[str]:
+    places = np.linspace(0, len(names) - 1, min(len(names), MOST_LAYERS)).round().astype(int)
+    return [names[i] for i in places]
 
 
 class Drawn(NamedTuple):

@@ -33,6 +33,7 @@ class Lines(NamedTuple):
     note: str = ""
     dashed: Mapping[str, str] = {}  # {curve: the one whose color it has}
     faint: Mapping[str, str] = {}  # the same; comes and goes with that one, and is not in the legend
+    ordered: bool = False  # colors change gradually from the first curve to the last
 
 
 class Bar(NamedTuple):
@@ -155,6 +156,7 @@ def _chart(lines: Lines) -> dict:
         "y": lines.y,
         "log": [lines.log_x, lines.log_y],
         "names": names,
+        "ordered": lines.ordered,
         "colors": [own.index(like.get(name, name)) for name in names],
         "dashed": [name in lines.dashed for name in names],
         "faint": [name in lines.faint for name in names],

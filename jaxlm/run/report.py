@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from jaxlm.run.curves import History, Series, drawn, read_history
+from jaxlm.run.layer_charts import layer_charts
 from jaxlm.run.pages import Lines, Table, Texts, check_path, write_page
 
 NAME = "report.html"
 SAMPLES, LONGEST = 10, 1500  # samples of a run, and characters of a sample
 MOST_SAMPLES = 24  # of all runs, but one of each
-FEW = 4  # runs, each of which the page describes at its top
+FEW = 4  # runs, each of which the page describes at its top, and draws the layers
 SPEEDS = ("tokens_per_second", "mfu")
 NOISY = (*SPEEDS, "grad_norm")
 NOTHING = "–"
@@ -44,7 +45,10 @@ def write_report(path: Path, runs: Sequence[History], title: str = "", first: Se
     parts: list[Any] = [*first, _overview(runs)]
     if several:
         parts.append(_differences(runs))
-    parts += [*_losses(runs), *_training(runs), *_returns(runs), *_samples(runs), *_changes(runs)]
+    parts += [*_losses(runs), *_training(runs)]
+    if len(runs) <= FEW:
+        parts += [chart for run in runs for chart in layer_charts(run, several)]
+    parts += [*_returns(runs), *_samples(runs), *_changes(runs)]
     parts.append(_configuration(runs))
     title = title or "jaxlm report: " + (f"{len(runs)} runs" if several else runs[0].name)
     write_page(path, title, _summary(runs), parts)

@@ -11,8 +11,8 @@ from jaxlm.checkpoint.rollback import Trouble
 from jaxlm.host import memory
 from jaxlm.run import metrics
 from jaxlm.run.begin import Parts
-from jaxlm.run.charts import shortened, tensorboard, wandb_writer
-from jaxlm.train import trained
+from jaxlm.run.charts import by_layer, shortened, tensorboard, wandb_writer
+from jaxlm.train import layer_stats, trained
 from jaxlm.train.loop import Done
 from jaxlm.train.loss_mean import is_logged
 
@@ -30,7 +30,7 @@ def make_log(parts: Parts, start: int) -> metrics.Log:
     if parts.config.log.wandb:
         charts.append(wandb_writer(parts.config, parts.workdir))
     names = [share.name for share in parts.corpus.shares]
-    writers += [shortened(chart, names) for chart in charts]
+    writers += [by_layer(shortened(chart, names)) for chart in charts]
     return metrics.Log(writers, parts.reporter.say)
 
 
@@ -60,7 +60,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
             m |= {"tokens": done.step * per_step, "tokens_per_second": rate, "step_seconds": seconds}
             m |= {"mfu": rate * flops / (peak * len(parts.devices)) if peak else None}
             m |= {"peak_memory_bytes": memory.peak_of(parts.placement.local)}
-            m |= _consumed(parts, done.step)
+            m |= _consumed(parts, done.step) | layer_stats.numbers(done.metrics)
             write(m)
             parts.reporter.train(m)
         elif done.step != start + 1:  # the first step compiles everything, so its time says nothing of the others

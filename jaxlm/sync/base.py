@@ -54,4 +54,6 @@ class GradSync(NamedTuple):
     own: Callable[[Any], Any]  # params -> the parts that this device updates
     whole: Callable[[Any], Any]  # the inverse: updated parts of all devices -> params
     global_norm: Callable[[Any], jax.Array]  # L2 norm of the whole mean gradient, from what `reduce` returned
+    # sums over what `reduce` or `own` returned -> sums over the whole arrays
+    whole_sums: Callable[[Any], Any]
     sent_bytes: Callable[[Any], float]  # params -> bytes that a device sends for their gradients in a step

@@ -52,5 +52,5 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
 
     parts = Zero(group, params, limit)
     if zero:
-        return GradSync(init, reduce, parts.own, parts.whole, parts.global_norm, sent_bytes)
-    return GradSync(init, reduce, lambda p: p, lambda p: p, optax.tree.norm, sent_bytes)
+        return GradSync(init, reduce, parts.own, parts.whole, parts.global_norm, group.sum, sent_bytes)
+    return GradSync(init, reduce, lambda p: p, lambda p: p, optax.tree.norm, lambda sums: sums, sent_bytes)

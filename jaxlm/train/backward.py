@@ -4,7 +4,7 @@ Shapes: B sequences of this device, T time, N = B * T.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,20 @@ from jaxlm.train import loss_scale, trained
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
 # stop, float32 [1]: 1 if this process was asked to stop.
 Batch = dict[str, jax.Array]
-Loss = Callable[..., tuple[jax.Array, LossSums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
+
+
+class Sums(NamedTuple):
+    """Sums over this device's tokens."""
+
+    losses: LossSums
+    squares_L: jax.Array | None  # of the squares of each layer's output, with log.layer_stats
+
+
+Loss = Callable[..., tuple[jax.Array, Sums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
 # (trained params, frozen ones, micro-batches [count, ...], mean number of targets of a device, state of the reduction)
-# -> (gradient of the mean loss of the global batch, or with ZeRO this device's parts of it; sums of this device's
-# losses; new state of the reduction)
-Gradients = Callable[[Params, Params, Any, jax.Array, Any], tuple[Params, LossSums, Any]]
+# -> (gradient of the mean loss of the global batch, or with ZeRO this device's parts of it; sums; new state of the
+# reduction)
+Gradients = Callable[[Params, Params, Any, jax.Array, Any], tuple[Params, Sums, Any]]
 
 
 def batch_shapes(config: Config, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -47,10 +56,29 @@ def loss_sums(
       on_layer: applied to a layer's `params` when the layer uses them.
       frozen: the parameters that are not in `params`.
     """
+    return all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen).losses
+
+
+def all_sums(
+    config: Config,
+    model: Model,
+    params: Params,
+    batch: Batch,
+    dropout_keys: jax.Array | None,
+    on_layer: Callable | None,
+    scale: jax.Array | float,
+    frozen: Params | None,
+    layer_stats: bool = False,
+) -> Sums:
+    """`loss_sums`, and with `layer_stats` the sums of the squares of the layers' outputs."""
     params, on_layer = with_frozen(params, frozen, on_layer) if frozen else (params, on_layer)
-    x_ND = model.hidden(params, batch["inputs"], dropout_keys, batch.get("positions"), on_layer)
+    inputs, squares_L = (params, batch["inputs"], dropout_keys, batch.get("positions")), None
+    if layer_stats:
+        x_ND, squares_L = model.hidden_and_squares(*inputs, on_layer=on_layer)
+    else:
+        x_ND = model.hidden(*inputs, on_layer=on_layer)
     weights, targets_N = model.output_params(params), batch["targets"].reshape(-1)
-    return output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale)
+    return Sums(output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale), squares_L)
 
 
 def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Gradients:
@@ -58,9 +86,22 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
     # With float16, parameters and gradients are multiplied by factors of the loss scale, in float32.
     matrices = "float32" if config.model.dtype == "float16" else config.model.dtype
 
+    def forward(
+        params: Params,
+        batch: Batch,
+        dropout_keys: jax.Array | None,
+        on_layer: Callable | None = None,
+        *,
+        scale: jax.Array,
+        frozen: Params,
+    ) -> tuple[jax.Array, Sums]:
+        stats = config.log.layer_stats
+        sums = all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, stats)
+        return sums.losses.objective, sums
+
     def averaged(
         loss: Loss, params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
-    ) -> tuple[Params, LossSums, Any]:
+    ) -> tuple[Params, Sums, Any]:
         if config.parallel.overlap:
             return accumulate_overlapped(loss, params, micro, matrices, sync, sync_state, always=mean_targets > 0)
         grads, sums = accumulate(loss, params, micro, matrices)
@@ -69,36 +110,34 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
     def gradients(
         params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
-    ) -> tuple[Params, LossSums, Any]:
-        def loss(params: Params, *inputs: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss_sums(config, model, params, *inputs, scale=1 / mean_targets, frozen=frozen)
-            return sums.objective, sums
+    ) -> tuple[Params, Sums, Any]:
+        def loss(params: Params, *inputs: Any) -> tuple[jax.Array, Sums]:
+            return forward(params, *inputs, scale=1 / mean_targets, frozen=frozen)
 
         return averaged(loss, params, micro, mean_targets, sync_state)
 
     def in_float16(
         params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
-    ) -> tuple[Params, LossSums, Any]:
+    ) -> tuple[Params, Sums, Any]:
         """Differentiates the scaled sum, and divides by the scale and the number of targets in float32."""
 
-        def scaled(scale: jax.Array) -> tuple[Params, LossSums, Any]:
+        def scaled(scale: jax.Array) -> tuple[Params, Sums, Any]:
             def loss(
                 params: Params, batch: Batch, dropout_keys: jax.Array | None, on_layer: Callable | None = None
-            ) -> tuple[jax.Array, LossSums]:
+            ) -> tuple[jax.Array, Sums]:
                 params, on_layer = loss_scale.unscaled(params, on_layer, 1 / (scale * mean_targets))
-                sums = loss_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen)
-                return sums.objective, sums
+                return forward(params, batch, dropout_keys, on_layer, scale=scale, frozen=frozen)
 
             return averaged(loss, params, micro, mean_targets, sync_state)
 
-        def finite(found: tuple[Params, LossSums, Any]) -> jax.Array:
+        def finite(found: tuple[Params, Sums, Any]) -> jax.Array:
             """Ends the search for a scale: the gradient is finite, or the loss is not, and no scale helps."""
-            norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].nll]))
+            norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].losses.nll]))
             return jnp.isfinite(norm) | ~jnp.isfinite(nll)
 
         return loss_scale.until_finite(scaled, finite, loss_scale.first_scale(micro[0]["inputs"][0].size))
 
-    def with_low_frozen(params: Params, frozen: Params, *inputs: Any) -> tuple[Params, LossSums, Any]:
+    def with_low_frozen(params: Params, frozen: Params, *inputs: Any) -> tuple[Params, Sums, Any]:
         if config.optim.accum_steps > 1:  # converted once, as in `accumulate`
             frozen = converted(frozen, config.model.dtype)
         return (in_float16 if config.model.dtype == "float16" else gradients)(params, frozen, *inputs)
@@ -127,7 +166,7 @@ def converted(params: Params, dtype: str) -> Params:
     return params | {"layers": jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 3 else p, layers)}  # [L, D, F]
 
 
-def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tuple[Params, LossSums]:
+def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tuple[Params, Sums]:
     """Adds up gradient and sums of `loss` over micro-batches `[count, ...]`, in float32, one micro-batch at a time.
 
     It averages nothing, so the result does not depend on their number.
@@ -153,7 +192,7 @@ def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tup
 
 def accumulate_overlapped(
     loss: Callable, params: Params, micro: Any, matrices: str, sync: GradSync, sync_state: Any, always: jax.Array
-) -> tuple[Params, LossSums, Any]:
+) -> tuple[Params, Sums, Any]:
     """`accumulate`, with the reduction over the devices during the backward pass of the last micro-batch.
 
     Args:
@@ -162,7 +201,7 @@ def accumulate_overlapped(
         before the earlier ones run, which doubles the memory.
     """
 
-    def reduced(before: Params | None, last: Any) -> tuple[Params, Any, LossSums]:
+    def reduced(before: Params | None, last: Any) -> tuple[Params, Any, Sums]:
         return overlap.gradients(
             lambda params, on_layer: loss(params, *last, on_layer), params, before, sync, sync_state
         )

@@ -15,7 +15,7 @@ from jaxlm.config import Config
 from jaxlm.host import runtime, together
 from jaxlm.model import Model, Params
 from jaxlm.sync import Group, make_sync, sharing, zero
-from jaxlm.train import guard, loss_mean, trained
+from jaxlm.train import guard, layer_stats, loss_mean, trained
 from jaxlm.train.backward import Batch, loss_sums, make_gradients, micro_batches
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
@@ -82,6 +82,7 @@ def make_train_step(
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
     schedule = make_schedule(config.optim, config.steps, "lr", history)
     gradients = make_gradients(config, model, sync, group)
+    of_layers = layer_stats.make_layer_stats(config, group, sync)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         stop = batch.get("stop")
@@ -100,21 +101,24 @@ def make_train_step(
         grads, sums, sync_state = gradients(masters, frozen, micro, mean_targets, state.sync)
 
         # One factor for the guard and for clipping.
-        numbers = guard.agree(state.guard, sums.nll, sync.global_norm(grads), group)
+        numbers = guard.agree(state.guard, sums.losses.nll, sync.global_norm(grads), group)
         accepted, scale, new_guard = guard.judge(state.guard, numbers, mean_targets, config.optim, model.vocab_size)
         if config.optim.clip_norm:
             scale = jnp.minimum(scale, config.optim.clip_norm / jnp.maximum(numbers.norm, 1e-9))
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        clipped = jax.tree.map(lambda g: g * scale, grads)
 
         # The update.
         own = sync.own(masters)  # what this device updates: all parameters, or its parts
-        updates, opt_state = optimizer.update(grads, state.opt_state, own)
+        updates, opt_state = optimizer.update(clipped, state.opt_state, own)
         masters = sync.whole(optax.apply_updates(own, updates))
 
         metrics = {"loss": numbers.nll / mean_targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
         loss = jnp.where(mean_targets > NO_TARGETS, metrics["loss"], jnp.nan)
         metrics["loss_mean"], new_loss_mean = loss_mean.push(state.loss_mean, loss, state.step + 1, config)
         metrics |= {key: getattr(new_guard, key) for key in ("skipped", "spikes", "in_row", "high")}
+        if config.log.layer_stats:
+            change = layer_stats.Change(grads, own, updates, accepted)
+            metrics |= of_layers(change, sums.squares_L, batch["inputs"].size)
         if stop is not None:  # more than 0 if any process was asked to stop: all see it at the same step
             metrics["stop"] = group.mean(stop)
 

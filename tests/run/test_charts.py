@@ -52,6 +52,17 @@ def test_tensorboard(tmp_path: Path):
         assert f"| {key} | `{shown}` |" in texts["configuration"].split("\n")
 
 
+def test_each_layer_has_its_own_curve(tmp_path: Path):
+    line = {"step": 2, "loss": 3.5, "grad_norm": 5.0, "layers/grad_norm": [1.0, float("nan")], "head/update_ratio": 0.5}
+    Log([charts.by_layer(charts.shortened(charts.tensorboard(tmp_path, load(CONFIG), 0), []))], print)(line)
+    numbers = {v.tag: v.simple_value for e in events(tmp_path) for v in e.summary.value if v.tag != "configuration"}
+    want = {"train/loss": 3.5, "train/grad_norm": 5.0, "layer_0/grad_norm": 1.0, "layer_1/grad_norm": float("nan")}
+    assert numbers == pytest.approx(want | {"head/update_ratio": 0.5}, nan_ok=True)
+    got = []
+    charts.by_layer(got.append)(line)
+    assert [*got[0]] == ["step", "loss", "grad_norm", "layer_0/grad_norm", "layer_1/grad_norm", "head/update_ratio"]
+
+
 @pytest.mark.parametrize(
     "names, short",
     [

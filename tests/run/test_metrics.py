@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.checkpoint.metrics_file import evaluations, validation_losses
+from jaxlm.checkpoint.metrics_file import JsonLines, evaluations, stream, validation_losses
 from jaxlm.run.metrics import peak_flops
 
 
@@ -31,6 +31,12 @@ from jaxlm.run.metrics import peak_flops
 )
 def test_peak_of_a_device(kind: str, teraflops: float | None) -> None:
     assert peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
+    line = {"step": 3, "loss": math.nan, "layers/grad_norm": [1.5, math.inf, math.nan], "epochs": 0.5}
+    JsonLines(tmp_path / "metrics.jsonl", 0)(line)
+    assert [*stream(tmp_path)] == [{"step": 3, "loss": None, "layers/grad_norm": [1.5, None, None], "epochs": 0.5}]
 
 
 def test_lines_without_a_valid_evaluation_are_ignored(tmp_path: Path):
