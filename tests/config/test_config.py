@@ -149,7 +149,8 @@ def test_possible_values_are_accepted(overrides: str) -> None:
 
 # Resuming with another configuration
 
-FREE_MODEL = {f"model.{k}" for k in ("dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll")}
+FREE_MODEL = {f"model.{k}" for k in ("dtype", "dropout", "lora_dropout", "remat", "attention")}
+FREE_MODEL |= {"model.matmul_precision", "model.scan_unroll"}
 PLACES = {"data.path", "data.val_path", "data.tokenizer_path"}  # a fingerprint ensures that the data is the same
 
 
@@ -165,7 +166,7 @@ def may_change(key: str) -> bool:
             *PLACES,
         }
         or section in {"loss", "parallel", "eval", "checkpoint", "log"}
-        or (section == "optim" and key != "optim.name")
+        or (section == "optim" and key not in ("optim.name", "optim.freeze"))
     )
 
 
