@@ -1,56 +1,33 @@
 """Models that no architecture of `transformers` has: it computes them with the modeling_jaxlm.py of an export."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import ModelConfig
 from jaxlm.interop import own_model
 from jaxlm.interop.exporting import export_model
 from jaxlm.model.generate import generate
 from jaxlm.run.open_run import Run
-from tests.decoders import logits_of, some_tokens, with_
+from tests.decoders import logits_of, some_tokens
+from tests.interop.own_models import OWN
 from tests.interop.test_interop import make_run
 
 pytestmark = pytest.mark.peers
 
 CONTEXT = 32  # of make_run
-MODELS: dict[str, ModelConfig] = {
-    "base": with_(norm="rmsnorm", activation="relu2", qk_norm=True, key_offset=True, num_kv_heads=2, vocab_multiple=8),
-    "learned": with_(
-        position="learned", activation="relu", use_bias=True, post_norms=True, key_offset=True, tie_embeddings=True,
-        scale_embeddings=True, attention_softcap=1.5, logit_softcap=2.0, vocab_multiple=8,
-    ),
-    "sinusoidal": with_(
-        position="sinusoidal", activation="geglu", qkv_bias=True, window=5, global_every=2, num_layers=3, head_dim=6,
-        score_dim=9, norm_eps=1e-2,
-    ),
-    "local": with_(
-        activation="swiglu", qk_norm=True, num_kv_heads=1, num_layers=3, window=6, global_every=3, head_dim=8,
-        rope_fraction=0.5, rope_local_theta=7.0, rope_scaling="llama3", rope_factor=8.0, rope_original=16,
-        key_offset=True,
-    ),
-    "linear": with_(norm="rmsnorm", use_bias=True, qk_norm=True, norm_eps=1e-2, window=4,
-                    rope_scaling="linear", rope_factor=4.0),
-    "longrope": with_(norm="rmsnorm", rope_scaling="longrope", rope_original=8, rope_factor=4.0, key_offset=True,
-                      rope_short="1.0 1.5", rope_long="2.0 4.0"),
-}  # fmt: skip
-# Keys whose results every model of `transformers` would have: the sizes, which the shapes of the weights show.
-SIZES = {"num_layers", "d_model", "num_heads", "d_ff", "rope_theta"}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=OWN)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
     """A run with random parameters, and its export as `transformers` loads it."""
     transformers = importlib.import_module("transformers")
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:  # it copies the folder's code there
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
-        run = make_run(folder / "run", MODELS[request.param])
+        run = make_run(folder / "run", OWN[request.param])
         assert export_model(run, folder / "hf") == own_model.FAMILY.architecture
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
     return run, model
@@ -68,14 +45,6 @@ def continued(model: Any, tokens_BT: np.ndarray, count: int, mask_BT: Any = None
     mask = torch.tensor(np.ones_like(tokens_BT) if mask_BT is None else mask_BT)
     greedy = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **how}
     return model.generate(torch.tensor(tokens_BT, dtype=torch.long), attention_mask=mask, **greedy)[:, -count:].numpy()
-
-
-def test_the_models_have_every_key() -> None:
-    """So that a new key of the model gets a test here."""
-    keys = {key for key in ModelConfig.__dataclass_fields__ if key not in own_model.FREE} - SIZES
-    plain = with_()
-    missing = [key for key in keys if all(getattr(c, key) == getattr(plain, key) for c in MODELS.values())]
-    assert missing == []
 
 
 @pytest.mark.parametrize("length", [CONTEXT, 6])  # beyond the windows and rope_original, and within
@@ -107,6 +76,9 @@ def test_padding_is_not_seen(exported: tuple[Run, Any]) -> None:
     found = continued(model, tokens_BT, 20, mask_BT)
     np.testing.assert_array_equal(found, np.concatenate([short, whole]))
 
+    alone = theirs(model, tokens_BT[:1, padded:])
+    found = theirs(model, tokens_BT, attention_mask=torch.tensor(mask_BT))[:1, padded:]
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
     mask_BT = np.flip(mask_BT, axis=1).copy()  # after the text
     alone = theirs(model, tokens_BT[:1, :-padded])
     found = theirs(model, tokens_BT, attention_mask=torch.tensor(mask_BT))[:1, :-padded]
@@ -118,6 +90,8 @@ def test_what_the_model_cannot_do_is_refused(exported: tuple[Run, Any]) -> None:
     run, model = exported
     with pytest.raises(ValueError, match=r"attention_mask has shape \[2, 1, 5, 5\]; allowed: \[2, 5\]"):
         theirs(model, some_tokens(2, 5), attention_mask=torch.ones(2, 1, 5, 5))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        continued(model, some_tokens(2, 5), 2, cache_implementation="static")
     if run.config.model.position != "rope":
         with pytest.raises(ValueError, match="position 32; allowed: less than max_position_embeddings=32"):
             theirs(model, some_tokens(1, CONTEXT + 1))

@@ -116,10 +116,8 @@ def rotate(x_BHTC, tables):
 
 def offset_keys(k_BKSC, mask_BS):
     """Replaces half of each key's channels by those of the previous token's key, by zeros where there is none."""
-    C = k_BKSC.shape[-1]
-    if mask_BS is not None:
-        k_BKSC = k_BKSC * mask_BS[:, None, :, None].to(k_BKSC.dtype)
-    before_BKSC = F.pad(k_BKSC, (0, 0, 1, 0))[:, :, :-1]
+    C, real_B1S1 = k_BKSC.shape[-1], mask_BS[:, None, :, None].to(k_BKSC.dtype)
+    before_BKSC = F.pad(k_BKSC * real_B1S1, (0, 0, 1, 0))[:, :, :-1]
     own_C = torch.arange(C, device=k_BKSC.device) % (C // 2) < C // 4
     return torch.where(own_C, k_BKSC, before_BKSC)
 
@@ -192,30 +190,27 @@ class Decoder(nn.Module):
         if c.scale_embeddings:
             x = x * torch.tensor(math.sqrt(c.d_model), dtype=x.dtype)
         x = x + self.added(positions_BT).to(x.dtype) if c.position != "rope" else x
-        age_TS = torch.arange(past, past + T)[:, None] - torch.arange(past + T)
-        everywhere = self.visible(age_TS.to(x.device), c.context, mask_BS)
-        nearby = self.visible(age_TS.to(x.device), min(c.window or c.context, c.context), mask_BS)
+        # Which tokens each one sees: as in jaxlm, never more than in training.
+        age_TS = (torch.arange(past, past + T)[:, None] - torch.arange(past + T)).to(x.device)
+        causal_B1TS = (age_TS >= 0) & mask_BS[:, None, None]
+        in_context, in_window = (causal_B1TS & (age_TS < n) for n in (c.context, min(c.window or c.context, c.context)))
         tables = rope_tables(c, positions_BT, local=False) if c.position == "rope" else None
-        own = rope_tables(c, positions_BT, local=True) if tables and c.rope_local_theta else tables
+        local = rope_tables(c, positions_BT, local=True) if tables and c.rope_local_theta else tables
         for block in self.layers:
-            x = block(x, *((everywhere, tables) if block.is_global else (nearby, own)), mask_BS, cache)
+            x = block(x, *((in_context, tables) if block.is_global else (in_window, local)), mask_BS, cache)
         return self.norm(x)
 
     def added(self, positions_BT):
         """Position embeddings to add to those of tokens."""
         if positions_BT.max() >= self.c.context:
-            raise ValueError(f"position {positions_BT.max()}; allowed: less than max_position_embeddings={self.c.context}")
+            raise ValueError(
+                f"position {positions_BT.max()}; allowed: less than max_position_embeddings={self.c.context}"
+            )
         if self.c.position == "learned":
             return self.embed_positions(positions_BT)
         steps = torch.arange(0, self.c.d_model, 2, device=positions_BT.device) / self.c.d_model
         angles = positions_BT[..., None] * torch.exp(-math.log(10_000) * steps)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-    @staticmethod
-    def visible(age_TS, span, mask_BS):
-        """Which keys a query sees, `[1, 1, T, S]` or `[B, 1, T, S]`: the last `span` tokens, itself included."""
-        seen = ((age_TS >= 0) & (age_TS < span))[None, None]
-        return seen if mask_BS is None else seen & mask_BS[:, None, None, :]
 
 
 class JaxlmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -231,40 +226,29 @@ class JaxlmForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(self.keys.d_model, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self):
-        return None if self.keys.tie_embeddings else self.lm_head
-
     def forward(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, cache=None, labels=None,
         use_cache=False, logits_to_keep=0, **kwargs,
     ):  # fmt: skip
         """Logits in float32. `attention_mask` `[B, S]` is 0 for padding, on either side of a text."""
-        cache = past_key_values if cache is None else cache  # the older and the newer name of transformers
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        cache = past_key_values if cache is None else cache  # the older and the newer name
+        cache = DynamicCache() if cache is None and use_cache else cache
         past = 0 if cache is None else cache.get_seq_length()
-        length = past + input_ids.shape[1]
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), length):
-            raise ValueError(f"attention_mask has shape {[*attention_mask.shape]}; allowed: {[len(input_ids), length]}")
-        mask_BS = None if attention_mask is None else attention_mask.bool()
+        shape = len(input_ids), past + input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(f"attention_mask has shape {[*attention_mask.shape]}; allowed: {[*shape]}")
+        mask_BS = (input_ids.new_ones(shape) if attention_mask is None else attention_mask).bool()
         if position_ids is None:
-            ones = torch.ones(1, length, dtype=torch.long, device=input_ids.device)
-            position_ids = ((ones if mask_BS is None else mask_BS).cumsum(1) - 1).clamp(min=0)[:, past:]
+            position_ids = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, past:]
         x_BTD = self.model(input_ids, position_ids, mask_BS, cache, past)
         x_BTD = x_BTD[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x_BTD[:, logits_to_keep]
         head = self.model.embed_tokens if self.keys.tie_embeddings else self.lm_head
         logits = F.linear(x_BTD, head.weight).float()
         if cap := self.keys.logit_softcap:
             logits = cap * torch.tanh(logits / cap)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is None:
+            return CausalLMOutputWithPast(None, logits, cache)
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, cache)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
