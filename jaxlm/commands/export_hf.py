@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
     step, workdir = read_step("--step", args.step), user_path("WORKDIR", args.workdir)
 
     from jaxlm.data.tokenizers.hf import HfTokenizer
+    from jaxlm.interop import own_model
     from jaxlm.interop.adapters import export_adapter
-    from jaxlm.interop.exporting import export_model
+    from jaxlm.interop.exporting import export_model, nearest
     from jaxlm.run.open_run import open_run
 
     run, destination = open_run(workdir, step), user_path("DST", args.destination)
@@ -45,6 +46,9 @@ def main(argv: list[str]) -> int:
         return 0
     architecture = export_model(run, destination, dtype)
     print(f"{destination}: {architecture}, step {run.step}, {dtype}")
+    if architecture == own_model.FAMILY.architecture:
+        print(f"no architecture of transformers has this model; {nearest(run.config.model, run.config.seq_len)}")
+        print(f"{own_model.MODELING.name} beside the weights computes it: load it with trust_remote_code=True")
     if run.tokenizer is None:
         print(f"without a tokenizer: the run has token ids of its own (data.source={run.config.data.source})")
     elif architecture == "Qwen2ForCausalLM" and not isinstance(run.tokenizer, HfTokenizer):

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlm.config import ModelConfig, UserError
-from jaxlm.interop.exporting import described, original
+from jaxlm.interop import own_model
+from jaxlm.interop.exporting import described, nearest, original
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.tensors import Source, sources
 from jaxlm.model import lora
@@ -45,6 +46,8 @@ def export_adapter(run: Run, destination: Path, base: str | None = None) -> int:
         )
     check_new("DST", destination)
     kind, _ = described(c, run.config.seq_len, original(run))
+    if kind == own_model.KIND:
+        raise UserError(f"--adapter: no architecture of transformers has this model; {nearest(c, run.config.seq_len)}")
     modules = _modules(kind, c)
     with whole_folder("DST", destination) as temporary:
         temporary.mkdir()

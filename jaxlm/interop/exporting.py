@@ -15,8 +15,9 @@ from jaxlm.checkpoint import workdirs
 from jaxlm.config import ModelConfig, UserError, flatten
 from jaxlm.config.pretrained import named_weights
 from jaxlm.data.tokenizers.shipped import BESIDE
-from jaxlm.interop import own_tokenizers, shards
-from jaxlm.interop.families import FAMILIES, Hf, Reader, keys_of
+from jaxlm.interop import own_model, own_tokenizers, shards
+from jaxlm.interop.config_json import Hf, Reader
+from jaxlm.interop.families import FAMILIES, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.importing import GENERATION, MODEL_TYPE, read_json
 from jaxlm.interop.tensors import Source, sources
@@ -24,25 +25,26 @@ from jaxlm.model import Params, lora
 from jaxlm.run.open_run import Run
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-# Keys that the weights' results do not depend on, apart from rounding.
-FREE = ("dtype", "param_dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll", "residual_init")
-FREE = (*FREE, "vocab_multiple", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # LoRA is merged
 
 
 def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> str:
-    """Writes the folder whole or not at all. Returns the architecture.
+    """Writes the folder whole or not at all. Returns the architecture: jaxlm's own if `transformers` has none.
 
     Raises:
-      UserError: no architecture of `transformers` has this model, or the folder is there.
+      UserError: the folder is there.
     """
     check_new("DST", destination)
     c = run.config.model
     kind, hf = described(c, run.config.seq_len, original(run))
-    hf |= {"vocab_size": len(run.params["embed"]["embedding"]), "torch_dtype": dtype, **special_ids(run)}
+    own = kind == own_model.KIND
+    params = own_model.used_rows(run.params, run.vocab_size) if own else run.params
+    hf |= {"vocab_size": len(params["embed"]["embedding"]), "torch_dtype": dtype, **special_ids(run)}
     with whole_folder("DST", destination) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        shards.write(temporary, _tensors(kind, c, run.params, dtype))
+        shards.write(temporary, _tensors(kind, c, params, dtype))
+        if own:
+            shutil.copyfile(own_model.MODELING, temporary / own_model.MODELING.name)
         _write_tokenizer(run, temporary)
     return hf["architectures"][0]
 
@@ -60,21 +62,32 @@ def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tupl
 
     Args:
       original: the family that it was imported from, which is tried first.
-
-    Raises:
-      UserError: it belongs to none; the message says what differs from the nearest one.
     """
-    wanted, differ = _results(c), {}
+    return next((kind, hf) for kind, hf, changes in _tried(c, seq_len, original) if not changes)
+
+
+def nearest(c: ModelConfig, seq_len: int) -> str:
+    """The architecture of `transformers` that differs in the fewest keys, and what they would have to be."""
+    tried = [(kind, changes) for kind, _, changes in _tried(c, seq_len) if kind != own_model.KIND]
+    kind, changes = min(tried, key=lambda found: len(found[1]))
+    wanted = _results(c)
+    keys = [f"model.{key}={value} instead of {wanted.get(key)}" for key, value in changes.items() if value is not None]
+    return f"the nearest is {FAMILIES[kind].architecture}; allowed, to be set before training: {', '.join(keys)}"
+
+
+def _tried(c: ModelConfig, seq_len: int, original: str | None = None) -> Iterator[tuple[str, Hf, dict[str, Any]]]:
+    """Each family, with the model's config.json in it, and the keys that differ, with the values that it would have."""
+    wanted = _results(c)
     context = max(seq_len, round(c.rope_original * c.rope_factor))
     first = ["phi3"] if c.rope_scaling == "longrope" else []  # whose models have it
     for kind in (*([original] if original in FAMILIES else first), *FAMILIES):
         family = FAMILIES[kind]
-        length = {"n_positions": seq_len} if kind == "gpt2" else {"max_position_embeddings": context}
+        length = {"max_position_embeddings": seq_len if kind == own_model.KIND else context}
         hf = {
             "architectures": [family.architecture],
             "model_type": kind,
             **family.write(c),
-            **length,
+            **({"n_positions": seq_len} if kind == "gpt2" else length),
             "tie_word_embeddings": c.tie_embeddings,
         }
         try:
@@ -83,21 +96,12 @@ def described(c: ModelConfig, seq_len: int, original: str | None = None) -> tupl
             continue
         own = {key.removeprefix("model."): value for key, value in keys.items() if key.startswith("model.")}
         found = _results(dataclasses.replace(c, **own))
-        differ[kind] = {key: found.get(key) for key in wanted | found if wanted.get(key) != found.get(key)}
-        if not differ[kind]:
-            return kind, hf
-    kind = min(differ, key=lambda kind: len(differ[kind]))
-    changes = {key: value for key, value in differ[kind].items() if value is not None}
-    keys = ", ".join(f"model.{key}={value} instead of {wanted.get(key)}" for key, value in changes.items())
-    raise UserError(
-        f"the model is of no architecture of transformers; the nearest is {FAMILIES[kind].architecture}; allowed, to be"
-        f" set before training: {keys}"
-    )
+        yield kind, hf, {key: found.get(key) for key in wanted | found if wanted.get(key) != found.get(key)}
 
 
 def _results(c: ModelConfig) -> dict[str, Any]:
     """The keys that decide what a model computes, with defaults resolved and keys that others turn off left out."""
-    keys = {k: v for k, v in flatten(c).items() if k not in FREE}
+    keys = {k: v for k, v in flatten(c).items() if k not in own_model.FREE}
     keys |= {"num_kv_heads": c.kv_heads, "head_dim": c.head_size, "d_ff": c.mlp_width}
     keys |= {"norm_eps": c.norm_eps or (1e-5 if c.norm == "layernorm" else 1e-6)}
     keys |= {"score_dim": c.score_dim or c.head_size, "qkv_bias": c.use_bias or c.qkv_bias}

@@ -19,7 +19,8 @@ from jaxlm.config.pretrained import updated
 from jaxlm.config.validate import validate
 from jaxlm.data.order import VERSION
 from jaxlm.data.tokenizers.hf import HfTokenizer
-from jaxlm.interop.families import Hf, Reader, keys_of
+from jaxlm.interop.config_json import Hf, Reader
+from jaxlm.interop.families import keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.shards import Tensors
 from jaxlm.interop.tensors import Source, Sources, sources

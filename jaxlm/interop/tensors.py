@@ -44,6 +44,8 @@ def sources(kind: str, c: ModelConfig, prefix: str = "") -> Sources:
       prefix: GPT-2: what begins all names of tensors, "" or "transformer.".
     """
     found = _gpt2(c, prefix) if kind == "gpt2" else _llama(kind, c)
+    if kind == "jaxlm":
+        found |= _beside_llama(found, c)
     if not c.tie_embeddings:
         found["head/kernel"] = Source("lm_head.weight", transposed=True)
     return found
@@ -95,9 +97,21 @@ def _llama(kind: str, c: ModelConfig) -> Sources:
         found[f"layers/attention/{ours}/kernel"] = Source(f"{layer}self_attn.{name}_proj.weight", transposed=True)
         if c.qkv_bias:
             found[f"layers/attention/{ours}/bias"] = Source(f"{layer}self_attn.{name}_proj.bias")
-    for name in ("up", "gate"):
+    for name in ("up", "gate") if "gate" in c.linear_layers else ("up",):
         found[f"layers/mlp/{name}/kernel"] = Source(f"{layer}mlp.{name}_proj.weight", transposed=True)
     return found
+
+
+def _beside_llama(found: Sources, c: ModelConfig) -> Sources:
+    """What jaxlm's own architecture may have and Llama's relatives do not: learned positions, and more biases."""
+    beside = {"positions/embedding": Source("model.embed_positions.weight")} if c.position == "learned" else {}
+    if not c.use_bias:
+        return beside
+    biased = [path for path in found if path.endswith("/kernel")]
+    if c.norm == "layernorm":
+        biased += [path for path in found if path.endswith("_norm/scale") and "/attention/" not in path]
+    names = {path.rpartition("/")[0]: found[path].name.removesuffix("weight") for path in biased}
+    return beside | {f"{path}/bias": Source(f"{name}bias") for path, name in names.items()}
 
 
 def _joined(c: ModelConfig, layer: str) -> Sources:

@@ -1,11 +1,12 @@
 """Exports and imports without transformers: the same parameters come back, and wrong files are refused by name."""
 
+import ast
 import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -16,15 +17,18 @@ from jaxlm.checkpoint import workdirs
 from jaxlm.checkpoint.writing import write_params
 from jaxlm.commands import export_hf, import_hf
 from jaxlm.config import ModelConfig, UserError
-from jaxlm.interop import shards
+from jaxlm.interop import own_model, shards
+from jaxlm.interop.config_json import Reader
 from jaxlm.interop.exporting import described, export_model
-from jaxlm.interop.families import Reader, keys_of
+from jaxlm.interop.families import keys_of
 from jaxlm.interop.importing import import_model
 from jaxlm.model import make_model
 from jaxlm.run.open_run import Run, open_run
 from tests.decoders import BASE, drawn, with_
+from tests.interop.own_models import OWN
 
 ROWS = 13
+Change = Callable[[dict[str, Any]], Any]
 PLAIN: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2}
 GEMMA: dict[str, Any] = PLAIN | {
     "activation": "geglu", "head_dim": 6, "post_norms": True, "scale_embeddings": True, "tie_embeddings": True,
@@ -42,6 +46,7 @@ MODELS: dict[str, tuple[str, ModelConfig]] = {
     "gemma3": ("gemma3_text", with_(**GEMMA, global_every=3, qk_norm=True, rope_local_theta=7.0,
                                     rope_scaling="linear", rope_factor=8.0)),
     "phi4": ("phi3", with_(**PLAIN, **LONGROPE, tie_embeddings=True)),
+    **{f"own {name}": ("jaxlm", c) for name, c in OWN.items()},
 }  # fmt: skip
 
 
@@ -73,8 +78,9 @@ def test_what_is_exported_is_imported_again(name: str, tmp_path: Path) -> None:
     again = open_run(tmp_path / "again", None)
     assert described(again.config.model, 32) == described(c, 32)
     assert again.params.keys() == run.params.keys()
+    want = own_model.used_rows(run.params, ROWS) if kind == "jaxlm" else run.params
     # Gemma's norms lose the rounding of 1 + (w - 1).
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2.0**-23), again.params, run.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2.0**-23), again.params, want)
 
 
 def test_tensors_are_written_in_several_files_and_in_16_bits(llama: tuple[Run, Path], tmp_path: Path,
@@ -91,14 +97,56 @@ def test_tensors_are_written_in_several_files_and_in_16_bits(llama: tuple[Run, P
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.0**-8), again.params, run.params)
 
 
-def test_a_model_of_no_family_is_refused_with_what_differs(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", with_(norm="rmsnorm", activation="relu2", key_offset=True))
-    with pytest.raises(UserError, match=r"nearest is LlamaForCausalLM; allowed.*: model\.activation=swiglu instead of"):
-        export_model(run, tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+def test_a_model_of_no_family_brings_its_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    c = with_(norm="rmsnorm", activation="relu2", key_offset=True, vocab_multiple=8, lora_rank=2)
+    make_run(tmp_path / "run", c)
+    assert export_hf.main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    said = capsys.readouterr().out
+    nearest = "the nearest is LlamaForCausalLM; allowed, to be set before training: model.activation=swiglu instead of"
+    assert f"no architecture of transformers has this model; {nearest} relu2, model.key_offset=False" in said
+    assert "modeling_jaxlm.py beside the weights computes it: load it with trust_remote_code=True" in said
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert files == {"config.json", "generation_config.json", shards.FILE, "modeling_jaxlm.py"}
+    classes = {node.name for node in ast.parse((tmp_path / "hf/modeling_jaxlm.py").read_text()).body
+               if isinstance(node, ast.ClassDef)}  # fmt: skip
+    hf = json.loads((tmp_path / "hf/config.json").read_text())
+    assert {name.removeprefix("modeling_jaxlm.") for name in hf["auto_map"].values()} <= classes
+    tensors = load_file(tmp_path / "hf" / shards.FILE)
+    assert hf["vocab_size"] == ROWS and tensors["lm_head.weight"].shape == (ROWS, 16)  # no rows without a token
+    assert not [name for name in tensors if "lora" in name]
+    with pytest.raises(UserError, match=f"--adapter: no architecture of transformers has this model; {nearest}"):
+        export_hf.main([str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"])
+    assert not (tmp_path / "adapter").exists()
 
 
-Change = Callable[[dict[str, Any]], Any]
+def test_own_models_have_every_key_and_choice() -> None:
+    """So that modeling_jaxlm.py is compared with jaxlm for a new one, too."""
+    sizes = {"num_layers", "d_model", "num_heads", "d_ff", "rope_theta"}  # shared by all models here
+    for field in dataclasses.fields(ModelConfig):
+        found = {getattr(c, field.name) for c in OWN.values()}
+        if field.name not in (*own_model.FREE, *sizes):
+            assert len(found) > 1 and found >= set(get_args(field.type)), field.name
+
+
+OWN_KEYS: list[tuple[Change, str]] = [
+    (lambda c: c["model"].pop("activation"), r"config\.json: lacks the key model\.activation"),
+    (lambda c: c["model"].update(size=3), r"config\.json: has the key model\.size; allowed"),
+    (lambda c: c["model"].update(norm="batchnorm"), r"model\.norm is 'batchnorm'; allowed: one of layernorm, rmsnorm"),
+    (lambda c: c.update(model=[]), r"config\.json: model is \[\]; allowed: an object of keys"),
+]
+
+
+@pytest.mark.parametrize("change, said", OWN_KEYS, ids=[said[:30] for _, said in OWN_KEYS])
+def test_wrong_keys_of_an_own_model_are_refused(change: Change, said: str, tmp_path: Path) -> None:
+    export_model(make_run(tmp_path / "run", OWN["base"]), tmp_path / "hf")
+    content = json.loads((tmp_path / "hf/config.json").read_text())
+    change(content)
+    (tmp_path / "hf/config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        import_model(tmp_path / "hf", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 WRONG_CONFIGS: list[tuple[Change, str]] = [
     (lambda c: c.update(model_type="bert"), r"model_type is 'bert'; allowed: 'gpt2', 'llama'"),
     (lambda c: c.update(hidden_act="gelu"), "hidden_act is 'gelu'; allowed: 'silu'"),

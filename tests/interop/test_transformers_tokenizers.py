@@ -23,12 +23,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "unigram": QWEN3 | {"data.tokenizer": "sentencepiece", "data.sentencepiece": "unigram", "data.vocab_size": 400},
     "bytes": GPT2 | {"data.tokenizer": "bytes"},
     "chars": LLAMA | {"data.tokenizer": "chars"},
+    "own model": {"data.tokenizer": "bytes", "model.vocab_multiple": 64},  # of no architecture of transformers
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_ids_and_the_same_text(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_ids_and_the_same_text(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = importlib.import_module("transformers")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "code.py").write_text(CODE)
     texts = {"data.source": "text", "data.path": tmp_path / "code.py", "data.cache_dir": tmp_path / "cache"}
     keys = {
@@ -42,7 +46,7 @@ def test_the_same_ids_and_the_same_text(kind: str, tmp_path: Path, capsys: pytes
     assert run(tmp_path / "run", **texts, **keys, **KINDS[kind]) == 0
     assert export_hf.main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     ours = open_run(tmp_path / "run", None).tokenizer
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert ours
     texts = [CODE] if kind == "chars" else TEXTS
     for text, ids in zip(texts, ours.encode(texts), strict=True):
@@ -54,6 +58,6 @@ def test_the_same_ids_and_the_same_text(kind: str, tmp_path: Path, capsys: pytes
     argv = ["--workdir", str(tmp_path / "run"), "--prompt", "def ", "--temperature", "0", "--max_new_tokens", "30"]
     assert generate.main(argv) == 0
     said = capsys.readouterr().out
-    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "hf"), trust_remote_code=True)
     (found,) = pipeline("def ", max_new_tokens=30, do_sample=False)
     assert len(said) > 12 and found["generated_text"] == said.removesuffix("\n")
