@@ -82,6 +82,7 @@ CONFIGS = "a large model, or a text to download; tests/config/test_configs.py tr
 CHAOS = "minutes; tests/development/test_chaos.py runs it, small"
 BENCH = "minutes, and nanoGPT; tests/commands/test_bench.py runs it, small"
 FINETUNING = "tests/run/test_finetuning.py runs these commands of that page"
+MEASURED = "minutes, from the run of `make train`; another command here starts a run with LoRA"
 HARNESS = "needs the harness, which tests/interop/test_harness.py runs"
 PRETRAINED = "options to add to a command; the tokenizer is Qwen's"
 PARSED: dict[str, str] = {
@@ -110,6 +111,9 @@ PARSED: dict[str, str] = {
 # Commands that start like this, too.
 PARSED_LIKE = {
     ".venv/bin/python -m jaxlm.main --config configs/gpt2_124m.py ": CONFIGS,
+    "jaxlm evaluate --workdir runs/base --config.data.source=text ": MEASURED,
+    "jaxlm train --config finetune --workdir runs/numpy ": MEASURED,
+    "jaxlm train --config base --workdir runs/numpy-all ": MEASURED,
     "jaxlm evaluate --workdir runs/base --tasks ": HARNESS,
     "jaxlm evaluate --workdir runs/chat --tasks ": HARNESS,
     "python tools/chaos": CHAOS,
