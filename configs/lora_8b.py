@@ -1,6 +1,6 @@
 """LoRA of a model of 8 billion parameters on one GPU of 24 GB: Llama 3 8B on your chats.
 
-    jaxlm import-hf Meta-Llama-3-8B-Instruct runs/llama3
+    jaxlm import-hf Meta-Llama-3-8B-Instruct runs/llama3 --dtype bfloat16
     jaxlm train --config lora_8b --config.checkpoint.resume=runs/llama3 --config.data.path=chats.jsonl
 
 `checkpoint.resume` brings the model's keys and its tokenizer. Those here are Llama 3's, for `jaxlm plan`. The weights

@@ -5,10 +5,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from jaxlm.checkpoint import workdirs
@@ -20,14 +19,12 @@ from jaxlm.interop.config_json import Hf, Reader
 from jaxlm.interop.families import FAMILIES, keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.importing import GENERATION, MODEL_TYPE, read_json
-from jaxlm.interop.tensors import Source, sources
+from jaxlm.interop.tensors import DTYPES, Dtype, Source, sources
 from jaxlm.model import Params, lora
 from jaxlm.run.open_run import Run
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
-
-def export_model(run: Run, destination: Path, dtype: Literal["float32", "bfloat16"] = "float32") -> str:
+def export_model(run: Run, destination: Path, dtype: Dtype = "float32") -> str:
     """Writes the folder whole or not at all. Returns the architecture: jaxlm's own if `transformers` has none.
 
     Raises:
@@ -118,7 +115,7 @@ def _results(c: ModelConfig) -> dict[str, Any]:
     return keys
 
 
-def _tensors(kind: str, c: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(kind: str, c: ModelConfig, params: Params, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
     """All tensors, layer by layer, one at a time."""
     flat = {"/".join(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     parts: dict[str, list[tuple[str, Source]]] = {}

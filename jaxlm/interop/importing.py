@@ -23,7 +23,7 @@ from jaxlm.interop.config_json import Hf, Reader
 from jaxlm.interop.families import keys_of
 from jaxlm.interop.folder import check_new, whole_folder
 from jaxlm.interop.shards import Tensors
-from jaxlm.interop.tensors import Source, Sources, sources
+from jaxlm.interop.tensors import DTYPES, Dtype, Source, Sources, sources
 from jaxlm.model import Params, make_model
 
 MODEL_TYPE = "hf_model_type"  # in config.json: the family that the workdir was imported from
@@ -38,12 +38,13 @@ class Imported(NamedTuple):
     parameters: int
 
 
-def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imported:
+def import_model(source: Path, workdir: Path, seq_len: int | None = None, dtype: Dtype = "float32") -> Imported:
     """Writes the workdir whole or not at all.
 
     Args:
       source: a folder with config.json, safetensors and, if texts are to be read, a tokenizer.
       seq_len: the context, if it shall be shorter than the model's.
+      dtype: of the parameters; bfloat16 takes half the memory, and rounds float32 tensors and 1 + w of Gemma's norms.
 
     Raises:
       UserError: jaxlm cannot do what the model does, or a file is missing, damaged or of another model.
@@ -59,6 +60,7 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     if vocab_size > rows:
         raise UserError(f"{reader.name}: vocab_size is {rows}; allowed: at least {vocab_size}, as the tokenizer has")
     config = _config(keys, seq_len, vocab_size, rows)
+    config.model.param_dtype = dtype
     if tokenizer is None:
         config.data.source = "synthetic"
     else:
@@ -71,7 +73,7 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Imp
     wanted = shapes(jax.eval_shape(model.init, jax.random.key(0)))
     assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
     _check(tensors, source, found, wanted, config.model.tie_embeddings)
-    params = read_params(tensors, found, wanted)
+    params = read_params(tensors, found, wanted, DTYPES[dtype])
     facts = {"data_fingerprint": "imported", "vocab_size": vocab_size, "order": VERSION, MODEL_TYPE: kind}
     _write(workdir, source, config, facts, tokenizer, params)
     return Imported(config, vocab_size, sum(x.size for x in jax.tree.leaves(params)))
@@ -142,15 +144,15 @@ def _shape(s: Source, parameter: tuple[int, ...], so_far: tuple[int, ...] | None
     return tuple(shape)
 
 
-def read_params(tensors: Tensors, found: Sources, wanted: dict[str, tuple[int, ...]]) -> Params:
-    """The parameters, float32, on the host, read one tensor at a time. Orbax would copy NumPy arrays."""
+def read_params(tensors: Tensors, found: Sources, wanted: dict[str, tuple[int, ...]], dtype: Any) -> Params:
+    """The parameters on the host, read one tensor at a time. Orbax would copy NumPy arrays."""
     params: dict[str, Any] = {}
     for path, s in found.items():
         *above, last = path.split("/")
         holder = params
         for key in above:
             holder = holder.setdefault(key, {})
-        x = _aligned(wanted[path])
+        x = _aligned(wanted[path], np.dtype(dtype))
         if path.startswith("layers/"):
             for layer in range(len(x)):
                 x[layer] = s.taken(tensors.read(s.name.format(l=layer)))
@@ -160,12 +162,12 @@ def read_params(tensors: Tensors, found: Sources, wanted: dict[str, tuple[int, .
     return params
 
 
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty float32 array at an address that JAX takes without copying the array."""
-    size = 4 * math.prod(shape)
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array at an address that JAX takes without copying the array."""
+    size = dtype.itemsize * math.prod(shape)
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(np.float32).reshape(shape)
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _write(

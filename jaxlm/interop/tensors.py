@@ -4,11 +4,15 @@ A parameter of the layers is stacked, [L, ...]; its files have a tensor for each
 there, [out, in], except for GPT-2's. Gemma's norms multiply by 1 + w, so that 1 is added to w here.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from jaxlm.config import ModelConfig
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[Dtype, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class Source(NamedTuple):

@@ -95,6 +95,11 @@ def test_tensors_are_written_in_several_files_and_in_16_bits(llama: tuple[Run, P
     import_model(tmp_path / "hf", tmp_path / "run")
     again = open_run(tmp_path / "run", None)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.0**-8), again.params, run.params)
+    import_model(tmp_path / "hf", tmp_path / "half", dtype="bfloat16")
+    half = open_run(tmp_path / "half", None)
+    assert half.config.model.param_dtype == "bfloat16"
+    assert {x.dtype.name for x in jax.tree.leaves(half.params)} == {"bfloat16"}
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), half.params, again.params)
 
 
 def test_a_model_of_no_family_brings_its_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
