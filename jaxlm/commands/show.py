@@ -74,7 +74,8 @@ def _show_model(config: Config, vocab_size: int) -> None:
     own = num_params(trained.part(config, params))
     of_them = f", {_short(own)} of them trained" if own < num_params(params) else ""
     print(
-        f"{_short(num_params(params))} parameters{of_them}; {_short(flops)}FLOPs a training token, forward and backward;"
+        f"{_short(num_params(params))} parameters{of_them};"
+        f" {_short(flops)}FLOPs a training token, forward and backward;"
         f" {config.steps:,} steps of {config.batch_size:,} x {config.seq_len:,} tokens: {flops * tokens:.3g} FLOPs"
     )
 

@@ -65,5 +65,5 @@ def test_a_packaged_configuration_is_found_by_name(program: Path, tmp_path: Path
     refused = call(program, tmp_path, "train", "--config", "debug", "--config.steps=0")
     assert (refused.returncode, refused.stderr) == (2, "jaxlm: steps is 0; allowed: more than 0\n")
     unknown = call(program, tmp_path, "train", "--config", "nothing")
-    assert unknown.returncode == 2 and "allowed: a file, or one of base, debug, gpt2_124m" in unknown.stderr
+    assert unknown.returncode == 2 and "allowed: a file, or one of base, debug, finetune" in unknown.stderr
     assert not list(tmp_path.iterdir())

@@ -66,7 +66,7 @@ def test_another_run_gets_the_merged_weights(keys: dict) -> None:
 
 def test_lora_needs_a_trained_model(keys: dict, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(keys, "alone", **LORA) == 2
-    assert "resume is 'auto'; allowed with model.lora_rank: a trained model's workdir" in capfd.readouterr().err
+    assert "resume is 'auto'; allowed with model.lora_rank: the workdir of a trained model" in capfd.readouterr().err
     assert not (keys["folder"] / "alone").exists()
 
 

@@ -16,6 +16,8 @@ from tests import reference
 from tests.decoders import logits_of
 from tests.stepping import ADAMW, BATCHES, MUON, STEPS, VOCAB, built, make, make_config, split
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 RTOL = 2e-5  # an update is known from rounded parameters
 L = 3  # not the number of devices
 THREE = [f"model.num_layers={L}", "log.every_steps=2"]

@@ -23,6 +23,8 @@ from jaxlm.train import step as train_step
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 ROWS, T, VOCAB, STEPS = 24, 8, 29, 3
 RTOL = 1e-5  # float32, with some hundred additions in another order

@@ -15,6 +15,8 @@ from jaxlm.train import trained
 from tests.decoders import logits_of
 from tests.stepping import ADAMW, BATCHES, RTOL, VOCAB, Result, built, gap, make, make_config, run_pmap, split
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 LORA = [*ADAMW, "model.lora_rank=3", "model.lora_alpha=5", "model.lora_targets=query|value|down"]
 FREEZE = [*ADAMW, "optim.freeze=embed|norm|mlp/up"]
 
