@@ -6,6 +6,8 @@ the names below from this package, and `cli`, `files`, `paths`, `keys` and `pret
 May import: nothing.
 """
 
+from jaxlm.config.changes import changes
+from jaxlm.config.mixtures import mixture
 from jaxlm.config.schema import (
     BEFORE,
     MAX_FLOAT,
@@ -24,11 +26,9 @@ from jaxlm.config.schema import (
     OwnFloat,
     ParallelConfig,
     UserError,
-    changes,
     describe,
     flatten,
     key_types,
-    mixture,
     sections,
     show,
 )

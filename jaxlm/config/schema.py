@@ -9,7 +9,7 @@ import dataclasses
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from jaxlm.config.sources import SOURCES, SourceName
+from jaxlm.config.sources import SourceName
 
 
 class UserError(ValueError):
@@ -254,16 +254,6 @@ class Config:
     log: LogConfig
 
 
-# Keys that a resumed run may change, because they do not change the meaning of the steps so far.
-CHANGEABLE = (
-    r"steps|deterministic|optim\.(?!(name|freeze)$).*|loss\..*|parallel\..*|eval\..*|checkpoint\..*|log\..*"
-    r"|model\.(dtype|dropout|lora_dropout|remat|attention|matmul_precision|scan_unroll)|data\.cache_dir"
-)
-
-# Keys that say where the data is. A resumed run may change them if the data's fingerprint stays the same; in a mixture,
-# only the paths may change.
-PLACES = r"data\.(path|val_path|tokenizer_path|mixture)"
-
 # Values of newer keys in runs that were saved without them, where the value of configs/base.py would change the run.
 BEFORE = {"model.key_offset": False}
 
@@ -314,47 +304,3 @@ def show(value: Any) -> str:
     except ValueError:  # Python refuses to print a number of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:60]}...{text[-20:]}"
-
-
-def mixture(data: DataConfig) -> list[tuple[float, DataConfig]]:
-    """The sources of `data.mixture`: the weight of each, and a copy of `data` with that source (and the same mixture).
-
-    Raises:
-      UserError: a part of the mixture is wrong; the message names the part.
-    """
-    found, names = [], [name for name, kind in SOURCES.items() if kind.mixed]
-    for part in data.mixture.rstrip("; ").split(";"):
-        weight, source, path = ([*part.split(maxsplit=2), "", "", ""])[:3]
-        allowed = (
-            "WEIGHT SOURCE [PATH]; ... where each weight is a number of more than 0, without %, and each source one of "
-            + ", ".join(names)
-        )
-        kind = SOURCES[source] if source in names else None
-        number = re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight)
-        if not number or not MIN_FLOAT <= float(weight) <= MAX_FLOAT or kind is None:
-            raise UserError(f"data.mixture has {show(part.strip())}; allowed: {allowed}")
-        needs_path = kind.named_by != "source"
-        if bool(path) != needs_path:
-            what = "a path (tfds: a name) after it" if needs_path else "no path after it"
-            raise UserError(f"data.mixture has {show(part.strip())}; allowed with {source}: {what}")
-        keys: dict[str, Any] = {kind.named_by: path} if path else {}
-        own = dataclasses.replace(data, source=source, val_path="", **keys)
-        found.append((float(weight), own))
-    return found
-
-
-def changes(old: Config, new: Config) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
-    """The keys whose values differ, as two dicts {key: (old, new)}: changes that a resumed run may make, and changes
-    that it may not make. Changes of PLACES are among the first unless a mixture's weights or sources differ; the caller
-    compares the data's fingerprint.
-    """
-    a, b = flatten(old), flatten(new)
-    differ = {k: (a[k], b[k]) for k in a if a[k] != b[k]}
-    allowed = CHANGEABLE if _kinds(old.data) != _kinds(new.data) else f"{CHANGEABLE}|{PLACES}"
-    free = {k: v for k, v in differ.items() if re.fullmatch(allowed, k)}
-    return free, {k: v for k, v in differ.items() if k not in free}
-
-
-def _kinds(data: DataConfig) -> list[tuple[float, str, str]]:
-    """The weight, source and TFDS name of each part of a mixture: all but the paths of files. Empty without one."""
-    return [(weight, part.source, part.tfds_name) for weight, part in mixture(data)] if data.mixture else []

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import Config, UserError, files, overrides, schema
+from jaxlm.config import Config, UserError, changes, files, overrides, schema
 from tests.configurations import BASE, ROOT, refusal
 
 
@@ -198,7 +198,7 @@ def test_a_configuration_survives_a_round_trip_through_json(base: Config) -> Non
     tree = json.loads(json.dumps(dataclasses.asdict(base)))
     again = files.from_dict(tree)
     assert again == base and again is not base
-    assert schema.changes(base, again) == ({}, {})
+    assert changes(base, again) == ({}, {})
 
 
 def test_a_saved_configuration_with_wrong_keys_or_values_is_refused(base: Config) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.config import Config, UserError, files, schema
+from jaxlm.config import Config, UserError, changes, files, schema
 from jaxlm.config.validate import validate
 from tests.configurations import BASE, refusal
 
@@ -180,7 +180,7 @@ def test_changes_tells_whether_a_run_may_change_a_key(base: Config, key: str) ->
     new = "1 stdlib" if key == "data.mixture" else new
     setattr(holder, name, new)
     one = {key: (old, new)}
-    assert schema.changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
+    assert changes(base, other) == ((one, {}) if may_change(key) else ({}, one))
 
 
 def test_a_run_may_not_change_these_keys() -> None:
