@@ -30,6 +30,7 @@ from jaxlm.host.startup import STOPPED
 LOST = 5  # exit code: another host is gone; the same command resumes the run
 LOST_AFTER = 30  # seconds without a sign of life after which a process counts as gone; JAX itself takes 100
 FAILED_AFTER = 10  # replaces LOST_AFTER once a collective has failed
+WATCH_EVERY = 0.5  # seconds between two looks at the others
 JOIN_LIMIT = 300  # seconds within which all processes must join, unless JAXLM_JOIN_SECONDS sets another limit
 PREPARE_LIMIT = 12 * 3600  # seconds to wait for a host that prepares its data; one that dies is found by LOST_AFTER
 PATIENCE = 10  # seconds of waiting after which a line says for whom
@@ -174,29 +175,31 @@ class Hosts:
     def _watch(self) -> None:
         """Ends this process when another one has ended early, or has written no new count for too long.
 
-        An end counts a second after it was seen: for a mistake that all hosts notice, each prints its own line.
+        A mistake counts a second after it was seen: if all hosts notice it, each prints its own line. A stop counts at
+        once: the first process, and the table with it, is gone `signals.TIDY` seconds later.
         """
         beats: dict[str, str] = {}
-        ends: dict[str, str] = {}
-        silent = [0] * self.count  # seconds since each process wrote a new count
+        silent, ended = [0.0] * self.count, [0.0] * self.count  # seconds without a new count, and with an end
         while not self._ending:
             with contextlib.suppress(Exception):
                 new = dict(self._client.key_value_dir_get("jaxlm/beat/"))
-                seen, ends = ends, dict(self._client.key_value_dir_get("jaxlm/end/"))
+                ends = dict(self._client.key_value_dir_get("jaxlm/end/"))
                 self._unanswered = 0
                 for i in range(self.count):
-                    code, *lines = json.loads(seen.get(f"jaxlm/end/{i}", "[0]"))
-                    key = f"jaxlm/beat/{i}"
-                    silent[i] = 0 if new.get(key) != beats.get(key) or f"jaxlm/end/{i}" in ends else silent[i] + 1
-                    if code not in (0, STOPPED) or lines:
-                        same = code in (2, 3, 4, STOPPED)  # the user must fix something, or asked for a stop
+                    beat, end = f"jaxlm/beat/{i}", f"jaxlm/end/{i}"
+                    code, *lines = json.loads(ends.get(end, "[0]"))
+                    silent[i] = 0 if new.get(beat) != beats.get(beat) or end in ends else silent[i] + WATCH_EVERY
+                    ended[i] += WATCH_EVERY * (end in ends)
+                    mistake = code in (2, 3, 4)
+                    if (code not in (0, STOPPED) or lines) and ended[i] > mistake:
                         self._end(
-                            code if same else LOST, f"{self.name(i)} has ended with exit code {code}: {' '.join(lines)}"
+                            code if mistake or code == STOPPED else LOST,
+                            f"{self.name(i)} has ended with exit code {code}: {' '.join(lines)}",
                         )
                     if silent[i] > (FAILED_AFTER if self._failed else LOST_AFTER):
-                        self._end(LOST, f"{self.name(i)} is gone: no sign of life for {silent[i]} s")
+                        self._end(LOST, f"{self.name(i)} is gone: no sign of life for {silent[i]:.0f} s")
                 beats = new
-            time.sleep(1)
+            time.sleep(WATCH_EVERY)
 
     def _guard(self) -> None:
         """Ends this process when the table cannot be read for too long.
