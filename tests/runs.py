@@ -99,8 +99,9 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
 def state_of(workdir: Path, step: int, **keys: Any) -> train_step.TrainState:
     """Returns the whole state in a checkpoint."""
     config = load(CONFIG, flags(**keys))
-    placement = Placement(config, jax.devices()[: config.parallel.devices])
-    fresh = placement.initial(make_model(config.model, 64, config.seq_len))
+    model = make_model(config.model, 64, config.seq_len)
+    placement = Placement(config, model, jax.devices()[: config.parallel.devices])
+    fresh = placement.initial()
     checkpoints = Checkpoints(workdir)
     state = checkpoints.restore(step, placement, fresh)
     checkpoints.close()

@@ -81,11 +81,18 @@ COMPILED: dict[tuple[str, int], Any] = {}  # (configuration, devices) -> the com
 
 
 def start(config: Config, devices: int) -> train_step.TrainState:
-    state = train_step.init_state(config, make(config), devices)
-    params = lively(state.params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, train_step.float32(params))
-    params = jax.tree.map(lambda p, old: jnp.asarray(p, old.dtype), params, state.params)
-    return state._replace(params=params, ema=ema)
+    fresh = train_step.init_params(config, make(config))
+    params = jax.tree.map(lambda p, old: jnp.asarray(p, old.dtype), lively(fresh), fresh)
+    whole = train_step.init_whole(config, params)
+    state = train_step.spread(config, whole, devices)
+    return state._replace(sync=train_step.init_sync(config, params, devices))
+
+
+def whole_state(config: Config, devices: int, state: train_step.TrainState) -> train_step.TrainState:
+    """Returns a state without parts, in NumPy."""
+    saved = Placement(config, make(config), jax.devices()[:devices]).saved(state)
+    assert saved is not None
+    return jax.device_get(saved)
 
 
 def built(config: Config, devices: int) -> tuple[Any, train_step.TrainState]:
@@ -95,7 +102,7 @@ def built(config: Config, devices: int) -> tuple[Any, train_step.TrainState]:
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
         COMPILED[key] = step, jax.device_get(start(config, devices))
     step, state = COMPILED[key]
-    return step, Placement(config, local).place(state)
+    return step, Placement(config, make(config), local).place(state)
 
 
 def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> Result:
@@ -105,7 +112,8 @@ def run_pmap(config: Config, devices: int, batches: list[train_step.Batch]) -> R
         state, m = step(state, split(batch, devices))
         metrics.append(jax.device_get(m))
     losses, norms = ([float(m[key]) for m in metrics] for key in ("loss", "grad_norm"))
-    return Result(losses, norms, jax.device_get(state.params), jax.device_get(state.ema))
+    whole = whole_state(config, devices, state)
+    return Result(losses, norms, whole.params, whole.ema)
 
 
 @cache

@@ -34,12 +34,12 @@ def main() -> None:
     for name in json.loads(names):
         config = config_of(name)
         model = make_model(config.model, config.data.vocab_size, config.seq_len)
-        placement = Placement(config, devices)
+        placement = Placement(config, model, devices)
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
         rng = np.random.default_rng(int(index))
         shape = (1, config.batch_size // len(devices), config.seq_len)
         batch = {k: rng.integers(0, config.data.vocab_size, shape, dtype=np.int32) for k in ("inputs", "targets")}
-        built[name] = [step, placement.initial(model), jax.device_put(batch, placement.batch)]
+        built[name] = [step, placement.initial(), jax.device_put(batch, placement.batch)]
     for line in sys.stdin:
         name, number = line.split()
         step, state, batch = built[name]

@@ -21,6 +21,7 @@ from jaxlm.host import distributed
 from jaxlm.model import lora
 from jaxlm.train import step as train_step
 from jaxlm.train import trained
+from jaxlm.train.placement import Placement
 
 
 def check(config: Config, weights: Weights) -> None:
@@ -53,7 +54,9 @@ def check_vocabulary(config: Config, corpus: data.Corpus, weights: Weights) -> N
         )
 
 
-def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tuple[train_step.TrainState, list[str]]:
+def state(
+    config: Config, weights: Weights, placement: Placement, fresh: train_step.TrainState
+) -> tuple[train_step.TrainState, list[str]]:
     """Returns the fresh state with the parameters of a checkpoint, or their moving average if it has one, and lines to
     print.
     """
@@ -67,22 +70,19 @@ def state(config: Config, weights: Weights, fresh: train_step.TrainState) -> tup
         checkpoints.check_step(f"checkpoint.resume is '{resume}'", weights.step, losses)
         step, damage = find_whole(checkpoints, weights.step, losses)
         params = lora.merged(load_workdir(weights.workdir).model, checkpoints.restore_params(step))
-    wanted = trained.within(fresh.params, params)
-    here, there = shapes(lora.without(fresh.params)), shapes(params)
+    whole = placement.whole.params
+    here, there = shapes(lora.without(whole)), shapes(params)
     if here != there:
         key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
         raise UserError(f"checkpoint.resume is '{resume}'; its {key} is {there.get(key)}, this model's {here.get(key)}")
-    params = trained.joined(fresh.params, jax.tree.map(_replaced, wanted, params))
+    for x in jax.tree.leaves(trained.within(fresh.params, params)):
+        x.delete()  # both might not fit
+    dtypes = trained.within(whole, params)
+    new = placement.place_params(jax.tree.map(lambda x, like: np.asarray(x, like.dtype), params, dtypes))
+    params = trained.joined(fresh.params, new)
     ema = None if fresh.ema is None else jax.tree.map(jnp.copy, train_step.float32(trained.part(config, params)))
     lines = [*damage.values(), f"starts from the weights of step {step} in {weights.workdir}"]
     return fresh._replace(params=params, ema=ema), lines
-
-
-def _replaced(old: jax.Array, new: np.ndarray) -> jax.Array:
-    """The new array in the old one's dtype and place. The old one is freed first: both might not fit."""
-    dtype, sharding = old.dtype, old.sharding
-    old.delete()
-    return jax.device_put(np.asarray(new, dtype), sharding)
 
 
 def find_whole(

@@ -224,7 +224,7 @@ class Trainer:
         from jaxlm.run.step_report import make_on_step
         from jaxlm.train.loop import train
 
-        on_step = make_on_step(self.parts, self._write, self.state.params, self._done)
+        on_step = make_on_step(self.parts, self._write, self._done)
         start = time.perf_counter()
         self.state, self._done = train(
             self.state,

@@ -82,7 +82,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn", "triton"]
     # What the backward pass recomputes to save memory. `none`: nothing; `elementwise`: norms, activation functions,
     # rotary positions and XLA's attention scores; `dots`: everything in a layer but its products with weights; `full`:
-    # whole layers; `auto`: elementwise on GPUs, and on CPUs if d_model is 768 or more, else none.
+    # whole layers; `auto`: elementwise on GPUs, with ZeRO-3, and on CPUs if d_model is 768 or more, else none.
     remat: Literal["auto", "none", "elementwise", "dots", "full"]
     # Layers per iteration of the loop over layers. 0 = all: fastest steps, longest compilation; -1 = all on CPUs where
     # nothing is recomputed, else 1.
@@ -190,9 +190,11 @@ class DataConfig:
         return self.chat_template == OF_TOKENIZER or "{%" in self.chat_template or "{{" in self.chat_template
 
 
-# Values of parallel.reduce that are refused with parallel.zero=1: they save bytes on gradients, which gathering whole
+# Values of parallel.reduce that are refused with parallel.zero: they save bytes on gradients, which gathering whole
 # parameters would cost again.
 WITHOUT_PARTS = ("topk", "powersgd")
+# Further ones that are refused with parallel.zero=2 and 3: each device keeps its rounding errors of the whole gradient.
+OF_WHOLE_GRADIENTS = ("int8",)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -201,9 +203,17 @@ class ParallelConfig:
     reduce: Literal["pmean", "ring", "bf16", "fp16", "int8", "topk", "powersgd"]  # how gradients are averaged
     overlap: bool  # average gradients layer by layer during the backward pass, instead of at its end
     bucket_mb: float  # largest part to average at once, MiB of float32 gradients; 0 = all (overlap: a whole layer)
-    zero: int  # 1 = each of N devices keeps and updates 1/N of the optimizer state (ZeRO-1); 0 = each keeps all of it
+    # What each of N devices holds 1/N of (ZeRO): 0 = nothing; 1 = the optimizer state, which it updates; 2 = gradients,
+    # too; 3 = parameters, too, of which it gathers one layer at a time (FSDP). 2 and 3 average as `overlap` does, in
+    # each micro-batch.
+    zero: int
     topk_density: float  # topk: share of the numbers of layers' matrices that a device sends; 1/1024 to 1
     powersgd_rank: int  # powersgd: rank of the approximation of each layer's matrices
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether gradients are averaged layer by layer during the backward pass."""
+        return self.overlap or self.zero > 1
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

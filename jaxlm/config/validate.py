@@ -9,6 +9,7 @@ from jaxlm.config import (
     MAX_FLOAT,
     MAX_INT,
     MIN_FLOAT,
+    OF_WHOLE_GRADIENTS,
     SOURCES,
     WITHOUT_PARTS,
     Config,
@@ -99,7 +100,8 @@ Require = Callable[[bool, str, str], None]  # (whether a key's value is right, t
 
 
 def validate(c: Config) -> Config:
-    """Replaces OWN by the optimizer's own values, in place, then checks every value and how the values fit together.
+    """Replaces OWN by the optimizer's own values, and `auto` where another key decides, in place; then checks every
+    value and how the values fit together.
 
     Returns:
       The same configuration.
@@ -108,6 +110,8 @@ def validate(c: Config) -> Config:
       UserError: names the key, the value found and what is allowed.
     """
     set_own_values(c.optim)
+    if c.parallel.zero == 3 and c.model.remat == "auto":
+        c.model.remat = "elementwise"
     _check_values(flatten(c))
 
     def require(ok: bool, key: str, allowed: str) -> None:
@@ -231,7 +235,7 @@ def _check_steps(c: Config, require: Require) -> None:
 
 def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None:
     d_ff = m.mlp_width
-    require(p.zero <= 1, "parallel.zero", "0 or 1")
+    require(p.zero <= 3, "parallel.zero", "0 to 3")
     require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
     require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
     # At a higher rank, the two factors of the MLP's matrices are not smaller than the matrices.
@@ -242,9 +246,16 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None
         f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
     )
     if p.zero:
-        others = [name for name in get_args(key_types()["parallel.reduce"]) if name not in WITHOUT_PARTS]
-        allowed = f"with parallel.zero=1, which gathers whole parameters: {', '.join(others)}"
-        require(p.reduce in others, "parallel.reduce", allowed)
+        refused, why = WITHOUT_PARTS, "which gathers whole parameters"
+        if p.zero > 1:
+            refused, why = (*WITHOUT_PARTS, *OF_WHOLE_GRADIENTS), "where no device holds a whole gradient"
+        others = [name for name in get_args(key_types()["parallel.reduce"]) if name not in refused]
+        require(p.reduce in others, "parallel.reduce", f"with parallel.zero={p.zero}, {why}: {', '.join(others)}")
+    require(
+        p.zero < 3 or m.remat != "none",
+        "model.remat",
+        "with parallel.zero=3, which keeps no layer's parameters for the backward pass: auto, elementwise, dots, full",
+    )
 
 
 def _check_data(d: DataConfig, require: Require) -> None:

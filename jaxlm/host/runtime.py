@@ -65,9 +65,12 @@ def rounds_products(config: Config) -> bool:
 def cpu_flags(config: Config) -> list[str]:
     """XLA's flags for this run on CPU, except those that the environment sets already."""
     flags = {}
-    if config.parallel.overlap:
+    if config.parallel.by_layer:
         # Otherwise XLA combines all exchanges of an unrolled backward pass into one at its end.
         flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
+        if config.parallel.reduce == "ring":
+            # Otherwise independent permutations may run at once, which XLA's CPU backend mixes up (jax 0.10.2).
+            flags["xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
     if rounds_products(config):
         # XLA's own library computes float32 products in float32; oneDNN uses AMX tiles with operands in bfloat16.
         dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
@@ -118,17 +121,20 @@ def gpu_flags(config: Config, processes: int) -> list[str]:
     """XLA's flags for this run on GPUs, except those that the environment sets already.
 
     With more than one device, collectives overlap with computation that does not need their results (latency hiding),
-    on a stream of the highest priority. With `parallel.overlap`, collectives in the loop over layers overlap with the
-    next layer (pipelined). With `parallel.bucket_mb`, XLA combines small collectives up to the size of a bucket.
+    on a stream of the highest priority. With `parallel.overlap`, ZeRO-2 and ZeRO-3, collectives in the loop over layers
+    overlap with the next layer (pipelined). With `parallel.bucket_mb`, XLA combines small collectives up to the size of
+    a bucket.
     """
     p, flags = config.parallel, {}
     if config.deterministic:
         flags["xla_gpu_deterministic_ops"] = "true"
     if p.devices != 1 or processes > 1:
         on = ["xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_highest_priority_async_stream"]
-        kinds = ("all_reduce", "reduce_scatter", "all_gather")
-        if p.overlap:
-            on += [f"xla_gpu_enable_pipelined_{kind}" for kind in kinds]
+        kinds = ["all_reduce", "reduce_scatter", "all_gather"]
+        if p.by_layer:
+            # XLA would also gather for the next micro-batch before this one ends, and hold the activations of both.
+            pipelined = kinds[:2] if p.zero == 3 else kinds
+            on += [f"xla_gpu_enable_pipelined_{kind}" for kind in pipelined]
         flags |= dict.fromkeys(on, "true")
         if p.bucket_mb:
             flags |= {f"xla_gpu_{kind}_combine_threshold_bytes": str(int(p.bucket_mb * 2**20)) for kind in kinds}

@@ -71,12 +71,12 @@ class Decoder(nn.Module):
         c = self.config
         block: Any = Block
         unroll, remat = layer_loop(c, self.platform)
-        if remat != "none":
-            # In an unrolled scan, XLA would merge the recomputation with the first computation.
-            block = nn.remat(Block, policy=REMAT[remat], prevent_cse=unroll > 1)
         if self.on_layer is not None:
             on_layer = self.on_layer
             block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
+        if remat != "none":
+            # In an unrolled scan, XLA would merge the recomputation with the first computation.
+            block = nn.remat(block, policy=REMAT[remat], prevent_cse=unroll > 1)
         in_axes: Any = (0, 0, nn.broadcast)  # for layer, cache, shared
         layers = nn.scan(
             block,

@@ -30,7 +30,8 @@ def _attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 _policies = jax.checkpoint_policies
 
-# {model.remat: policy that says which results are kept; None = layer inputs only}
+# {model.remat: policy that says which results are kept; None = layer inputs only}. None of them keeps a layer's
+# parameters, which ZeRO-3 gathers for the forward pass, and again for the backward pass.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "elementwise": _policies.save_from_both_policies(_policies.save_only_these_names(KEPT), _attention),
     "dots": _policies.dots_with_no_batch_dims_saveable,

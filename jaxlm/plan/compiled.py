@@ -52,7 +52,8 @@ class Compiled:
     arguments: float  # bytes of a device: state and batch
     in_place: float  # of which the results take the place
     temporary: float  # bytes of a device
-    state: Any  # shapes of the train state
+    state: Any  # shapes of the train state, as the step takes it
+    params: Any  # shapes of all parameters
     count: int  # devices
     platform: str  # that the program is for: gpu or cpu
 
@@ -77,6 +78,7 @@ def compile_step(config: Config, devices: list[Any], vocab_size: int) -> Compile
         in_place=found.alias_size_in_bytes,
         temporary=found.temp_size_in_bytes,
         state=state,
+        params=jax.eval_shape(model.init, jax.random.key(0)),
         count=n,
         platform=devices[0].platform,
     )

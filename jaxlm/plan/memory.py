@@ -50,7 +50,7 @@ def refuse_over(limit: float | None, config: Config, model: Model, count: int) -
         raise UserError(
             f"batch_size is {config.batch_size}: a step needs at least {least / 1e9:.1f} GB on each of {count} devices;"
             f" allowed: {limit / 1e9:.1f} GB, for instance with more optim.accum_steps, model.remat=full or"
-            " parallel.zero=1 (`jaxlm plan` compares them)"
+            " parallel.zero=3 (`jaxlm plan` compares them)"
         )
 
 
@@ -60,9 +60,7 @@ def least_bytes(config: Config, model: Model, count: int) -> float:
     """
     state = jax.eval_shape(lambda: init_state(config, model, count))
     kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    return sum(held_bytes(config, state, count).values()) + max(
-        kept, GRADIENT * num_params(trained.part(config, state.params))
-    )
+    return sum(held_bytes(config, state, count).values()) + max(kept, gradient_bytes(config, model, count))
 
 
 def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, process: float = 0.0) -> Memory:
@@ -72,10 +70,16 @@ def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, pr
     state = jax.eval_shape(lambda: init_state(config, model, count))
     held = held_bytes(config, state, count)
     kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    gradients = GRADIENT * num_params(trained.part(config, state.params))
+    gradients, compiled_gradients = (gradient_bytes(config, model, n) for n in (count, compiled.count))
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
-    working = max(0.0, compiled.temporary - kept - gradients)
+    working = max(0.0, compiled.temporary - kept - compiled_gradients)
     return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
+
+
+def gradient_bytes(config: Config, model: Model, count: int) -> float:
+    """Bytes of the gradient that each of `count` devices holds; with ZeRO-2 and 3, of its parts."""
+    params = trained.part(config, jax.eval_shape(model.init, jax.random.key(0)))
+    return GRADIENT * num_params(params) / (count if config.parallel.zero > 1 else 1)
 
 
 def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float]:

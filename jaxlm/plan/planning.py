@@ -116,7 +116,7 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
     part = dataclasses.replace(config, batch_size=config.batch_size // count * few)
     compiled = compile_step(part, on_devices, vocab_size)
     model = make_model(config.model, vocab_size, config.seq_len, compiled.platform)
-    params, program = compiled.state.params, parse(compiled.text)
+    params, program = compiled.params, parse(compiled.text)
     process = resident_bytes() / few if device.chip is None else 0.0  # it has compiled the step, as a run has
 
     def time(n: int) -> StepTime:

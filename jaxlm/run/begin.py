@@ -119,9 +119,9 @@ class _First(NamedTuple):
 
 def _first_state(setup: Setup, workdir: Path, weights: Weights | None) -> _First:
     """The state that this run continues from: its newest whole checkpoint, other weights, or the initial state."""
-    fresh = setup.placement.initial(setup.model)
+    fresh = setup.placement.initial()
     if weights:
-        state, lines = start_from.state(setup.config, weights, fresh)
+        state, lines = start_from.state(setup.config, weights, setup.placement, fresh)
         return _First(state, 0, [], lines)
     with opened(workdir) as checkpoints:
         if checkpoints is None or not checkpoints.steps():

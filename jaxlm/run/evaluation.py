@@ -73,22 +73,25 @@ def make_evaluation(
 
 
 def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | None:
-    """`eval.sample_prompt` with its continuation or, for chats, the answer to it. A request to stop ends it early.
+    """`eval.sample_prompt` with its continuation or, for chats, the answer to it. A request to stop ends it early,
+    unless several processes make the sample together, because each holds a part of the parameters.
 
     None if no sample is wanted or there is no tokenizer; None on all processes but the first.
     """
     c, tokenizer = parts.config, parts.corpus.tokenizer
-    if not c.eval.sample_tokens or tokenizer is None or jax.process_index() != 0:
+    together = c.parallel.zero == 3 and jax.process_count() > 1
+    first = jax.process_index() == 0
+    if not c.eval.sample_tokens or tokenizer is None or not (first or together):
         return None
     chat, text = trains_on_answers(c.data), c.eval.sample_prompt
     prompt = encode_prompt(tokenizer, c.data, text, chat)[-c.seq_len :]
-    here = jax.tree.map(lambda x: x.addressable_shards[0].data, params)
-    key, count = jax.random.key(c.seed), c.eval.sample_tokens
-    blocks = stream(parts.model, here, prompt[None], key, max_new_tokens=count, temperature=0.8, top_p=0.95, stop=stop)
+    how: dict[str, Any] = {"max_new_tokens": c.eval.sample_tokens, "temperature": 0.8, "top_p": 0.95}
+    how |= {} if together else {"stop": stop}
+    blocks = stream(parts.model, parts.placement.for_sampling(params), prompt[None], jax.random.key(c.seed), **how)
     sample = Continuation(tokenizer, prompt, make_ending(tokenizer, c.data))
     text += "\n" if chat else ""
     for block in blocks:
         text += sample.add(block[0].tolist())
         if sample.ended:
             break
-    return text + sample.finish()
+    return text + sample.finish() if first else None

@@ -48,7 +48,7 @@ def go_back(parts: Parts, trouble: Trouble) -> tuple[Parts, TrainState, int]:
         recent = rollback.recent(returns, to)
         if len(recent) >= c.optim.max_returns:
             raise _diverged(parts, trouble, [*((r.first, r.last) for r in recent), (first, last)], max(whole))
-        state = checkpoints.restore(to, parts.placement, parts.placement.initial(parts.model))
+        state = checkpoints.restore(to, parts.placement, parts.placement.initial())
         later = [step for step in checkpoints.steps() if step > to]
     # The first return may have met a passing fault. If another one follows soon, the rates are probably too high.
     returns = [*returns, Return(to, first, last, trouble.why, c.optim.return_lr if recent else 1.0)]

@@ -97,7 +97,7 @@ def score(run: Run, config: Config) -> dict[str, Any]:
             f" has {run.vocab_size}; allowed: data in the vocabulary of {run.folder}"
         )
     setup = set_up(config, corpus)
-    scores = make_score(setup, Phases(stderr=True))(jax.device_put(run.params, setup.placement.replicated))
+    scores = make_score(setup, Phases(stderr=True))(setup.placement.place_params(run.params))
     if not math.isfinite(scores["eval_loss"]):
         raise Diverged(f"the validation loss of step {run.step} in {run.folder} is {scores['eval_loss']}")
     return scores

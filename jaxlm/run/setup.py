@@ -35,7 +35,8 @@ class Setup:
 
     def eval_step(self) -> Callable:
         """The evaluation step on all devices, (params, batch) -> sums; the first call compiles it."""
-        return train_step.pmap_eval_step(train_step.make_eval_step(self.config, self.model), self.devices)
+        step = train_step.make_eval_step(self.config, self.model, self.devices)
+        return train_step.pmap_eval_step(self.config, step, self.devices)
 
     def train_batches(self, order: data.TrainOrder, start: int) -> data.TrainStream:
         """This process's part of the training batches, from the one after `start` updates on."""
@@ -61,4 +62,4 @@ def set_up(config: Config, corpus: data.Corpus) -> Setup:
     devices = runtime.choose_devices(config)
     model = make_model(config.model, corpus.vocab_size, config.seq_len, devices[0].platform)
     trained.check(config, jax.eval_shape(model.init, jax.random.key(0)))
-    return Setup(config, corpus, model, devices, Placement(config, devices))
+    return Setup(config, corpus, model, devices, Placement(config, model, devices))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -34,7 +33,7 @@ def make_log(parts: Parts, start: int) -> metrics.Log:
     return metrics.Log(writers, parts.reporter.say)
 
 
-def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -> Callable[[Done], None]:
+def make_on_step(parts: Parts, write: metrics.Writer, start: int) -> Callable[[Done], None]:
     """Returns the function that reports finished steps: progress after each, all numbers after the first, every Nth
     and the last.
 
@@ -43,7 +42,7 @@ def make_on_step(parts: Parts, write: metrics.Writer, params: Any, start: int) -
     """
     c = parts.config
     per_step = c.batch_size * c.seq_len
-    flops = trained.flops_per_token(c, params)
+    flops = trained.flops_per_token(c, parts.placement.whole.params)
     peak = metrics.peak_flops(parts.devices[0].device_kind)
     check = _make_check(parts)
     last_step, last_seconds = start, 0.0

@@ -57,7 +57,7 @@ def _measure(config: Config) -> tuple[float, float]:
     """Returns the seconds that compiling the step takes, and the seconds of a step."""
     setup = set_up(config, data.prepare(config))
     check_fits(config, setup.model, setup.devices)
-    state, step = setup.placement.initial(setup.model), setup.train_step()
+    state, step = setup.placement.initial(), setup.train_step()
     few = dataclasses.replace(setup, config=dataclasses.replace(config, steps=WARM + TIMED))
     batches = few.train_batches(data.TrainOrder(setup.corpus, config), 0)
     ends: list[float] = []

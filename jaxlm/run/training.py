@@ -67,7 +67,7 @@ def run(
 
 def _run(config: Config, workdir: Path, lock: workdirs.Lock, stop: StopSignal, steps_asked: int) -> int:
     parts, state, start = begin(config, workdir, lock)
-    describe(parts, state, start)
+    describe(parts, start)
     if config.steps < steps_asked:
         parts.reporter.say(f"--max_minutes: {config.steps} of {steps_asked} steps fit on this machine")
     owed = _owes_evaluation(parts, start)
@@ -160,7 +160,7 @@ def _train(parts: Parts, state: TrainState, start: int, stop: StopSignal, owed: 
             start=start,
             steps=config.steps,
             sharding=parts.placement.batch,
-            on_step=make_on_step(parts, log, state.params, start),
+            on_step=make_on_step(parts, log, start),
             hooks=hooks,
             stop=asked,
             reached=watchdog.reached,
@@ -191,10 +191,10 @@ def _make_save(parts: Parts, log: metrics.Log, start: int) -> Callable:
     replicas = Replicas(parts.config, parts.placement.here)
 
     def save(step: int, state: TrainState, act: Callable = parts.saver.save) -> None:
-        # First, so that `all_finite`, which reads this host's devices alone, then gives the same answer on all hosts.
+        # First, so that `all_finite`, for which each host reads its own copy, then gives the same answer on all hosts.
         if parts.config.checkpoint.check_replicas and step > start and len(parts.devices) > 1:
             replicas.check(step, state)
-        if not all_finite(state.params):
+        if not all_finite(parts.placement.everywhere(state).params):
             raise bad_since(parts, step, f"the parameters after step {step} are not finite")
         act(step, parts.placement.saved(state), log.sync)
 
@@ -230,12 +230,13 @@ def _owes_evaluation(parts: Parts, start: int) -> bool:
     return not json.loads(known)
 
 
-def describe(parts: Parts, state: TrainState, start: int) -> None:
+def describe(parts: Parts, start: int) -> None:
     """Prints the facts of the run at its start."""
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
     per_step = c.batch_size * c.seq_len
     epochs = c.steps * per_step / len(parts.corpus.train)
-    count, own = num_params(state.params), num_params(trained.part(c, state.params))
+    params = parts.placement.whole.params
+    count, own = num_params(params), num_params(trained.part(c, params))
     of_them = f" ({human(own)} trained)" if own < count else ""
     say(
         f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind} · {human(count)} parameters{of_them}"

@@ -5,7 +5,7 @@ layers of a stacked parameter, or `[1, size]` for a single tensor. With N device
 (packed.py), and device i owns part i.
 
 A `GradSync` is what the step calls. It applies a reduction to the tree of gradients in buckets (gradients.py), and with
-ZeRO-1 (zero.py) knows which parts a device updates.
+ZeRO (zero.py) knows which parts a device updates, and which it holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,8 +51,10 @@ class GradSync(NamedTuple):
     init: Callable[[Any], Any]
     # (grads, state) -> (mean of grads over the devices, or this device's parts of it; state). Also for a subtree.
     reduce: Callable[[Any, Any], tuple[Any, Any]]
-    own: Callable[[Any], Any]  # params -> the parts that this device updates
-    whole: Callable[[Any], Any]  # the inverse: updated parts of all devices -> params
+    own: Callable[[Any], Any]  # what this device holds of the params -> the parts that it updates
+    whole: Callable[[Any], Any]  # the inverse: updated parts of all devices -> what this device holds
+    # (key, what this device holds of params[key], of `layers` for a single one) -> whole arrays. None = it holds all.
+    gather: Callable[[str, Any], Any] | None
     global_norm: Callable[[Any], jax.Array]  # L2 norm of the whole mean gradient, from what `reduce` returned
     # sums over what `reduce` or `own` returned -> sums over the whole arrays
     whole_sums: Callable[[Any], Any]

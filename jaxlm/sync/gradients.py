@@ -19,9 +19,9 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
     its own parts.
 
     Args:
-      params: the shapes of all parameters.
+      params: the shapes of all parameters, trained or not.
     """
-    zero, limit = config.zero == 1, max(1, int(config.bucket_mb * 2**20)) if config.bucket_mb else None
+    zero, limit = config.zero > 0, max(1, int(config.bucket_mb * 2**20)) if config.bucket_mb else None
     reduce_bucket = reduction.mean_parts if zero else reduction.mean
     assert reduce_bucket is not None  # validate.py refuses zero with the others
 
@@ -37,7 +37,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         shapes = {path: batch_shape(path, x) for path, x in leaves}
         together = [list(shapes.values())]
-        if config.overlap:  # one call for each layer, and one for each other key
+        if config.by_layer:  # one call for each layer, and one for each other key
             together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key != "layers"]
             layers = [s for path, s in shapes.items() if path[0].key == "layers"]
             together += [[(1, *s[1:]) for s in layers]] * (layers[0][0] if layers else 0)
@@ -51,6 +51,18 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
         return jax.tree_util.tree_map_with_path(lambda path, x: reduction.init(batch(path, x)), params)
 
     parts = Zero(group, params, limit)
-    if zero:
-        return GradSync(init, reduce, parts.own, parts.whole, parts.global_norm, group.sum, sent_bytes)
-    return GradSync(init, reduce, lambda p: p, lambda p: p, optax.tree.norm, lambda sums: sums, sent_bytes)
+
+    def gather(key: str, held: Any) -> Any:
+        if key != "layers":
+            return parts.whole({key: held})[key]
+        whole = parts.whole({key: jax.tree.map(lambda x: x[None], held)})[key]
+        return jax.tree.map(lambda x: x[0], whole)
+
+    def same(tree: Any) -> Any:
+        return tree
+
+    if config.zero == 0:
+        return GradSync(init, reduce, same, same, None, optax.tree.norm, same, sent_bytes)
+    if config.zero < 3:
+        return GradSync(init, reduce, parts.own, parts.whole, None, parts.global_norm, group.sum, sent_bytes)
+    return GradSync(init, reduce, same, same, gather, parts.global_norm, group.sum, sent_bytes)

@@ -4,6 +4,7 @@ One flat axis can hold several directions: with 2 pipeline stages of 4 replicas 
 the groups that average gradients. Everything here runs inside the mapped step, for all groups at once.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,10 @@ class Group(NamedTuple):
             table[list(group)] = range(self.size)
         return jnp.asarray(table)[place]
 
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """A random key for each device of the group."""
+        return jax.random.fold_in(key, self.index())
+
     def sum(self, tree: Any) -> Any:
         """All-reduce of a tree of arrays of one dtype."""
 
@@ -58,10 +63,40 @@ class Group(NamedTuple):
         """All-gather: [...] -> [size, ...]."""
         return jax.lax.all_gather(x, self.axis, axis_index_groups=self._index_groups)
 
+    def gather_all(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """All-gather of several arrays, as one on CPU."""
+        if not self._joins:
+            return [self.gather(x) for x in arrays]
+        got: dict[int, jax.Array] = {}
+        for dtype in dict.fromkeys(x.dtype for x in arrays):
+            some = {i: x for i, x in enumerate(arrays) if x.dtype == dtype}
+            sent = jnp.concatenate([x.reshape(-1) for x in some.values()])
+            if dtype == jnp.bfloat16:  # XLA on CPU would widen it to float32
+                bits_NC = self.gather(jax.lax.bitcast_convert_type(sent, jnp.uint16))
+                all_NC = jax.lax.bitcast_convert_type(bits_NC, dtype)
+            else:
+                all_NC = self.gather(sent)
+            got |= zip(some, _cut(all_NC, [x.shape for x in some.values()]), strict=True)
+        return [got[i] for i in range(len(arrays))]
+
     def scatter_sum(self, x_NC: jax.Array) -> jax.Array:
         """Reduce-scatter: device i gets row i of the sum. [size, C] -> [C]"""
         summed = jax.lax.psum_scatter(x_NC, self.axis, axis_index_groups=self._index_groups, tiled=True)
         return summed.reshape(x_NC.shape[1:])
+
+    def scatter_sums(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """Reduce-scatter of several arrays [size, ...] of one dtype, as one on CPU: device i gets row i of each sum."""
+        if not self._joins:
+            return [self.scatter_sum(x) for x in arrays]
+        own_C = self.scatter_sum(jnp.concatenate([x.reshape(self.size, -1) for x in arrays], axis=1))
+        return [x[0] for x in _cut(own_C[None], [x.shape[1:] for x in arrays])]
+
+    @property
+    def _joins(self) -> bool:
+        """Whether arrays are joined for a collective: on CPU each collective takes long. GPUs need no copy, and can
+        begin with the first array before the last one is there.
+        """
+        return (self.platform or jax.default_backend()) == "cpu"
 
     def exchange(self, x: jax.Array, split: int = 0, concat: int = 0) -> jax.Array:
         """All-to-all: cuts dimension `split` into a piece for each device, and joins what arrives along `concat`."""
@@ -72,3 +107,9 @@ class Group(NamedTuple):
         members = self.members or (tuple(range(self.size)),)
         pairs = [(m[i], m[(i + by) % self.size]) for m in members for i in range(self.size)]
         return jax.lax.ppermute(x, self.axis, pairs)
+
+
+def _cut(x_NC: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """Cuts rows into arrays, [N, C] -> [N, *shape] each."""
+    cuts = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+    return [x.reshape(-1, *shape) for x, shape in zip(jnp.split(x_NC, cuts, axis=1), shapes, strict=True)]

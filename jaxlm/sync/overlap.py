@@ -1,10 +1,11 @@
 """Reduces gradients while the backward pass still runs.
 
-A layer's parameters pass through `_reduced`, an identity, before they are used. Its backward pass runs as soon as the
+A layer's parameters pass through `_used`, an identity, before they are used. Its backward pass runs as soon as the
 layer's gradient is complete, and averages that gradient over the devices. With scanned layers the collective is thus in
-the body of the backward loop, where XLA's scheduler can run the next layer's computation beside it.
+the body of the backward loop, where XLA's scheduler can run the next layer's computation beside it. With ZeRO-3,
+`_used` is not an identity, but gathers the layer's parameters from the devices that hold them.
 
-A backward pass can return its results only as gradients. So `_reduced` takes two arguments that it ignores, *slots*,
+A backward pass can return its results only as gradients. So `_used` takes two arguments that it ignores, *slots*,
 with the shapes of the two results. The gradient of the first is the reduced gradient of the parameters (or this
 device's parts of it); the gradient of the second is the reduction's new state.
 """
@@ -37,20 +38,21 @@ def gradients(
 
     Args:
       loss: (params, on_layer) -> (loss, aux); it applies `on_layer` to a layer's parameters before it uses them.
+      params: what this device holds of them; `loss` gets whole ones.
       before: the gradient of earlier micro-batches, or None.
 
     Returns:
       (`sync.reduce` of the gradient of `loss` plus `before`, the reduction's new state, aux).
     """
-    means = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sync.own, params))
+    means = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(sync.own, params))
 
     def hooked(slots: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         each = {k: Slots(slots[0][k], slots[1][k], None if before is None else before[k]) for k in params}
-        outer = {k: _reduced(sync, params[k], each[k], lambda x, k=k: {k: x}) for k in params if k != "layers"}
+        outer = {k: _used(sync, k, params[k], each[k]) for k in params if k != "layers"}
 
         def on_layer(layer: Any) -> Any:
-            own = {k: x for k, x in layer.items() if k != SLOTS}
-            return _reduced(sync, own, layer[SLOTS], lambda x: {"layers": jax.tree.map(lambda y: y[None], x)})
+            held = {k: x for k, x in layer.items() if k != SLOTS}
+            return _used(sync, "layers", held, layer[SLOTS])
 
         return loss(outer | {"layers": params["layers"] | {SLOTS: each["layers"]}}, on_layer)
 
@@ -58,22 +60,34 @@ def gradients(
     return mean, state, more
 
 
-def _reduced(sync: GradSync, params: Any, slots: Slots, wrap: Callable[[Any], dict[str, Any]]) -> Any:
-    """The identity on parameters, with the backward pass described above.
+def _used(sync: GradSync, key: str, held: Any, slots: Slots) -> Any:
+    """Returns the whole of params[key] or of one layer, with the backward pass described above.
 
-    `wrap` puts a subtree where it is in the tree of all parameters; a single layer becomes a stack of one.
+    Tables and the output layer are float32 then, in whatever dtype they are held, so that their gradients add up in it.
     """
 
-    def backward(slots: Slots, grads: Any) -> tuple[Any, Slots]:
-        total = grads if slots.before is None else jax.tree.map(jnp.add, grads, slots.before)
-        results = sync.reduce(wrap(total), wrap(slots.state))
+    def forward(held: Any) -> Any:
+        whole = held if sync.gather is None else sync.gather(key, held)
+        return whole if key == "layers" else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
+
+    def backward(residuals: tuple[Any, Slots], grads: Any) -> tuple[Any, Slots]:
+        held, slots = residuals
+        total = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if slots.before is not None:
+            total = jax.tree.map(jnp.add, total, slots.before)
         mean, state = (
             jax.tree.map(lambda x, slot: x.reshape(slot.shape), result[key], like)
-            for result, like in zip(results, (slots.mean, slots.state), strict=True)
-            for key in result
+            for result, like in zip(
+                sync.reduce(_stacked(key, total), _stacked(key, slots.state)), (slots.mean, slots.state), strict=True
+            )
         )
-        return jax.tree.map(jnp.zeros_like, grads), Slots(mean, state, slots.before)
+        return jax.tree.map(jnp.zeros_like, held), Slots(mean, state, slots.before)
 
-    identity = jax.custom_vjp(lambda params, slots: params)
-    identity.defvjp(lambda params, slots: (params, slots), backward)
-    return identity(params, slots)
+    used = jax.custom_vjp(lambda held, slots: forward(held))
+    used.defvjp(lambda held, slots: (forward(held), (held, slots)), backward)
+    return used(held, slots)
+
+
+def _stacked(key: str, tree: Any) -> dict[str, Any]:
+    """A subtree where it is in the tree of all parameters; a single layer becomes a stack of one."""
+    return {key: jax.tree.map(lambda x: x[None], tree) if key == "layers" else tree}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from jaxlm.sync.base import Arrays, Reduction, Shape, State, stateless
 from jaxlm.sync.group import Group
-from jaxlm.sync.packed import pack, row_size, unpack_parts
+from jaxlm.sync.packed import row_size, split
 
 
 def pmean(group: Group) -> Reduction:
@@ -19,8 +19,7 @@ def pmean(group: Group) -> Reduction:
         return group.mean(arrays), states
 
     def mean_parts(arrays: Arrays, states: list[State]) -> tuple[Arrays, list[State]]:
-        own_C = group.scatter_sum(pack(arrays, n)) / n
-        return unpack_parts(own_C, [x.shape for x in arrays], n), states
+        return [x / n for x in group.scatter_sums([split(x, n) for x in arrays])], states
 
     def sent_bytes(shapes: Sequence[Shape], parts: bool) -> float:
         if parts:

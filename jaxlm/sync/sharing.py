@@ -47,12 +47,12 @@ def by_host(host: Group) -> LayerSharing:
 def by_parts(zero: Zero) -> LayerSharing:
     """Sharing of arrays of which each device has its parts, [L, c]."""
     n, group = zero.group.size, zero.group
-    shapes = dict(jax.tree_util.tree_flatten_with_path(zero.params)[0])
 
     @jax.named_scope(LAYERS)
     def on_layers(path: Any, x: jax.Array, act: Callable[[jax.Array], jax.Array]) -> jax.Array:
         L, c = x.shape
-        shape, size = shapes[path].shape[1:], math.prod(shapes[path].shape[1:])
+        shape = zero.shape(path, L)[1:]
+        size = math.prod(shape)
         whole = group.exchange(_padded(x, n), split=0, concat=1)  # [ceil(L / n), n * c]
         acted = act(whole[:, :size].reshape(-1, *shape)).reshape(-1, size)
         acted = jnp.pad(acted, ((0, 0), (0, n * c - size)))

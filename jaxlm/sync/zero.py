@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.sync.base import Arrays, Shape
 from jaxlm.sync.buckets import in_buckets
 from jaxlm.sync.group import Group
-from jaxlm.sync.packed import join, split
+from jaxlm.sync.packed import join, part_shape, split
 
 PARAMETERS = "gather_parameters"  # names its collectives in a compiled program
 
@@ -61,7 +61,13 @@ class Zero:
 
     def __init__(self, group: Group, params: Any, limit: int | None = None):
         """Args: params: the shapes of all parameters; limit: most bytes gathered at once, None = all."""
-        self.group, self.params, self._limit = group, params, limit
+        self.group, self._limit = group, limit
+        self._shapes = {path: tuple(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def shape(self, path: Any, num_layers: int) -> Shape:
+        """The shape of the parameter at a path, with `num_layers` layers if it is stacked."""
+        shape = self._shapes[path]
+        return (num_layers, *shape[1:]) if is_stacked(path) else shape
 
     def own(self, tree: Any) -> Any:
         """Returns this device's parts of a tree of whole leaves."""
@@ -70,23 +76,34 @@ class Zero:
 
     @jax.named_scope(PARAMETERS)
     def whole(self, parts: Any, like: Any = None) -> Any:
-        """The inverse of `own`, a gather over all devices; `like` gives the shapes, by default the parameters'."""
+        """The inverse of `own`, a gather over all devices; `like` gives the shapes, by default the parameters', of as
+        many layers as the parts have.
+        """
+        if like is None:
+            like = jax.tree_util.tree_map_with_path(
+                lambda path, x: jax.ShapeDtypeStruct(self.shape(path, x.shape[0]), x.dtype), parts
+            )
         flat, tree = jax.tree.flatten(parts)
         leaves = [x for x in flat if x.ndim]
 
         def gather(arrays: Arrays, states: list[Any]) -> tuple[Arrays, list[Any]]:
-            row_C = jnp.concatenate([x.reshape(-1) for x in arrays])
-            all_NC, at, got = self.group.gather(row_C), 0, []
-            for x in arrays:  # with l first, as `in_buckets` requires
-                got.append(all_NC[:, at : at + x.size].reshape(-1, *x.shape).swapaxes(0, 1))
-                at += x.size
-            return got, states
+            everyones = self.group.gather_all(arrays)
+            return [x.swapaxes(0, 1) for x in everyones], states  # with l first, as `in_buckets` requires
 
         shapes = [(x.shape[0], x.shape[1] * self.group.size) for x in leaves]
         got, _ = in_buckets(gather, leaves, [()] * len(leaves), shapes, self._limit)
         arrays = iter(got)
         everyones = [next(arrays).swapaxes(0, 1) if x.ndim else x[None] for x in flat]
-        return joined(tree.unflatten(everyones), self.params if like is None else like)
+        return joined(tree.unflatten(everyones), like)
+
+    def sent_bytes(self, tree: Any) -> float:
+        """Bytes that a device sends in `whole`, for whole leaves of these shapes and dtypes."""
+        n = self.group.size
+
+        def one(path: Any, x: Any) -> float:
+            return (n - 1) * math.prod(part_shape(batch_shape(path, x), n)) * x.dtype.itemsize
+
+        return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
 
     def global_norm(self, parts: Any) -> jax.Array:
         return jnp.sqrt(self.group.sum(sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(parts))))

@@ -13,7 +13,9 @@ from jaxlm.config import Config
 from jaxlm.model import Model, Params
 from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import GradSync, Group, overlap
+from jaxlm.sync.zero import Zero
 from jaxlm.train import loss_scale, trained
+from jaxlm.train.optimizer import is_matrix
 
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
 # stop, float32 [1]: 1 if this process was asked to stop.
@@ -28,9 +30,10 @@ class Sums(NamedTuple):
 
 
 Loss = Callable[..., tuple[jax.Array, Sums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
+Gather = Callable[[str, Any], Any]  # GradSync.gather
 # (trained params, frozen ones, micro-batches [count, ...], mean number of targets of a device, state of the reduction)
 # -> (gradient of the mean loss of the global batch, or with ZeRO this device's parts of it; sums; new state of the
-# reduction)
+# reduction). With ZeRO-3, parameters are the parts that this device holds.
 Gradients = Callable[[Params, Params, Any, jax.Array, Any], tuple[Params, Sums, Any]]
 
 
@@ -49,14 +52,16 @@ def loss_sums(
     on_layer: Callable | None = None,
     scale: jax.Array | float = 1.0,
     frozen: Params | None = None,
+    gather: Gather | None = None,
 ) -> LossSums:
     """The forward pass: sums of the losses over the targets of a batch; the objective is multiplied by `scale`.
 
     Args:
       on_layer: applied to a layer's `params` when the layer uses them.
       frozen: the parameters that are not in `params`.
+      gather: `GradSync.gather`, applied to `frozen`.
     """
-    return all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen).losses
+    return all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, gather).losses
 
 
 def all_sums(
@@ -68,10 +73,14 @@ def all_sums(
     on_layer: Callable | None,
     scale: jax.Array | float,
     frozen: Params | None,
+    gather: Gather | None,
     layer_stats: bool = False,
 ) -> Sums:
     """`loss_sums`, and with `layer_stats` the sums of the squares of the layers' outputs."""
-    params, on_layer = with_frozen(params, frozen, on_layer) if frozen else (params, on_layer)
+    if frozen:
+        if gather:
+            frozen, batch = fixed_to(frozen, batch)
+        params, on_layer = with_frozen(params, frozen, on_layer, gather)
     inputs, squares_L = (params, batch["inputs"], dropout_keys, batch.get("positions")), None
     if layer_stats:
         x_ND, squares_L = model.hidden_and_squares(*inputs, on_layer=on_layer)
@@ -81,10 +90,38 @@ def all_sums(
     return Sums(output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale), squares_L)
 
 
+def product_dtype(config: Config) -> str:
+    """The dtype to which matrices are converted once, before they are gathered or used in several micro-batches.
+
+    With float16, parameters and gradients are multiplied by factors of the loss scale, in float32.
+    """
+    return "float32" if config.model.dtype == "float16" else config.model.dtype
+
+
+def gathered_bytes(config: Config, zero: Zero, params: Params) -> float:
+    """Bytes that a device sends in a step so that parameters of these shapes are whole where they are needed: with
+    ZeRO-1 and 2 after the update; with ZeRO-3 in each micro-batch, the layers in both passes.
+    """
+    own = trained.part(config, params)
+    masters = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree), own)
+    if config.parallel.zero < 3:
+        return zero.sent_bytes(masters) if config.parallel.zero else 0.0
+
+    def held(masters: Params, frozen: Params) -> tuple[Params, Params]:
+        return converted(masters, product_dtype(config), True), converted(frozen, config.model.dtype, True)
+
+    trees = jax.eval_shape(held, masters, trained.without(params, own))
+    times = {key: config.optim.accum_steps * (1 + (key == "layers")) for key in params}
+    return sum(times[key] * zero.sent_bytes({key: x}) for tree in trees for key, x in tree.items())
+
+
 def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Gradients:
     """Returns the function that computes the gradient of one device and averages it over the devices."""
-    # With float16, parameters and gradients are multiplied by factors of the loss scale, in float32.
-    matrices = "float32" if config.model.dtype == "float16" else config.model.dtype
+    matrices = product_dtype(config)
+
+    def held(params: Params) -> Params:
+        """What the loss of a micro-batch starts from; matrices are converted once, and before they are gathered."""
+        return converted(params, matrices, outer=sync.gather is not None)
 
     def forward(
         params: Params,
@@ -96,12 +133,14 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
         frozen: Params,
     ) -> tuple[jax.Array, Sums]:
         stats = config.log.layer_stats
-        sums = all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, stats)
+        sums = all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, sync.gather, stats)
         return sums.losses.objective, sums
 
     def averaged(
         loss: Loss, params: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
     ) -> tuple[Params, Sums, Any]:
+        if config.parallel.zero >= 2:
+            return accumulate_parts(loss, held(params), micro, sync, sync_state)
         if config.parallel.overlap:
             return accumulate_overlapped(loss, params, micro, matrices, sync, sync_state, always=mean_targets > 0)
         grads, sums = accumulate(loss, params, micro, matrices)
@@ -138,21 +177,40 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
         return loss_scale.until_finite(scaled, finite, loss_scale.first_scale(micro[0]["inputs"][0].size))
 
     def with_low_frozen(params: Params, frozen: Params, *inputs: Any) -> tuple[Params, Sums, Any]:
-        if config.optim.accum_steps > 1:  # converted once, as in `accumulate`
-            frozen = converted(frozen, config.model.dtype)
+        if config.optim.accum_steps > 1 or sync.gather:  # converted once, and before they are gathered
+            frozen = converted(frozen, config.model.dtype, outer=sync.gather is not None)
         return (in_float16 if config.model.dtype == "float16" else gradients)(params, frozen, *inputs)
 
     return with_low_frozen
 
 
-def with_frozen(params: Params, frozen: Params, on_layer: Callable | None) -> tuple[Params, Callable | None]:
-    """Returns trained and frozen parameters as one tree, and an `on_layer` that acts only on a layer's trained ones."""
+def with_frozen(
+    params: Params, frozen: Params, on_layer: Callable | None, gather: Gather | None
+) -> tuple[Params, Callable | None]:
+    """Returns trained and frozen parameters as one tree, and an `on_layer` that acts only on a layer's trained ones,
+    and gathers the frozen ones.
+    """
 
-    def on_trained(layer: Params) -> Params:
+    def on_each(layer: Params) -> Params:
         own, others = (act(layer, params["layers"]) for act in (trained.within, trained.without))
-        return trained.joined(others, on_layer(own)) if on_layer else layer
+        others = gather("layers", others) if gather else others
+        return trained.joined(others, on_layer(own) if on_layer else own)
 
-    return trained.joined(frozen, params), on_trained if on_layer else None
+    if gather:
+        frozen = {key: x if key == "layers" else gather(key, x) for key, x in frozen.items()}
+    return trained.joined(frozen, params), on_each if on_layer or gather else None
+
+
+def make_eval_sums(config: Config, model: Model, gather: Gather | None) -> Callable[[Params, Batch], LossSums]:
+    """Returns (what this device holds of the parameters, its part of a batch) -> sums of its losses."""
+
+    def sums(params: Params, batch: Batch) -> LossSums:
+        if gather is None:
+            return loss_sums(config, model, params, batch)
+        params = converted(params, config.model.dtype, outer=True)
+        return loss_sums(config, model, {"layers": {}}, batch, frozen=params, gather=gather)
+
+    return sums
 
 
 def micro_batches(tree: Any, count: int) -> Any:
@@ -160,10 +218,13 @@ def micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
 
 
-def converted(params: Params, dtype: str) -> Params:
-    """Parameters with the layers' matrices in another dtype."""
-    layers = params.get("layers", {})
-    return params | {"layers": jax.tree.map(lambda p: p.astype(dtype) if p.ndim == 3 else p, layers)}  # [L, D, F]
+def converted(params: Params, dtype: str, outer: bool = False) -> Params:
+    """Parameters, or parts of them, with the layers' matrices in another dtype; with `outer`, all matrices."""
+
+    def one(path: Any, p: jax.Array) -> jax.Array:
+        return p.astype(dtype) if is_matrix(path) and (outer or path[0].key == "layers") else p
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tuple[Params, Sums]:
@@ -188,6 +249,38 @@ def accumulate(loss: Callable, params: Params, micro: Any, matrices: str) -> tup
     shapes = jax.eval_shape(grad, params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, micro)[0]
+
+
+def fixed_to(params: Params, batch: Any) -> tuple[Params, Any]:
+    """The identity. It keeps XLA from gathering parameters before the loop over micro-batches, where all would be whole
+    at once.
+    """
+    return jax.lax.optimization_barrier((params, batch))
+
+
+def accumulate_parts(
+    loss: Callable, params: Params, micro: Any, sync: GradSync, sync_state: Any
+) -> tuple[Params, Sums, Any]:
+    """`accumulate` for ZeRO-2 and 3: each layer's gradient is reduced as soon as it is complete, in every micro-batch,
+    and only this device's parts of the means are added up.
+
+    Args:
+      sync_state: without content, because no reduction that has one keeps a part of it.
+    """
+
+    def grad(*part: Any) -> tuple[Params, Sums]:
+        held, part = fixed_to(params, part)
+        grads, _, sums = overlap.gradients(
+            lambda params, on_layer: loss(params, *part, on_layer), held, None, sync, sync_state
+        )
+        return grads, sums
+
+    first = jax.tree.map(lambda x: x[0], micro)
+    if len(jax.tree.leaves(micro)[0]) == 1:
+        return *grad(*first), sync_state
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, *first))
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, grad(*part)), None), zeros, micro)
+    return *total, sync_state
 
 
 def accumulate_overlapped(

@@ -19,10 +19,15 @@ from jaxlm.train.muon import muon
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
 
+def is_matrix(path: Any) -> bool:
+    """Whether the parameter at this path is the weight of a linear layer or an embedding; by name, since stacked layers
+    add a dimension.
+    """
+    return path[-1].key in ("kernel", "embedding", lora.A, lora.B)
+
+
 def matrix_mask(params: Any) -> Any:
-    """True for the weights of linear layers and embeddings; by name, since stacked layers add a dimension."""
-    matrices = ("kernel", "embedding", lora.A, lora.B)
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
 
 def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
@@ -35,8 +40,8 @@ def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.Gradient
     """Applies `inner` to whole gradients and its whole state, gathered from the parts; for small states."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        like = jax.eval_shape(inner.init, zero.params)
         grads = zero.whole(updates)
+        like = jax.eval_shape(inner.init, grads)
         # In place of parameters, gradients: `inner` reads only their shapes.
         updates, state = inner.update(grads, zero.whole(state, like), grads)
         return zero.own(updates), zero.own(state)

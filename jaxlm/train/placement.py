@@ -1,10 +1,11 @@
 """Converts a state between the form of the step and the form of a checkpoint, which any number of devices can read.
 
-The step takes arrays on this process's devices, as pmap does; a checkpoint holds arrays of all processes. In a
-checkpoint the optimizer state is whole, even with ZeRO-1, and the state of a reduction has one row per device.
+The step takes arrays on this process's devices, as pmap does; a checkpoint holds arrays of all processes. With ZeRO,
+each device of the step has its parts of some fields, `[devices, l, c]`. In a checkpoint they have their natural shapes,
+and are sharded over all devices along the dimension that the parts cut, if the devices divide it: then the conversion
+moves nothing between devices. The state of a reduction has one row per device, in both forms.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,73 +17,110 @@ from jaxlm.config import Config
 from jaxlm.host import together
 from jaxlm.model import Model, Params
 from jaxlm.sync import zero
-from jaxlm.train import trained
-from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.step import AXIS, Device, TrainState, float32, init_params, init_rest, state_axes
+from jaxlm.train.step import (
+    AXIS,
+    Device,
+    TrainState,
+    init_params,
+    init_sync,
+    init_whole,
+    sharded_fields,
+    spread,
+    state_axes,
+)
 
 
 class Placement:
     """The placement of a state on `devices`, which are those of all processes."""
 
-    def __init__(self, config: Config, devices: list[Device]):
-        self._config, self._devices = config, devices
-        self._zero = config.parallel.zero == 1
-        self._join: Callable | None = None  # compiled: parts of the optimizer state -> the whole
+    def __init__(self, config: Config, model: Model, devices: list[Device]):
+        self._config, self._model, self._devices = config, model, devices
         self.local = [d for d in devices if d.process_index == jax.process_index()]
         self._mesh, self.here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        everywhere, rows = (NamedSharding(self._mesh, PartitionSpec(*spec)) for spec in ((), (AXIS,)))
         self._gather = together.compiled(jax.jit(lambda x: x, out_shardings=everywhere), "an array as a whole")
         self._row = together.compiled(jax.jit(lambda x, i: x[i], out_shardings=everywhere), "a row of an array")
         self.batch = NamedSharding(self.here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
         self.replicated = NamedSharding(self.here, PartitionSpec())
 
-    def initial(self, model: Model) -> TrainState:
-        """Makes the initial state, on the devices."""
-        params = init_params(self._config, model)
-        first = self._devices.index(self.local[0])
+        # Shapes of the whole state, without that of the reduction, and of the fields that devices have in parts.
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        self.whole = jax.eval_shape(lambda params: init_whole(config, params), params)
+        self._like = {field: getattr(self.whole, field) for field in sharded_fields(config)}
+        self._join = together.compiled(
+            jax.jit(lambda parts: zero.joined(parts, self._like), out_shardings=self._natural(self._like)),
+            "the state as a whole",
+        )
+        self._spread = jax.jit(lambda whole: zero.spread(whole, len(devices)), out_shardings=rows)
+
+    def initial(self) -> TrainState:
+        """Makes the initial state, on the devices. Fields that are in parts are never whole on one device."""
+        if "params" in self._like:
+            return self._initial_parts()
+        params = init_params(self._config, self._model)
+        first, count = self._devices.index(self.local[0]), len(self._devices)
 
         def rest(params: Params) -> TrainState:
-            state, axes = init_rest(self._config, params, len(self._devices)), state_axes(self._config)
+            state = spread(self._config, init_whole(self._config, params), count)
+            state = state._replace(params=None, sync=init_sync(self._config, params, count))
             rows = slice(first, first + len(self.local))
             parts: list[Any] = [
                 part if axis is None else jax.tree.map(lambda x: x[rows], part)
-                for axis, part in zip(axes, state, strict=True)
+                for axis, part in zip(state_axes(self._config), state, strict=True)
             ]
             return TrainState(*parts)
 
-        # The state is made in its final place: one that is too large for a single device is never whole on one.
         like = jax.eval_shape(rest, params)
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
         return state._replace(params=jax.device_put(params, self.replicated))
+
+    def _initial_parts(self) -> TrainState:
+        def whole(key: jax.Array) -> TrainState:
+            params = self._model.init(key)
+            state = init_whole(self._config, params)
+            return state._replace(sync=init_sync(self._config, params, len(self._devices)))
+
+        key = jax.random.key(self._config.seed)
+        return self.restored(jax.jit(whole, out_shardings=self._saved_shardings(jax.eval_shape(whole, key)))(key))
 
     def place(self, state: TrainState) -> TrainState:
         """Puts this process's part of a state on its devices as the step expects it, so that the step can donate it."""
         return jax.device_put(state, self._shardings(state, self.here))
 
+    def place_params(self, params: Params) -> Params:
+        """Puts whole parameters, or some of them, on the devices as the step expects them."""
+        if "params" not in self._like:
+            return jax.device_put(params, self.replicated)
+        return self._to_local(self._spread(jax.device_put(params, self._natural(params))), PartitionSpec(AXIS))
+
+    def for_sampling(self, params: Params) -> Params:
+        """Parameters of a state as plain functions take them: on one device, or natural arrays over all devices, for
+        which XLA splits the computation.
+        """
+        if "params" not in self._like:
+            return jax.tree.map(lambda x: x.addressable_shards[0].data, params)
+        like = self._like["params"]
+        join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._natural(like))
+        return join(self._to_global(params, PartitionSpec(AXIS)))
+
     def everywhere(self, state: TrainState) -> TrainState:
         """Returns the state as arrays of all processes."""
-        if jax.process_count() == 1:
-            return state
-        specs = jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh))
-        return multihost_utils.host_local_array_to_global_array(state, self._mesh, specs)
+        return self._to_global(state, jax.tree.map(lambda s: s.spec, self._shardings(state, self._mesh)))
 
     def saved(self, state: TrainState) -> TrainState | None:
         """Returns the state as a checkpoint holds it. All processes call this. If there are several, the first one gets
         the whole state as NumPy arrays, and the others get None.
         """
         state = self.everywhere(state)
-        if self._zero:
-            if self._join is None:  # compiled once, not at every save
-                like = self._opt_state_like(state.params)
-                join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._spread(like))
-                self._join = together.compiled(join, "the optimizer's state as a whole")
-            state = state._replace(opt_state=self._join(state.opt_state))
+        if self._like:
+            state = state._replace(**self._join({field: getattr(state, field) for field in self._like}))
         return state if jax.process_count() == 1 else self._gathered(state)
 
     def _gathered(self, state: TrainState) -> TrainState | None:
         """Gathers a state of all processes as NumPy arrays on the first one; the others get None.
 
-        It gathers one array at a time, so that no device holds much more than its part.
+        It gathers one array at a time, and of stacked ones a layer at a time, so that no device holds much more than
+        its part.
         """
         first = jax.process_index() == 0
 
@@ -95,62 +133,63 @@ class Placement:
         def rows(x: jax.Array) -> np.ndarray:
             return np.stack([fetch(self._row(x, np.int32(i))) for i in range(x.shape[0])])
 
+        def fetch_layers(path: Any, x: jax.Array) -> np.ndarray:
+            by_rows = zero.is_stacked(path) and not x.is_fully_replicated and x.ndim > 1
+            return rows(x) if by_rows else fetch(x)
+
         sync = jax.tree.map(rows, state.sync)
-        rest = jax.tree.map(fetch, state._replace(sync=None))
+        rest = jax.tree_util.tree_map_with_path(fetch_layers, state._replace(sync=None))
         return rest._replace(sync=sync) if first else None
 
     def saved_like(self, state: TrainState) -> TrainState:
         """Returns shapes, dtypes and shardings of a checkpoint's arrays, over the devices of all processes."""
-        counts = {None: 1, 0: jax.process_count()}
-        axes, shardings = state_axes(self._config), self._shardings(state, self._mesh)
-
-        def like(axis: Any, x: Any, sharding: Any) -> Any:
-            rows = () if axis is None else (x.shape[0] * counts[axis],)
-            return jax.ShapeDtypeStruct((*rows, *x.shape[len(rows) :]), x.dtype, sharding=sharding)
-
-        found = TrainState(
-            *(
-                jax.tree.map(lambda x, s, a=a: like(a, x, s), part, places)
-                for a, part, places in zip(axes, state, shardings, strict=True)
-            )
+        count = jax.process_count()
+        sync = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype), state.sync)
+        like = self.whole._replace(sync=sync)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, self._saved_shardings(like)
         )
-        if self._zero:
-            whole = self._opt_state_like(state.params)
-            found = found._replace(
-                opt_state=jax.tree.map(
-                    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), whole, self._spread(whole)
-                )
-            )
-        return found
 
     def restored(self, saved: TrainState) -> TrainState:
         """The inverse of `saved`."""
-        if self._zero:
-            n = len(self._devices)
-            spread = jax.jit(lambda x: zero.spread(x, n), out_shardings=NamedSharding(self._mesh, PartitionSpec(AXIS)))
-            saved = saved._replace(opt_state=spread(saved.opt_state))
-        if jax.process_count() > 1:
-            specs = jax.tree.map(lambda s: s.spec, self._shardings(saved, self._mesh))
-            saved = multihost_utils.global_array_to_host_local_array(saved, self._mesh, specs)
-        return self.place(saved)
+        if self._like:
+            saved = saved._replace(**self._spread({field: getattr(saved, field) for field in self._like}))
+        return self.place(self._to_local(saved, jax.tree.map(lambda s: s.spec, self._shardings(saved, self._mesh))))
+
+    def _to_local(self, tree: Any, specs: Any) -> Any:
+        """Arrays of all processes -> of this one."""
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.global_array_to_host_local_array(tree, self._mesh, specs)
+
+    def _to_global(self, tree: Any, specs: Any) -> Any:
+        """The inverse of `_to_local`."""
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.host_local_array_to_global_array(tree, self._mesh, specs)
 
     def _shardings(self, state: TrainState, mesh: Mesh) -> TrainState:
+        """In the form of the step."""
         specs = [PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in state_axes(self._config)]
         return TrainState(
             *(jax.tree.map(lambda _, s=s: NamedSharding(mesh, s), part) for s, part in zip(specs, state, strict=True))
         )
 
-    def _opt_state_like(self, params: Params) -> Any:
-        own = trained.part(self._config, params)
-        return jax.eval_shape(lambda p: make_optimizer(self._config.optim, self._config.steps).init(float32(p)), own)
+    def _saved_shardings(self, like: TrainState) -> TrainState:
+        """In the form of a checkpoint, on the devices of all processes."""
+        natural = {field: self._natural(getattr(like, field)) for field in self._like}
+        return self._shardings(like, self._mesh)._replace(**natural)
 
-    def _spread(self, like: Any) -> Any:
-        """Shards each array along its first dimension that the devices divide, else replicates it."""
+    def _natural(self, like: Any) -> Any:
+        """Shards each array along the first dimension that the devices divide, else replicates it. A stacked one is
+        sharded along its layers only if no other dimension will do, because parts are cut from each layer.
+        """
 
-        def sharding(x: Any) -> NamedSharding:
-            for i, size in enumerate(x.shape):
-                if size % len(self._devices) == 0:
+        def sharding(path: Any, x: Any) -> NamedSharding:
+            dims = [*range(1, x.ndim), 0][: x.ndim] if zero.is_stacked(path) else range(x.ndim)
+            for i in dims:
+                if x.shape[i] % len(self._devices) == 0:
                     return NamedSharding(self._mesh, PartitionSpec(*[None] * i, AXIS))
             return NamedSharding(self._mesh, PartitionSpec())
 
-        return jax.tree.map(sharding, like)
+        return jax.tree_util.tree_map_with_path(sharding, like)

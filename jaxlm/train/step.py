@@ -16,7 +16,7 @@ from jaxlm.host import runtime, together
 from jaxlm.model import Model, Params
 from jaxlm.sync import Group, make_sync, sharing, zero
 from jaxlm.train import guard, layer_stats, loss_mean, trained
-from jaxlm.train.backward import Batch, loss_sums, make_gradients, micro_batches
+from jaxlm.train.backward import Batch, make_eval_sums, make_gradients, micro_batches
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
@@ -38,10 +38,13 @@ class TrainState(NamedTuple):
 
 def state_axes(config: Config) -> TrainState:
     """Per-field pmap axes: None = replicated, 0 = one slice for each device."""
-    axes: dict[str, Any] = dict.fromkeys(TrainState._fields) | {"sync": 0}
-    if config.parallel.zero:
-        axes["opt_state"] = 0
+    axes: dict[str, Any] = dict.fromkeys(TrainState._fields) | dict.fromkeys(("sync", *sharded_fields(config)), 0)
     return TrainState(**axes)
+
+
+def sharded_fields(config: Config) -> tuple[str, ...]:
+    """The fields of which each device has its parts, [devices, l, c] (sync/packed.py)."""
+    return ((), ("opt_state",), ("opt_state",), ("opt_state", "params", "ema"))[config.parallel.zero]
 
 
 def init_params(config: Config, model: Model) -> Params:
@@ -49,25 +52,36 @@ def init_params(config: Config, model: Model) -> Params:
     return jax.jit(model.init)(jax.random.key(config.seed))  # without jit, each operation would compile by itself
 
 
-def init_rest(config: Config, params: Params, num_devices: int) -> TrainState:
-    """The initial state without its parameters."""
-    params = trained.part(config, params)
-    opt_state = make_optimizer(config.optim, config.steps).init(float32(params))
-    sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(params)
+def init_whole(config: Config, params: Params) -> TrainState:
+    """The initial state with these parameters, no field in parts, and without the state of the reduction."""
+    own = float32(trained.part(config, params))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=None,
-        opt_state=zero.spread(opt_state, num_devices) if config.parallel.zero else opt_state,
-        ema=jax.tree.map(jnp.copy, float32(params)) if config.optim.ema_decay else None,
-        sync=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync),
+        params=params,
+        opt_state=make_optimizer(config.optim, config.steps).init(own),
+        ema=jax.tree.map(jnp.copy, own) if config.optim.ema_decay else None,
+        sync=None,
         guard=guard.init(),
         loss_mean=loss_mean.init(),
     )
 
 
+def init_sync(config: Config, params: Params, num_devices: int) -> Any:
+    """The initial state of the reduction, [devices, ...]."""
+    own = trained.part(config, params)
+    sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(own)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync)
+
+
 def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
     params = init_params(config, model)
-    return init_rest(config, params, num_devices)._replace(params=params)
+    state = spread(config, init_whole(config, params), num_devices)
+    return state._replace(sync=init_sync(config, params, num_devices))
+
+
+def spread(config: Config, whole: TrainState, num_devices: int) -> TrainState:
+    """A state with its sharded fields cut into parts."""
+    return whole._replace(**{f: zero.spread(getattr(whole, f), num_devices) for f in sharded_fields(config)})
 
 
 def make_train_step(
@@ -76,7 +90,7 @@ def make_train_step(
     """Returns the step of one device: (state, its part of the batch) -> (new state, metrics of the global batch)."""
     platform = devices[0].platform  # that the step is compiled for, whatever compiles it
     model = model.on(platform)
-    params_like = trained.part(config, jax.eval_shape(model.init, jax.random.key(0)))
+    params_like = jax.eval_shape(model.init, jax.random.key(0))
     group = Group(AXIS, len(devices), platform=platform)
     sync = make_sync(config.parallel, group, params_like)
     optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
@@ -108,7 +122,7 @@ def make_train_step(
         clipped = jax.tree.map(lambda g: g * scale, grads)
 
         # The update.
-        own = sync.own(masters)  # what this device updates: all parameters, or its parts
+        own = sync.own(masters)  # what this device updates: all parameters, or its parts of them
         updates, opt_state = optimizer.update(clipped, state.opt_state, own)
         masters = sync.whole(optax.apply_updates(own, updates))
 
@@ -124,7 +138,8 @@ def make_train_step(
 
         # The new state, or the old one if the guard did not accept the step.
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
-        params = stored(masters, own_params, jax.random.fold_in(jax.random.key(config.seed), state.step))
+        rounding = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        params = stored(masters, own_params, rounding if sync.gather is None else group.own_key(rounding))
         new, old = (params, opt_state, ema, sync_state), (own_params, state.opt_state, state.ema, state.sync)
         params, opt_state, ema, sync_state = guard.either(accepted, new, old)
         new_state = TrainState(
@@ -198,14 +213,20 @@ def sharing_of(config: Config, devices: list[Device], group: Group, params: Para
     return sharing.by_host(Group(AXIS, size, members if len(members) > 1 else None))
 
 
-def make_eval_step(config: Config, model: Model) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def make_eval_step(
+    config: Config, model: Model, devices: list[Device]
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """Returns the evaluation step of one device: (params, its part of the batch) -> sums over the global batch.
 
     The batch also has `bytes`, float32 [B, T]: the number of UTF-8 bytes that each target stands for.
     """
 
+    group = Group(AXIS, len(devices), platform=devices[0].platform)
+    sync = make_sync(config.parallel, group, jax.eval_shape(model.init, jax.random.key(0)))
+    sums_of = make_eval_sums(config, model, sync.gather)
+
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        sums = loss_sums(config, model, params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
+        sums = sums_of(params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
         if "stop" in batch:
             sums["stop"] = batch["stop"]
         return jax.lax.psum(sums, AXIS)
@@ -222,7 +243,8 @@ def pmap_train_step(config: Config, step: Callable, devices: list[Device]) -> Ca
     return together.compiled(program, "training step")
 
 
-def pmap_eval_step(step: Callable, devices: list[Device]) -> Callable:
+def pmap_eval_step(config: Config, step: Callable, devices: list[Device]) -> Callable:
     """Returns the evaluation on all devices: (params, batch [local devices, ...]) -> sums over the global batch."""
-    program = runtime.kept(jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices))
+    axes = (state_axes(config).params, 0)
+    program = runtime.kept(jax.pmap(step, axis_name=AXIS, in_axes=axes, out_axes=None, devices=devices))
     return together.compiled(program, "evaluation step")

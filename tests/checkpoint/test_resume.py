@@ -70,9 +70,9 @@ def test_a_moving_average_that_starts_later_is_in_float32(tmp_path: Path):
     keys = {"steps": 1, "model.param_dtype": "bfloat16", "eval.every_steps": 0}
     assert run(tmp_path / "run", **keys | {"optim.ema_decay": 0}) == 0
     config = load(CONFIG, flags(**keys))
-    placement = Placement(config, jax.devices()[:2])
+    placement = Placement(config, make_model(config.model, 64, config.seq_len), jax.devices()[:2])
     checkpoints = Checkpoints(tmp_path / "run")
-    state = checkpoints.restore(1, placement, placement.initial(make_model(config.model, 64, config.seq_len)))
+    state = checkpoints.restore(1, placement, placement.initial())
     checkpoints.close()
     assert [{str(x.dtype) for x in jax.tree.leaves(tree)} for tree in (state.params, state.ema)] == [
         {"bfloat16"},

@@ -43,6 +43,15 @@ def report(*overrides: str) -> dict[str, Any]:
         ["parallel.reduce=topk", "parallel.devices=3"],
         ["parallel.reduce=int8", "parallel.devices=6", "parallel.overlap=true"],
         ["parallel.reduce=powersgd", "parallel.devices=4", "parallel.overlap=true"],
+        ["parallel.reduce=bf16", "parallel.devices=4", "parallel.zero=2", "optim.accum_steps=2"],
+        ["parallel.reduce=pmean", "parallel.devices=3", "parallel.zero=3"],
+        [
+            "parallel.reduce=ring",
+            "parallel.devices=4",
+            "parallel.zero=3",
+            "model.dtype=bfloat16",
+            "optim.accum_steps=3",
+        ],
     ],
     ids=lambda o: "-".join(x.split("=")[1] for x in o),
 )
@@ -51,13 +60,19 @@ def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureF
     assert result["agrees"], result
     assert result["bytes_sent"]["gradients"] > 0
     out = capsys.readouterr().out
-    assert "by its formula" in out and "do not agree" not in out
-    overlapped = "parallel.overlap=true" in overrides
+    assert "by the formula" in out and "do not agree" not in out
+    config = load(CONFIG, [f"--config.{o}" for o in (*SMALL, *overrides)])
     inside = [c for c in result["collectives"] if c["where"] == "loop of the backward pass"]
-    assert bool(inside) == overlapped and all(c["times"] == 3 for c in inside)  # once for each of three layers
-    if overlapped:
+    assert bool(inside) == config.parallel.by_layer
+    if inside and config.optim.accum_steps == 1:
+        assert all(c["times"] % 3 == 0 for c in inside)  # for each of three layers
         assert sum(c["sent"] * c["times"] for c in inside) > 0.6 * result["bytes_sent"]["gradients"]
-    assert ("parameters" in result["bytes_sent"]) == ("parallel.zero=1" in overrides)
+    assert ("parameters" in result["bytes_sent"]) == (config.parallel.zero > 0)
+    if config.parallel.zero == 3:  # the layers twice in each micro-batch, and not the whole model at once
+        assert result["bytes_sent"]["parameters"] > 0.9 * result["parameter_bytes_by_formula"]
+        assert result["parameter_bytes_by_formula"] > 1.5 * result["bytes_sent"]["gradients"] / (
+            2 if config.model.dtype == "bfloat16" else 1
+        )
 
 
 def test_bytes_of_each_kind_of_collective():

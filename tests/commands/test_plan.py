@@ -54,10 +54,10 @@ def test_numbers_of_a_plan():
     assert found["costs"][0]["source"].startswith("jaxlm/")
 
 
-def test_zero_shares_the_optimizer_among_all_devices():
-    plain, shared = (numbers("--device", "CPU", "--devices", "4", f"--config.parallel.zero={z}") for z in (0, 1))
-    ratio = shared["memory_bytes"]["optimizer"] / plain["memory_bytes"]["optimizer"]
-    assert ratio == pytest.approx(1 / 4, rel=0.01)
+def test_zero_shares_the_state_among_all_devices():
+    plain, shared = (numbers("--device", "CPU", "--devices", "4", f"--config.parallel.zero={z}") for z in (0, 3))
+    for part in ("optimizer", "parameters", "gradients"):
+        assert shared["memory_bytes"][part] / plain["memory_bytes"][part] == pytest.approx(1 / 4, rel=0.01), part
 
 
 def test_two_configurations_side_by_side(tmp_path: Path):
@@ -79,10 +79,11 @@ def test_two_configurations_side_by_side(tmp_path: Path):
 def test_changes_that_need_less_memory_keep_the_batch():
     config = load(BASE, ["--config.batch_size=96"])
     singles, pairs, triples = changes(config, 8)  # 12 rows a device
-    assert singles == [("optim.accum_steps=2",), ("optim.accum_steps=4",), ("model.remat=full",), ("parallel.zero=1",)]
-    assert pairs == [("optim.accum_steps=4", "model.remat=full"), ("optim.accum_steps=4", "parallel.zero=1"),
-                     ("model.remat=full", "parallel.zero=1")]  # fmt: skip
-    assert triples == [("optim.accum_steps=4", "model.remat=full", "parallel.zero=1")]
+    assert singles == [("optim.accum_steps=2",), ("optim.accum_steps=4",), ("model.remat=full",), ("parallel.zero=1",),
+                       ("parallel.zero=3",)]  # fmt: skip
+    assert pairs == [("optim.accum_steps=4", "model.remat=full"), ("optim.accum_steps=4", "parallel.zero=3"),
+                     ("model.remat=full", "parallel.zero=3")]  # fmt: skip
+    assert triples == [("optim.accum_steps=4", "model.remat=full", "parallel.zero=3")]
     config.parallel.reduce, config.model.remat = "topk", "full"
     assert changes(config, 8) == [singles[:2], [], []]  # no ZeRO with topk
     for overrides in (*singles, *pairs, *triples):

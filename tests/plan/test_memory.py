@@ -29,7 +29,7 @@ def test_the_plan_equals_the_state_and_what_the_compiler_says(remat: str):
     model = make_model(config.model, VOCAB, config.seq_len)
     compiled = compile_step(config, devices, VOCAB)
     memory = plan_memory(config, model, compiled, 4)
-    state = Placement(config, devices).initial(model)
+    state = Placement(config, model, devices).initial()
     real = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards if s.device == devices[0])
     assert memory.state == pytest.approx(real + memory.batch, abs=200)  # scalars of the guard
     assert memory.total == pytest.approx(compiled.arguments + max(compiled.temporary, memory.kept + memory.gradients))

@@ -105,7 +105,7 @@ def test_a_saved_state_is_that_of_its_step_although_the_loop_continued(whole: Pa
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path):
     config = load(CONFIG, flags(checkpoint__keep=2, checkpoint__keep_best=1))
-    state = Placement(config, jax.devices()[:2]).initial(make_model(config.model, 64, config.seq_len))
+    state = Placement(config, make_model(config.model, 64, config.seq_len), jax.devices()[:2]).initial()
     saver = Saver(tmp_path, config.checkpoint)
     for step, loss in enumerate([None, 3.0, 1.0, 2.0, None, 5.0, None]):
         if loss is not None:

@@ -15,6 +15,7 @@ from jaxlm.data import eval_batches
 from jaxlm.model import make_model
 from jaxlm.train import step as train_step
 from jaxlm.train.evaluate import evaluate
+from jaxlm.train.placement import Placement
 from tests.corpora import corpus_of
 from tests.decoders import logits_of
 
@@ -45,7 +46,8 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
     config = make_config(*(f"{k}={v}" for k, v in keys.items()))
     model, params = model_and_params()
     local = jax.devices()[:devices]
-    step = train_step.pmap_eval_step(train_step.make_eval_step(config, model), local)
+    step = train_step.pmap_eval_step(config, train_step.make_eval_step(config, model, local), local)
+    params = Placement(config, model, local).place_params(params)
     corpus = corpus_of(*(sets or (TOKENS,)))
     return evaluate(step, params, eval_batches(corpus, config, ROWS, num_devices=devices, limit=limit), table)
 
@@ -141,6 +143,7 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     model, params = model_and_params()
     worse = params | {"head": jax.tree.map(lambda x: 1e5 * x, params["head"])}
     config = make_config()
-    step = train_step.pmap_eval_step(train_step.make_eval_step(config, model), jax.devices()[:1])
+    one = jax.devices()[:1]
+    step = train_step.pmap_eval_step(config, train_step.make_eval_step(config, model, one), one)
     scores = evaluate(step, worse, eval_batches(corpus_of(TOKENS), config, ROWS, num_devices=1), None)
     assert scores["eval_loss"] > 1000 and math.isfinite(scores["eval_perplexity"])

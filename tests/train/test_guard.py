@@ -143,7 +143,7 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
     }
     config = load(CONFIG, flags(**keys))
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
-    placement = Placement(config, devices)
+    placement = Placement(config, model, devices)
     one = train_step.make_train_step(config, model, devices)
     step = train_step.pmap_train_step(config, one, devices)
     rng = np.random.default_rng(0)
@@ -154,7 +154,7 @@ def test_a_skipped_step_changes_nothing_but_the_counts(optimizer: str, zero: int
             params=state.params | {"embed": {"embedding": state.params["embed"]["embedding"] * np.nan}}
         )
 
-    before = jax.device_get(step(placement.initial(model), batch)[0])
+    before = jax.device_get(step(placement.initial(), batch)[0])
     bad = placement.place(with_nan(before))
     after, metrics = jax.device_get(step(bad, batch))
     assert (int(metrics["skipped"]), int(metrics["in_row"]), int(after.step)) == (1, 1, 2)
@@ -186,17 +186,17 @@ def test_the_step_passes_on_that_a_process_is_asked_to_stop():
     devices, model = jax.devices()[:2], make_model(config.model, 64, config.seq_len)
     step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
     batch = {k: np.zeros((2, 4, 16), np.int32) for k in ("inputs", "targets")}
-    placement = Placement(config, devices)
-    assert "stop" not in step(placement.initial(model), batch)[1]
+    placement = Placement(config, model, devices)
+    assert "stop" not in step(placement.initial(), batch)[1]
     for asked in ([0, 0], [0, 1], [1, 1]):
-        found = step(placement.initial(model), batch | {"stop": np.array(asked, np.float32)})[1]["stop"]
+        found = step(placement.initial(), batch | {"stop": np.array(asked, np.float32)})[1]["stop"]
         assert (float(found) > 0) == any(asked)
 
 
 def test_an_older_checkpoint_keeps_its_count_of_skipped_steps(tmp_path: Path):
     config = load(CONFIG, flags())
-    placement = Placement(config, jax.devices()[:2])
-    fresh = placement.initial(make_model(config.model, 64, config.seq_len))
+    placement = Placement(config, make_model(config.model, 64, config.seq_len), jax.devices()[:2])
+    fresh = placement.initial()
     window, count = jnp.ones(64, jnp.float32), jnp.int32(7)
     older = guard.OldGuard(*jax.device_put((window, window, count, count), fresh.guard.known.sharding))
     saver = Saver(tmp_path, config.checkpoint)

@@ -222,7 +222,7 @@ def test_old_state_is_donated_and_replaced():
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
     # Arrays have no device axis, and have the placement that the next step expects.
-    again = Placement(config, jax.devices()[:4]).initial(make(config))
+    again = Placement(config, make(config), jax.devices()[:4]).initial()
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, again)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(again), strict=True):
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
