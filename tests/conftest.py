@@ -13,10 +13,7 @@ import pytest
 
 # JAX reads these at its first import. Optimizing is off, because tiny programs take longer to optimize than to run.
 if os.environ.get("JAXLM_TEST_DEVICE") != "real":  # as tools/gpu_check.sh sets it
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # as runtime.cpu_flags, for rings
-    )
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 

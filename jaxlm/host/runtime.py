@@ -68,9 +68,6 @@ def cpu_flags(config: Config) -> list[str]:
     if config.parallel.by_layer:
         # Otherwise XLA combines all exchanges of an unrolled backward pass into one at its end.
         flags["xla_disable_hlo_passes"] = "cpu-all-reduce-combiner"
-        if config.parallel.reduce == "ring":
-            # Otherwise independent permutations may run at once, which XLA's CPU backend mixes up (jax 0.10.2).
-            flags["xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
     if rounds_products(config):
         # XLA's own library computes float32 products in float32; oneDNN uses AMX tiles with operands in bfloat16.
         dots = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")

@@ -10,8 +10,6 @@ May import: config.
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from jaxlm.config import ParallelConfig
 from jaxlm.sync.base import GradSync, Reduction
 from jaxlm.sync.bf16 import bf16
@@ -43,7 +41,7 @@ def _sums_integers(group: Group) -> bool:
     """Whether int8 adds up integers: only Gloo's all-reduces come near the speed of the wire, and with more than 4
     devices too few levels are left for a sum.
     """
-    return (group.platform or jax.default_backend()) == "cpu" and group.size <= 4
+    return group.on_cpu and group.size <= 4
 
 
 def make_reduction(config: ParallelConfig, group: Group) -> Reduction:

@@ -55,6 +55,7 @@ class GradSync(NamedTuple):
     whole: Callable[[Any], Any]  # the inverse: updated parts of all devices -> what this device holds
     # (key, what this device holds of params[key], of `layers` for a single one) -> whole arrays. None = it holds all.
     gather: Callable[[str, Any], Any] | None
+    mixes: bool  # whether the platform mixes up collectives that run at once: see `after` in overlap.py
     global_norm: Callable[[Any], jax.Array]  # L2 norm of the whole mean gradient, from what `reduce` returned
     # sums over what `reduce` or `own` returned -> sums over the whole arrays
     whole_sums: Callable[[Any], Any]

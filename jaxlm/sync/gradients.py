@@ -52,7 +52,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
 
     parts = Zero(group, params, limit)
 
-    def gather(key: str, held: Any) -> Any:
+    def gather_key(key: str, held: Any) -> Any:
         if key != "layers":
             return parts.whole({key: held})[key]
         whole = parts.whole({key: jax.tree.map(lambda x: x[None], held)})[key]
@@ -62,7 +62,6 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
         return tree
 
     if config.zero == 0:
-        return GradSync(init, reduce, same, same, None, optax.tree.norm, same, sent_bytes)
-    if config.zero < 3:
-        return GradSync(init, reduce, parts.own, parts.whole, None, parts.global_norm, group.sum, sent_bytes)
-    return GradSync(init, reduce, same, same, gather, parts.global_norm, group.sum, sent_bytes)
+        return GradSync(init, reduce, same, same, None, group.on_cpu, optax.tree.norm, same, sent_bytes)
+    own, whole, gather = (parts.own, parts.whole, None) if config.zero < 3 else (same, same, gather_key)
+    return GradSync(init, reduce, own, whole, gather, group.on_cpu, parts.global_norm, group.sum, sent_bytes)

@@ -28,6 +28,10 @@ class Group(NamedTuple):
     def _index_groups(self) -> list[list[int]] | None:
         return None if self.members is None else [list(m) for m in self.members]
 
+    @property
+    def on_cpu(self) -> bool:
+        return (self.platform or jax.default_backend()) == "cpu"
+
     def index(self) -> jax.Array:
         """This device's place in its group, 0 ... size - 1."""
         place = jax.lax.axis_index(self.axis)
@@ -64,8 +68,10 @@ class Group(NamedTuple):
         return jax.lax.all_gather(x, self.axis, axis_index_groups=self._index_groups)
 
     def gather_all(self, arrays: list[jax.Array]) -> list[jax.Array]:
-        """All-gather of several arrays, as one on CPU."""
-        if not self._joins:
+        """All-gather of several arrays. On CPU those of a dtype are joined, because each collective takes long there.
+        GPUs need no copy, and can begin with the first array before the last one is there.
+        """
+        if not self.on_cpu:
             return [self.gather(x) for x in arrays]
         got: dict[int, jax.Array] = {}
         for dtype in dict.fromkeys(x.dtype for x in arrays):
@@ -85,18 +91,13 @@ class Group(NamedTuple):
         return summed.reshape(x_NC.shape[1:])
 
     def scatter_sums(self, arrays: list[jax.Array]) -> list[jax.Array]:
-        """Reduce-scatter of several arrays [size, ...] of one dtype, as one on CPU: device i gets row i of each sum."""
-        if not self._joins:
+        """Reduce-scatter of several arrays [size, ...] of one dtype, joined as in `gather_all`: device i gets row i of
+        each sum.
+        """
+        if not self.on_cpu:
             return [self.scatter_sum(x) for x in arrays]
         own_C = self.scatter_sum(jnp.concatenate([x.reshape(self.size, -1) for x in arrays], axis=1))
         return [x[0] for x in _cut(own_C[None], [x.shape[1:] for x in arrays])]
-
-    @property
-    def _joins(self) -> bool:
-        """Whether arrays are joined for a collective: on CPU each collective takes long. GPUs need no copy, and can
-        begin with the first array before the last one is there.
-        """
-        return (self.platform or jax.default_backend()) == "cpu"
 
     def exchange(self, x: jax.Array, split: int = 0, concat: int = 0) -> jax.Array:
         """All-to-all: cuts dimension `split` into a piece for each device, and joins what arrives along `concat`."""

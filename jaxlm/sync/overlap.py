@@ -49,15 +49,34 @@ def gradients(
     def hooked(slots: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         each = {k: Slots(slots[0][k], slots[1][k], None if before is None else before[k]) for k in params}
         outer = {k: _used(sync, k, params[k], each[k]) for k in params if k != "layers"}
+        layers, of_layers = params["layers"], each["layers"]
+        if sync.mixes and jax.tree.leaves(layers):
+            layers, of_layers = after(layers, outer), of_layers._replace(mean=after(of_layers.mean, outer))
+        elif sync.mixes and "embed" in outer:
+            outer["embed"] = after(outer["embed"], {k: x for k, x in outer.items() if k != "embed"})
 
         def on_layer(layer: Any) -> Any:
             held = {k: x for k, x in layer.items() if k != SLOTS}
             return _used(sync, "layers", held, layer[SLOTS])
 
-        return loss(outer | {"layers": params["layers"] | {SLOTS: each["layers"]}}, on_layer)
+        return loss(outer | {"layers": layers | {SLOTS: of_layers}}, on_layer)
 
     (mean, state), more = jax.grad(hooked, has_aux=True)((means, state))
     return mean, state, more
+
+
+def after(tree: Any, others: Any) -> Any:
+    """Returns a tree whose smallest array depends on all other arrays, as do their gradients on its own.
+
+    XLA's CPU backend may run a collective at the same time as a loop that it does not depend on, and then mixes it up
+    with those in the loop (jax 0.10.2). So the loop over layers must wait for the collectives before it, and in the
+    backward pass those of other parameters for the loop. 0 * x is x - x for the compiler, which knows nothing of x.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    i = min(range(len(leaves)), key=lambda i: leaves[i].size)
+    token = 0 * sum(x.reshape(-1)[0].astype(jnp.float32) for x in jax.tree.leaves(others))
+    leaves[i] += jnp.asarray(token).astype(leaves[i].dtype)
+    return structure.unflatten(leaves)
 
 
 def _used(sync: GradSync, key: str, held: Any, slots: Slots) -> Any:

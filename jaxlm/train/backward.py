@@ -30,7 +30,6 @@ class Sums(NamedTuple):
 
 
 Loss = Callable[..., tuple[jax.Array, Sums]]  # (params, batch, dropout_keys, on_layer=None) -> (loss, sums)
-Gather = Callable[[str, Any], Any]  # GradSync.gather
 # (trained params, frozen ones, micro-batches [count, ...], mean number of targets of a device, state of the reduction)
 # -> (gradient of the mean loss of the global batch, or with ZeRO this device's parts of it; sums; new state of the
 # reduction). With ZeRO-3, parameters are the parts that this device holds.
@@ -52,16 +51,16 @@ def loss_sums(
     on_layer: Callable | None = None,
     scale: jax.Array | float = 1.0,
     frozen: Params | None = None,
-    gather: Gather | None = None,
+    sync: GradSync | None = None,
 ) -> LossSums:
     """The forward pass: sums of the losses over the targets of a batch; the objective is multiplied by `scale`.
 
     Args:
       on_layer: applied to a layer's `params` when the layer uses them.
       frozen: the parameters that are not in `params`.
-      gather: `GradSync.gather`, applied to `frozen`.
+      sync: gathers `frozen`, if devices hold it in parts.
     """
-    return all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, gather).losses
+    return all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, sync).losses
 
 
 def all_sums(
@@ -73,14 +72,12 @@ def all_sums(
     on_layer: Callable | None,
     scale: jax.Array | float,
     frozen: Params | None,
-    gather: Gather | None,
+    sync: GradSync | None,
     layer_stats: bool = False,
 ) -> Sums:
     """`loss_sums`, and with `layer_stats` the sums of the squares of the layers' outputs."""
     if frozen:
-        if gather:
-            frozen, batch = fixed_to(frozen, batch)
-        params, on_layer = with_frozen(params, frozen, on_layer, gather)
+        params, on_layer, batch = with_frozen(params, frozen, on_layer, sync, batch)
     inputs, squares_L = (params, batch["inputs"], dropout_keys, batch.get("positions")), None
     if layer_stats:
         x_ND, squares_L = model.hidden_and_squares(*inputs, on_layer=on_layer)
@@ -133,7 +130,7 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
         frozen: Params,
     ) -> tuple[jax.Array, Sums]:
         stats = config.log.layer_stats
-        sums = all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, sync.gather, stats)
+        sums = all_sums(config, model, params, batch, dropout_keys, on_layer, scale, frozen, sync, stats)
         return sums.losses.objective, sums
 
     def averaged(
@@ -185,30 +182,38 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
 
 def with_frozen(
-    params: Params, frozen: Params, on_layer: Callable | None, gather: Gather | None
-) -> tuple[Params, Callable | None]:
-    """Returns trained and frozen parameters as one tree, and an `on_layer` that acts only on a layer's trained ones,
-    and gathers the frozen ones.
+    params: Params, frozen: Params, on_layer: Callable | None, sync: GradSync | None, batch: Batch
+) -> tuple[Params, Callable | None, Batch]:
+    """Returns trained and frozen parameters as one tree, an `on_layer` that acts only on a layer's trained ones, and
+    the batch. If devices hold parts, frozen parameters are gathered, those of a layer by `on_layer`.
     """
+    gather = sync.gather if sync else None
 
     def on_each(layer: Params) -> Params:
         own, others = (act(layer, params["layers"]) for act in (trained.within, trained.without))
         others = gather("layers", others) if gather else others
         return trained.joined(others, on_layer(own) if on_layer else own)
 
-    if gather:
-        frozen = {key: x if key == "layers" else gather(key, x) for key, x in frozen.items()}
-    return trained.joined(frozen, params), on_each if on_layer or gather else None
+    if sync is None or gather is None:
+        return trained.joined(frozen, params), on_each if on_layer else None, batch
+    frozen, batch = fixed_to(frozen, batch)
+    outer = {key: gather(key, x) for key, x in frozen.items() if key != "layers"}
+    both = trained.joined(frozen | outer, params)
+    if sync.mixes:
+        slots = {key: x for key, x in both["layers"].items() if key == overlap.SLOTS}
+        held = {key: x for key, x in both["layers"].items() if key != overlap.SLOTS}
+        both["layers"] = overlap.after(held, outer) | slots
+    return both, on_each, batch
 
 
-def make_eval_sums(config: Config, model: Model, gather: Gather | None) -> Callable[[Params, Batch], LossSums]:
+def make_eval_sums(config: Config, model: Model, sync: GradSync) -> Callable[[Params, Batch], LossSums]:
     """Returns (what this device holds of the parameters, its part of a batch) -> sums of its losses."""
 
     def sums(params: Params, batch: Batch) -> LossSums:
-        if gather is None:
+        if sync.gather is None:
             return loss_sums(config, model, params, batch)
         params = converted(params, config.model.dtype, outer=True)
-        return loss_sums(config, model, {"layers": {}}, batch, frozen=params, gather=gather)
+        return loss_sums(config, model, {"layers": {}}, batch, frozen=params, sync=sync)
 
     return sums
 

@@ -223,7 +223,7 @@ def make_eval_step(
 
     group = Group(AXIS, len(devices), platform=devices[0].platform)
     sync = make_sync(config.parallel, group, jax.eval_shape(model.init, jax.random.key(0)))
-    sums_of = make_eval_sums(config, model, sync.gather)
+    sums_of = make_eval_sums(config, model, sync)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         sums = sums_of(params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
