@@ -26,6 +26,7 @@ class Model(NamedTuple):
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
     on: Callable[[str], "Model"]  # the same model for another platform, cpu or gpu
+    with_layers: Callable[[OnLayer], "Model"]  # the same model with an `on_layer` for all its functions
     vocab_size: int
     max_positions: int | None  # number of positions; None = unlimited (RoPE)
     # LongRoPE turns long texts otherwise, so the first `decode` of a prompt of at least this many tokens must read as
@@ -33,17 +34,20 @@ class Model(NamedTuple):
     first_read: int
 
 
-def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str = "") -> Model:
+def make_model(
+    config: ModelConfig, vocab_size: int, max_len: int, platform: str = "", each: OnLayer | None = None
+) -> Model:
     """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
     In longer texts a decoded token sees the last `max_len` tokens. Learned and sinusoidal positions end at `max_len`.
 
     Args:
       platform: what the functions are compiled for, cpu or gpu; "" = JAX's default.
+      each: `on_layer` where a function is given none.
     """
 
     def decoder(on_layer: OnLayer | None = None) -> Decoder:
-        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer)
+        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer or each)
 
     # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
@@ -54,7 +58,10 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str
         return decoder().init(key, tokens_BT)["params"]
 
     def on(platform: str) -> Model:
-        return make_model(config, vocab_size, max_len, platform)
+        return make_model(config, vocab_size, max_len, platform, each)
+
+    def with_layers(each: OnLayer) -> Model:
+        return make_model(config, vocab_size, max_len, platform, each)
 
     def hidden(
         params: Params,
@@ -98,6 +105,7 @@ def make_model(config: ModelConfig, vocab_size: int, max_len: int, platform: str
         init_cache,
         decode,
         on,
+        with_layers,
         vocab_size,
         max_positions,
         first_read,

@@ -50,7 +50,8 @@ def stream(
       stop: called before each block; True ends the text.
     """
     assert prompt_BT.shape[1] <= (model.max_positions or prompt_BT.shape[1])
-    how, params, (B, T) = Sampling(temperature, top_k, top_p), jax.device_put(params), prompt_BT.shape
+    how, (B, T) = Sampling(temperature, top_k, top_p), prompt_BT.shape
+    params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), params)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
     length = min(T + max_new_tokens, model.max_positions or T + max_new_tokens)
     first_B, cache = _read(model, params, jnp.asarray(prompt_BT), keys_B, how, length)

@@ -87,7 +87,7 @@ def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | No
     prompt = encode_prompt(tokenizer, c.data, text, chat)[-c.seq_len :]
     how: dict[str, Any] = {"max_new_tokens": c.eval.sample_tokens, "temperature": 0.8, "top_p": 0.95}
     how |= {} if together else {"stop": stop}
-    blocks = stream(parts.model, parts.placement.for_sampling(params), prompt[None], jax.random.key(c.seed), **how)
+    blocks = stream(*parts.placement.for_sampling(params), prompt[None], jax.random.key(c.seed), **how)
     sample = Continuation(tokenizer, prompt, make_ending(tokenizer, c.data))
     text += "\n" if chat else ""
     for block in blocks:

@@ -51,6 +51,9 @@ class Placement:
             jax.jit(lambda parts: zero.joined(parts, self._like), out_shardings=self._natural(self._like)),
             "the state as a whole",
         )
+        shapes = self.whole.params
+        self._join_params = jax.jit(lambda parts: zero.joined(parts, shapes), out_shardings=self._natural(shapes))
+        self._gathering = model.with_layers(lambda layer: jax.lax.with_sharding_constraint(layer, everywhere))
         self._spread = jax.jit(lambda whole: zero.spread(whole, len(devices)), out_shardings=rows)
 
     def initial(self) -> TrainState:
@@ -93,15 +96,13 @@ class Placement:
             return jax.device_put(params, self.replicated)
         return self._to_local(self._spread(jax.device_put(params, self._natural(params))), PartitionSpec(AXIS))
 
-    def for_sampling(self, params: Params) -> Params:
-        """Parameters of a state as plain functions take them: on one device, or natural arrays over all devices, for
-        which XLA splits the computation.
+    def for_sampling(self, params: Params) -> tuple[Model, Params]:
+        """The model with parameters of a state, for computation outside the mapped step: on one device or, if devices
+        hold parts, on all of them, which gather one layer at a time. Then all processes must call the same functions.
         """
         if "params" not in self._like:
-            return jax.tree.map(lambda x: x.addressable_shards[0].data, params)
-        like = self._like["params"]
-        join = jax.jit(lambda parts: zero.joined(parts, like), out_shardings=self._natural(like))
-        return join(self._to_global(params, PartitionSpec(AXIS)))
+            return self._model, jax.tree.map(lambda x: x.addressable_shards[0].data, params)
+        return self._gathering, self._join_params(self._to_global(params, PartitionSpec(AXIS)))
 
     def everywhere(self, state: TrainState) -> TrainState:
         """Returns the state as arrays of all processes."""

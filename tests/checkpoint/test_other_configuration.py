@@ -96,7 +96,7 @@ def test_finished_run_is_scored_again_and_nothing_is_written_twice(short: Path):
 
 
 def test_resume_takes_weights_into_a_new_run(short: Path, tmp_path: Path):
-    keys = {"seed": 7, "steps": 1, "checkpoint.resume": short}
+    keys = {"seed": 7, "steps": 1, "checkpoint.resume": short, "parallel.zero": 3}
     assert run(tmp_path / "run", **keys) == 0
     there, here = state_of(short, CHECKPOINT), state_of(tmp_path / "run", 0)
     assert_identical(here.params, there.ema)  # the weights that the other run evaluates
@@ -136,7 +136,7 @@ def test_a_run_continues_with_other_devices_and_reductions(tmp_path: Path):
     keys = {"log.every_steps": 1, "batch_size": 24, "eval.every_steps": 0}
     assert run(tmp_path / "plain", steps=4, **keys) == 0
     changes = [
-        {"steps": 1, "parallel.zero": 1, "parallel.reduce": "ring", "parallel.devices": 8},
+        {"steps": 1, "parallel.zero": 3, "parallel.reduce": "ring", "parallel.devices": 8},
         {"steps": 2, "parallel.overlap": True, "parallel.bucket_mb": 0.001, "parallel.devices": 3},
         {"steps": 3, "parallel.zero": 1, "parallel.devices": 1, "optim.accum_steps": 4},
         {"steps": 4, "parallel.devices": 4},
@@ -146,8 +146,20 @@ def test_a_run_continues_with_other_devices_and_reductions(tmp_path: Path):
     want, got = ([m["loss"] for m in lines(tmp_path / name) if "loss" in m] for name in ("plain", "changed"))
     assert got == pytest.approx(want, rel=1e-5) and len(got) == 4 and want[0] != want[3]
     history = [h["changed"] for h in json.loads((tmp_path / "changed/config.json").read_text())["history"]]
-    assert ["parallel.zero 1 -> 0" in h for h in history] == [True, False, True]
+    zeros = ["parallel.zero 3 -> 0", "parallel.zero 0 -> 1", "parallel.zero 1 -> 0"]
+    assert [words in h for words, h in zip(zeros, history, strict=True)] == [True] * 3
     assert all("parallel.devices" in h for h in history)
+
+
+def test_a_stopped_run_with_parameters_in_parts_continues_bit_for_bit(tmp_path: Path):
+    keys = {"parallel.zero": 3, "parallel.devices": 4, "log.every_steps": 1, "checkpoint.every_steps": 4}
+    for name, ends in (("whole", [8]), ("stopped", [4, 8])):
+        for steps in ends:
+            assert run(tmp_path / name, steps=steps, **keys) == 0
+    whole, stopped = (state_of(tmp_path / name, 8, **keys) for name in ("whole", "stopped"))
+    assert_identical(whole, stopped)
+    got, want = ([m["loss"] for m in lines(tmp_path / name) if "loss" in m] for name in ("stopped", "whole"))
+    assert got == want and len(want) == 8
 
 
 def test_an_exact_reduction_may_replace_a_lossy_one(tmp_path: Path):

@@ -3,9 +3,11 @@
 from collections.abc import Collection
 from typing import Literal, get_args, get_origin
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxlm.config import SOURCES, WITHOUT_PARTS, key_types
+from jaxlm.config import OF_WHOLE_GRADIENTS, SOURCES, WITHOUT_PARTS, key_types
 from jaxlm.config.files import BASE, load
 from jaxlm.config.own_values import OWN_VALUES, PEAKS
 from jaxlm.data.sources.opening import IDS, TEXTS
@@ -51,6 +53,9 @@ def test_reductions_without_parts_are_refused_with_zero():
     config, group = load(BASE).parallel, Group("devices", 2)
     without = {name for name, make in REDUCTIONS.items() if make(group, config).mean_parts is None}
     assert without == set(WITHOUT_PARTS)
+    array = jax.ShapeDtypeStruct((1, 4, 4), jnp.float32)
+    keeps = {name for name, make in REDUCTIONS.items() if jax.eval_shape(make(group, config).init, array)}
+    assert keeps == set(OF_WHOLE_GRADIENTS) | set(WITHOUT_PARTS)
 
 
 def test_the_schema_marks_the_sources_of_token_ids():

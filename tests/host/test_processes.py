@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,12 +63,16 @@ def test_two_processes_are_one_run(two: tuple[Path, list[tuple[int, str, str]]],
 
 @pytest.mark.slow
 def test_four_processes_of_one_device_are_the_same_run(two: tuple[Path, Any], tmp_path: Path):
-    results = finish(start(tmp_path / "run", 4, "steps=20"))
+    """Here each of them holds a quarter of the parameters."""
+    results = finish(start(tmp_path / "run", 4, "steps=20", "parallel.zero=3"))
     assert [code for code, *_ in results] == [0] * 4, results
     found = numbers(tmp_path / "run")
     assert found[-1]["step"] == 20
     for a, b in zip(found, numbers(two[0]), strict=False):
         assert a == pytest.approx(b, rel=1e-5)
+    a, b = (jax.tree.leaves(params(workdir, 20)) for workdir in (tmp_path / "run", two[0]))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max())
 
 
 @pytest.mark.slow
