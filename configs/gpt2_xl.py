@@ -1,7 +1,7 @@
 """GPT-2's largest model (1.56 billion parameters) on your own text: --config.data.path=FILE_OR_FOLDER.
 
 48 layers of width 1600 with 25 heads. Master weights, gradient and AdamW's two moments in float32 take 25 GB on every
-device, or a part of that with --config.parallel.zero=1.
+device, or a part of that with --config.parallel.zero=3.
 """
 
 from configs import gpt2_124m

@@ -1,7 +1,8 @@
 """A Llama-like model of 1.1 billion parameters (TinyLlama's sizes) on your own text: --config.data.path=FILE_OR_FOLDER.
 
 22 layers of width 2048, 32 query and 4 key/value heads, SwiGLU, RMSNorm, RoPE, no biases. Every device holds master
-weights, gradient and AdamW's two moments in float32: 16 bytes per parameter, so it needs 40 GB of memory or more.
+weights, gradient and AdamW's two moments in float32: 16 bytes per parameter, so it needs 40 GB of memory or more. With
+--config.parallel.zero=3 they are shared among the devices.
 """
 
 from configs import base

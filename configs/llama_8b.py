@@ -1,7 +1,7 @@
 """Llama 3's 8 billion parameters on your own text, on 8 GPUs of 80 GB or more: --config.data.path=FILE_OR_FOLDER.
 
-32 layers of width 4096, 32 query and 8 key/value heads, SwiGLU, RMSNorm, RoPE, no biases (Grattafiori et al., The Llama 3
-Herd of Models, table 3). ZeRO-3: each of N devices holds 1/N of the weights, the gradient and AdamW's two moments,
+32 layers of width 4096, 32 query and 8 key/value heads, SwiGLU, RMSNorm, RoPE, no biases (Grattafiori et al., The Llama
+3 Herd of Models, table 3). ZeRO-3: each of N devices holds 1/N of the weights, the gradient and AdamW's two moments,
 16 bytes per parameter, and gathers the weights of one layer after the other.
 """
 

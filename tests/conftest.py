@@ -24,11 +24,18 @@ LONG = (
     "test_launch",
     "test_parallel",
     "test_resume",
+    "test_other_configuration",
+    "test_hosts",
     "test_chaos",
     "test_run",
     "test_workdir",
-    "test_storage",
     "test_recovery",
+    "test_configs",
+    "test_bench",
+    "test_finetuning",
+    "test_documents",
+    "test_generate",
+    "test_storage",
 )
 
 

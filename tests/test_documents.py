@@ -116,6 +116,7 @@ PARSED_LIKE = {
     "jaxlm train --config base --workdir runs/numpy-all ": MEASURED,
     "jaxlm evaluate --workdir runs/base --tasks ": HARNESS,
     "jaxlm evaluate --workdir runs/chat --tasks ": HARNESS,
+    ".venv-plan/bin/jaxlm plan --config llama_1b ": "needs the 7 GB of `make plan-env`, as above",
     "python tools/chaos": CHAOS,
     "jaxlm bench --config ": BENCH,
     "sudo .venv/bin/python tools/netbench.py ": "makes network namespaces as root, and runs PyTorch beside",

@@ -13,7 +13,7 @@ from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 from jaxlm.plan.collectives import Collective, collectives
-from jaxlm.plan.compiled import compile_step
+from jaxlm.plan.compiled import Compiled, compile_step
 from jaxlm.plan.program import parse
 
 AGREE = 1e-3  # largest relative difference between formula and program, besides scalars in the same collective
@@ -90,21 +90,25 @@ def purpose(c: Collective) -> str:
 
 
 def measure(config: Config, devices: list[Any], vocab_size: int | None) -> tuple[list[Collective], dict[str, float]]:
-    """Returns the collectives of the compiled step, and by formulas the bytes for gradients and, with ZeRO, for
-    parameters.
-    """
+    """Returns the collectives of the compiled step, and what `by_formula` says."""
     from jaxlm import data
+
+    found = compile_step(config, devices, vocab_size or data.prepare(config).vocab_size)
+    return collectives(parse(found.text)), by_formula(config, found)
+
+
+def by_formula(config: Config, step: Compiled) -> dict[str, float]:
+    """Bytes that a device sends for gradients and, with ZeRO, for parameters, by the formulas."""
     from jaxlm.sync import Group, make_sync
     from jaxlm.sync.zero import Zero
     from jaxlm.train import trained
     from jaxlm.train.backward import gathered_bytes
     from jaxlm.train.step import AXIS
 
-    found = compile_step(config, devices, vocab_size or data.prepare(config).vocab_size)
-    group = Group(AXIS, found.count, platform=found.platform)
+    group = Group(AXIS, step.count, platform=step.platform)
     times = config.optim.accum_steps if config.parallel.zero > 1 else 1  # every micro-batch is reduced
-    sent = make_sync(config.parallel, group, found.params).sent_bytes(trained.part(config, found.params))
-    formulas = {"gradients": times * sent}
+    sent = make_sync(config.parallel, group, step.params).sent_bytes(trained.part(config, step.params))
+    found = {"gradients": times * sent}
     if config.parallel.zero:
-        formulas["parameters"] = gathered_bytes(config, Zero(group, found.params), found.params)
-    return collectives(parse(found.text)), formulas
+        found["parameters"] = gathered_bytes(config, Zero(group, step.params), step.params)
+    return found

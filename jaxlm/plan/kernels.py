@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxlm.plan.program import Instruction, Program, arrays_of, bytes_of
+from jaxlm.train.loss_scale import SEARCH
 
 # Operations that move nothing.
 FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "after-all", "partition-id", "replica-id"}
@@ -60,7 +61,8 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
     shapes = {i.name: i.shape for i in instructions}
     for i in instructions:
         if i.op == "while":
-            yield from walk(program, i.body, times * i.trips, True)
+            search = SEARCH in i.op_name.split("/")  # of float16, which mostly ends with the first scale
+            yield from walk(program, i.body, times * (1 if search else i.trips), looped or not search)
         elif i.op in ("call", "conditional", "async-start"):
             yield from walk(program, i.called[0], times, looped)
         elif i.op not in FREE and (not i.op.endswith("-done") or i.op.startswith(COLLECTIVES)):

@@ -1,8 +1,8 @@
 """How gradients move between devices.
 
 `base.py` has the interfaces, `group.py` the collectives; then one file for each reduction. `gradients.py` applies one
-to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards the optimizer. Other rooms take the names
-below from here.
+to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards state over the devices. Other rooms take
+the names below from here.
 
 May import: config.
 """

@@ -66,11 +66,12 @@ def gradients(
 
 
 def after(tree: Any, others: Any) -> Any:
-    """Returns a tree whose smallest array depends on all other arrays, as do their gradients on its own.
+    """Returns the tree, whose smallest array then depends on all `others`, and their gradients on its gradient.
 
-    XLA's CPU backend may run a collective at the same time as a loop that it does not depend on, and then mixes it up
-    with those in the loop (jax 0.10.2). So the loop over layers must wait for the collectives before it, and in the
-    backward pass those of other parameters for the loop. 0 * x is x - x for the compiler, which knows nothing of x.
+    XLA's CPU backend may run a collective at the same time as a loop that does not depend on it, and mix it up with
+    those in the loop (jax 0.10.2): the process aborts or hangs. So the loop over layers waits for the collectives
+    before it, and in the backward pass those of other parameters wait for the loop. XLA does not replace 0 * x by 0,
+    because x might be infinite.
     """
     leaves, structure = jax.tree.flatten(tree)
     i = min(range(len(leaves)), key=lambda i: leaves[i].size)
@@ -94,13 +95,13 @@ def _used(sync: GradSync, key: str, held: Any, slots: Slots) -> Any:
         total = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if slots.before is not None:
             total = jax.tree.map(jnp.add, total, slots.before)
-        mean, state = (
-            jax.tree.map(lambda x, slot: x.reshape(slot.shape), result[key], like)
-            for result, like in zip(
-                sync.reduce(_stacked(key, total), _stacked(key, slots.state)), (slots.mean, slots.state), strict=True
-            )
-        )
-        return jax.tree.map(jnp.zeros_like, held), Slots(mean, state, slots.before)
+        mean, state = sync.reduce(_stacked(key, total), _stacked(key, slots.state))
+
+        def shaped(result: Any, like: Any) -> Any:
+            return jax.tree.map(lambda x, slot: x.reshape(slot.shape), result[key], like)
+
+        new = Slots(shaped(mean, slots.mean), shaped(state, slots.state), slots.before)
+        return jax.tree.map(jnp.zeros_like, held), new
 
     used = jax.custom_vjp(lambda held, slots: forward(held))
     used.defvjp(lambda held, slots: (forward(held), (held, slots)), backward)

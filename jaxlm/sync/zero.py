@@ -1,10 +1,19 @@
-"""ZeRO-1 (Rajbhandari et al., ZeRO, 2020): each of N devices keeps and updates 1/N of the optimizer's state.
+"""ZeRO (Rajbhandari et al., ZeRO, 2020): each of N devices holds and updates 1/N of what is the same on all of them.
 
-Device i owns part i of every tensor (packed.py). It receives that part of the mean gradient (a reduce-scatter), updates
-it, and sends its part of the new parameters to all (an all-gather). Every device keeps all parameters.
+| parallel.zero | a device holds its parts of | and gets whole |
+| --- | --- | --- |
+| 1 | the optimizer's state | parameters, after the update |
+| 2 | the optimizer's state, the gradient | parameters, after the update |
+| 3 | the optimizer's state, the gradient, parameters | one layer's parameters, when a pass needs them (FSDP) |
 
-Bytes: the parts of the gradients, by the reduction in use, and (N - 1) times the parts of float32 parameters. With
-pmean that is together as much as without ZeRO. Memory: each tensor is padded to a multiple of N numbers.
+Device i owns part i of every tensor (packed.py). It receives that part of the mean gradient (a reduce-scatter) and
+updates it. With 1 and 2 it then sends its part of the new parameters to all (an all-gather). With 3 the forward pass
+gathers each layer, in the dtype of the computation, and drops it; the backward pass gathers it again (overlap.py).
+
+Bytes: the parts of the gradients, by the reduction in use, with 2 and 3 in every micro-batch. For parameters (N - 1)
+times the parts of float32 numbers; with 3, in every micro-batch, (N - 1) times the parts of what is gathered, for
+layers twice. With pmean and one micro-batch, 1 and 2 send together as much as without ZeRO, and 3 in bfloat16 as well.
+Memory: each tensor is padded to a multiple of N numbers.
 
 A tree of parts has the structure of the whole one, with leaves [l, c]: l layers of a stacked parameter, or 1. For
 optimizers that look at whole layers (Muon) or whole matrices (Adafactor), sharing.py and `whole` join the parts.

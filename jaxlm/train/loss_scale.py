@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 ROOM = 2**18  # the first scale leaves room for a mean gradient of 1/4, and is at least 1
+SEARCH = "search_loss_scale"  # names the loop in a compiled program
 FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, so that scaling rounds nothing
 
 
@@ -59,4 +60,5 @@ def until_finite(gradients: Callable[[jax.Array], Any], finite: Callable[[Any], 
 
     before = jnp.float32(scale * FACTOR)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, before))
-    return jax.lax.while_loop(wanted, again, (before, jnp.zeros((), bool), nothing))[2]
+    with jax.named_scope(SEARCH):
+        return jax.lax.while_loop(wanted, again, (before, jnp.zeros((), bool), nothing))[2]

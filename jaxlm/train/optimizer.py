@@ -1,6 +1,6 @@
 """Optax chains, one for each optimizer. Clipping belongs to the step, which alone knows the global gradient norm.
 
-With ZeRO-1, a device holds its own part of gradients, optimizer state and parameters. Elementwise optimizers need no
+With ZeRO, a device holds its own part of gradients, optimizer state and parameters. Elementwise optimizers need no
 more. Muon and Adafactor look at whole matrices, and gather them.
 """
 

@@ -6,6 +6,7 @@ and are sharded over all devices along the dimension that the parts cut, if the 
 moves nothing between devices. The state of a reduction has one row per device, in both forms.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ class Placement:
     def initial(self) -> TrainState:
         """Makes the initial state, on the devices. Fields that are in parts are never whole on one device."""
         if "params" in self._like:
-            return self._initial_parts()
+            return self.restored(self.initial_program()(jax.random.key(self._config.seed)))
         params = init_params(self._config, self._model)
         first, count = self._devices.index(self.local[0]), len(self._devices)
 
@@ -77,14 +78,15 @@ class Placement:
         state = jax.jit(rest, out_shardings=self._shardings(like, self.here))(params)
         return state._replace(params=jax.device_put(params, self.replicated))
 
-    def _initial_parts(self) -> TrainState:
+    def initial_program(self) -> Callable[[jax.Array], TrainState]:
+        """Returns the compiled function (key) -> initial state in the form of a checkpoint, made where it lives."""
+
         def whole(key: jax.Array) -> TrainState:
             params = self._model.init(key)
             state = init_whole(self._config, params)
             return state._replace(sync=init_sync(self._config, params, len(self._devices)))
 
-        key = jax.random.key(self._config.seed)
-        return self.restored(jax.jit(whole, out_shardings=self._saved_shardings(jax.eval_shape(whole, key)))(key))
+        return jax.jit(whole, out_shardings=self._saved_shardings(jax.eval_shape(whole, jax.random.key(0))))
 
     def place(self, state: TrainState) -> TrainState:
         """Puts this process's part of a state on its devices as the step expects it, so that the step can donate it."""

@@ -16,7 +16,8 @@ from jaxlm.host import runtime, together
 from jaxlm.model import Model, Params
 from jaxlm.sync import Group, make_sync, sharing, zero
 from jaxlm.train import guard, layer_stats, loss_mean, trained
-from jaxlm.train.backward import Batch, make_eval_sums, make_gradients, micro_batches
+from jaxlm.train.accumulation import micro_batches
+from jaxlm.train.backward import Batch, make_eval_sums, make_gradients
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 

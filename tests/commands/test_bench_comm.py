@@ -44,7 +44,7 @@ def report(*overrides: str) -> dict[str, Any]:
         ["parallel.reduce=int8", "parallel.devices=6", "parallel.overlap=true"],
         ["parallel.reduce=powersgd", "parallel.devices=4", "parallel.overlap=true"],
         ["parallel.reduce=bf16", "parallel.devices=4", "parallel.zero=2", "optim.accum_steps=2"],
-        ["parallel.reduce=pmean", "parallel.devices=3", "parallel.zero=3"],
+        ["parallel.reduce=pmean", "parallel.devices=3", "parallel.zero=3", "model.dtype=float16"],
         [
             "parallel.reduce=ring",
             "parallel.devices=4",

@@ -76,7 +76,7 @@ def test_each_reduction_compiles_and_sends_the_bytes_of_its_formula(overlap: boo
         holds_everywhere(found)
         # XLA joins the all-reduces of gradients with those of single numbers.
         sent = sum(e["sent"] for e in found["exchanges"] if e["purpose"] in ("gradients", "numbers of the step"))
-        assert sent == pytest.approx(found["formula"], rel=1e-3, abs=256), setting
+        assert sent == pytest.approx(found["formula"]["gradients"], rel=1e-3, abs=256), setting
         gathers = [e for e in found["exchanges"] if e["purpose"] == "parameters"]
         assert bool(gathers) == bool(zero), setting
         if packing == "concat":
@@ -87,8 +87,40 @@ def test_each_reduction_compiles_and_sends_the_bytes_of_its_formula(overlap: boo
         if overlap:
             exchanges = [e for e in found["exchanges"] if e["purpose"] == "gradients" or e["sent"] > 1000]
             assert any(e["kernels"] for e in exchanges), setting
-            large = [e for e in exchanges if e["kind"] == "all-reduce" and e["sent"] > 0.1 * found["formula"]]
+            large = [
+                e for e in exchanges if e["kind"] == "all-reduce" and e["sent"] > 0.1 * found["formula"]["gradients"]
+            ]
             assert all(e["kernels"] for e in large) and (large or reduce != "pmean" or zero), setting
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_zero_2_and_3_send_the_bytes_of_their_formulas(zero: int):
+    jobs = [
+        job("gpt2_124m.py", [*SMALL, "batch_size=32", f"parallel.reduce={reduce}", f"parallel.zero={zero}", *own], 2,
+            vocab_size=509)
+        for reduce, own in (("pmean", ["optim.accum_steps=2"]), ("ring", []), ("fp16", ["model.lora_rank=4"]))
+    ]  # fmt: skip
+    for found in compile_all(jobs):
+        holds_everywhere(found)
+        for what, formula in found["formula"].items():
+            names = (what, "numbers of the step") if what == "gradients" else (what,)
+            sent = sum(e["sent"] for e in found["exchanges"] if e["purpose"] in names)
+            assert sent == pytest.approx(formula, rel=1e-3, abs=256), (zero, what)
+
+
+@pytest.mark.parametrize("unroll", [0, 1])
+def test_zero_3_needs_a_part_of_the_memory_and_gathers_beside_computation(unroll: int):
+    own = ["data.path=x", "batch_size=128", "optim.accum_steps=2", f"model.scan_unroll={unroll}"]
+    plain, parts = (
+        compile_all([job("llama_1b.py", [*own, f"parallel.zero={zero}"], vocab_size=32_000)])[0] for zero in (0, 3)
+    )
+    holds_everywhere(parts)
+    assert parts["arguments"] == pytest.approx(plain["arguments"] / 8, rel=0.01)
+    # 4.4 GB of gradients, and as much of new parameters, are an eighth each; some layers are whole.
+    assert plain["temporary"] - parts["temporary"] > 4e9
+    gathers = [e for e in parts["exchanges"] if e["purpose"] == "parameters" and "loop" in e["where"]]
+    hidden = sum(e["sent"] for e in gathers if e["kernels"])
+    assert hidden > 0.95 * sum(e["sent"] for e in gathers) > 0
 
 
 @pytest.mark.parametrize("overlap, hosts", [(False, 1), (True, 2)])

@@ -28,18 +28,13 @@ def float32_products(program: Program) -> list[str]:
 
 
 def examine(job: dict[str, Any]) -> dict[str, Any]:
-    from jaxlm.commands.bench_comm import purpose
+    from jaxlm.commands.bench_comm import by_formula, purpose
     from jaxlm.plan.planning import rate
     from jaxlm.plan.times import step_time
-    from jaxlm.sync import Group, make_sync
-    from jaxlm.train import trained
-    from jaxlm.train.step import AXIS
 
     config = files.load(ROOT / "configs" / job["config"], [f"--config.{o}" for o in job["overrides"]])
     device, count = devices.find(job["device"]), job["hosts"] * job["per_host"]
     found = compiled.compile_step(config, compiled.devices(device, count, job["hosts"]), job["vocab_size"])
-    params = trained.part(config, found.state.params)
-    sync = make_sync(config.parallel, Group(AXIS, count, platform="gpu"), params)
     program = parse(found.text)
     time = step_time(program, device, count, rate(config, device))
     exchanges = [
@@ -56,7 +51,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
         "float32_products": float32_products(program),
         "calls": sorted(re.findall(r'custom_call_target="([^"]+)"', found.text)),
         "exchanges": exchanges,
-        "formula": sync.sent_bytes(params) if count > 1 else 0,
+        "formula": by_formula(config, found) if count > 1 else {},
     }
 
 

@@ -22,6 +22,7 @@ from jaxlm.host.exit_codes import exit_code
 from jaxlm.run import finished
 from jaxlm.run.evaluation import sample_text
 from jaxlm.run.open_run import open_run
+from jaxlm.train.placement import Placement
 from tests.runs import ROOT
 
 DOCUMENT = (ROOT / "docs/finetuning.md").read_text("utf-8")
@@ -90,8 +91,10 @@ def test_the_answer_ends_by_itself(generate: Generate):
 def test_the_sample_of_a_run_is_an_answer_and_can_be_cut(recipe: Path):
     """So that a signal need not wait for the whole sample."""
     run = open_run(Path("runs/chat"), None)
-    parts: Any = SimpleNamespace(config=run.config, corpus=SimpleNamespace(tokenizer=run.tokenizer), model=run.model)
-    params = jax.device_put(run.params)
+    placement = Placement(run.config, run.model, jax.devices()[:1])
+    corpus = SimpleNamespace(tokenizer=run.tokenizer)
+    parts: Any = SimpleNamespace(config=run.config, corpus=corpus, placement=placement)
+    params = placement.place_params(run.params)
     whole, cut = (sample_text(parts, params, lambda now=now: now) for now in (False, True))
     assert whole == "owl, blue\nthe blue owl"
     assert cut and whole.startswith(cut) and len(cut) <= len("owl, blue\n") + 1  # only the first token

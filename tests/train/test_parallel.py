@@ -142,7 +142,6 @@ SHARDED = {1: ["opt_state"], 2: ["opt_state"], 3: ["opt_state", "params", "ema"]
         (1, "adamw", 8, []),
         (1, "muon", 3, ["parallel.bucket_mb=0.002"]),
         (1, "muon", 4, ["parallel.overlap=true", "parallel.reduce=ring", "optim.accum_steps=2"]),
-        (1, "adafactor", 3, []),
         (2, "adamw", 3, ["parallel.reduce=ring", "optim.accum_steps=4"]),
         (2, "muon", 4, ["model.scan_unroll=0"]),
         (3, "adamw", 8, ["optim.accum_steps=3", "model.tie_embeddings=true", "parallel.bucket_mb=0.001"]),
@@ -265,12 +264,12 @@ def test_these_gradients_need_the_exchange():
         "head": {"kernel": 0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))}
     }
 
-    def loss(params: Any, rows: slice) -> jax.Array:
-        part = batch(0)
-        x = model.hidden(params, part["inputs"][rows])
-        return jnp.sum(jnp.square(model.unembed(params, x))) / len(part["inputs"][rows])
+    def loss(params: Any, first: int) -> jax.Array:
+        rows = batch(0)["inputs"][first : first + 8]
+        return jnp.sum(jnp.square(model.unembed(params, model.hidden(params, rows)))) / len(rows)
 
-    grads = [jax.device_get(jax.grad(loss)(params, rows)) for rows in (slice(0, 8), slice(8, 16))]
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    grads = [jax.device_get(grad(params, first)) for first in (0, 8)]
     assert gap(grads[0], grads[1]) > 1000 * RTOL
 
 

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.model import make_model
 from jaxlm.plan.compiled import compile_step
-from tests.train.test_parallel import RTOL, VOCAB, gap, make_config, train
+from jaxlm.train.placement import Placement
+from tests.train.test_parallel import RTOL, VOCAB, gap, held_bytes, make_config, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -46,3 +48,23 @@ def test_the_compiler_gives_a_device_its_part_of_the_memory(zero: int):
         assert compiled.in_place == pytest.approx(compiled.arguments, rel=0.01)
     most = {2: found[0].temporary - params, 3: 3 / 8 * params + 4 * layer}
     assert found[zero].temporary < most[zero]
+
+
+def test_no_device_makes_the_whole_model():
+    """Nor does any make it on the way to its parts and back, if the devices divide its sizes."""
+    config = make_config("optim.name=adamw", "model.num_layers=3", "model.d_model=64", "parallel.zero=3")
+    model, devices = make_model(config.model, 32, 8), jax.devices()[:8]
+    placement = Placement(config, model, devices)
+    key, whole = jax.random.key(config.seed), placement.whole
+    bytes_of = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(whole))
+    found = placement.initial_program().lower(key).compile().memory_analysis()
+    assert found.output_size_in_bytes < 1.05 * bytes_of / 8
+    assert found.temp_size_in_bytes < largest
+    state = placement.initial()
+    plain = Placement(make_config("optim.name=adamw", "model.num_layers=3", "model.d_model=64"), model, devices)
+    saved, want = placement.saved(state), plain.initial()
+    assert saved is not None
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (saved.params, want.params)))
+    held = held_bytes(state, devices)
+    assert held["params"] + held["opt_state"] + held["ema"] < 1.05 * bytes_of / 8 + 200
