@@ -61,7 +61,7 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
     shapes = {i.name: i.shape for i in instructions}
     for i in instructions:
         if i.op == "while":
-            search = SEARCH in i.op_name.split("/")  # of float16, which mostly ends with the first scale
+            search = i.op_name.endswith(f"{SEARCH}/while")  # of float16, which mostly ends with the first scale
             yield from walk(program, i.body, times * (1 if search else i.trips), looped or not search)
         elif i.op in ("call", "conditional", "async-start"):
             yield from walk(program, i.called[0], times, looped)
