@@ -52,7 +52,7 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
 
     parts = Zero(group, params, limit)
 
-    def gather_key(key: str, held: Any) -> Any:
+    def gather(key: str, held: Any) -> Any:
         if key != "layers":
             return parts.whole({key: held})[key]
         whole = parts.whole({key: jax.tree.map(lambda x: x[None], held)})[key]
@@ -61,7 +61,15 @@ def make_grad_sync(reduction: Reduction, group: Group, params: Any, config: Para
     def same(tree: Any) -> Any:
         return tree
 
-    if config.zero == 0:
-        return GradSync(init, reduce, same, same, None, group.on_cpu, optax.tree.norm, same, sent_bytes)
-    own, whole, gather = (parts.own, parts.whole, None) if config.zero < 3 else (same, same, gather_key)
-    return GradSync(init, reduce, own, whole, gather, group.on_cpu, parts.global_norm, group.sum, sent_bytes)
+    holds_whole = config.zero in (1, 2)  # but updates parts
+    return GradSync(
+        init=init,
+        reduce=reduce,
+        own=parts.own if holds_whole else same,
+        whole=parts.whole if holds_whole else same,
+        gather=gather if config.zero == 3 else None,
+        mixes=group.on_cpu,
+        global_norm=parts.global_norm if zero else optax.tree.norm,
+        whole_sums=group.sum if zero else same,
+        sent_bytes=sent_bytes,
+    )
