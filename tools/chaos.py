@@ -164,6 +164,8 @@ def disk(bench: Bench, kills: int, stops: int, outage: float) -> str:
 def flip(bench: Bench, kills: int, stops: int, outage: float) -> str:
     if bench.config.parallel.devices == 1 or (not bench.config.parallel.devices and os.cpu_count() == 1):
         return "not tried: needs two devices"
+    if bench.config.parallel.zero == 3:
+        return "not tried: with parallel.zero=3 no other device holds the same weights"
     _, error = bench.finish("flip", {"flip": bench.config.steps // 2}, 5)
     line = error.strip().splitlines()[-1]
     if "differ" not in line:
@@ -255,7 +257,7 @@ def main() -> int:
             f"{name} · {'held' if held[name] else 'BROKEN'} · {detail} · {time.monotonic() - began:.0f} s", flush=True
         )
         if held[name]:
-            shutil.rmtree(folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)  # not there if it was not tried
             shutil.rmtree(folder / f"{name}-cache", ignore_errors=True)
     print(json.dumps({"held": held}))
     return 0 if all(held.values()) else 1
