@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from jaxlm.config import OF_WHOLE_GRADIENTS, WITHOUT_PARTS, Config, UserError
+from jaxlm.config import Config, UserError, refused_reductions
 from jaxlm.host import signals
 
 
@@ -48,9 +48,9 @@ def changes(config: Config, count: int) -> list[list[tuple[str, ...]]]:
     rows = config.batch_size // count // config.optim.accum_steps  # of a micro-batch on a device
     more = [f"optim.accum_steps={config.optim.accum_steps * n}" for n in (2, 4, 8, 16, 32) if rows % n == 0]
     remat = ["model.remat=full"] if config.model.remat != "full" else []
-    refused = {1: WITHOUT_PARTS, 3: (*WITHOUT_PARTS, *OF_WHOLE_GRADIENTS)}
     p = config.parallel
-    stages = [f"parallel.zero={n}" for n in refused if count > 1 and p.zero < n and p.reduce not in refused[n]]
+    further = [n for n in (1, 3) if count > 1 and p.zero < n and p.reduce not in refused_reductions(n)]
+    stages = [f"parallel.zero={n}" for n in further]
     last, zero = more[-1:], stages[-1:]
     singles = [(change,) for change in (*more[:2], *last, *remat, *stages)]
     pairs = [tuple(pair) for pair in (last + remat, last + zero, remat + zero) if len(pair) == 2]

@@ -30,6 +30,7 @@ from jaxlm.config.schema import (
     describe,
     flatten,
     key_types,
+    refused_reductions,
     sections,
     show,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "flatten",
     "key_types",
     "mixture",
+    "refused_reductions",
     "sections",
     "show",
 ]

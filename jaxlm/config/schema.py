@@ -197,6 +197,11 @@ WITHOUT_PARTS = ("topk", "powersgd")
 OF_WHOLE_GRADIENTS = ("int8",)
 
 
+def refused_reductions(zero: int) -> tuple[str, ...]:
+    """The values of parallel.reduce that are refused with this parallel.zero."""
+    return (WITHOUT_PARTS if zero else ()) + (OF_WHOLE_GRADIENTS if zero > 1 else ())
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     devices: int  # devices to use on each host; 0 = all; on CPU one per core, or fewer so that the batch divides evenly

@@ -9,9 +9,7 @@ from jaxlm.config import (
     MAX_FLOAT,
     MAX_INT,
     MIN_FLOAT,
-    OF_WHOLE_GRADIENTS,
     SOURCES,
-    WITHOUT_PARTS,
     Config,
     DataConfig,
     ModelConfig,
@@ -21,6 +19,7 @@ from jaxlm.config import (
     flatten,
     key_types,
     mixture,
+    refused_reductions,
     show,
 )
 from jaxlm.config.own_values import PEAKS, set_own_values
@@ -246,9 +245,8 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None
         f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
     )
     if p.zero:
-        refused, why = WITHOUT_PARTS, "which gathers whole parameters"
-        if p.zero > 1:
-            refused, why = (*WITHOUT_PARTS, *OF_WHOLE_GRADIENTS), "where no device holds a whole gradient"
+        why = "which gathers whole parameters" if p.zero == 1 else "where no device holds a whole gradient"
+        refused = refused_reductions(p.zero)
         others = [name for name in get_args(key_types()["parallel.reduce"]) if name not in refused]
         require(p.reduce in others, "parallel.reduce", f"with parallel.zero={p.zero}, {why}: {', '.join(others)}")
     require(

@@ -191,7 +191,7 @@ class Hosts:
                     silent[i] = 0 if new.get(beat) != beats.get(beat) or end in ends else silent[i] + WATCH_EVERY
                     ended[i] += WATCH_EVERY * (end in ends)
                     mistake = code in (2, 3, 4)
-                    if (code not in (0, STOPPED) or lines) and ended[i] > mistake:
+                    if (code not in (0, STOPPED) or lines) and ended[i] > (1 if mistake else 0):
                         self._end(
                             code if mistake or code == STOPPED else LOST,
                             f"{self.name(i)} has ended with exit code {code}: {' '.join(lines)}",
