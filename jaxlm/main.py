@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     if args.max_minutes is not None and not 0 < args.max_minutes < float("inf"):
         raise UserError(f"--max_minutes is {args.max_minutes}; allowed: more than 0")
     processes = launcher.count_processes(args.coordinator, args.num_processes, args.process_id)
-    runtime.check_batch(config, config.parallel.devices or 1, processes)
+    runtime.check_batch(config, config.parallel.devices, processes)
     if processes == 1:
         from jaxlm.run import finished
 

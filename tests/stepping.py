@@ -85,7 +85,7 @@ def start(config: Config, devices: int) -> train_step.TrainState:
     params = jax.tree.map(lambda p, old: jnp.asarray(p, old.dtype), lively(fresh), fresh)
     whole = train_step.init_whole(config, params)
     state = train_step.spread(config, whole, devices)
-    return state._replace(sync=train_step.init_sync(config, params, devices))
+    return state._replace(sync=train_step.init_sync(config, make(config), devices))
 
 
 def whole_state(config: Config, devices: int, state: train_step.TrainState) -> train_step.TrainState:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     # So that parameters hardly move: otherwise the step alone would memorize its one batch, and all other batches would
     # be spikes.
     config.optim.lr = config.optim.adam_lr = config.optim.embed_lr = 1e-9
-    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.check_batch(config, config.parallel.devices, 1)
     if args.torch or args.nanogpt:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU holds the other trainer, too
     runtime.configure_jax(config, 1)

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     )
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
-    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.check_batch(config, config.parallel.devices, 1)
     runtime.configure_jax(config, 1)
     if args.vocab_size is not None and args.vocab_size < 2:
         raise UserError(f"--vocab_size is {args.vocab_size}; allowed: 2 or more")

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 from jaxlm.commands.bench_tokenizing import measure_preparation, save_tokenizer, text_parts
 from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
-from jaxlm.data import Corpus, TrainOrder, TrainStream, prepare, train_stream
+from jaxlm.data import Corpus, Share, TrainOrder, TrainStream, prepare, train_stream
 from jaxlm.data.stream import BLOCK, PATIENCE, HostBatch
 from jaxlm.data.tf_import import import_tensorflow
 from jaxlm.host import runtime
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is {getattr(args, name)}; allowed: 1 or more")
     if not 0 < args.compute_ms <= MAX_MS:
         raise UserError(f"--compute_ms is {args.compute_ms}; allowed: more than 0, at most {MAX_MS}")
-    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.check_batch(config, config.parallel.devices, 1)
     config.steps = END
     with temporary_folder() as folder:
         config.data.cache_dir = f"{folder}/cache"
@@ -116,7 +116,7 @@ def _has_tensorflow() -> bool:
 
 def feed(order: TrainOrder, config: Config, backend: Backend, steps: int) -> float:
     """Returns tokens per second, including the padding of packed rows."""
-    with contextlib.closing(train_stream(order, config, 0, num_devices=1, backend=backend)) as stream:
+    with contextlib.closing(train_stream(order, config, 0, share=Share(1), backend=backend)) as stream:
         for _ in range(2 * BLOCK):  # takes the batches that were made ahead
             next(stream)
         count, start = 0, time.perf_counter()
@@ -129,7 +129,7 @@ def feed(order: TrainOrder, config: Config, backend: Backend, steps: int) -> flo
 def seek(order: TrainOrder, config: Config, backend: Backend) -> float:
     """Returns the milliseconds to the first batch of a run that resumes after FAR steps."""
     start = time.perf_counter()
-    with contextlib.closing(train_stream(order, config, FAR, num_devices=1, backend=backend)) as stream:
+    with contextlib.closing(train_stream(order, config, FAR, share=Share(1), backend=backend)) as stream:
         next(stream)
         return (time.perf_counter() - start) * 1e3
 
@@ -168,7 +168,11 @@ def measure_waiting(corpus: Corpus, config: Config, rounds: int, steps: int, com
     sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec("devices"))
     kinds = {"sleep": lambda: time.sleep(compute_ms / 1e3), "computation": _computation(sharding, compute_ms / 1e3)}
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    with contextlib.closing(train_stream(TrainOrder(corpus, config), config, 0, num_devices=len(devices))) as stream:
+    with contextlib.closing(
+        train_stream(
+            TrainOrder(corpus, config), config, 0, share=Share(len(devices), of_a_replica=config.parallel.of_a_replica)
+        )
+    ) as stream:
         for _ in range(PATIENCE + 1):
             next(stream)
         stream.settle()

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
                 " loss.chunk and, with rope, seq_len can be set here"
             )
     config.eval.batches = 0
-    runtime.check_batch(config, config.parallel.devices or 1, 1)
+    runtime.check_batch(config, config.parallel.devices, 1)
     runtime.configure_jax(config, 1)
 
     from jaxlm.run.open_run import open_run, score

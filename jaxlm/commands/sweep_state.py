@@ -52,7 +52,7 @@ class Sweep:
     def config(self, run: Run) -> Config:
         """Raises UserError if the point is impossible."""
         config = files.complete(self.base, grid.overrides(run.values), self.workdir(run))
-        runtime.check_batch(config, config.parallel.devices or 1, 1)
+        runtime.check_batch(config, config.parallel.devices, 1)
         return config
 
     def grid_keys(self) -> list[str]:

@@ -212,8 +212,19 @@ class ParallelConfig:
     # too; 3 = parameters, too, of which it gathers one layer at a time (FSDP). 2 and 3 average as `overlap` does, in
     # each micro-batch.
     zero: int
+    tensor: int  # devices that compute one model together, each some of its heads and hidden units; neighbours
     topk_density: float  # topk: share of the numbers of layers' matrices that a device sends; 1/1024 to 1
     powersgd_rank: int  # powersgd: rank of the approximation of each layer's matrices
+
+    @property
+    def of_a_replica(self) -> int:
+        """Devices that work on the same rows of the batch."""
+        return self.tensor
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether devices hold different parts of the model, without ZeRO."""
+        return self.tensor > 1
 
     @property
     def by_layer(self) -> bool:

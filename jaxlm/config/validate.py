@@ -37,6 +37,7 @@ POSITIVE = (
     "optim.lr",
     "optim.eps",
     "optim.max_skipped",
+    "parallel.tensor",
     "log.every_steps",
     "checkpoint.keep",
 )
@@ -120,6 +121,7 @@ def validate(c: Config) -> Config:
     _check_model(c.model, require)
     _check_steps(c, require)
     _check_parallel(c.parallel, c.model, require)
+    _check_tensor(c, require)
     _check_data(c.data, require)
     resume = "auto, never, or a workdir, after which @STEP or @best may follow"
     require(c.checkpoint.resume != "", "checkpoint.resume", resume)
@@ -254,6 +256,15 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None
         "model.remat",
         "with parallel.zero=3, which keeps no layer's parameters for the backward pass: auto, elementwise, dots, full",
     )
+
+
+def _check_tensor(c: Config, require: Require) -> None:
+    """What the devices of a tensor group divide evenly among them; a few key/value heads they share."""
+    m, size = c.model, c.parallel.tensor
+    for key, count in (("model.num_heads", m.num_heads), ("model.d_ff", m.mlp_width), ("seq_len", c.seq_len)):
+        require(count % size == 0, key, f"a multiple of parallel.tensor = {size}")
+    shared = m.kv_heads % size == 0 or size % m.kv_heads == 0
+    require(shared, "model.num_kv_heads", f"a multiple or a divisor of parallel.tensor = {size}")
 
 
 def _check_data(d: DataConfig, require: Require) -> None:

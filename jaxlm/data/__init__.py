@@ -13,12 +13,13 @@ from jaxlm.data.order import TrainOrder
 from jaxlm.data.prepare import prepare
 from jaxlm.data.scoring import Scored, eval_batches
 from jaxlm.data.store_reader import open_store
-from jaxlm.data.stream import TrainStream, train_stream
+from jaxlm.data.stream import Share, TrainStream, train_stream
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Corpus",
     "Scored",
+    "Share",
     "Tokenizer",
     "TrainOrder",
     "TrainStream",

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import make_order
-from jaxlm.data.stream import HostBatch, local_rows, shard
+from jaxlm.data.stream import HostBatch, Share
 
 
 class Scored(NamedTuple):
@@ -27,10 +27,7 @@ def eval_batches(
     corpus: Corpus,
     config: Config,
     rows_per_batch: int,
-    *,
-    num_devices: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share,
     limit: int = 0,
 ) -> Iterator[Scored]:
     """Returns this process's part of the validation batches, source after source, rows in the order of the corpus.
@@ -45,19 +42,18 @@ def eval_batches(
     Raises:
       UserError: rows_per_batch does not divide evenly over the devices.
     """
-    here = local_rows(rows_per_batch, "the evaluation batch", num_devices, process_index, process_count)
-    orders = [make_order(share.val, config) for share in corpus.parts]
+    here = share.rows(rows_per_batch, "the evaluation batch")
+    orders = [make_order(part.val, config) for part in corpus.parts]
     picked = scored_rows([order.num_eval_rows for order in orders], rows_per_batch, limit)
 
     def batches() -> Iterator[Scored]:
-        for share, order, places in zip(corpus.parts, orders, picked, strict=True):
+        for part, order, places in zip(corpus.parts, orders, picked, strict=True):
             num_rows = -(-len(places) // rows_per_batch) * rows_per_batch
             padded = np.full(num_rows, order.num_eval_rows)  # rows beyond the end are padding
             padded[: len(places)] = places
             for rows in padded.reshape(-1, rows_per_batch):
-                yield Scored(
-                    share.name, order.num_eval_rows / len(places), shard(order.eval_rows(rows[here]), num_devices)
-                )
+                weight = order.num_eval_rows / len(places)
+                yield Scored(part.name, weight, share.shard(order.eval_rows(rows[here])))
 
     return batches()
 

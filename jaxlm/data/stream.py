@@ -9,7 +9,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,50 +26,62 @@ BLOCK, BLOCK_BYTES = 16, 2**20  # limits of the batches made in one call: their 
 PATIENCE = 64  # batches served before the import of TensorFlow starts: a short run need not pay for it
 
 
-def local_rows(num_rows: int, key: str, num_devices: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of a global batch that one process reads.
+class Share(NamedTuple):
+    """Which part of each batch a process reads. Each replica, some neighbouring devices, works on rows of its own."""
 
-    Args:
-      key: name of `num_rows` in the error message.
-      num_devices: devices of one process.
+    num_devices: int  # of one process; all processes have the same number
+    process_index: int = 0
+    process_count: int = 1
+    of_a_replica: int = 1  # devices
 
-    Raises:
-      UserError: the rows do not divide evenly over all devices.
-    """
-    if num_rows % (num_devices * process_count):
-        raise UserError(f"{key} is {num_rows}; allowed: a multiple of {num_devices} devices x {process_count} hosts")
-    rows = num_rows // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+    def rows(self, num_rows: int, key: str) -> slice:
+        """Returns the rows of a global batch that this process reads.
 
+        Args:
+          key: name of `num_rows` in the error message.
 
-def shard(rows: HostBatch, num_devices: int) -> HostBatch:
-    """Splits rows over devices: [..., R, T] -> [..., devices, B, T]."""
-    return {k: v.reshape(*v.shape[:-2], num_devices, -1, v.shape[-1]) for k, v in rows.items()}
+        Raises:
+          UserError: the rows do not divide evenly over all replicas.
+        """
+        replicas, rest = divmod(self.num_devices * self.process_count, self.of_a_replica)
+        if rest or num_rows % replicas:
+            of = f" / {self.of_a_replica} devices of a replica" if self.of_a_replica > 1 else ""
+            raise UserError(
+                f"{key} is {num_rows}; allowed: a multiple of {self.num_devices} devices x {self.process_count} hosts{of}"
+            )
+        here, each = self._replicas(), num_rows // replicas
+        return slice(here[0] * each, (here[-1] + 1) * each)
+
+    def shard(self, rows: HostBatch) -> HostBatch:
+        """Gives each device the rows of its replica: [..., R, T] -> [..., devices, B, T]."""
+        here = self._replicas() - self._replicas()[0]
+        whole = {k: v.reshape(*v.shape[:-2], here[-1] + 1, -1, v.shape[-1]) for k, v in rows.items()}
+        return whole if self.of_a_replica == 1 else {k: np.take(v, here, axis=-3) for k, v in whole.items()}
+
+    def _replicas(self) -> np.ndarray:
+        """The replica of each device."""
+        return (self.process_index * self.num_devices + np.arange(self.num_devices)) // self.of_a_replica
 
 
 def train_stream(
     order: TrainOrder,
     config: Config,
     start_step: int,
-    *,
-    num_devices: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share,
     backend: Literal["auto", "tf", "thread"] = "auto",
 ) -> "TrainStream":
     """Returns this process's part of the batches of steps start_step + 1 … config.steps.
 
     Args:
-      num_devices: devices of this process; all processes have the same number.
       backend: what makes batches ahead: tf.data, a thread, or tf.data where it can be imported ("auto"). The batches
         do not depend on it.
 
     Raises:
       UserError: batch_size does not divide evenly over the devices.
     """
-    rows = local_rows(config.batch_size, "batch_size", num_devices, process_index, process_count)
+    rows = share.rows(config.batch_size, "batch_size")
     return TrainStream(
-        lambda first, count: shard(order.batches(first, count, rows), num_devices), start_step, config.steps, backend
+        lambda first, count: share.shard(order.batches(first, count, rows)), start_step, config.steps, backend
     )
 
 

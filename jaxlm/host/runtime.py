@@ -139,19 +139,36 @@ def gpu_flags(config: Config, processes: int) -> list[str]:
 
 
 def _cpu_devices(config: Config, processes: int) -> int:
-    """The largest number of devices, at most one per core, over which a micro-batch divides evenly."""
+    """The largest number of devices, at most one per core, over which a micro-batch divides evenly; or as many as it
+    takes for one replica.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    rows = config.batch_size // config.optim.accum_steps
-    return next((n for n in range(cores, 1, -1) if rows % (n * processes) == 0), 1)
+    rows, each = config.batch_size // config.optim.accum_steps, config.parallel.of_a_replica
+    least = -(-each // processes)
+    fits = (
+        n for n in range(max(cores, least), least, -1) if not n * processes % each and not rows * each % (n * processes)
+    )
+    return next(fits, least)
 
 
 def check_batch(config: Config, devices: int, processes: int) -> None:
-    """Raises UserError unless every device gets the same number of sequences in every micro-batch."""
-    parts = devices * processes * config.optim.accum_steps
+    """Raises UserError unless every replica gets the same number of sequences in every micro-batch.
+
+    Args:
+      devices: of a host; 0 = not known yet.
+    """
+    each, p = config.parallel.of_a_replica, config.parallel
+    if not devices and each > 1:
+        return
+    count = (devices or 1) * processes
+    if count % each:
+        raise UserError(f"parallel.tensor is {p.tensor}; allowed: a divisor of {count} devices")
+    parts = count // each * config.optim.accum_steps
     if config.batch_size % parts:
+        devices_of = f" / {each} devices of a replica" if each > 1 else ""
         raise UserError(
-            f"batch_size is {config.batch_size}; allowed: a multiple of {parts}"
-            f" = {devices} devices * {processes} hosts * {config.optim.accum_steps} optim.accum_steps"
+            f"batch_size is {config.batch_size}; allowed: a multiple of {parts} = {devices or 1} devices * {processes}"
+            f" hosts{devices_of} * {config.optim.accum_steps} optim.accum_steps"
         )
 
 

@@ -2,8 +2,9 @@
 
 Only this file and layers.py know Flax; neither knows device axes or training.
 
-Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, D d_model, F d_ff,
-H query heads, K key/value heads, C size of a head, V vocabulary, L layers, R rows of any kind.
+Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, n those of this device (tensor.py; all
+if it computes alone), D d_model, F d_ff, H query heads, K key/value heads, C size of a head, V vocabulary, L layers,
+R rows of any kind.
 
 Projections, norms and MLPs work on flat tokens `[N, D]`; only attention sees `[B, T]`. On CPU this makes the gradient
 of a small model a third faster than `[B, T, D]`; on GPU it is the same matrix product.
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.model import lora
 from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, choose_kernel, offset_keys
-from jaxlm.model.layers import Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
+from jaxlm.model.layers import ROW_PARALLEL, Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
 from jaxlm.model.remat import REMAT, keep, layer_loop
 from jaxlm.model.rope import Tables, local_rope_tables, rope_tables, rotate
+from jaxlm.model.tensor import ALONE, Tensor, look_up
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
 OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
@@ -54,17 +56,18 @@ class Decoder(nn.Module):
     max_len: int
     platform: str  # that it is compiled for: cpu or gpu
     on_layer: OnLayer | None = None
+    tensor: Tensor = ALONE
 
     def setup(self) -> None:
         c = self.config
-        rows = -(-self.vocab_size // c.vocab_multiple) * c.vocab_multiple
-        self.embed = self._table(rows)
+        self.rows = -(-self.vocab_size // c.vocab_multiple) * c.vocab_multiple
+        self.embed = self._table(self.tensor.part(self.rows))
         if c.position == "learned":
             self.positions = self._table(self.max_len)
         self.layers = self._layers()
         self.final_norm = norm(c)
         if not c.tie_embeddings:
-            self.head = Head(c, rows)
+            self.head = Head(c, self.tensor.part(self.rows))
 
     def _layers(self) -> Any:
         """The blocks as one scan over stacked parameters, with remat, and with `on_layer` applied to each layer."""
@@ -109,14 +112,14 @@ class Decoder(nn.Module):
         """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
         c = self.config
         B, T = tokens_BT.shape
-        tokens_N = tokens_BT.reshape(-1)
         positions = start + jnp.arange(T) if positions_BT is None else positions_BT
-        x_ND = self.embed(tokens_N).astype(c.dtype)
+        x_nD = self._embedded(tokens_BT.reshape(-1))
         if c.scale_embeddings:
-            x_ND *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
+            x_nD *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if (added := self._position_embeddings(positions)) is not None:
-            x_ND = (x_ND.reshape(B, T, -1) + added.astype(c.dtype)).reshape(B * T, -1)
-        x_ND = dropout(x_ND, c.dropout, dropout_keys_B, site=2 * c.num_layers)
+            added_ND = jnp.broadcast_to(added.astype(c.dtype), (B, T, c.d_model)).reshape(B * T, -1)
+            x_nD += self.tensor.own(added_ND)
+        x_nD = dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor)
         shared = LayerInputs(
             dropout_keys_B=dropout_keys_B,
             rope=rope_tables(positions, c) if c.position == "rope" else None,
@@ -125,9 +128,17 @@ class Decoder(nn.Module):
             start=None if cache is None else jnp.asarray(start),
             shape=(B, T),
             kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
+            tensor=self.tensor,
         )
-        x_ND, cache = self.layers(x_ND, jnp.arange(c.num_layers), cache, shared)
-        return self.final_norm(x_ND), cache
+        x_nD, cache = self.layers(x_nD, jnp.arange(c.num_layers), cache, shared)
+        return self.tensor.gather(self.final_norm(x_nD)), cache
+
+    def _embedded(self, tokens_N: jax.Array) -> jax.Array:
+        """The embeddings of this device's rows, `[n, D]`."""
+        if self.tensor.size == 1:
+            return self.embed(tokens_N).astype(self.config.dtype)
+        found_ND = look_up(self.tensor, self.embed.embedding, tokens_N)
+        return self.tensor.scatter(found_ND.astype(self.config.dtype))
 
     def _position_embeddings(self, positions: jax.Array) -> jax.Array | None:
         """Position embeddings to add to token embeddings, `[..., D]`; None for RoPE, which rotates queries and keys."""
@@ -142,17 +153,18 @@ class Decoder(nn.Module):
                 assert_never(other)
 
     def unembed(self, x_ND: jax.Array) -> jax.Array:
-        """Returns logits `[N, V]` in float32."""
+        """Returns logits `[N, V]` in float32; those of this device's tokens, with extra rows, if there are several."""
         c = self.config
         logits_NV = logits_of(x_ND, self.embed.embedding.T) if c.tie_embeddings else self.head(x_ND)
-        logits_NV = logits_NV[:, : self.vocab_size]
+        if self.tensor.size == 1:
+            logits_NV = logits_NV[:, : self.vocab_size]
         if c.logit_softcap:
             logits_NV = c.logit_softcap * jnp.tanh(logits_NV / c.logit_softcap)
         return logits_NV
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_ND, _ = self.hidden(tokens_BT)
-        return self.unembed(x_ND).reshape(*tokens_BT.shape, self.vocab_size)
+        return self.unembed(x_ND).reshape(*tokens_BT.shape, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -167,6 +179,7 @@ class LayerInputs:
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
     kernel: Kernel = field(metadata={"static": True})  # that computes attention without a cache
+    tensor: Tensor = field(metadata={"static": True})
 
 
 class Block(nn.Module):
@@ -179,37 +192,43 @@ class Block(nn.Module):
     context: int  # number of tokens that a decoded token sees at most, itself included
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
-        c = self.config
-        normed_ND, drop = norm(c, "attention_norm")(x_ND), lora_dropout(c, layer, shared)
-        a_ND, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared, drop)
+    def __call__(self, x_nD: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
+        c, tensor = self.config, shared.tensor
+        normed_ND = tensor.gather(norm(c, "attention_norm")(x_nD))
+        drop = lora_dropout(c, layer, shared)
+        a_nD, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared, drop)
         if c.post_norms:
-            a_ND = norm(c, "attention_post_norm")(a_ND)
-        x_ND += dropout(a_ND, c.dropout, shared.dropout_keys_B, site=2 * layer)
-        x_ND = keep(x_ND)
-        m_ND = Mlp(c, name="mlp")(norm(c, "mlp_norm")(x_ND), drop)
+            a_nD = norm(c, "attention_post_norm")(a_nD)
+        x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, 2 * layer, tensor)
+        x_nD = keep(x_nD)
+        m_nD = Mlp(c, tensor, name="mlp")(tensor.gather(norm(c, "mlp_norm")(x_nD)), drop)
         if c.post_norms:
-            m_ND = norm(c, "mlp_post_norm")(m_ND)
-        x_ND += dropout(m_ND, c.dropout, shared.dropout_keys_B, site=2 * layer + 1)
+            m_nD = norm(c, "mlp_post_norm")(m_nD)
+        x_nD += dropout(m_nD, c.dropout, shared.dropout_keys_B, 2 * layer + 1, tensor)
         if self.is_mutable_collection(STATISTICS):
-            float_ND = jax.lax.stop_gradient(x_ND).astype(jnp.float32)
-            squares_D = jnp.sum(jnp.square(float_ND), axis=0)  # in two steps, for the rounding of a sum grows with it
+            float_nD = jax.lax.stop_gradient(x_nD).astype(jnp.float32)
+            squares_D = jnp.sum(jnp.square(float_nD), axis=0)  # in two steps, for the rounding of a sum grows with it
             self.sow(STATISTICS, "squares", jnp.sum(squares_D))
-        return x_ND, cache
+        return x_nD, cache
 
 
 def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs) -> lora.Drop:
     """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout."""
 
-    def drop(x_ND: jax.Array, place: int) -> jax.Array:
-        site = 2 * c.num_layers + 1 + len(lora.PLACES) * layer + place
-        return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site)
+    def drop(x_ND: jax.Array, name: str) -> jax.Array:
+        site = 2 * c.num_layers + 1 + len(lora.PLACES) * layer + lora.PLACES[name]
+        columns = shared.tensor if name in ROW_PARALLEL else ALONE  # of which this device has some
+        return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site, columns, dim=1)
 
     return drop
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. With fewer key/value heads, each serves a group of query heads."""
+    """Causal multi-head self-attention. With fewer key/value heads, each serves a group of query heads.
+
+    Several devices compute some of the heads each, from all rows `[N, D]` to some, `[n, D]`; if there are fewer
+    key/value heads than devices, neighbours compute the same one.
+    """
 
     config: ModelConfig
     context: int
@@ -218,9 +237,9 @@ class Attention(nn.Module):
     def __call__(
         self, x_ND: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs, drop: lora.Drop
     ) -> tuple[jax.Array, Cache | None]:
-        c = self.config
+        c, tensor = self.config, shared.tensor
         B, T = shared.shape
-        H, K, C = c.num_heads, c.kv_heads, c.head_size
+        H, K, C = tensor.part(c.num_heads), tensor.part(c.kv_heads), c.head_size
         q_RC = linear(c, H * C, "query", bias=c.qkv_bias)(x_ND, drop).reshape(-1, C)
         k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(x_ND, drop).reshape(-1, C)
         v_BTKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(x_ND, drop)).reshape(B, T, K, C)
@@ -245,7 +264,8 @@ class Attention(nn.Module):
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
             window = jnp.where(is_global, self.context, min(c.window or self.context, self.context))
             o_BTHC = attend_cache(c, q_BTHC, cache, shared.start, window)
-        return linear(c, c.d_model, "out", residual=True)(o_BTHC.reshape(B * T, H * C), drop), cache
+        out = linear(c, c.d_model, "out", residual=True, join=tensor.scatter)
+        return out(o_BTHC.reshape(B * T, H * C), drop), cache
 
 
 def attends_to_all(c: ModelConfig, layer: jax.Array) -> jax.Array | bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.blocks import STATISTICS, Cache, Decoder, OnLayer, Params
+from jaxlm.model.tensor import ALONE, Tensor
 
 
 class Model(NamedTuple):
@@ -25,8 +26,8 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Cache]  # (B, S)
     # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
-    on: Callable[[str], "Model"]  # the same model for another platform, cpu or gpu
-    with_layers: Callable[[OnLayer], "Model"]  # the same model with an `on_layer` for all its functions
+    having: Callable[..., "Model"]  # the same model with another platform, on_layer or tensor (see make_model)
+    tensor: Tensor  # what this device computes together with others
     vocab_size: int
     max_positions: int | None  # number of positions; None = unlimited (RoPE)
     # LongRoPE turns long texts otherwise, so the first `decode` of a prompt of at least this many tokens must read as
@@ -35,7 +36,12 @@ class Model(NamedTuple):
 
 
 def make_model(
-    config: ModelConfig, vocab_size: int, max_len: int, platform: str = "", each: OnLayer | None = None
+    config: ModelConfig,
+    vocab_size: int,
+    max_len: int,
+    platform: str = "",
+    on_layer: OnLayer | None = None,
+    tensor: Tensor = ALONE,
 ) -> Model:
     """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
@@ -43,25 +49,27 @@ def make_model(
 
     Args:
       platform: what the functions are compiled for, cpu or gpu; "" = JAX's default.
-      each: `on_layer` where a function is given none.
+      on_layer: for functions that are given none.
+      tensor: if it has several devices, `init` makes parameters of the shapes that one of them holds, of any content;
+        `hidden` and `unembed` return all rows, and the logits of this device's tokens. The cache is for one device.
     """
+    default = on_layer
 
-    def decoder(on_layer: OnLayer | None = None) -> Decoder:
-        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer or each)
+    def decoder(on_layer: OnLayer | None = None, tensor: Tensor = tensor) -> Decoder:
+        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer or default, tensor)
 
     # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
         return decoder(on_layer).apply({"params": params}, *args, method=method)
 
     def init(key: jax.Array) -> Params:
-        tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return decoder().init(key, tokens_BT)["params"]
+        tokens_BT = jnp.zeros((1, tensor.size), jnp.int32)
+        return decoder(tensor=tensor.alone()).init(key, tokens_BT)["params"]
 
-    def on(platform: str) -> Model:
-        return make_model(config, vocab_size, max_len, platform, each)
-
-    def with_layers(each: OnLayer) -> Model:
-        return make_model(config, vocab_size, max_len, platform, each)
+    def having(**changes: Any) -> Model:
+        return make_model(
+            config, vocab_size, max_len, **({"platform": platform, "on_layer": default, "tensor": tensor} | changes)
+        )
 
     def hidden(
         params: Params,
@@ -104,8 +112,8 @@ def make_model(
         unembed,
         init_cache,
         decode,
-        on,
-        with_layers,
+        having,
+        tensor,
         vocab_size,
         max_positions,
         first_read,

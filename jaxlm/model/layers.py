@@ -12,6 +12,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import lora
 from jaxlm.model.norms import normalize
 from jaxlm.model.remat import keep
+from jaxlm.model.tensor import Tensor
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -38,21 +39,29 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 }
 
 
+ROW_PARALLEL = ("out", "down")  # linear layers that several devices split by rows; all others by columns
+
+
 class Mlp(nn.Module):
-    """down(f(up(x))), or if gated down(up(x) * f(gate(x)))."""
+    """down(f(up(x))), or if gated down(up(x) * f(gate(x))).
+
+    Several devices compute some of the hidden units each, from all rows `[N, D]` to some, `[n, D]`.
+    """
 
     config: ModelConfig
+    tensor: Tensor
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, drop: lora.Drop) -> jax.Array:
         c = self.config
-        h_NF = linear(c, c.mlp_width, "up", keep_product=True)(x_ND, drop)
+        width = self.tensor.part(c.mlp_width)
+        h_NF = linear(c, width, "up", keep_product=True)(x_ND, drop)
         function, gated = ACTIVATIONS[c.activation]
         if gated:
-            h_NF *= function(linear(c, c.mlp_width, "gate", keep_product=True)(x_ND, drop))
+            h_NF *= function(linear(c, width, "gate", keep_product=True)(x_ND, drop))
         else:
             h_NF = function(h_NF)
-        return linear(c, c.d_model, "down", residual=True)(h_NF, drop)
+        return linear(c, c.d_model, "down", residual=True, join=self.tensor.scatter)(h_NF, drop)
 
 
 class Linear(nn.Module):
@@ -63,6 +72,7 @@ class Linear(nn.Module):
     kernel_init: Any
     use_bias: bool
     keep_product: bool  # keep x @ kernel for the backward pass, which adds the bias again
+    join: Callable[[jax.Array], jax.Array]  # applied to x @ kernel
 
     @nn.compact
     def __call__(self, x_ND: jax.Array, drop: lora.Drop) -> jax.Array:
@@ -72,25 +82,34 @@ class Linear(nn.Module):
         if self.name and c.has_lora(self.name):
             a_DR = self.param(lora.A, lora.init_a, (x_ND.shape[-1], c.lora_rank), jnp.float32)
             b_RF = self.param(lora.B, nn.initializers.zeros, (c.lora_rank, self.features), jnp.float32)
-            y_NF += lora.product(c, drop(x_ND, lora.PLACES[self.name]), a_DR, b_RF)
+            y_NF += lora.product(c, drop(x_ND, self.name), a_DR, b_RF)
         if self.keep_product:
             y_NF = keep(y_NF)
+        y_NF = self.join(y_NF)
         if self.use_bias:
             y_NF += self.param("bias", nn.initializers.zeros, (self.features,), c.param_dtype).astype(c.dtype)[None]
         return y_NF
 
 
 def linear(
-    c: ModelConfig, features: int, name: str, residual: bool = False, keep_product: bool = False, bias: bool = False
+    c: ModelConfig,
+    features: int,
+    name: str,
+    *,
+    residual: bool = False,
+    keep_product: bool = False,
+    bias: bool = False,
+    join: Callable[[jax.Array], jax.Array] = lambda y: y,
 ) -> Linear:
     """A linear layer, with a bias if `bias` or the configuration says so; its weights start with standard deviation
     1 / sqrt(fan in).
 
     With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(2L)
-    (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity.
+    (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity. `join` is
+    applied to the product, before the bias is added.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
-    return Linear(c, features, init, c.use_bias or bias, keep_product, name=name)
+    return Linear(c, features, init, c.use_bias or bias, keep_product, join, name=name)
 
 
 def _fan_in(variance: float) -> Any:
@@ -139,16 +158,25 @@ def rmsnorm(c: ModelConfig, name: str | None) -> Norm:
 NORMS: dict[str, Callable[[ModelConfig, str | None], Norm]] = {"layernorm": layernorm, "rmsnorm": rmsnorm}
 
 
-def dropout(x_ND: jax.Array, rate: float, keys_B: jax.Array | None, site: jax.Array | int) -> jax.Array:
+def dropout(
+    x_ND: jax.Array,
+    rate: float,
+    keys_B: jax.Array | None,
+    site: jax.Array | int,
+    tensor: Tensor,
+    dim: int = 0,
+) -> jax.Array:
     """Inverted dropout with one key per sequence, so that masks do not depend on how the batch is split.
 
     `site` numbers the places in the model where dropout is applied. Without keys, as in evaluation, nothing is dropped.
+    With several devices, x is this device's part of an array along `dim`.
     """
     if rate == 0.0 or keys_B is None:
         return x_ND
-    x_BX = x_ND.reshape(keys_B.shape[0], -1)
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BX.shape[1:]))(keys_B)
-    return jnp.where(keep, x_BX / (1 - rate), 0).reshape(x_ND.shape)
+    shape = [size * tensor.size if i == dim else size for i, size in enumerate(x_ND.shape)]
+    each = math.prod(shape) // keys_B.shape[0]
+    keep_BX = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, (each,)))(keys_B)
+    return jnp.where(tensor.own(keep_BX.reshape(shape), dim), x_ND / (1 - rate), 0)
 
 
 def sinusoids(positions: jax.Array, dim: int) -> jax.Array:

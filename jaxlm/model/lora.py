@@ -17,7 +17,7 @@ from jaxlm.model.remat import keep
 A, B = "lora_a", "lora_b"  # names of the two matrices, beside a layer's kernel
 # {a block's linear layer: its number among the places of a block where LoRA drops}
 PLACES = {name: i for i, name in enumerate(("query", "key", "value", "out", "up", "gate", "down"))}
-Drop = Callable[[jax.Array, int], jax.Array]  # (x_ND, number of the place in the block) -> x_ND after dropout
+Drop = Callable[[jax.Array, str], jax.Array]  # (x_ND, name of the linear layer that reads it) -> x_ND after dropout
 
 # Uniform in +-1 / sqrt(D), as in the authors' code and in `peft`.
 init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

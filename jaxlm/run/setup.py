@@ -5,7 +5,6 @@ Training, the time budget, `jaxlm evaluate` and `jaxlm bench` all start from a `
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -40,21 +39,18 @@ class Setup:
 
     def train_batches(self, order: data.TrainOrder, start: int) -> data.TrainStream:
         """This process's part of the training batches, from the one after `start` updates on."""
-        return data.train_stream(order, self.config, start, **self._share())
+        return data.train_stream(order, self.config, start, self._share())
 
     def eval_batches(self) -> Iterator[data.Scored]:
         """This process's part of the validation set, in batches as large as a micro-batch of training."""
         c = self.config
         size = c.batch_size // c.optim.accum_steps
-        return data.eval_batches(self.corpus, c, size, limit=c.eval.batches, **self._share())
+        return data.eval_batches(self.corpus, c, size, self._share(), limit=c.eval.batches)
 
-    def _share(self) -> dict[str, Any]:
-        """The arguments that say which part of each batch this process reads."""
-        return {
-            "num_devices": len(self.placement.local),
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+    def _share(self) -> data.Share:
+        """Which part of each batch this process reads."""
+        here = len(self.placement.local)
+        return data.Share(here, jax.process_index(), jax.process_count(), self.config.parallel.of_a_replica)
 
 
 def set_up(config: Config, corpus: data.Corpus) -> Setup:

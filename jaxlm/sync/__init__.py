@@ -1,8 +1,8 @@
 """How gradients move between devices.
 
-`base.py` has the interfaces, `group.py` the collectives; then one file for each reduction. `gradients.py` applies one
-to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards state over the devices. Other rooms take
-the names below from here.
+`base.py` has the interfaces, `group.py` the collectives, `grid.py` the groups; then one file for each reduction.
+`gradients.py` applies one to gradients, `overlap.py` does so inside the backward pass, `zero.py` shards state over the
+devices, `cuts.py` knows which of them hold which part of the model. Other rooms take the names below from here.
 
 May import: config.
 """
@@ -13,8 +13,10 @@ from typing import Any
 from jaxlm.config import ParallelConfig
 from jaxlm.sync.base import GradSync, Reduction
 from jaxlm.sync.bf16 import bf16
+from jaxlm.sync.cuts import Cuts
 from jaxlm.sync.fp16 import fp16
 from jaxlm.sync.gradients import make_grad_sync
+from jaxlm.sync.grid import Grid, make_grid
 from jaxlm.sync.group import Group
 from jaxlm.sync.int8 import int8
 from jaxlm.sync.pmean import pmean
@@ -22,7 +24,7 @@ from jaxlm.sync.powersgd import powersgd
 from jaxlm.sync.ring import ring
 from jaxlm.sync.topk import topk
 
-__all__ = ["REDUCTIONS", "GradSync", "Group", "Reduction", "make_reduction", "make_sync"]
+__all__ = ["REDUCTIONS", "GradSync", "Grid", "Group", "Reduction", "make_grid", "make_reduction", "make_sync"]
 
 
 # {parallel.reduce: how a group's devices average gradients}
@@ -49,6 +51,12 @@ def make_reduction(config: ParallelConfig, group: Group) -> Reduction:
     return REDUCTIONS[config.reduce](group, config)
 
 
-def make_sync(config: ParallelConfig, group: Group, params: Any) -> GradSync:
-    """The synchronization of gradients that a configuration names. `params` are the shapes of all parameters."""
-    return make_grad_sync(make_reduction(config, group), group, params, config)
+def make_sync(config: ParallelConfig, group: Group, params: Any, cuts: Cuts | None = None) -> GradSync:
+    """The synchronization of gradients that a configuration names.
+
+    Args:
+      group: devices that hold the same parameters.
+      params: shapes of what a device holds of all parameters, without ZeRO.
+      cuts: how further devices divide the parameters; None = not at all.
+    """
+    return make_grad_sync(make_reduction(config, group), group, params, config, cuts)

@@ -57,6 +57,8 @@ class GradSync(NamedTuple):
     gather: Callable[[str, Any], Any] | None
     mixes: bool  # whether the platform mixes up collectives that run at once: see `after` in overlap.py
     global_norm: Callable[[Any], jax.Array]  # L2 norm of the whole mean gradient, from what `reduce` returned
-    # sums over what `reduce` or `own` returned -> sums over the whole arrays
-    whole_sums: Callable[[Any], Any]
+    # path of a parameter -> share with which what `reduce` or `own` returned of it counts in `whole_sums`: less than 1
+    # if several devices hold the same
+    share: Callable[[Any], float]
+    whole_sums: Callable[[Any], Any]  # sums over what `reduce` or `own` returned -> sums over the whole arrays
     sent_bytes: Callable[[Any], float]  # params -> bytes that a device sends for their gradients in a step

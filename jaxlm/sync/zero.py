@@ -113,6 +113,3 @@ class Zero:
             return (n - 1) * math.prod(part_shape(batch_shape(path, x), n)) * x.dtype.itemsize
 
         return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(one, tree)))
-
-    def global_norm(self, parts: Any) -> jax.Array:
-        return jnp.sqrt(self.group.sum(sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(parts))))

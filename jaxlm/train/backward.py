@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxlm.config import Config
 from jaxlm.model import Model, Params
 from jaxlm.model.losses import LossSums, output_loss
-from jaxlm.sync import GradSync, Group, overlap
+from jaxlm.sync import GradSync, overlap
 from jaxlm.sync.zero import Zero
 from jaxlm.train import loss_scale, trained
 from jaxlm.train.accumulation import accumulate, accumulate_overlapped, accumulate_parts, converted, fixed_to
+from jaxlm.train.one_device import OneDevice
 
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
 # stop, float32 [1]: 1 if this process was asked to stop.
@@ -84,7 +85,8 @@ def all_sums(
     else:
         x_ND = model.hidden(*inputs, on_layer=on_layer)
     weights, targets_N = model.output_params(params), batch["targets"].reshape(-1)
-    return Sums(output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale), squares_L)
+    vocabulary = model.tensor, model.vocab_size
+    return Sums(output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale, *vocabulary), squares_L)
 
 
 def product_dtype(config: Config) -> str:
@@ -112,8 +114,9 @@ def gathered_bytes(config: Config, zero: Zero, params: Params) -> float:
     return sum(times[key] * zero.sent_bytes({key: x}) for tree in trees for key, x in tree.items())
 
 
-def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -> Gradients:
+def make_gradients(config: Config, own: OneDevice) -> Gradients:
     """Returns the function that computes the gradient of one device and averages it over the devices."""
+    model, sync, everyone = own.model, own.sync, own.grid.everyone
     matrices = product_dtype(config)
 
     def held(params: Params) -> Params:
@@ -168,15 +171,22 @@ def make_gradients(config: Config, model: Model, sync: GradSync, group: Group) -
 
         def finite(found: tuple[Params, Sums, Any]) -> jax.Array:
             """Ends the search for a scale: the gradient is finite, or the loss is not, and no scale helps."""
-            norm, nll = group.mean(jnp.stack([sync.global_norm(found[0]), found[1].losses.nll]))
+            norm, nll = everyone.mean(jnp.stack([sync.global_norm(found[0]), found[1].losses.nll]))
             return jnp.isfinite(norm) | ~jnp.isfinite(nll)
 
         return loss_scale.until_finite(scaled, finite, loss_scale.first_scale(micro[0]["inputs"][0].size))
 
-    def with_low_frozen(params: Params, frozen: Params, *inputs: Any) -> tuple[Params, Sums, Any]:
+    def with_low_frozen(
+        params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
+    ) -> tuple[Params, Sums, Any]:
         if config.optim.accum_steps > 1 or sync.gather:  # converted once, and before they are gathered
             frozen = converted(frozen, config.model.dtype, outer=sync.gather is not None)
-        return (in_float16 if config.model.dtype == "float16" else gradients)(params, frozen, *inputs)
+        if sync.mixes and own.cuts:  # the model's collectives wait for that of the step
+            batch, keys = micro
+            micro = batch | {"inputs": overlap.after(batch["inputs"], mean_targets)}, keys
+        return (in_float16 if config.model.dtype == "float16" else gradients)(
+            params, frozen, micro, mean_targets, sync_state
+        )
 
     return with_low_frozen
 
@@ -206,8 +216,10 @@ def with_frozen(
     return both, on_each, batch
 
 
-def make_eval_sums(config: Config, model: Model, sync: GradSync) -> Callable[[Params, Batch], LossSums]:
+def make_eval_sums(config: Config, own: OneDevice) -> Callable[[Params, Batch], LossSums]:
     """Returns (what this device holds of the parameters, its part of a batch) -> sums of its losses."""
+
+    model, sync = own.model, own.sync
 
     def sums(params: Params, batch: Batch) -> LossSums:
         if sync.gather is None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import Config
-from jaxlm.sync import GradSync, Group
+from jaxlm.train.one_device import OneDevice
 
 Stats = dict[str, jax.Array]
 
@@ -26,7 +26,7 @@ class Change(NamedTuple):
     accepted: jax.Array  # by the guard; otherwise the update is not made
 
 
-def make_layer_stats(config: Config, group: Group, sync: GradSync) -> Callable[..., Stats]:
+def make_layer_stats(config: Config, own: OneDevice) -> Callable[..., Stats]:
     """Returns the function (change, squares_L, tokens) -> statistics of a step, the same on all devices.
 
     `squares_L` are the sums of the squares of the layers' outputs over this device's tokens, of which there are
@@ -38,26 +38,33 @@ def make_layer_stats(config: Config, group: Group, sync: GradSync) -> Callable[.
       layers/activation_rms: root mean square of the residual stream behind the layer, over the global batch.
     """
 
+    grid, sync = own.grid, own.sync
+
     def of_step(change: Change, squares_L: jax.Array, tokens: int) -> Stats:
-        sums = sync.whole_sums([squares(tree) for tree in (change.grads, change.params, change.updates)])
+        trees = (change.grads, change.params, change.updates)
+        sums = sync.whole_sums([squares(tree, sync.share) for tree in trees])
         grads, params, updates = jax.tree.map(jnp.sqrt, sums)
         found = {f"{part}/grad_norm": norm for part, norm in grads.items()}
         for part, norm in updates.items():
             found[f"{part}/update_ratio"] = jnp.where(change.accepted, norm / params[part], 0.0)
-        found["layers/activation_rms"] = jnp.sqrt(group.mean(squares_L) / (tokens * config.model.d_model))
+        tokens_of_all = tokens * grid.size("data")
+        found["layers/activation_rms"] = jnp.sqrt(grid.everyone.sum(squares_L) / (tokens_of_all * config.model.d_model))
         return found
 
     return of_step
 
 
-def squares(tree: Any) -> dict[str, Any]:
-    """The sum of the squares of each part of a tree of parameters, such as `embed`; that of `layers` is [L]."""
+def squares(tree: Any, share: Callable[[Any], float] = lambda path: 1.0) -> dict[str, Any]:
+    """The sum of the squares of each part of a tree of parameters, such as `embed`; that of `layers` is [L].
 
-    def total(part: str, x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(x), axis=tuple(range(part == "layers", x.ndim)))
-
-    leaves = {part: jax.tree.leaves(tree[part]) for part in tree}
-    return {part: sum(total(part, x) for x in found) for part, found in leaves.items() if found}
+    Each parameter counts with its share.
+    """
+    found: dict[str, Any] = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        part = path[0].key
+        total = share(path) * jnp.sum(jnp.square(x), axis=tuple(range(part == "layers", x.ndim)))
+        found[part] = found.get(part, 0) + total
+    return found
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import optax
 from jaxlm.config import OptimConfig
 from jaxlm.model import lora
 from jaxlm.sync.sharing import LayerSharing, alone
-from jaxlm.sync.zero import Zero
 from jaxlm.train.muon import muon
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
@@ -36,15 +35,19 @@ def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
     return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
 
 
-def _on_whole(inner: optax.GradientTransformation, zero: Zero) -> optax.GradientTransformation:
-    """Applies `inner` to whole gradients and its whole state, gathered from the parts; for small states."""
+def _on_whole(inner: optax.GradientTransformation, sharing: LayerSharing) -> optax.GradientTransformation:
+    """Applies `inner` to whole gradients, gathered from the parts, and its whole state; for small states, which tensor
+    groups do not divide.
+    """
+    zero = sharing.zero
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        grads = zero.whole(updates)
-        like = jax.eval_shape(inner.init, grads)
+        grads = sharing.whole(updates)
+        if zero:
+            state = zero.whole(state, jax.eval_shape(inner.init, grads))
         # In place of parameters, gradients: `inner` reads only their shapes.
-        updates, state = inner.update(grads, zero.whole(state, like), grads)
-        return zero.own(updates), zero.own(state)
+        updates, state = inner.update(grads, state, grads)
+        return sharing.own(updates), zero.own(state) if zero else state
 
     return optax.GradientTransformation(inner.init, update)
 
@@ -76,13 +79,14 @@ def _adafactor(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHis
         optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
         optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
     )
-    return _decayed(scale if sharing.zero is None else _on_whole(scale, sharing.zero), c, steps, history)
+    return _decayed(_on_whole(scale, sharing) if sharing.in_parts else scale, c, steps, history)
 
 
 def _sgd(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) -> optax.GradientTransformation:
     return _decayed(optax.trace(c.momentum, nesterov=True), c, steps, history)
 
 
+OF_WHOLE_MATRICES = ("adafactor",)  # whose state tensor groups do not divide
 OPTIMIZERS: dict[str, Callable[[OptimConfig, int, LayerSharing, LrHistory], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,

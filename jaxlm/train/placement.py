@@ -1,9 +1,8 @@
-"""Converts a state between the form of the step and the form of a checkpoint, which any number of devices can read.
+"""Converts a state between the form of the step and the form of a checkpoint, which any grid of devices can read.
 
-The step takes arrays on this process's devices, as pmap does; a checkpoint holds arrays of all processes. With ZeRO,
-each device of the step has its parts of some fields, `[devices, l, c]`. In a checkpoint they have their natural shapes,
-and are sharded over all devices along the dimension that the parts cut, if the devices divide it: then the conversion
-moves nothing between devices. The state of a reduction has one row per device, in both forms.
+The step takes arrays on this process's devices, as pmap does; a checkpoint holds arrays of all processes. Where devices
+hold different parts of a field, each has its own in the step, `[devices, ...]`. In a checkpoint all arrays have their
+natural shapes, and are sharded over the grid (layout.py). The state of a reduction has one row per device, in both.
 """
 
 from collections.abc import Callable
@@ -18,17 +17,11 @@ from jaxlm.config import Config
 from jaxlm.host import together
 from jaxlm.model import Model, Params
 from jaxlm.sync import zero
-from jaxlm.train.step import (
-    AXIS,
-    Device,
-    TrainState,
-    init_params,
-    init_sync,
-    init_whole,
-    sharded_fields,
-    spread,
-    state_axes,
-)
+from jaxlm.sync.grid import DIRECTIONS
+from jaxlm.train import trained
+from jaxlm.train.layout import is_layout, state_layouts
+from jaxlm.train.one_device import AXIS, one_device, shapes_of
+from jaxlm.train.step import Device, TrainState, init_params, init_sync, init_whole, spread, state_axes
 
 
 class Placement:
@@ -38,35 +31,31 @@ class Placement:
         self._config, self._model, self._devices = config, model, devices
         self.local = [d for d in devices if d.process_index == jax.process_index()]
         self._mesh, self.here = Mesh(np.array(devices), (AXIS,)), Mesh(np.array(self.local), (AXIS,))
-        everywhere, rows = (NamedSharding(self._mesh, PartitionSpec(*spec)) for spec in ((), (AXIS,)))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._gather = together.compiled(jax.jit(lambda x: x, out_shardings=everywhere), "an array as a whole")
         self._row = together.compiled(jax.jit(lambda x, i: x[i], out_shardings=everywhere), "a row of an array")
         self.batch = NamedSharding(self.here, PartitionSpec(AXIS))  # of a batch [local devices, ...]
         self.replicated = NamedSharding(self.here, PartitionSpec())
 
-        # Shapes of the whole state, without that of the reduction, and of the fields that devices have in parts.
-        params = jax.eval_shape(model.init, jax.random.key(0))
-        self.whole = jax.eval_shape(lambda params: init_whole(config, params), params)
-        self._like = {field: getattr(self.whole, field) for field in sharded_fields(config)}
-        self._join = together.compiled(
-            jax.jit(lambda parts: zero.joined(parts, self._like), out_shardings=self._natural(self._like)),
-            "the state as a whole",
-        )
-        shapes = self.whole.params
-        self._join_params = jax.jit(lambda parts: zero.joined(parts, shapes), out_shardings=self._natural(shapes))
-        self._gathering = model.with_layers(lambda layer: jax.lax.with_sharding_constraint(layer, everywhere))
-        self._spread = jax.jit(lambda whole: zero.spread(whole, len(devices)), out_shardings=rows)
+        # Shapes of the whole state, without that of the reduction, and the fields that devices have in parts.
+        self.whole = jax.eval_shape(lambda params: init_whole(config, params), shapes_of(model))
+        grid = one_device(config, model, len(devices)).grid
+        self._grid = Mesh(np.array(devices).reshape(grid.sizes), DIRECTIONS)
+        self._layouts = state_layouts(config, model, len(devices))
+        self._join = together.compiled(self._converter(self._layouts, back=True), "the state as a whole")
+        self._spread = self._converter(self._layouts)
+        self._gathering = model.having(on_layer=lambda layer: jax.lax.with_sharding_constraint(layer, everywhere))
 
     def initial(self) -> TrainState:
         """Makes the initial state, on the devices. Fields that are in parts are never whole on one device."""
-        if "params" in self._like:
+        if "params" in self._layouts:
             return self.restored(self.initial_program()(jax.random.key(self._config.seed)))
         params = init_params(self._config, self._model)
         first, count = self._devices.index(self.local[0]), len(self._devices)
 
         def rest(params: Params) -> TrainState:
             state = spread(self._config, init_whole(self._config, params), count)
-            state = state._replace(params=None, sync=init_sync(self._config, params, count))
+            state = state._replace(params=None, sync=init_sync(self._config, self._model, count))
             rows = slice(first, first + len(self.local))
             parts: list[Any] = [
                 part if axis is None else jax.tree.map(lambda x: x[rows], part)
@@ -84,7 +73,7 @@ class Placement:
         def whole(key: jax.Array) -> TrainState:
             params = self._model.init(key)
             state = init_whole(self._config, params)
-            return state._replace(sync=init_sync(self._config, params, len(self._devices)))
+            return state._replace(sync=init_sync(self._config, self._model, len(self._devices)))
 
         return jax.jit(whole, out_shardings=self._saved_shardings(jax.eval_shape(whole, jax.random.key(0))))
 
@@ -94,17 +83,20 @@ class Placement:
 
     def place_params(self, params: Params) -> Params:
         """Puts whole parameters, or some of them, on the devices as the step expects them."""
-        if "params" not in self._like:
+        if "params" not in self._layouts:
             return jax.device_put(params, self.replicated)
-        return self._to_local(self._spread(jax.device_put(params, self._natural(params))), PartitionSpec(AXIS))
+        some = trained.within(self._layouts["params"], params)
+        put = jax.device_put(params, self._natural(some))
+        return self._to_local(self._converter(some)(put), PartitionSpec(AXIS))
 
     def for_sampling(self, params: Params) -> tuple[Model, Params]:
         """The model with parameters of a state, for computation outside the mapped step: on one device or, if devices
         hold parts, on all of them, which gather one layer at a time. Then all processes must call the same functions.
         """
-        if "params" not in self._like:
+        if "params" not in self._layouts:
             return self._model, jax.tree.map(lambda x: x.addressable_shards[0].data, params)
-        return self._gathering, self._join_params(self._to_global(params, PartitionSpec(AXIS)))
+        join = self._converter(self._layouts["params"], back=True)
+        return self._gathering, join(self._to_global(params, PartitionSpec(AXIS)))
 
     def everywhere(self, state: TrainState) -> TrainState:
         """Returns the state as arrays of all processes."""
@@ -115,8 +107,8 @@ class Placement:
         the whole state as NumPy arrays, and the others get None.
         """
         state = self.everywhere(state)
-        if self._like:
-            state = state._replace(**self._join({field: getattr(state, field) for field in self._like}))
+        if self._layouts:
+            state = state._replace(**self._join({field: getattr(state, field) for field in self._layouts}))
         return state if jax.process_count() == 1 else self._gathered(state)
 
     def _gathered(self, state: TrainState) -> TrainState | None:
@@ -155,8 +147,8 @@ class Placement:
 
     def restored(self, saved: TrainState) -> TrainState:
         """The inverse of `saved`."""
-        if self._like:
-            saved = saved._replace(**self._spread({field: getattr(saved, field) for field in self._like}))
+        if self._layouts:
+            saved = saved._replace(**self._spread({field: getattr(saved, field) for field in self._layouts}))
         return self.place(self._to_local(saved, jax.tree.map(lambda s: s.spec, self._shardings(saved, self._mesh))))
 
     def _to_local(self, tree: Any, specs: Any) -> Any:
@@ -180,19 +172,21 @@ class Placement:
 
     def _saved_shardings(self, like: TrainState) -> TrainState:
         """In the form of a checkpoint, on the devices of all processes."""
-        natural = {field: self._natural(getattr(like, field)) for field in self._like}
-        return self._shardings(like, self._mesh)._replace(**natural)
+        return self._shardings(like, self._mesh)._replace(**self._natural(self._layouts))
 
-    def _natural(self, like: Any) -> Any:
-        """Shards each array along the first dimension that the devices divide, else replicates it. A stacked one is
-        sharded along its layers only if no other dimension will do, because parts are cut from each layer.
-        """
+    def _natural(self, layouts: Any) -> Any:
+        """The shardings of arrays in a checkpoint."""
+        return jax.tree.map(lambda layout: NamedSharding(self._grid, layout.spec), layouts, is_leaf=is_layout)
 
-        def sharding(path: Any, x: Any) -> NamedSharding:
-            dims = [*range(1, x.ndim), 0][: x.ndim] if zero.is_stacked(path) else range(x.ndim)
-            for i in dims:
-                if x.shape[i] % len(self._devices) == 0:
-                    return NamedSharding(self._mesh, PartitionSpec(*[None] * i, AXIS))
-            return NamedSharding(self._mesh, PartitionSpec())
+    def _converter(self, layouts: Any, back: bool = False) -> Callable[[Any], Any]:
+        """Compiles (tree of arrays in the form of a checkpoint) -> the same in the form of the step, or `back`."""
+        natural = jax.tree.map(lambda layout: layout.spec, layouts, is_leaf=is_layout)
+        rows = jax.tree.map(lambda layout: PartitionSpec(DIRECTIONS), layouts, is_leaf=is_layout)
 
-        return jax.tree_util.tree_map_with_path(sharding, like)
+        def convert(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda layout, x: (layout.to_saved if back else layout.to_device)(x), layouts, tree, is_leaf=is_layout
+            )
+
+        specs = {"in_specs": (rows if back else natural,), "out_specs": natural if back else rows}
+        return jax.jit(jax.shard_map(convert, mesh=self._grid, **specs, check_vma=False))

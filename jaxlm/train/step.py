@@ -14,14 +14,14 @@ import optax
 from jaxlm.config import Config
 from jaxlm.host import runtime, together
 from jaxlm.model import Model, Params
-from jaxlm.sync import Group, make_sync, sharing, zero
+from jaxlm.sync import overlap, zero
 from jaxlm.train import guard, layer_stats, loss_mean, trained
 from jaxlm.train.accumulation import micro_batches
 from jaxlm.train.backward import Batch, make_eval_sums, make_gradients
+from jaxlm.train.one_device import AXIS, one_device, sharing_of
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.schedules import UNTOUCHED, LrHistory, make_schedule
 
-AXIS = "devices"
 NO_TARGETS = 1e-9  # the divisor if a batch has no targets; the sums that it divides are zero
 
 Device = Any  # jax.Device, which type checkers take for a variable
@@ -44,8 +44,10 @@ def state_axes(config: Config) -> TrainState:
 
 
 def sharded_fields(config: Config) -> tuple[str, ...]:
-    """The fields of which each device has its parts, [devices, l, c] (sync/packed.py)."""
-    return ((), ("opt_state",), ("opt_state",), ("opt_state", "params", "ema"))[config.parallel.zero]
+    """The fields of which devices hold different parts, [devices, ...] (layout.py)."""
+    if config.parallel.splits_model or config.parallel.zero == 3:
+        return "opt_state", "params", "ema"
+    return ("opt_state",) if config.parallel.zero else ()
 
 
 def init_params(config: Config, model: Model) -> Params:
@@ -67,21 +69,24 @@ def init_whole(config: Config, params: Params) -> TrainState:
     )
 
 
-def init_sync(config: Config, params: Params, num_devices: int) -> Any:
+def init_sync(config: Config, model: Model, num_devices: int) -> Any:
     """The initial state of the reduction, [devices, ...]."""
-    own = trained.part(config, params)
-    sync = make_sync(config.parallel, Group(AXIS, num_devices), params).init(own)
+    device = one_device(config, model, num_devices)
+    like = trained.part(config, device.params)
+    sync = device.sync.init(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), sync)
 
 
 def init_state(config: Config, model: Model, num_devices: int) -> TrainState:
+    """The initial state as the step takes it, where devices hold the same or, with ZeRO, parts of that."""
     params = init_params(config, model)
     state = spread(config, init_whole(config, params), num_devices)
-    return state._replace(sync=init_sync(config, params, num_devices))
+    return state._replace(sync=init_sync(config, model, num_devices))
 
 
 def spread(config: Config, whole: TrainState, num_devices: int) -> TrainState:
     """A state with its sharded fields cut into parts."""
+    assert not config.parallel.splits_model
     return whole._replace(**{f: zero.spread(getattr(whole, f), num_devices) for f in sharded_fields(config)})
 
 
@@ -89,26 +94,24 @@ def make_train_step(
     config: Config, model: Model, devices: list[Device], history: LrHistory = UNTOUCHED
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Returns the step of one device: (state, its part of the batch) -> (new state, metrics of the global batch)."""
-    platform = devices[0].platform  # that the step is compiled for, whatever compiles it
-    model = model.on(platform)
-    params_like = jax.eval_shape(model.init, jax.random.key(0))
-    group = Group(AXIS, len(devices), platform=platform)
-    sync = make_sync(config.parallel, group, params_like)
-    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, group, params_like), history)
+    own = one_device(config, model, len(devices), devices[0].platform)
+    grid, sync, everyone = own.grid, own.sync, own.grid.everyone
+    optimizer = make_optimizer(config.optim, config.steps, sharing_of(config, devices, own), history)
     schedule = make_schedule(config.optim, config.steps, "lr", history)
-    gradients = make_gradients(config, model, sync, group)
-    of_layers = layer_stats.make_layer_stats(config, group, sync)
+    gradients = make_gradients(config, own)
+    of_layers = layer_stats.make_layer_stats(config, own)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        stop = batch.get("stop")
-        batch = {name: x for name, x in batch.items() if name != "stop"}
         # Devices may hold different numbers of targets. Dividing each device's sum by the mean number, before the mean
         # over devices, gives every target of the global batch the same weight. Without targets the gradient is zero.
-        own_targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
-        mean_targets = jnp.maximum(group.mean(own_targets), NO_TARGETS)
+        counts = {"targets": jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)}
+        counts |= {name: batch[name] for name in ("stop",) if name in batch}  # of the processes asked to stop
+        batch = {name: x for name, x in batch.items() if name != "stop"}
+        means = everyone.mean(counts)
+        mean_targets = jnp.maximum(means["targets"], NO_TARGETS)
 
         # The gradient of the global batch: forward, backward and the mean over the devices (make_gradients).
-        keys = _dropout_keys(config, state.step, batch["inputs"].shape[0])
+        keys = _dropout_keys(config, state.step, grid.replica(), batch["inputs"].shape[0])
         own_params = trained.part(config, state.params)
         frozen = trained.without(state.params, own_params)
         masters = float32(own_params)  # whatever dtype they are stored in
@@ -116,31 +119,31 @@ def make_train_step(
         grads, sums, sync_state = gradients(masters, frozen, micro, mean_targets, state.sync)
 
         # One factor for the guard and for clipping.
-        numbers = guard.agree(state.guard, sums.losses.nll, sync.global_norm(grads), group)
+        numbers = guard.agree(state.guard, sums.losses.nll, sync.global_norm(grads), everyone)
         accepted, scale, new_guard = guard.judge(state.guard, numbers, mean_targets, config.optim, model.vocab_size)
         if config.optim.clip_norm:
             scale = jnp.minimum(scale, config.optim.clip_norm / jnp.maximum(numbers.norm, 1e-9))
         clipped = jax.tree.map(lambda g: g * scale, grads)
 
         # The update.
-        own = sync.own(masters)  # what this device updates: all parameters, or its parts of them
-        updates, opt_state = optimizer.update(clipped, state.opt_state, own)
-        masters = sync.whole(optax.apply_updates(own, updates))
+        mine = sync.own(masters)  # what this device updates: all that it holds, or its parts of it
+        updates, opt_state = optimizer.update(clipped, state.opt_state, mine)
+        masters = sync.whole(optax.apply_updates(mine, updates))
 
         metrics = {"loss": numbers.nll / mean_targets, "lr": schedule(state.step), "grad_norm": numbers.norm}
         loss = jnp.where(mean_targets > NO_TARGETS, metrics["loss"], jnp.nan)
         metrics["loss_mean"], new_loss_mean = loss_mean.push(state.loss_mean, loss, state.step + 1, config)
         metrics |= {key: getattr(new_guard, key) for key in ("skipped", "spikes", "in_row", "high")}
         if config.log.layer_stats:
-            change = layer_stats.Change(grads, own, updates, accepted)
+            change = layer_stats.Change(grads, mine, updates, accepted)
             metrics |= of_layers(change, sums.squares_L, batch["inputs"].size)
-        if stop is not None:  # more than 0 if any process was asked to stop: all see it at the same step
-            metrics["stop"] = group.mean(stop)
+        if "stop" in means:  # more than 0 if any process was asked to stop: all see it at the same step
+            metrics["stop"] = means["stop"]
 
         # The new state, or the old one if the guard did not accept the step.
         ema = update_ema(state.ema, masters, state.step, config.optim.ema_decay)
         rounding = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        params = stored(masters, own_params, rounding if sync.gather is None else group.own_key(rounding))
+        params = stored(masters, own_params, rounding if sync.gather is None else grid.copies.own_key(rounding))
         new, old = (params, opt_state, ema, sync_state), (own_params, state.opt_state, state.ema, state.sync)
         params, opt_state, ema, sync_state = guard.either(accepted, new, old)
         new_state = TrainState(
@@ -190,28 +193,13 @@ def update_ema(ema: Params | None, params: Params, step: jax.Array, decay: float
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)
 
 
-def _dropout_keys(config: Config, step: jax.Array, batch: int) -> jax.Array | None:
+def _dropout_keys(config: Config, step: jax.Array, replica: jax.Array, batch: int) -> jax.Array | None:
     """A key for each sequence, from its row in the global batch, so that masks do not depend on the devices."""
     if not (config.model.dropout or config.model.lora_dropout):
         return None
     key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-    rows_B = jax.lax.axis_index(AXIS) * batch + jnp.arange(batch)
+    rows_B = replica * batch + jnp.arange(batch)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
-
-
-def sharing_of(config: Config, devices: list[Device], group: Group, params: Params) -> sharing.LayerSharing:
-    """How devices share the optimizer's work: with ZeRO all of them, otherwise the devices of each host.
-
-    All hosts have equally many devices, which are neighbours on the axis.
-    """
-    if config.parallel.zero:
-        return sharing.by_parts(zero.Zero(group, params))
-    hosts = [d.process_index for d in devices]
-    size = hosts.count(hosts[0])
-    if size == 1:
-        return sharing.alone()
-    members = tuple(tuple(range(i, i + size)) for i in range(0, len(hosts), size))
-    return sharing.by_host(Group(AXIS, size, members if len(members) > 1 else None))
 
 
 def make_eval_step(
@@ -222,15 +210,15 @@ def make_eval_step(
     The batch also has `bytes`, float32 [B, T]: the number of UTF-8 bytes that each target stands for.
     """
 
-    group = Group(AXIS, len(devices), platform=devices[0].platform)
-    sync = make_sync(config.parallel, group, jax.eval_shape(model.init, jax.random.key(0)))
-    sums_of = make_eval_sums(config, model, sync)
+    own = one_device(config, model, len(devices), devices[0].platform)
+    sums_of = make_eval_sums(config, own)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         sums = sums_of(params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
-        if "stop" in batch:
-            sums["stop"] = batch["stop"]
-        return jax.lax.psum(sums, AXIS)
+        found = own.grid.copies.sum(sums)
+        if "stop" in batch:  # added last: on CPU, no collective may run beside those of the model (overlap.after)
+            found["stop"] = own.grid.everyone.sum(overlap.after(batch["stop"], sums["targets"]))
+        return found
 
     return eval_step
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.config import Config, UserError
 from jaxlm.config.validate import validate
-from jaxlm.data import Corpus, TrainOrder, eval_batches
+from jaxlm.data import Corpus, Share, TrainOrder, eval_batches
 from jaxlm.data.sources.conversations import conversation
 from tests.corpora import make_config, open_corpus
 from tests.runs import lines, run
@@ -97,7 +97,7 @@ def test_only_answers_are_targets(config: Config, tmp_path: Path, packing: Any):
     answers = [text for _, texts in documents(corpus, "val") for text in texts]
     ends = 0
     targets: list[int] = []
-    for _, _, batch in eval_batches(corpus, config, 4, num_devices=2):
+    for _, _, batch in eval_batches(corpus, config, 4, share=Share(2)):
         y = batch["targets"].ravel()
         targets += y[y >= 0].tolist()
         after = batch["inputs"].ravel()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, TrainOrder, eval_batches, prepare
+from jaxlm.data import Corpus, Share, TrainOrder, eval_batches, prepare
 from jaxlm.data.order import Packed
 from jaxlm.data.packing import best_fit, pack, pieces
 from jaxlm.data.tokens import Tokens
@@ -166,7 +166,7 @@ def test_the_loss_of_a_packed_document_equals_its_loss_alone(model_config: Confi
         return jnp.where(targets >= 0, nll_N.reshape(targets.shape), 0)
 
     packed, together = [], 0
-    for _, _, batch in eval_batches(corpus, config, 4, num_devices=1):
+    for _, _, batch in eval_batches(corpus, config, 4, share=Share(1)):
         x, y, p = (batch[k][0] for k in ("inputs", "targets", "positions"))
         together = max(together, int((p[:, 1:] == 0).sum(1).max()))
         nll = np.asarray(losses(x, y, p))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import UserError
-from jaxlm.data import Corpus, Scored, eval_batches
+from jaxlm.data import Corpus, Scored, Share, eval_batches
 from jaxlm.data.scoring import scored_rows
 from tests.corpora import corpus_of
 from tests.data.test_data_stream import make_config
@@ -33,10 +33,7 @@ def test_evaluation_covers_every_target_once(lengths: list[int], seq_len: int, p
     (processes, devices), corpus = split, counting(*lengths)
     rows = per_device * processes * devices
     config = make_config(seq_len=seq_len)
-    hosts = [
-        list(eval_batches(corpus, config, rows, num_devices=devices, process_index=p, process_count=processes))
-        for p in range(processes)
-    ]
+    hosts = [list(eval_batches(corpus, config, rows, share=Share(devices, p, processes))) for p in range(processes)]
     assert len({len(batches) for batches in hosts}) == 1
     targets = []
     for parts in zip(*hosts, strict=True):
@@ -54,29 +51,29 @@ def test_evaluation_covers_every_target_once(lengths: list[int], seq_len: int, p
 
 def test_a_limited_evaluation_is_spread_over_the_whole_set():
     corpus, config = counting(1001), make_config()  # 125 rows of 8
-    some = list(eval_batches(corpus, config, 4, num_devices=2, limit=5))
+    some = list(eval_batches(corpus, config, 4, share=Share(2), limit=5))
     assert len(some) == 5 and {s.source for s in some} == {""} and {s.weight for s in some} == {125 / 20}
     targets = targets_of(some)
     assert len(targets) == 20 * 8 == len(set(targets.tolist()))
     starts = targets[::8]
     assert starts[0] == 101 and starts[-1] > 101 + 0.94 * 1000
     assert set(np.diff(starts).tolist()) <= {6 * 8, 7 * 8}
-    again = list(eval_batches(corpus, config, 4, num_devices=1, limit=5))
+    again = list(eval_batches(corpus, config, 4, share=Share(1), limit=5))
     np.testing.assert_array_equal(targets_of(again), targets)
-    everything = list(eval_batches(corpus, config, 4, num_devices=2))
+    everything = list(eval_batches(corpus, config, 4, share=Share(2)))
     assert len(everything) == 32
-    assert len(list(eval_batches(corpus, config, 4, num_devices=2, limit=99))) == 32
+    assert len(list(eval_batches(corpus, config, 4, share=Share(2), limit=99))) == 32
     with pytest.raises(UserError, match="the evaluation batch is 5"):
-        eval_batches(corpus, config, 5, num_devices=2)
+        eval_batches(corpus, config, 5, share=Share(2))
 
 
 def test_each_source_of_a_mixture_has_its_share_of_the_batches():
     corpus, config = counting(4801, 1601, 41), make_config()  # 600, 200 and 5 rows
-    some = list(eval_batches(corpus, config, 4, num_devices=1, limit=8))
+    some = list(eval_batches(corpus, config, 4, share=Share(1), limit=8))
     assert [s.source for s in some] == [*"aaaaaa", *"bb", "c"]
     assert [s.weight for s in some] == [600 / 24] * 6 + [200 / 8] * 2 + [5 / 4]
     assert [(s.batch["targets"] >= 0).sum() for s in some] == [32] * 9
-    one = list(eval_batches(corpus, config, 4, num_devices=1, limit=1))
+    one = list(eval_batches(corpus, config, 4, share=Share(1), limit=1))
     assert [s.source for s in one] == [*"abc"]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from jaxlm.config import Config, UserError
-from jaxlm.data import Corpus, TrainOrder, train_stream
+from jaxlm.data import Corpus, Share, TrainOrder, train_stream
 from jaxlm.data import stream as stream_lib
 from jaxlm.data.order import VERSION, VERSIONS, num_windows, window_starts
 from jaxlm.data.permutation import ROUNDS, permute
@@ -159,8 +159,7 @@ def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: in
     config, corpus = make_config(steps=30), make_corpus(500)
     order = TrainOrder(corpus, config)
     streams = [
-        train_stream(order, config, 25, num_devices=devices, process_index=p, process_count=processes, backend=backend)
-        for p in range(processes)
+        train_stream(order, config, 25, share=Share(devices, p, processes), backend=backend) for p in range(processes)
     ]
     count = 0
     for n, parts in enumerate(zip(*streams, strict=True), start=25):
@@ -177,7 +176,7 @@ def test_batches_do_not_depend_on_the_split(backend, processes: int, devices: in
 def test_auto_switches_backends_without_losing_or_repeating_a_batch(monkeypatch):
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=200), make_corpus(500)
-    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, share=Share(1))
     moved = 0
     for n, batch in enumerate(stream):
         np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus, config, n)["inputs"])
@@ -194,14 +193,14 @@ def test_auto_works_without_tensorflow(monkeypatch):
     monkeypatch.setattr(stream_lib, "import_tensorflow", absent)
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=50), make_corpus(500)
-    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, share=Share(1))
     first = [next(stream) for _ in range(10)]
     stream.settle()
     rest = list(stream)
     for n, batch in enumerate(first + rest):
         np.testing.assert_array_equal(batch["inputs"][0], batch_at(corpus, config, n)["inputs"])
     with pytest.raises(ImportError):
-        train_stream(TrainOrder(corpus, config), config, 0, num_devices=1, backend="tf")
+        train_stream(TrainOrder(corpus, config), config, 0, share=Share(1), backend="tf")
 
 
 def test_close_does_not_wait_for_tensorflow(monkeypatch: pytest.MonkeyPatch):
@@ -210,7 +209,7 @@ def test_close_does_not_wait_for_tensorflow(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stream_lib, "import_tensorflow", imported.wait)
     monkeypatch.setattr(stream_lib, "PATIENCE", 3)
     config, corpus = make_config(steps=50), make_corpus(500)
-    stream = train_stream(TrainOrder(corpus, config), config, 0, num_devices=1)
+    stream = train_stream(TrainOrder(corpus, config), config, 0, share=Share(1))
     for _ in range(10):
         next(stream)
     assert stream._importer.is_alive()
@@ -242,7 +241,7 @@ def test_errors_are_raised_not_swallowed(backend: str):
 def test_close_ends_the_background_work(backend):
     config, corpus = make_config(steps=10**9), make_corpus(500)
     before = threading.active_count()
-    stream = train_stream(TrainOrder(corpus, config), config, 10**8, num_devices=1, backend=backend)
+    stream = train_stream(TrainOrder(corpus, config), config, 10**8, share=Share(1), backend=backend)
     list(itertools.islice(stream, 3))
     stream.close()
     stream.close()
@@ -285,14 +284,14 @@ def test_tensorflow_does_not_convert_the_code_of_batches(monkeypatch: pytest.Mon
 
 def test_a_batch_size_that_devices_do_not_divide_is_refused():
     with pytest.raises(UserError, match="batch_size is 12; allowed: a multiple of 5 devices x 1 hosts"):
-        train_stream(TrainOrder(make_corpus(500), make_config()), make_config(), 0, num_devices=5)
+        train_stream(TrainOrder(make_corpus(500), make_config()), make_config(), 0, share=Share(5))
 
 
 def test_memory_mapped_corpora_give_the_same_batches(tmp_path: Path):
     np.arange(500, dtype="<u2").tofile(tmp_path / "a.bin")
     corpus = dataclasses.replace(make_corpus(500), train=Tokens([np.memmap(tmp_path / "a.bin", "<u2", mode="r")]))
     config = make_config(steps=3)
-    for batch, n in zip(train_stream(TrainOrder(corpus, config), config, 0, num_devices=2), range(3), strict=True):
+    for batch, n in zip(train_stream(TrainOrder(corpus, config), config, 0, share=Share(2)), range(3), strict=True):
         inputs = batch["inputs"].reshape(12, 8)
         np.testing.assert_array_equal(inputs, batch_at(make_corpus(500), config, n)["inputs"])
         assert not isinstance(inputs, np.memmap)

@@ -110,7 +110,7 @@ def follow(run: Run, batches: list[np.ndarray]) -> tuple[list[float], Any]:
     config: Config = dataclasses.replace(load(CONFIG, [f"--config.{k}" for k in keys]), model=run.config.model)
     config.model.scan_unroll, config.seq_len = 1, run.config.seq_len
     model, devices = make_model(config.model, run.vocab_size, config.seq_len), jax.devices()[:2]
-    state = train_step.init_whole(config, run.params)._replace(sync=train_step.init_sync(config, run.params, 2))
+    state = train_step.init_whole(config, run.params)._replace(sync=train_step.init_sync(config, model, 2))
     state = Placement(config, model, devices).place(state)
     step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
     losses = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.model import layers, make_model
+from jaxlm.model.tensor import ALONE
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -19,15 +20,15 @@ def test_dropout_of_ones_keeps_the_mean() -> None:
     rate, n = 0.3, 40_000
     keys_B = jax.random.split(jax.random.key(0), 2)
     x_ND = jnp.ones((2 * n // 8, 8))
-    out = np.asarray(layers.dropout(x_ND, rate, keys_B, 3))
+    out = np.asarray(layers.dropout(x_ND, rate, keys_B, 3, ALONE))
     assert set(np.unique(out)) == {0.0, np.float32(1 / (1 - rate))}
     deviation = math.sqrt(rate / (1 - rate) / out.size)
     assert abs(out.mean() - 1) < 5 * deviation
-    rows = (out.reshape(2, -1), np.asarray(layers.dropout(x_ND, rate, keys_B, 4)).reshape(2, -1))
+    rows = (out.reshape(2, -1), np.asarray(layers.dropout(x_ND, rate, keys_B, 4, ALONE)).reshape(2, -1))
     for a, b in [(rows[0][0], rows[0][1]), (rows[0][0], rows[1][0])]:  # sequences and sites have different masks
         assert abs(np.mean((a == 0) & (b == 0)) - rate**2) < 0.02
-    np.testing.assert_array_equal(layers.dropout(x_ND, rate, None, 3), x_ND)
-    np.testing.assert_array_equal(layers.dropout(x_ND, 0.0, keys_B, 3), x_ND)
+    np.testing.assert_array_equal(layers.dropout(x_ND, rate, None, 3, ALONE), x_ND)
+    np.testing.assert_array_equal(layers.dropout(x_ND, 0.0, keys_B, 3, ALONE), x_ND)
 
 
 def test_dropout_is_a_function_of_the_sequences_key() -> None:

@@ -158,7 +158,9 @@ def test_automatic_settings_follow_the_platform() -> None:
     chosen = dataclasses.replace(c, scan_unroll=0, remat="full")
     assert layer_loop(chosen, "cpu") == layer_loop(chosen, "gpu") == (3, "full")
     model = make_model(c, VOCAB, MAX_LEN)
-    texts = [str(jax.make_jaxpr(m.hidden)(drawn(model), some_tokens(1, 8))) for m in (model, model.on("gpu"))]
+    texts = [
+        str(jax.make_jaxpr(m.hidden)(drawn(model), some_tokens(1, 8))) for m in (model, model.having(platform="gpu"))
+    ]
     assert texts[0] != texts[1] == str(jax.make_jaxpr(make_model(c, VOCAB, MAX_LEN, "gpu").hidden)(
         drawn(model), some_tokens(1, 8)))  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.config import Config
 from jaxlm.config.files import load
-from jaxlm.data import eval_batches
+from jaxlm.data import Share, eval_batches
 from jaxlm.model import make_model
 from jaxlm.train import step as train_step
 from jaxlm.train.evaluate import evaluate
@@ -49,7 +49,7 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
     step = train_step.pmap_eval_step(config, train_step.make_eval_step(config, model, local), local)
     params = Placement(config, model, local).place_params(params)
     corpus = corpus_of(*(sets or (TOKENS,)))
-    return evaluate(step, params, eval_batches(corpus, config, ROWS, num_devices=devices, limit=limit), table)
+    return evaluate(step, params, eval_batches(corpus, config, ROWS, share=Share(devices), limit=limit), table)
 
 
 @cache
@@ -145,5 +145,5 @@ def test_a_hopeless_model_has_a_finite_perplexity():
     config = make_config()
     one = jax.devices()[:1]
     step = train_step.pmap_eval_step(config, train_step.make_eval_step(config, model, one), one)
-    scores = evaluate(step, worse, eval_batches(corpus_of(TOKENS), config, ROWS, num_devices=1), None)
+    scores = evaluate(step, worse, eval_batches(corpus_of(TOKENS), config, ROWS, share=Share(1)), None)
     assert scores["eval_loss"] > 1000 and math.isfinite(scores["eval_perplexity"])

@@ -15,6 +15,7 @@ from jaxlm.checkpoint.replicas import Replicas
 from jaxlm.checkpoint.writing import Saver
 from jaxlm.config import Config
 from jaxlm.config.files import load
+from jaxlm.data import Share
 from jaxlm.model import make_model
 from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
@@ -95,7 +96,7 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
         metrics = []
         for seed in range(steps_done):
-            rows = {k: x.reshape(devices, -1, T) for k, x in batch(seed).items()}
+            rows = Share(devices, of_a_replica=config.parallel.of_a_replica).shard(batch(seed))
             state, m = step(state, jax.device_put(rows, placement.batch))
             metrics.append([float(m["loss"]), float(m["grad_norm"])])
         saved = jax.device_get(placement.saved(state))

@@ -1,0 +1,72 @@
+"""What one device of the grid holds and computes."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm.config import Config
+from jaxlm.model import Model, Params
+from jaxlm.model.tensor import ALONE, Tensor
+from jaxlm.sync import GradSync, Grid, make_grid, make_sync, sharing
+from jaxlm.sync.cuts import Cuts
+from jaxlm.sync.zero import Zero
+
+AXIS = "devices"
+ACTIVATIONS = "share_activations"  # names the tensor group's collectives in a compiled program
+
+
+class OneDevice(NamedTuple):
+    grid: Grid
+    model: Model  # its part of the model
+    params: Params  # shapes of what it holds of the parameters, without ZeRO
+    cuts: Cuts | None  # how its tensor group divides them; None = not at all
+    sync: GradSync
+
+
+def one_device(config: Config, model: Model, count: int, platform: str = "") -> OneDevice:
+    """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
+    grid = make_grid(config.parallel, AXIS, count, platform)
+    part = model.having(platform=platform, tensor=tensor_group(grid))
+    whole, own = shapes_of(model), shapes_of(part)
+    cuts = Cuts(grid.group("tensor"), whole, own) if grid.size("tensor") > 1 else None
+    return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
+
+
+def shapes_of(model: Model) -> Params:
+    """The shapes of a model's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def tensor_group(grid: Grid) -> Tensor:
+    """How the devices of a tensor group compute one model together."""
+    group = grid.group("tensor")
+    if group.size == 1:
+        return ALONE
+
+    @jax.named_scope(ACTIVATIONS)
+    def gather(x_nD: jax.Array) -> jax.Array:
+        return group.gather(x_nD).reshape(-1, *x_nD.shape[1:])
+
+    @jax.named_scope(ACTIVATIONS)
+    def scatter(x_ND: jax.Array) -> jax.Array:
+        return group.scatter_sum(x_ND.reshape(group.size, -1)).reshape(-1, *x_ND.shape[1:])
+
+    return Tensor(group.size, group.index, gather, scatter, group.sum, group.max)
+
+
+def sharing_of(config: Config, devices: list[Any], own: OneDevice) -> sharing.LayerSharing:
+    """How devices share the optimizer's work on whole layers: with ZeRO those that hold the same, otherwise those of
+    them that are on one host. Those of a tensor group exchange their parts.
+
+    All hosts have equally many devices, which are neighbours on the axis.
+    """
+    copies = own.grid.copies
+    if config.parallel.zero:
+        return sharing.by_parts(Zero(copies, own.params), own.cuts)
+    hosts = [d.process_index for d in devices]
+    members = copies.members or (tuple(range(len(devices))),)
+    together = [tuple(i for i in m if hosts[i] == host) for m in members for host in dict.fromkeys(hosts[i] for i in m)]
+    size = len(together[0])
+    if size == 1:
+        return sharing.alone(own.cuts)
+    return sharing.by_host(copies._replace(size=size, members=tuple(together) if len(together) > 1 else None), own.cuts)
