@@ -45,10 +45,9 @@ class Share(NamedTuple):
         """
         replicas, rest = divmod(self.num_devices * self.process_count, self.of_a_replica)
         if rest or num_rows % replicas:
-            of = f" / {self.of_a_replica} devices of a replica" if self.of_a_replica > 1 else ""
-            raise UserError(
-                f"{key} is {num_rows}; allowed: a multiple of {self.num_devices} devices x {self.process_count} hosts{of}"
-            )
+            each = f" / {self.of_a_replica} devices of a replica" if self.of_a_replica > 1 else ""
+            count = f"{self.num_devices} devices x {self.process_count} hosts{each}"
+            raise UserError(f"{key} is {num_rows}; allowed: a multiple of {count}")
         here, each = self._replicas(), num_rows // replicas
         return slice(here[0] * each, (here[-1] + 1) * each)
 

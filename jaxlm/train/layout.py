@@ -3,8 +3,8 @@
 In a checkpoint an array has its natural shape, and is sharded over the grid as its `spec` says. In the step, each
 device has its own block, `[devices, ...]`: its part in the tensor direction (sync/cuts.py) and, with ZeRO, of that its
 part among the devices that hold the same (sync/packed.py). If the sizes divide, a block of the one is a block of the
-other, and the conversion moves nothing between devices. `to_device` and `to_saved` run under `jax.shard_map` over a mesh with
-the grid's directions as axes.
+other, and the conversion moves nothing between devices. `to_device` and `to_saved` run under `jax.shard_map` over a
+mesh with the grid's directions as axes.
 """
 
 import math
@@ -132,7 +132,7 @@ class Layout(NamedTuple):
         return whole
 
     def _block_shape(self) -> Shape:
-        sizes = dict(zip(DIRECTIONS, self.grid.sizes, strict=True))
+        sizes: dict[str, int] = dict(zip(DIRECTIONS, self.grid.sizes, strict=True))
         return tuple(s // math.prod(sizes[a] for a in axes) for s, axes in zip(self.shape, self._axes(), strict=True))
 
     def _cut(self, x: jax.Array) -> jax.Array:

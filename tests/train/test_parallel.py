@@ -21,6 +21,7 @@ from jaxlm.sync import Group
 from jaxlm.sync.sharing import by_parts
 from jaxlm.sync.zero import Zero, joined, spread
 from jaxlm.train import step as train_step
+from jaxlm.train import trained
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 
@@ -72,7 +73,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 def lively(params: Any) -> Any:
     """Replaces the output layer, which is initially zero: then no gradient would reach the other layers."""
     return {
-        k: {"kernel": (0.3 * jax.random.normal(jax.random.key(1), (20, VOCAB))).astype(v["kernel"].dtype)}
+        k: {"kernel": (0.3 * jax.random.normal(jax.random.key(1), v["kernel"].shape)).astype(v["kernel"].dtype)}
         if k == "head"
         else v
         for k, v in params.items()
@@ -92,7 +93,8 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
         whole = placement.saved(state)
         assert whole is not None
         params = lively(whole.params)
-        state = placement.restored(whole._replace(params=params, ema=jax.tree.map(jnp.copy, params)))
+        average = jax.tree.map(jnp.copy, trained.part(config, params))
+        state = placement.restored(whole._replace(params=params, ema=average))
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
         metrics = []
         for seed in range(steps_done):
@@ -274,9 +276,9 @@ def test_these_gradients_need_the_exchange():
     assert gap(grads[0], grads[1]) > 1000 * RTOL
 
 
-def saved_in(workdir: Path, trained: Result) -> Checkpoints:
+def saved_in(workdir: Path, result: Result) -> Checkpoints:
     saver = Saver(workdir, make_config().checkpoint)
-    saver.finish(STEPS, trained.placement.saved(trained.state))
+    saver.finish(STEPS, result.placement.saved(result.state))
     saver.close()
     return Checkpoints(workdir)
 
