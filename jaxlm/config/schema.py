@@ -213,13 +213,14 @@ class ParallelConfig:
     # each micro-batch.
     zero: int
     tensor: int  # devices that compute one model together, each some of its heads and hidden units; neighbours
+    context: int  # devices that share each sequence, for long ones; each has 1/context of its tokens
     topk_density: float  # topk: share of the numbers of layers' matrices that a device sends; 1/1024 to 1
     powersgd_rank: int  # powersgd: rank of the approximation of each layer's matrices
 
     @property
     def of_a_replica(self) -> int:
         """Devices that work on the same rows of the batch."""
-        return self.tensor
+        return self.context * self.tensor
 
     @property
     def splits_model(self) -> bool:

@@ -38,6 +38,7 @@ POSITIVE = (
     "optim.eps",
     "optim.max_skipped",
     "parallel.tensor",
+    "parallel.context",
     "log.every_steps",
     "checkpoint.keep",
 )
@@ -121,7 +122,7 @@ def validate(c: Config) -> Config:
     _check_model(c.model, require)
     _check_steps(c, require)
     _check_parallel(c.parallel, c.model, require)
-    _check_tensor(c, require)
+    _check_grid(c, require)
     _check_data(c.data, require)
     resume = "auto, never, or a workdir, after which @STEP or @best may follow"
     require(c.checkpoint.resume != "", "checkpoint.resume", resume)
@@ -258,13 +259,21 @@ def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None
     )
 
 
-def _check_tensor(c: Config, require: Require) -> None:
-    """What the devices of a tensor group divide evenly among them; a few key/value heads they share."""
-    m, size = c.model, c.parallel.tensor
-    for key, count in (("model.num_heads", m.num_heads), ("model.d_ff", m.mlp_width), ("seq_len", c.seq_len)):
-        require(count % size == 0, key, f"a multiple of parallel.tensor = {size}")
-    shared = m.kv_heads % size == 0 or size % m.kv_heads == 0
-    require(shared, "model.num_kv_heads", f"a multiple or a divisor of parallel.tensor = {size}")
+def _check_grid(c: Config, require: Require) -> None:
+    """What the devices of tensor and context groups divide evenly among them; a few key/value heads they share."""
+    m, tensor, context = c.model, c.parallel.tensor, c.parallel.context
+    for key, count in (("model.num_heads", m.num_heads), ("model.d_ff", m.mlp_width)):
+        require(count % tensor == 0, key, f"a multiple of parallel.tensor = {tensor}")
+    shared = m.kv_heads % tensor == 0 or tensor % m.kv_heads == 0
+    require(shared, "model.num_kv_heads", f"a multiple or a divisor of parallel.tensor = {tensor}")
+    if context > 1:
+        require(c.seq_len % (2 * context) == 0, "seq_len", f"a multiple of 2 * parallel.context = {2 * context}")
+        why = "with parallel.context, which does not know the longest text: none, linear, llama3"
+        require(m.rope_scaling != "longrope", "model.rope_scaling", why)
+        why = "with parallel.context, whose attention is its own: auto, xla"
+        require(m.attention in ("auto", "xla"), "model.attention", why)
+    size = c.seq_len // context
+    require(size % tensor == 0, "seq_len", f"a multiple of parallel.context * parallel.tensor = {context * tensor}")
 
 
 def _check_data(d: DataConfig, require: Require) -> None:

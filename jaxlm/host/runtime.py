@@ -162,7 +162,9 @@ def check_batch(config: Config, devices: int, processes: int) -> None:
         return
     count = (devices or 1) * processes
     if count % each:
-        raise UserError(f"parallel.tensor is {p.tensor}; allowed: a divisor of {count} devices")
+        sizes = {name: getattr(p, name) for name in ("context", "tensor") if getattr(p, name) > 1}
+        keys, values = (" * ".join(map(str, words)) for words in (map("parallel.{}".format, sizes), sizes.values()))
+        raise UserError(f"{keys} is {values}; allowed: a divisor of {count} devices")
     parts = count // each * config.optim.accum_steps
     if config.batch_size % parts:
         devices_of = f" / {each} devices of a replica" if each > 1 else ""

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
+from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.remat import keep
 
 
-def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.Array:
-    """Replaces half of each key's channels by those of the previous key; by zeros at the start of a row and, with
-    segments, of each document.
+def offset_keys(k_BSKC: jax.Array, begins_BS: jax.Array | None = None, context: Context = WHOLE) -> jax.Array:
+    """Replaces half of each key's channels by those of the previous key; by zeros at the start of a row and, if rows
+    hold several, where a document begins.
 
     A token can then find, within one layer, what came after the same token earlier in the text. Plain attention
     needs two layers: one copies the previous token to each position, the next one looks for it (Olsson et al.,
@@ -25,9 +26,8 @@ def offset_keys(k_BSKC: jax.Array, segments_BS: jax.Array | None = None) -> jax.
     those that RoPE rotates slowly, which carry the least information about positions.
     """
     C = k_BSKC.shape[-1]
-    before_BSKC = jnp.pad(k_BSKC, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    if segments_BS is not None:
-        begins_BS = jnp.diff(segments_BS, axis=1, prepend=-1) != 0
+    before_BSKC = context.previous(k_BSKC)
+    if begins_BS is not None:
         before_BSKC = jnp.where(begins_BS[:, :, None, None], 0, before_BSKC)
     return jnp.where(jnp.arange(C) % (C // 2) < C // 4, k_BSKC, before_BSKC)
 

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.model import lora
 from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, choose_kernel, offset_keys
+from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.layers import ROW_PARALLEL, Head, Mlp, dropout, linear, logits_of, norm, rmsnorm, sinusoids
 from jaxlm.model.remat import REMAT, keep, layer_loop
+from jaxlm.model.ring import ring_attention
 from jaxlm.model.rope import Tables, local_rope_tables, rope_tables, rotate
 from jaxlm.model.tensor import ALONE, Tensor, look_up
 
@@ -57,6 +59,7 @@ class Decoder(nn.Module):
     platform: str  # that it is compiled for: cpu or gpu
     on_layer: OnLayer | None = None
     tensor: Tensor = ALONE
+    context: Context = WHOLE
 
     def setup(self) -> None:
         c = self.config
@@ -110,25 +113,29 @@ class Decoder(nn.Module):
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
-        c = self.config
+        c, context = self.config, self.context
+        segments_BT = None if positions_BT is None else context.own(jnp.cumsum(positions_BT == 0, axis=1), 1)
+        tokens_BT = context.own(tokens_BT, 1)
         B, T = tokens_BT.shape
-        positions = start + jnp.arange(T) if positions_BT is None else positions_BT
+        positions = start + context.positions(T) if positions_BT is None else context.own(positions_BT, 1)
         x_nD = self._embedded(tokens_BT.reshape(-1))
         if c.scale_embeddings:
             x_nD *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if (added := self._position_embeddings(positions)) is not None:
             added_ND = jnp.broadcast_to(added.astype(c.dtype), (B, T, c.d_model)).reshape(B * T, -1)
             x_nD += self.tensor.own(added_ND)
-        x_nD = dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor)
+        x_nD = dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor, context)
         shared = LayerInputs(
             dropout_keys_B=dropout_keys_B,
             rope=rope_tables(positions, c) if c.position == "rope" else None,
             local_rope=local_rope_tables(positions, c) if c.window and c.rope_local_theta else None,
-            segments_BT=None if positions_BT is None else jnp.cumsum(positions_BT == 0, axis=1),
+            segments_BT=segments_BT,
+            begins_BT=None if positions_BT is None else positions == 0,
             start=None if cache is None else jnp.asarray(start),
             shape=(B, T),
             kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
             tensor=self.tensor,
+            context=context,
         )
         x_nD, cache = self.layers(x_nD, jnp.arange(c.num_layers), cache, shared)
         return self.tensor.gather(self.final_norm(x_nD)), cache
@@ -176,10 +183,12 @@ class LayerInputs:
     rope: Tables | None
     local_rope: Tables | None  # of layers with a window; None = as in the others
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
+    begins_BT: jax.Array | None  # where a document begins; None = one document
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
     kernel: Kernel = field(metadata={"static": True})  # that computes attention without a cache
     tensor: Tensor = field(metadata={"static": True})
+    context: Context = field(metadata={"static": True})
 
 
 class Block(nn.Module):
@@ -199,12 +208,12 @@ class Block(nn.Module):
         a_nD, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared, drop)
         if c.post_norms:
             a_nD = norm(c, "attention_post_norm")(a_nD)
-        x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, 2 * layer, tensor)
+        x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, 2 * layer, tensor, shared.context)
         x_nD = keep(x_nD)
         m_nD = Mlp(c, tensor, name="mlp")(tensor.gather(norm(c, "mlp_norm")(x_nD)), drop)
         if c.post_norms:
             m_nD = norm(c, "mlp_post_norm")(m_nD)
-        x_nD += dropout(m_nD, c.dropout, shared.dropout_keys_B, 2 * layer + 1, tensor)
+        x_nD += dropout(m_nD, c.dropout, shared.dropout_keys_B, 2 * layer + 1, tensor, shared.context)
         if self.is_mutable_collection(STATISTICS):
             float_nD = jax.lax.stop_gradient(x_nD).astype(jnp.float32)
             squares_D = jnp.sum(jnp.square(float_nD), axis=0)  # in two steps, for the rounding of a sum grows with it
@@ -218,7 +227,7 @@ def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs) -> lora.
     def drop(x_ND: jax.Array, name: str) -> jax.Array:
         site = 2 * c.num_layers + 1 + len(lora.PLACES) * layer + lora.PLACES[name]
         columns = shared.tensor if name in ROW_PARALLEL else ALONE  # of which this device has some
-        return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site, columns, dim=1)
+        return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site, columns, shared.context, dim=1)
 
     return drop
 
@@ -257,7 +266,7 @@ class Attention(nn.Module):
             q_BTHC, k_BTKC = keep(q_BTHC), keep(k_BTKC)  # RoPE's gradient does not read its arguments
         if cache is None:
             if c.key_offset:
-                k_BTKC = offset_keys(k_BTKC, shared.segments_BT)
+                k_BTKC = offset_keys(k_BTKC, shared.begins_BT, shared.context)
             o_BTHC = attend_layer(c, is_global, q_BTHC, k_BTKC, v_BTKC, shared)
         else:
             assert shared.start is not None
@@ -284,6 +293,11 @@ def attend_layer(
     shared: LayerInputs,
 ) -> jax.Array:
     """Attention in a layer with a window or without; where layers differ, a branch of each."""
+    context = shared.context
+    if context.size > 1:
+        S = q_BTHC.shape[1] * context.size
+        window = jnp.where(is_global, S, c.window or S)
+        return ring_attention(context, q_BTHC, k_BTKC, v_BTKC, Scores.of(c), window, shared.segments_BT)
 
     def branch(window: int) -> Callable[..., jax.Array]:
         scores = Scores.of(c)._replace(window=window)

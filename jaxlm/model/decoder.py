@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model.blocks import STATISTICS, Cache, Decoder, OnLayer, Params
+from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.tensor import ALONE, Tensor
 
 
@@ -28,6 +29,7 @@ class Model(NamedTuple):
     decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
     having: Callable[..., "Model"]  # the same model with another platform, on_layer or tensor (see make_model)
     tensor: Tensor  # what this device computes together with others
+    context: Context  # what it has of each sequence
     vocab_size: int
     max_positions: int | None  # number of positions; None = unlimited (RoPE)
     # LongRoPE turns long texts otherwise, so the first `decode` of a prompt of at least this many tokens must read as
@@ -42,6 +44,7 @@ def make_model(
     platform: str = "",
     on_layer: OnLayer | None = None,
     tensor: Tensor = ALONE,
+    context: Context = WHOLE,
 ) -> Model:
     """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
 
@@ -52,11 +55,14 @@ def make_model(
       on_layer: for functions that are given none.
       tensor: if it has several devices, `init` makes parameters of the shapes that one of them holds, of any content;
         `hidden` and `unembed` return all rows, and the logits of this device's tokens. The cache is for one device.
+      context: if it has several devices, functions take whole sequences, and return this device's tokens of them.
     """
     default = on_layer
+    given = {"platform": platform, "on_layer": on_layer, "tensor": tensor, "context": context}
 
-    def decoder(on_layer: OnLayer | None = None, tensor: Tensor = tensor) -> Decoder:
-        return Decoder(config, vocab_size, max_len, platform or jax.default_backend(), on_layer or default, tensor)
+    def decoder(on_layer: OnLayer | None = None, tensor: Tensor = tensor, context: Context = context) -> Decoder:
+        kind = platform or jax.default_backend()
+        return Decoder(config, vocab_size, max_len, kind, on_layer or default, tensor, context)
 
     # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
@@ -64,12 +70,10 @@ def make_model(
 
     def init(key: jax.Array) -> Params:
         tokens_BT = jnp.zeros((1, tensor.size), jnp.int32)
-        return decoder(tensor=tensor.alone()).init(key, tokens_BT)["params"]
+        return decoder(tensor=tensor.alone(), context=WHOLE).init(key, tokens_BT)["params"]
 
     def having(**changes: Any) -> Model:
-        return make_model(
-            config, vocab_size, max_len, **({"platform": platform, "on_layer": default, "tensor": tensor} | changes)
-        )
+        return make_model(config, vocab_size, max_len, **(given | changes))
 
     def hidden(
         params: Params,
@@ -114,6 +118,7 @@ def make_model(
         decode,
         having,
         tensor,
+        context,
         vocab_size,
         max_positions,
         first_read,

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import lora
+from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.norms import normalize
 from jaxlm.model.remat import keep
-from jaxlm.model.tensor import Tensor
+from jaxlm.model.tensor import ALONE, Tensor
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -163,20 +164,21 @@ def dropout(
     rate: float,
     keys_B: jax.Array | None,
     site: jax.Array | int,
-    tensor: Tensor,
+    tensor: Tensor = ALONE,
+    context: Context = WHOLE,
     dim: int = 0,
 ) -> jax.Array:
     """Inverted dropout with one key per sequence, so that masks do not depend on how the batch is split.
 
     `site` numbers the places in the model where dropout is applied. Without keys, as in evaluation, nothing is dropped.
-    With several devices, x is this device's part of an array along `dim`.
+    With several devices, x is this device's part, along `dim` and of each sequence's tokens.
     """
     if rate == 0.0 or keys_B is None:
         return x_ND
     shape = [size * tensor.size if i == dim else size for i, size in enumerate(x_ND.shape)]
-    each = math.prod(shape) // keys_B.shape[0]
-    keep_BX = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, (each,)))(keys_B)
-    return jnp.where(tensor.own(keep_BX.reshape(shape), dim), x_ND / (1 - rate), 0)
+    S, D = shape[0] * context.size // keys_B.shape[0], shape[1]
+    keep_BSD = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, (S, D)))(keys_B)
+    return jnp.where(tensor.own(context.own(keep_BSD, 1).reshape(shape), dim), x_ND / (1 - rate), 0)
 
 
 def sinusoids(positions: jax.Array, dim: int) -> jax.Array:

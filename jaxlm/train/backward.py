@@ -16,11 +16,7 @@ from jaxlm.sync import GradSync, overlap
 from jaxlm.sync.zero import Zero
 from jaxlm.train import loss_scale, trained
 from jaxlm.train.accumulation import accumulate, accumulate_overlapped, accumulate_parts, converted, fixed_to
-from jaxlm.train.one_device import OneDevice
-
-# inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
-# stop, float32 [1]: 1 if this process was asked to stop.
-Batch = dict[str, jax.Array]
+from jaxlm.train.one_device import Batch, OneDevice
 
 
 class Sums(NamedTuple):
@@ -181,7 +177,7 @@ def make_gradients(config: Config, own: OneDevice) -> Gradients:
     ) -> tuple[Params, Sums, Any]:
         if config.optim.accum_steps > 1 or sync.gather:  # converted once, and before they are gathered
             frozen = converted(frozen, config.model.dtype, outer=sync.gather is not None)
-        if sync.mixes and own.cuts:  # the model's collectives wait for that of the step
+        if sync.mixes and config.parallel.of_a_replica > 1:  # the model's collectives wait for that of the step
             batch, keys = micro
             micro = batch | {"inputs": overlap.after(batch["inputs"], mean_targets)}, keys
         return (in_float16 if config.model.dtype == "float16" else gradients)(

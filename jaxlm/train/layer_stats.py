@@ -47,7 +47,7 @@ def make_layer_stats(config: Config, own: OneDevice) -> Callable[..., Stats]:
         found = {f"{part}/grad_norm": norm for part, norm in grads.items()}
         for part, norm in updates.items():
             found[f"{part}/update_ratio"] = jnp.where(change.accepted, norm / params[part], 0.0)
-        tokens_of_all = tokens * grid.size("data")
+        tokens_of_all = tokens * grid.copies.size
         found["layers/activation_rms"] = jnp.sqrt(grid.everyone.sum(squares_L) / (tokens_of_all * config.model.d_model))
         return found
 

@@ -6,13 +6,20 @@ import jax
 
 from jaxlm.config import Config
 from jaxlm.model import Model, Params
+from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.tensor import ALONE, Tensor
 from jaxlm.sync import GradSync, Grid, make_grid, make_sync, sharing
 from jaxlm.sync.cuts import Cuts
 from jaxlm.sync.zero import Zero
 
 AXIS = "devices"
-ACTIVATIONS = "share_activations"  # names the tensor group's collectives in a compiled program
+# Names of the collectives of tensor and context groups in a compiled program.
+ACTIVATIONS, CONTEXT = "share_activations", "share_sequences"
+
+
+# inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
+# stop, float32 [1]: 1 if this process was asked to stop.
+Batch = dict[str, jax.Array]
 
 
 class OneDevice(NamedTuple):
@@ -22,11 +29,16 @@ class OneDevice(NamedTuple):
     cuts: Cuts | None  # how its tensor group divides them; None = not at all
     sync: GradSync
 
+    def tokens_of(self, batch: Batch) -> Batch:
+        """A batch, of which what is added up over tokens is cut to the tokens of this device."""
+        added = {name: self.model.context.own(x, 1) for name, x in batch.items() if name in ("targets", "bytes")}
+        return batch | added
+
 
 def one_device(config: Config, model: Model, count: int, platform: str = "") -> OneDevice:
     """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
     grid = make_grid(config.parallel, AXIS, count, platform)
-    part = model.having(platform=platform, tensor=tensor_group(grid))
+    part = model.having(platform=platform, tensor=tensor_group(grid), context=context_group(grid))
     whole, own = shapes_of(model), shapes_of(part)
     cuts = Cuts(grid.group("tensor"), whole, own) if grid.size("tensor") > 1 else None
     return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
@@ -52,6 +64,12 @@ def tensor_group(grid: Grid) -> Tensor:
         return group.scatter_sum(x_ND.reshape(group.size, -1)).reshape(-1, *x_ND.shape[1:])
 
     return Tensor(group.size, group.index, gather, scatter, group.sum, group.max)
+
+
+def context_group(grid: Grid) -> Context:
+    """How the devices of a context group share sequences."""
+    group = grid.group("context")
+    return WHOLE if group.size == 1 else Context(group.size, group.index, jax.named_scope(CONTEXT)(group.shift))
 
 
 def sharing_of(config: Config, devices: list[Any], own: OneDevice) -> sharing.LayerSharing:

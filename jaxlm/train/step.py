@@ -102,6 +102,7 @@ def make_train_step(
     of_layers = layer_stats.make_layer_stats(config, own)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        batch = own.tokens_of(batch)
         # Devices may hold different numbers of targets. Dividing each device's sum by the mean number, before the mean
         # over devices, gives every target of the global batch the same weight. Without targets the gradient is zero.
         counts = {"targets": jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)}
@@ -136,7 +137,7 @@ def make_train_step(
         metrics |= {key: getattr(new_guard, key) for key in ("skipped", "spikes", "in_row", "high")}
         if config.log.layer_stats:
             change = layer_stats.Change(grads, mine, updates, accepted)
-            metrics |= of_layers(change, sums.squares_L, batch["inputs"].size)
+            metrics |= of_layers(change, sums.squares_L, batch["targets"].size)
         if "stop" in means:  # more than 0 if any process was asked to stop: all see it at the same step
             metrics["stop"] = means["stop"]
 
@@ -214,6 +215,7 @@ def make_eval_step(
     sums_of = make_eval_sums(config, own)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        batch = own.tokens_of(batch)
         sums = sums_of(params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
         found = own.grid.copies.sum(sums)
         if "stop" in batch:  # added last: on CPU, no collective may run beside those of the model (overlap.after)
