@@ -124,6 +124,9 @@ def get_config() -> Config:
             bucket_mb=0.0,  # all at once
             zero=0,  # off
             tensor=1,  # off
+            pipeline=1,  # off
+            schedule="1f1b",
+            chunks=1,
             context=1,  # off
             topk_density=0.1,
             powersgd_rank=16,

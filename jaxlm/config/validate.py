@@ -39,6 +39,8 @@ POSITIVE = (
     "optim.max_skipped",
     "parallel.tensor",
     "parallel.context",
+    "parallel.pipeline",
+    "parallel.chunks",
     "log.every_steps",
     "checkpoint.keep",
 )
@@ -123,6 +125,7 @@ def validate(c: Config) -> Config:
     _check_steps(c, require)
     _check_parallel(c.parallel, c.model, require)
     _check_grid(c, require)
+    _check_pipeline(c, require)
     _check_data(c.data, require)
     resume = "auto, never, or a workdir, after which @STEP or @best may follow"
     require(c.checkpoint.resume != "", "checkpoint.resume", resume)
@@ -274,6 +277,23 @@ def _check_grid(c: Config, require: Require) -> None:
         require(m.attention in ("auto", "xla"), "model.attention", why)
     size = c.seq_len // context
     require(size % tensor == 0, "seq_len", f"a multiple of parallel.context * parallel.tensor = {context * tensor}")
+
+
+def _check_pipeline(c: Config, require: Require) -> None:
+    p = c.parallel
+    interleaved = p.schedule == "interleaved"
+    require(p.chunks > 1 if interleaved else p.chunks == 1, "parallel.chunks", f"with parallel.schedule={p.schedule}, "
+            + ("2 or more" if interleaved else "1"))  # fmt: skip
+    if p.pipeline == 1:
+        require(not interleaved, "parallel.schedule", "with parallel.pipeline=1, gpipe or 1f1b")
+        return
+    parts = p.pipeline * p.chunks
+    chunks = " * parallel.chunks" if interleaved else ""
+    require(c.model.num_layers % parts == 0, "model.num_layers", f"a multiple of parallel.pipeline{chunks} = {parts}")
+    require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")
+    require(not p.overlap, "parallel.overlap", "with parallel.pipeline, whose gradients are complete at the end: false")
+    require(c.model.dtype != "float16", "model.dtype", "with parallel.pipeline, float32 or bfloat16")
+    require(not c.log.layer_stats, "log.layer_stats", "with parallel.pipeline, false")
 
 
 def _check_data(d: DataConfig, require: Require) -> None:

@@ -162,7 +162,7 @@ def check_batch(config: Config, devices: int, processes: int) -> None:
         return
     count = (devices or 1) * processes
     if count % each:
-        sizes = {name: getattr(p, name) for name in ("context", "tensor") if getattr(p, name) > 1}
+        sizes = {name: getattr(p, name) for name in ("pipeline", "context", "tensor") if getattr(p, name) > 1}
         keys, values = (" * ".join(map(str, words)) for words in (map("parallel.{}".format, sizes), sizes.values()))
         raise UserError(f"{keys} is {values}; allowed: a divisor of {count} devices")
     parts = count // each * config.optim.accum_steps

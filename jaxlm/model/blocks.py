@@ -89,7 +89,6 @@ class Decoder(nn.Module):
             variable_axes={"params": 0, STATISTICS: 0},
             split_rngs={"params": True},
             in_axes=in_axes,
-            length=c.num_layers,
             unroll=unroll,
         )
         return layers(c, self.max_len)
@@ -113,32 +112,71 @@ class Decoder(nn.Module):
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
-        c, context = self.config, self.context
-        segments_BT = None if positions_BT is None else context.own(jnp.cumsum(positions_BT == 0, axis=1), 1)
-        tokens_BT = context.own(tokens_BT, 1)
+        x_nD = self.begin(tokens_BT, dropout_keys_B, positions_BT, start)
+        layers_L = jnp.arange(self.config.num_layers)
+        x_nD, cache = self.run(x_nD, layers_L, tokens_BT.shape, dropout_keys_B, positions_BT, cache, start)
+        return self.end(x_nD), cache
+
+    def begin(
+        self,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None,
+        positions_BT: jax.Array | None,
+        start: jax.Array | int = 0,
+    ) -> jax.Array:
+        """What the first layer reads: embeddings, `[n, D]`."""
+        c = self.config
+        positions = self._positions(tokens_BT.shape[1], positions_BT, start)
+        tokens_BT = self.context.own(tokens_BT, 1)
         B, T = tokens_BT.shape
-        positions = start + context.positions(T) if positions_BT is None else context.own(positions_BT, 1)
         x_nD = self._embedded(tokens_BT.reshape(-1))
         if c.scale_embeddings:
             x_nD *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
         if (added := self._position_embeddings(positions)) is not None:
             added_ND = jnp.broadcast_to(added.astype(c.dtype), (B, T, c.d_model)).reshape(B * T, -1)
             x_nD += self.tensor.own(added_ND)
-        x_nD = dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor, context)
+        return dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor, self.context)
+
+    def run(
+        self,
+        x_nD: jax.Array,
+        layers_l: jax.Array,
+        shape: tuple[int, ...],
+        dropout_keys_B: jax.Array | None,
+        positions_BT: jax.Array | None,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Applies the layers of these numbers, whose parameters are those of `layers`.
+
+        Args: shape: of the whole sequences, (B, S).
+        """
+        c, context = self.config, self.context
+        B, S = shape
+        positions = self._positions(S, positions_BT, start)
         shared = LayerInputs(
             dropout_keys_B=dropout_keys_B,
             rope=rope_tables(positions, c) if c.position == "rope" else None,
             local_rope=local_rope_tables(positions, c) if c.window and c.rope_local_theta else None,
-            segments_BT=segments_BT,
+            segments_BT=None if positions_BT is None else context.own(jnp.cumsum(positions_BT == 0, axis=1), 1),
             begins_BT=None if positions_BT is None else positions == 0,
             start=None if cache is None else jnp.asarray(start),
-            shape=(B, T),
+            shape=(B, S // context.size),
             kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
             tensor=self.tensor,
             context=context,
         )
-        x_nD, cache = self.layers(x_nD, jnp.arange(c.num_layers), cache, shared)
-        return self.tensor.gather(self.final_norm(x_nD)), cache
+        return self.layers(x_nD, layers_l, cache, shared)
+
+    def end(self, x_nD: jax.Array) -> jax.Array:
+        """What the output layer reads: all rows, normed, `[N, D]`."""
+        return self.tensor.gather(self.final_norm(x_nD))
+
+    def _positions(self, S: int, positions_BT: jax.Array | None, start: jax.Array | int) -> jax.Array:
+        """Of this device's tokens of sequences of S, `[T]`, or `[B, T]` if rows hold several documents."""
+        if positions_BT is None:
+            return start + self.context.positions(S // self.context.size)
+        return self.context.own(positions_BT, 1)
 
     def _embedded(self, tokens_N: jax.Array) -> jax.Array:
         """The embeddings of this device's rows, `[n, D]`."""

@@ -1,6 +1,7 @@
 """A decoder as pure functions of its parameters, for one device. Shape names as in blocks.py."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,12 @@ class Model(NamedTuple):
     hidden: Callable[..., jax.Array]
     # The same arguments -> (x_ND, sum of the squares of each layer's output, float32 [L], without a gradient)
     hidden_and_squares: Callable[..., tuple[jax.Array, jax.Array]]
+    # `hidden` in three parts, for models of which a device holds some layers: (params, tokens_BT, dropout_keys_B,
+    # positions_BT) -> x_nD; (params, x_nD, numbers of the layers in params, shape of tokens_BT, dropout_keys_B,
+    # positions_BT) -> x_nD; (params, x_nD) -> x_ND
+    begin: Callable[..., jax.Array]
+    run: Callable[..., jax.Array]
+    end: Callable[[Params, jax.Array], jax.Array]
     output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
     init_cache: Callable[[int, int], Cache]  # (B, S)
@@ -91,6 +98,9 @@ def make_model(
         (x_ND, _), found = model.apply({"params": params}, *inputs, method="hidden", mutable=[STATISTICS])
         return x_ND, found[STATISTICS]["layers"]["squares"][0]
 
+    def run(params: Params, *inputs: Any) -> jax.Array:
+        return call("run", params, *inputs)[0]
+
     def output_params(params: Params) -> Params:
         name = "embed" if config.tie_embeddings else "head"
         return {name: params[name]}
@@ -112,6 +122,9 @@ def make_model(
         init,
         hidden,
         hidden_and_squares,
+        partial(call, "begin"),
+        run,
+        partial(call, "end"),
         output_params,
         unembed,
         init_cache,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxlm.sync.base import Shape
 from jaxlm.sync.group import Group
 from jaxlm.sync.overlap import after
+from jaxlm.sync.zero import is_stacked
 
 
 class Cut(NamedTuple):
@@ -46,29 +47,44 @@ def cuts_of(whole: Any, own: Any, devices: int) -> Any:
 
 
 class Cuts:
-    """What the devices of a tensor group know of their parameters, inside the mapped step."""
+    """What the devices of a replica know of their parameters, inside the mapped step. Those of a pipeline have the
+    layers of a stage, and all of the other parameters; those of a tensor group have parts of both.
+    """
 
-    def __init__(self, group: Group, whole: Any, own: Any):
-        """Args: whole, own: the shapes of all parameters, and of what a device holds."""
-        self.group, flat = group, jax.tree_util.tree_flatten_with_path(cuts_of(whole, own, group.size), is_leaf=is_cut)
-        self._cuts: dict[Any, Cut] = dict(flat[0])
+    def __init__(self, group: Group, pipeline: Group, whole: Any, own: Any):
+        """Args: group: of the tensor direction; whole, own: shapes of what a stage and what a device holds."""
+        self.group, self.pipeline = group, pipeline
+        flat, _ = jax.tree_util.tree_flatten_with_path(cuts_of(whole, own, group.size), is_leaf=is_cut)
+        self._cuts: dict[Any, Cut] = dict(flat)
 
     def copies(self, path: Any) -> int:
-        """How many devices of the group hold the same part of a parameter."""
+        """How many devices of a tensor group hold the same part of a parameter."""
         return self.group.size // self._cuts[path].parts
+
+    def holders(self, path: Any) -> int:
+        """How many devices of a replica hold the same part of a parameter."""
+        return self.copies(path) * (1 if is_stacked(path) else self.pipeline.size)
+
+    def sums(self, tree: Any) -> Any:
+        """Sums over all devices of a replica."""
+        return self.pipeline.sum(self.group.sum(tree))
 
     def summed(self, grads: Any) -> Any:
         """Adds up the gradients of devices that hold the same part, for each saw only what the part did there."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
-        found = [x for _, x in leaves]
-        for copies in sorted({self.copies(path) for path, _ in leaves} - {1}):
-            some = [i for i, (path, _) in enumerate(leaves) if self.copies(path) == copies]
-            arrays = [found[i] for i in some]
-            if self.group.on_cpu:
-                arrays = after(arrays, grads)
-            for i, x in zip(some, self._neighbours(copies).sum(arrays), strict=True):
-                found[i] = x
-        return tree.unflatten(found)
+        found = dict(leaves)
+        groups = {copies: self._neighbours(copies) for copies in sorted({self.copies(path) for path in found} - {1})}
+        for copies, group in groups.items():
+            found |= self._summed(group, found, [path for path in found if self.copies(path) == copies])
+        if self.pipeline.size > 1:
+            found |= self._summed(self.pipeline, found, [path for path in found if not is_stacked(path)])
+        return tree.unflatten(found.values())
+
+    def _summed(self, group: Group, found: dict[Any, jax.Array], paths: list[Any]) -> dict[Any, jax.Array]:
+        arrays = [found[path] for path in paths]
+        if group.on_cpu and arrays:
+            arrays = after(arrays, list(found.values()))
+        return dict(zip(paths, group.sum(arrays), strict=True)) if arrays else {}
 
     def whole(self, parts: Any) -> Any:
         """Gathers whole parameters, or arrays of their shapes, of as many layers as the parts have."""

@@ -71,11 +71,11 @@ def make_grad_sync(
         return tree
 
     def whole_sums(sums: Any) -> Any:
-        sums = cuts.group.sum(sums) if cuts else sums
+        sums = cuts.sums(sums) if cuts else sums
         return group.sum(sums) if zero else sums
 
     def share(path: Any) -> float:
-        return 1 / cuts.copies(path) if cuts else 1.0
+        return 1 / cuts.holders(path) if cuts else 1.0
 
     def global_norm(grads: Any) -> jax.Array:
         if not (zero or cuts):

@@ -64,5 +64,5 @@ class Grid(NamedTuple):
 def make_grid(config: ParallelConfig, axis: str, count: int, platform: str = "") -> Grid:
     """The grid of `count` devices; data takes what the other directions leave."""
     assert count % config.of_a_replica == 0, (count, config)
-    sizes = count // config.of_a_replica, 1, config.context, config.tensor
+    sizes = count // config.of_a_replica, config.pipeline, config.context, config.tensor
     return Grid(axis, sizes, platform)

@@ -14,7 +14,7 @@ from jaxlm.model import Model, Params
 from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import GradSync, overlap
 from jaxlm.sync.zero import Zero
-from jaxlm.train import loss_scale, trained
+from jaxlm.train import loss_scale, pipeline, trained
 from jaxlm.train.accumulation import accumulate, accumulate_overlapped, accumulate_parts, converted, fixed_to
 from jaxlm.train.one_device import Batch, OneDevice
 
@@ -172,6 +172,13 @@ def make_gradients(config: Config, own: OneDevice) -> Gradients:
 
         return loss_scale.until_finite(scaled, finite, loss_scale.first_scale(micro[0]["inputs"][0].size))
 
+    def in_pipeline(
+        params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
+    ) -> tuple[Params, Sums, Any]:
+        grads, sums = pipeline.gradients(config, own, converted(params, matrices), frozen, micro, 1 / mean_targets)
+        grads, sync_state = sync.reduce(grads, sync_state)
+        return grads, Sums(sums, None), sync_state
+
     def with_low_frozen(
         params: Params, frozen: Params, micro: Any, mean_targets: jax.Array, sync_state: Any
     ) -> tuple[Params, Sums, Any]:
@@ -180,9 +187,10 @@ def make_gradients(config: Config, own: OneDevice) -> Gradients:
         if sync.mixes and config.parallel.of_a_replica > 1:  # the model's collectives wait for that of the step
             batch, keys = micro
             micro = batch | {"inputs": overlap.after(batch["inputs"], mean_targets)}, keys
-        return (in_float16 if config.model.dtype == "float16" else gradients)(
-            params, frozen, micro, mean_targets, sync_state
-        )
+        compute = in_float16 if config.model.dtype == "float16" else gradients
+        if config.parallel.pipeline > 1:
+            compute = in_pipeline
+        return compute(params, frozen, micro, mean_targets, sync_state)
 
     return with_low_frozen
 
@@ -218,6 +226,8 @@ def make_eval_sums(config: Config, own: OneDevice) -> Callable[[Params, Batch], 
     model, sync = own.model, own.sync
 
     def sums(params: Params, batch: Batch) -> LossSums:
+        if config.parallel.pipeline > 1:
+            return pipeline.losses(config, own, params, batch)
         if sync.gather is None:
             return loss_sums(config, model, params, batch)
         params = converted(params, config.model.dtype, outer=True)

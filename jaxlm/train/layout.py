@@ -21,7 +21,7 @@ from jaxlm.sync.cuts import Cut, cut_of
 from jaxlm.sync.grid import COPIES, DIRECTIONS, Grid
 from jaxlm.sync.packed import join, part_shape, split
 from jaxlm.sync.zero import batch_shape, is_stacked
-from jaxlm.train.one_device import one_device, shapes_of
+from jaxlm.train.one_device import of_stage, one_device, shapes_of
 from jaxlm.train.optimizer import OF_WHOLE_MATRICES
 from jaxlm.train.step import TrainState, init_sync, init_whole, sharded_fields
 
@@ -30,13 +30,21 @@ class Layout(NamedTuple):
     grid: Grid
     path: Any  # in the tree of a field of the state
     shape: Shape  # whole
-    cut: Cut
+    stages: int  # of a pipeline, over which its layers are divided; 1 = not at all
+    chunks: int  # of layers that a stage has
+    cut: Cut  # of what a stage has
     zero: bool  # whether the devices that hold the same have parts of it
 
     @property
+    def _stage_shape(self) -> Shape:
+        """Of what a stage has."""
+        return (self.shape[0] // self.stages, *self.shape[1:]) if self.stages > 1 else self.shape
+
+    @property
     def own_shape(self) -> Shape:
-        """Of what a tensor group's device holds, without ZeRO."""
-        return tuple(self.cut.size if self.is_cut and i == self.cut.dim else s for i, s in enumerate(self.shape))
+        """Of what a device holds, without ZeRO."""
+        cut = self.cut
+        return tuple(cut.size if self.is_cut and i == cut.dim else s for i, s in enumerate(self._stage_shape))
 
     @property
     def device_shape(self) -> Shape:
@@ -77,12 +85,14 @@ class Layout(NamedTuple):
         if not self.zero or self._copies == 1:
             return None
         T = self.grid.size("tensor")
-        sizes = [s // T if i == self._tensor_dim() else s for i, s in enumerate(self.shape)]
+        sizes = [s // T if i == self._tensor_dim() else s for i, s in enumerate(self._stage_shape)]
         return next((i for i in self._dims() if sizes[i] % self._copies == 0), None)
 
     def _axes(self) -> list[tuple[str, ...]]:
         """The directions over which each dimension is sharded in a checkpoint."""
         axes: list[tuple[str, ...]] = [()] * len(self.shape)
+        if self.stages > 1:
+            axes[0] += ("pipeline",)
         if (dim := self._tensor_dim()) is not None:
             axes[dim] += ("tensor",)
         if (dim := self._copies_dim()) is not None:
@@ -96,6 +106,8 @@ class Layout(NamedTuple):
 
     def _is_own(self) -> bool:
         """Whether a block in a checkpoint is what the device holds: parts cut the first dimension of a layer."""
+        if self.stages > 1 and self.chunks > 1:
+            return False
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             return False
         if not self.zero or not self.shape:
@@ -109,6 +121,8 @@ class Layout(NamedTuple):
             return block.reshape(1, *self.device_shape)
         if (dim := self._copies_dim()) is not None:
             block = jax.lax.all_gather(block, COPIES, axis=dim, tiled=True)
+        if self.stages > 1 and self.chunks > 1:
+            block = self._reordered(block, self.chunks, self.stages)
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             block = self._cut(block)
         if self.zero:
@@ -126,6 +140,8 @@ class Layout(NamedTuple):
             whole = join(parts, self._batch(self.own_shape)).reshape(self.own_shape)
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             whole = self._uncut(whole)
+        if self.stages > 1 and self.chunks > 1:
+            whole = self._reordered(whole, self.stages, self.chunks)
         if (dim := self._copies_dim()) is not None:
             size = self._block_shape()[dim]
             whole = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(COPIES) * size, size, dim)
@@ -134,6 +150,15 @@ class Layout(NamedTuple):
     def _block_shape(self) -> Shape:
         sizes: dict[str, int] = dict(zip(DIRECTIONS, self.grid.sizes, strict=True))
         return tuple(s // math.prod(sizes[a] for a in axes) for s, axes in zip(self.shape, self._axes(), strict=True))
+
+    def _reordered(self, layers: jax.Array, outer: int, inner: int) -> jax.Array:
+        """A stage's layers, if those of all are in the order (outer, inner, ...) and become (inner, outer, ...)."""
+        everyones = jax.lax.all_gather(layers, "pipeline", tiled=True)
+        size = len(everyones) // (outer * inner)
+        order = everyones.reshape(outer, inner, size, *layers.shape[1:]).swapaxes(0, 1)
+        order = order.reshape(everyones.shape)
+        first = jax.lax.axis_index("pipeline") * len(layers)
+        return jax.lax.dynamic_slice_in_dim(order, first, len(layers))
 
     def _cut(self, x: jax.Array) -> jax.Array:
         """This device's part of an array that is whole, or sharded in another dimension over the tensor group."""
@@ -162,16 +187,19 @@ def _resized(x: jax.Array, dim: int, size: int) -> jax.Array:
     return jax.lax.slice_in_dim(x, 0, size, axis=dim)
 
 
-def layouts(grid: Grid, whole: Any, own: Any, zero: bool) -> Any:
+def layouts(grid: Grid, chunks: int, whole: Any, own: Any, zero: bool) -> Any:
     """The layout of each array of a tree.
 
     Args:
-      whole, own: shapes of the arrays, and of what a device of a tensor group holds of them.
+      chunks: of layers that a pipeline's stage has.
+      whole, own: shapes of the arrays, and of what a device holds of them without ZeRO.
     """
 
     def one(path: Any, whole: Any, own: Any) -> Layout:
-        shape = tuple(whole.shape)
-        return Layout(grid, path, shape, cut_of(shape, tuple(own.shape), grid.size("tensor")), zero)
+        stages = whole.shape[0] // own.shape[0] if is_stacked(path) and whole.ndim else 1
+        of_stage = (whole.shape[0] // stages, *whole.shape[1:]) if stages > 1 else whole.shape
+        cut = cut_of(tuple(of_stage), tuple(own.shape), grid.size("tensor"))
+        return Layout(grid, path, tuple(whole.shape), stages, chunks, cut, zero)
 
     return jax.tree_util.tree_map_with_path(one, whole, own)
 
@@ -185,10 +213,12 @@ def state_layouts(config: Config, model: Model, count: int) -> dict[str, Any]:
 
     whole, own = state(shapes_of(model)), state(device.params)
     if config.optim.name in OF_WHOLE_MATRICES:
-        own = own._replace(opt_state=whole.opt_state)
+        own = own._replace(opt_state=state(of_stage(device.grid, shapes_of(model))).opt_state)
     zero = (config.parallel.zero > 0) * ("opt_state",) + (config.parallel.zero > 2) * ("params", "ema")
     there = [f for f in sharded_fields(config) if getattr(whole, f) is not None]
-    return {f: layouts(device.grid, getattr(whole, f), getattr(own, f), f in zero) for f in there}
+    return {
+        f: layouts(device.grid, config.parallel.chunks, getattr(whole, f), getattr(own, f), f in zero) for f in there
+    }
 
 
 def step_shapes(config: Config, model: Model, count: int) -> TrainState:

@@ -39,14 +39,24 @@ def one_device(config: Config, model: Model, count: int, platform: str = "") -> 
     """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
     grid = make_grid(config.parallel, AXIS, count, platform)
     part = model.having(platform=platform, tensor=tensor_group(grid), context=context_group(grid))
-    whole, own = shapes_of(model), shapes_of(part)
-    cuts = Cuts(grid.group("tensor"), whole, own) if grid.size("tensor") > 1 else None
+    stage, own = (of_stage(grid, shapes_of(m)) for m in (model, part))
+    cuts = Cuts(grid.group("tensor"), grid.group("pipeline"), stage, own) if grid.splits_model else None
     return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
 
 
 def shapes_of(model: Model) -> Params:
     """The shapes of a model's parameters."""
     return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def of_stage(grid: Grid, shapes: Params) -> Params:
+    """Shapes of what a pipeline's stage holds of parameters of these shapes: some of the layers."""
+    stages = grid.size("pipeline")
+
+    def some(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0] // stages, *x.shape[1:]), x.dtype)
+
+    return shapes | {"layers": jax.tree.map(some, shapes["layers"])}
 
 
 def tensor_group(grid: Grid) -> Tensor:

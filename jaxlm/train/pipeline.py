@@ -1,0 +1,184 @@
+"""The forward and backward pass of a model whose layers are divided over the stages of a pipeline.
+
+All stages run the same program: a loop over the ticks of a table (schedule_table.py). In each tick a stage runs a chunk
+of layers forward for one micro-batch, and one backward for another; the phases are left out only if no stage has work,
+because the devices exchange within them. What a chunk reads is kept until its backward pass, which computes the chunk
+again. Between ticks, outputs go to the next stage and gradients to the one before.
+
+All stages hold tables, final norm and output layer. The first one looks tokens up, and the last one computes losses.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import Config
+from jaxlm.model import Params
+from jaxlm.model.losses import LossSums, output_loss
+from jaxlm.sync import overlap
+from jaxlm.train import trained
+from jaxlm.train.accumulation import micro_batches
+from jaxlm.train.one_device import OneDevice
+from jaxlm.train.schedule_table import make_table
+
+STAGES = "pass_between_stages"  # names the pipeline's collectives in a compiled program
+
+
+class Stage:
+    """What one device does for a chunk of its layers, inside the mapped step."""
+
+    def __init__(self, config: Config, own: OneDevice, micro: Any, scale: jax.Array | float):
+        """Args: micro: (batches, dropout keys), `[micro-batches, ...]`; scale: multiplies the objective."""
+        self._config, self._model, self._micro, self._scale = config, own.model, micro, scale
+        self.group, self.chunks = own.grid.group("pipeline"), config.parallel.chunks
+        self._layers = config.model.num_layers // (self.group.size * self.chunks)
+        self.index = self.group.index()
+
+    def is_last(self, chunk: jax.Array) -> jax.Array:
+        """Whether this is the last chunk of the model, behind which are the losses."""
+        return (self.index == self.group.size - 1) & (chunk == self.chunks - 1)
+
+    def of_chunk(self, tree: Params, chunk: jax.Array) -> Params:
+        """A tree of parameters with only this chunk's layers."""
+        first, count = chunk * self._layers, self._layers
+        return tree | {"layers": jax.tree.map(lambda x: _slice(x, first, count), tree["layers"])}
+
+    def add_of_chunk(self, total: Params, more: Params, chunk: jax.Array, there: jax.Array) -> Params:
+        """Adds gradients of a chunk, if they are there, to those of all."""
+        first, count = chunk * self._layers, self._layers
+        more = jax.tree.map(lambda x: jnp.where(there, x.astype(jnp.float32), 0), more)
+        layers = jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, _slice(x, first, count) + new, first, 0),
+            total["layers"],
+            more["layers"],
+        )
+        return jax.tree.map(jnp.add, _outer(total), _outer(more)) | {"layers": layers}
+
+    def forward(self, params: Params, x_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
+        """Runs a chunk for micro-batch i. `params` has the layers of this chunk; the first one ignores x."""
+        batch, keys = self._at(i)
+        tokens_BT, positions_BT = batch["inputs"], batch.get("positions")
+        is_first = (self.index == 0) & (chunk == 0)
+        x_nD = jax.lax.cond(is_first, lambda: self._model.begin(params, tokens_BT, keys, positions_BT), lambda: x_nD)
+        layers_l = (chunk * self.group.size + self.index) * self._layers + jnp.arange(self._layers)
+        return self._model.run(params, x_nD, layers_l, tokens_BT.shape, keys, positions_BT)
+
+    def losses(self, params: Params, x_nD: jax.Array, i: jax.Array) -> LossSums:
+        """Sums of the losses of micro-batch i, of what the last chunk returned."""
+        model, (batch, _) = self._model, self._at(i)
+        x_ND, weights = model.end(params, x_nD), model.output_params(params)
+        targets_N, vocabulary = batch["targets"].reshape(-1), (model.tensor, model.vocab_size)
+        return output_loss(model.unembed, weights, x_ND, targets_N, self._config.loss, self._scale, *vocabulary)
+
+    def nothing(self) -> jax.Array:
+        """Zeros of the shape of what goes from stage to stage, `[n, D]`."""
+        tokens = self._micro[0]["targets"][0].size // self._model.tensor.size
+        return jnp.zeros((tokens, self._config.model.d_model), self._config.model.dtype)
+
+    @jax.named_scope(STAGES)
+    def shift(self, x: jax.Array, by: int) -> jax.Array:
+        """Sends x to the stage `by` places further on the ring."""
+        return self.group.shift(x, by)
+
+    def _at(self, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self._micro)
+
+
+def gradients(
+    config: Config, own: OneDevice, params: Params, frozen: Params, micro: Any, scale: jax.Array | float
+) -> tuple[Params, LossSums]:
+    """Returns the gradient of what this device holds, float32, and the sums of the losses, on all stages the same.
+
+    Args:
+      params, frozen: what is trained, and what is not; matrices in the dtype in which they are used.
+      micro: (batches, dropout keys), `[micro-batches, ...]`.
+      scale: multiplies the objective.
+    """
+    stage = Stage(config, own, micro, scale)
+    count = len(jax.tree.leaves(micro)[0])
+    table = make_table(config.parallel.schedule, stage.group.size, count, stage.chunks)
+    nothing = stage.nothing()
+
+    def forward(x_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
+        return stage.forward(stage.of_chunk(trained.joined(frozen, params), chunk), x_nD, i, chunk)
+
+    def backward(total: Any, x_nD: jax.Array, g_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> Any:
+        """Adds the gradient of a chunk and its losses to the total; returns both, and the gradient of its input."""
+        there, is_last = i >= 0, stage.is_last(chunk)
+        i = jnp.maximum(i, 0)
+
+        def run(some: Params, x_nD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], LossSums]:
+            both = trained.joined(stage.of_chunk(frozen, chunk) if frozen else {}, some)
+            y_nD = stage.forward(both, x_nD, i, chunk)
+            sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
+            return (y_nD, sums.objective), sums
+
+        _, pull_back, sums = jax.vjp(run, stage.of_chunk(params, chunk), x_nD, has_aux=True)
+        some, dx_nD = pull_back((jnp.where(is_last, 0, g_nD), jnp.float32(1)))
+        grads, losses = total
+        losses = jax.tree.map(lambda a, b: a + jnp.where(there, b, 0), losses, sums)
+        return (stage.add_of_chunk(grads, some, chunk, there), losses), dx_nD
+
+    def tick(carry: Any, row: Any) -> tuple[Any, None]:
+        total, kept, x_nD, g_nD = carry
+        work = jax.tree.map(lambda column: column[stage.index], row)
+        kept = jnp.where(work.forward >= 0, jax.lax.dynamic_update_index_in_dim(kept, x_nD, work.forward_slot, 0), kept)
+        y_nD = jax.lax.cond(
+            jnp.any(row.forward >= 0),
+            lambda: forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0)),
+            lambda: nothing,
+        )
+        next_nD = stage.shift(y_nD, 1)
+        read_nD = jax.lax.dynamic_index_in_dim(kept, jnp.maximum(work.backward_slot, 0), keepdims=False)
+        if stage.group.on_cpu:
+            read_nD = overlap.after(read_nD, next_nD)
+        total, dx_nD = jax.lax.cond(
+            jnp.any(row.backward >= 0),
+            lambda total: backward(total, read_nD, g_nD, work.backward, jnp.maximum(work.backward_chunk, 0)),
+            lambda total: (total, nothing),
+            total,
+        )
+        return (total, kept, next_nD, stage.shift(dx_nD, -1)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    kept = jnp.zeros((table.slots, *nothing.shape), nothing.dtype)
+    (total, *_), _ = jax.lax.scan(
+        tick, ((zeros, no_losses()), kept, nothing, nothing), jax.tree.map(jnp.asarray, table)
+    )
+    return total[0], stage.group.sum(total[1])
+
+
+def losses(config: Config, own: OneDevice, params: Params, batch: Any) -> LossSums:
+    """The sums of the losses of a batch, on all stages the same. It is cut into micro-batches, if it has the rows."""
+    rows = len(batch["inputs"])
+    count = max(n for n in range(1, min(rows, 4 * own.grid.size("pipeline")) + 1) if rows % n == 0)
+    stage = Stage(config, own, (micro_batches(batch, count), None), 1.0)
+    table = make_table(config.parallel.schedule, stage.group.size, count, stage.chunks)
+
+    def tick(carry: tuple[LossSums, jax.Array], row: Any) -> tuple[tuple[LossSums, jax.Array], None]:
+        total, x_nD = carry
+        i, chunk = row[0][stage.index], jnp.maximum(row[1][stage.index], 0)
+        some = stage.of_chunk(params, chunk)
+        y_nD = stage.forward(some, x_nD, jnp.maximum(i, 0), chunk)
+        counts = stage.is_last(chunk) & (i >= 0)
+        sums = jax.lax.cond(counts, lambda: stage.losses(some, y_nD, i), no_losses)
+        return (jax.tree.map(jnp.add, total, sums), stage.shift(y_nD, 1)), None
+
+    worked = np.any(table.forward >= 0, axis=1)
+    rows_of_table = jnp.asarray(table.forward[worked]), jnp.asarray(table.forward_chunk[worked])
+    (total, _), _ = jax.lax.scan(tick, (no_losses(), stage.nothing()), rows_of_table)
+    return stage.group.sum(total)
+
+
+def no_losses() -> LossSums:
+    return LossSums(*[jnp.zeros((), jnp.float32)] * len(LossSums._fields))
+
+
+def _outer(tree: Params) -> Params:
+    return {key: x for key, x in tree.items() if key != "layers"}
+
+
+def _slice(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, count) if count < len(x) else x

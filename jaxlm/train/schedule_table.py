@@ -1,0 +1,73 @@
+"""Pipeline schedules as data: which stage works on which micro-batch at which tick.
+
+Each of P stages has v chunks of layers: chunk c of stage p is the (c P + p)-th part of the model. A tick has two
+phases, in which a stage may run a chunk forward and then one backward, each for a micro-batch. What it sends, its
+neighbour on the ring uses in the next tick. Stages without work in a phase wait for the others.
+
+| parallel.schedule | v | backward passes begin | kept at once, at most |
+| --- | --- | --- | --- |
+| gpipe (Huang et al., GPipe, 2019) | 1 | after all forward passes | m |
+| 1f1b (Narayanan et al., PipeDream, 2019) | 1 | as soon as possible | min(m, 2 P - 1) |
+| interleaved (Narayanan et al., Megatron-LM, 2021) | more | as soon as possible | see `kept` |
+
+If P divides m, all have m v + P - 1 forward phases with work, as many backward ones, and so the bubble
+(P - 1) / (m v + P - 1): the share of their time in which stages have nothing to do. "Kept" are inputs of chunks, from
+which backward passes start. 1F1B as published keeps P of them. There a stage's forward pass runs beside its neighbour's
+backward pass, which takes at least twice as long; stages that exchange after each would wait for the longer one.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+NONE = -1  # in a table: nothing to do
+
+
+class Table(NamedTuple):
+    """int32 [ticks, P] each."""
+
+    forward: np.ndarray  # micro-batch that the stage runs forward
+    forward_chunk: np.ndarray
+    forward_slot: np.ndarray  # where it keeps the chunk's input until the backward pass
+    backward: np.ndarray  # micro-batch that it runs backward
+    backward_chunk: np.ndarray
+    backward_slot: np.ndarray
+
+    @property
+    def slots(self) -> int:
+        """Inputs that a stage keeps at once, at most."""
+        return int(self.forward_slot.max()) + 1
+
+
+def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table:
+    """The table of a schedule for `micro` micro-batches."""
+    P, m, v = stages, micro, chunks
+
+    def ahead(i: int, c: int) -> int:
+        """Ticks until micro-batch i passes the first stage's chunk c: P micro-batches pass a chunk, then the next."""
+        return i // P * P * v + c * P + i % P
+
+    forward_ticks = ahead(m - 1, v - 1) + P
+    first_backward = forward_ticks if schedule == "gpipe" else v * P - 1
+    ticks = first_backward + forward_ticks
+    table = Table(*(np.full((ticks, P), NONE, np.int32) for _ in Table._fields))
+    for p in range(P):
+        works = [(i, c) for i in range(m) for c in range(v)]
+        begins = {ahead(i, c) + p: (i, c) for i, c in works}
+        ends = {first_backward + ahead(i, v - 1 - c) + P - 1 - p: (i, c) for i, c in works}
+        free, kept = [*range(m * v)][::-1], {}
+        for tick in range(ticks):
+            if (work := begins.get(tick)) is not None:
+                kept[work] = free.pop()
+                table.forward[tick, p], table.forward_chunk[tick, p] = work
+                table.forward_slot[tick, p] = kept[work]
+            if (work := ends.get(tick)) is not None:
+                table.backward[tick, p], table.backward_chunk[tick, p] = work
+                table.backward_slot[tick, p] = kept[work]
+                free.append(kept.pop(work))
+    return table
+
+
+def bubble(stages: int, micro: int, chunks: int = 1) -> float:
+    """The share of its time in which a stage has nothing to do."""
+    return (stages - 1) / (micro * chunks + stages - 1)
