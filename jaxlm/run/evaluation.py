@@ -79,7 +79,7 @@ def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | No
     None if no sample is wanted or there is no tokenizer; None on all processes but the first.
     """
     c, tokenizer = parts.config, parts.corpus.tokenizer
-    together = c.parallel.zero == 3 and jax.process_count() > 1
+    together = parts.placement.in_parts and jax.process_count() > 1
     first = jax.process_index() == 0
     if not c.eval.sample_tokens or tokenizer is None or not (first or together):
         return None

@@ -230,6 +230,13 @@ def _owes_evaluation(parts: Parts, start: int) -> bool:
     return not json.loads(known)
 
 
+def _grid(config: Config) -> str:
+    """The directions in which devices divide more than the batch, such as ` (tensor 2)`."""
+    sizes = {name: getattr(config.parallel, name) for name in ("pipeline", "context", "tensor")}
+    found = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f" ({found})" if found else ""
+
+
 def describe(parts: Parts, start: int) -> None:
     """Prints the facts of the run at its start."""
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
@@ -239,7 +246,7 @@ def describe(parts: Parts, start: int) -> None:
     count, own = num_params(params), num_params(trained.part(c, params))
     of_them = f" ({human(own)} trained)" if own < count else ""
     say(
-        f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind} · {human(count)} parameters{of_them}"
+        f"jaxlm · {len(parts.devices)} x {parts.devices[0].device_kind}{_grid(c)} · {human(count)} parameters{of_them}"
         f" · {human(per_step)} tokens per step · {c.steps} steps = {human(c.steps * per_step)} tokens"
         f" ({epochs:.2f} epochs) · {parts.workdir}"
     )

@@ -46,9 +46,14 @@ class Placement:
         self._spread = self._converter(self._layouts)
         self._gathering = model.having(on_layer=lambda layer: jax.lax.with_sharding_constraint(layer, everywhere))
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether devices hold different parts of the parameters."""
+        return "params" in self._layouts
+
     def initial(self) -> TrainState:
         """Makes the initial state, on the devices. Fields that are in parts are never whole on one device."""
-        if "params" in self._layouts:
+        if self.in_parts:
             return self.restored(self.initial_program()(jax.random.key(self._config.seed)))
         params = init_params(self._config, self._model)
         first, count = self._devices.index(self.local[0]), len(self._devices)
@@ -83,7 +88,7 @@ class Placement:
 
     def place_params(self, params: Params) -> Params:
         """Puts whole parameters, or some of them, on the devices as the step expects them."""
-        if "params" not in self._layouts:
+        if not self.in_parts:
             return jax.device_put(params, self.replicated)
         some = trained.within(self._layouts["params"], params)
         put = jax.device_put(params, self._natural(some))
@@ -93,7 +98,7 @@ class Placement:
         """The model with parameters of a state, for computation outside the mapped step: on one device or, if devices
         hold parts, on all of them, which gather one layer at a time. Then all processes must call the same functions.
         """
-        if "params" not in self._layouts:
+        if not self.in_parts:
             return self._model, jax.tree.map(lambda x: x.addressable_shards[0].data, params)
         join = self._converter(self._layouts["params"], back=True)
         return self._gathering, join(self._to_global(params, PartitionSpec(AXIS)))

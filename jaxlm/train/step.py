@@ -215,11 +215,12 @@ def make_eval_step(
     sums_of = make_eval_sums(config, own)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        batch = own.tokens_of(batch)
+        stop = batch.get("stop")
+        batch = own.tokens_of({name: x for name, x in batch.items() if name != "stop"})
         sums = sums_of(params, batch)._asdict() | {"bytes": jnp.sum(batch["bytes"])}
         found = own.grid.copies.sum(sums)
-        if "stop" in batch:  # added last: on CPU, no collective may run beside those of the model (overlap.after)
-            found["stop"] = own.grid.everyone.sum(overlap.after(batch["stop"], sums["targets"]))
+        if stop is not None:  # added last: on CPU, no collective may run beside those of the model (overlap.after)
+            found["stop"] = own.grid.everyone.sum(overlap.after(stop, sums["targets"]))
         return found
 
     return eval_step
