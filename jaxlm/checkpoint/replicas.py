@@ -1,9 +1,11 @@
-"""Checks that all devices hold the same state, bit for bit. Failing memory or a failing chip changes one copy silently.
+"""Checks that all devices that should hold the same state do, bit for bit. Failing memory or a failing chip changes one
+copy silently.
 
-Every device has a copy of the parameters, and of all other state that is not split over the devices. Before a
-checkpoint, each device computes a checksum of each array of its copy, and the hosts compare them. A single changed word
-always changes the checksum, because each word is multiplied by an odd number that depends on its place. Only hosts with
-the same hardware are compared, because processors of different kinds round differently.
+Every device has a copy of the parameters, and of all other state that is not split over the devices; where they hold
+parts of the model, those of different replicas have the same part. Before a checkpoint, each device computes a checksum
+of each array of its copy, and the hosts compare them. A single changed word always changes the checksum, because each
+word is multiplied by an odd number that depends on its place. Only hosts with the same hardware are compared, because
+processors of different kinds round differently.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxlm.checkpoint.reading import shapes
 from jaxlm.config import Config
 from jaxlm.host import distributed
-from jaxlm.train.step import AXIS, TrainState, state_axes
+from jaxlm.train.one_device import AXIS
+from jaxlm.train.step import TrainState, state_axes
 
 
 class Corrupt(RuntimeError):
@@ -34,41 +37,59 @@ class Replicas:
     """Compares the state on all devices. `mesh` holds the devices of this process."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        self._axes, self._mesh = state_axes(config), mesh
-        self._sums: Callable | None = None
+        self._config, self._mesh = config, mesh
+        self._sums = [checksums_of(mesh, PartitionSpec()), checksums_of(mesh, PartitionSpec(AXIS))]
 
     def check(self, step: int, state: TrainState) -> None:
-        """Raises Corrupt, on all hosts alike, if the replicated part of the state differs between devices."""
-        parts = {k: x for k, x in state._asdict().items() if getattr(self._axes, k) is None}
-        names = list(shapes(parts))
-        if self._sums is None:
-            self._sums = checksums_of(self._mesh)
-        sums_DL = np.asarray(self._sums(parts)).tolist()
+        """Raises Corrupt, on all hosts alike, if what should be the same differs between devices."""
+        parts = self._same_on_all(state), self._same_in_replicas(state)
+        names = list(shapes(parts[0])), list(shapes(parts[1]))
+        sums = [
+            np.asarray(program(tree)).tolist() if tree else [] for program, tree in zip(self._sums, parts, strict=True)
+        ]
         devices = self._mesh.devices.flat
         names_D = [f"{d.id if d.local_hardware_id is None else d.local_hardware_id} ({d.device_kind})" for d in devices]
-        content = json.dumps([_hardware(devices[0].device_kind), names_D, sums_DL])
+        content = json.dumps([_hardware(devices[0].device_kind), names_D, sums])
         found = distributed.from_all(f"the sums of step {step}", content)
-        by_hardware: dict[str, dict[str, list[int]]] = {}
-        for host, (hardware, names_D, sums_DL) in enumerate(map(json.loads, found)):
-            named = {f"device {d} of {distributed.name(host)}": s for d, s in zip(names_D, sums_DL, strict=True)}
-            by_hardware.setdefault(hardware, {}).update(named)
-        for sums in by_hardware.values():
-            if wrong := difference(names, sums):
-                raise Corrupt(
-                    f"step {step}: {wrong}; this state is not saved, and the same command resumes from the newest"
-                    " checkpoint, which is good; if this happens again, take that device out of use"
-                )
+        for which, groups in enumerate(self._groups([json.loads(text) for text in found])):
+            for group in groups:
+                if wrong := difference(names[which], group):
+                    raise Corrupt(
+                        f"step {step}: {wrong}; this state is not saved, and the same command resumes from the newest"
+                        " checkpoint, which is good; if this happens again, take that device out of use"
+                    )
+
+    def _same_on_all(self, state: TrainState) -> dict[str, Any]:
+        axes = state_axes(self._config)
+        return {k: x for k, x in state._asdict().items() if getattr(axes, k) is None and x is not None}
+
+    def _same_in_replicas(self, state: TrainState) -> dict[str, Any]:
+        """What devices with the same place in different replicas hold alike: parts of the model, not those of ZeRO."""
+        p = self._config.parallel
+        fields = (*(("params", "ema") if p.zero < 3 else ()), *(("opt_state",) if not p.zero else ()))
+        return {k: x for k in fields if p.splits_model and (x := getattr(state, k)) is not None}
+
+    def _groups(self, found: list[Any]) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+        """Devices to compare, with their checksums: for what all hold alike, and for what replicas do."""
+        p = self._config.parallel
+        all_, replicas = {}, {}
+        for host, (hardware, names_D, (sums, of_parts)) in enumerate(found):
+            for i, device in enumerate(names_D):
+                name, index = f"device {device} of {distributed.name(host)}", host * len(names_D) + i
+                all_.setdefault(hardware, {})[name] = sums[i]
+                if of_parts:
+                    stage = index % p.of_a_replica // (p.context * p.tensor)
+                    replicas.setdefault((hardware, stage, index % p.tensor), {})[name] = of_parts[i]
+        return list(all_.values()), list(replicas.values())
 
 
-def checksums_of(mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """Compiles (tree of L arrays, a copy on each device of the mesh) -> their checksums, uint32 [D, L]."""
+def checksums_of(mesh: Mesh, spec: PartitionSpec) -> Callable[[Any], jax.Array]:
+    """Compiles (tree of L arrays of this sharding on the mesh) -> checksums of what each device has, uint32 [D, L]."""
 
     def one(tree: Any) -> jax.Array:
         return jnp.stack([checksum(x) for x in jax.tree.leaves(tree)])[None]
 
-    return jax.jit(
-        jax.shard_map(one, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(AXIS), check_vma=False)
-    )
+    return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(AXIS), check_vma=False))
 
 
 def checksum(x: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def test_any_changed_bit_of_one_device_is_found(bit: int, place: int):
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     other = value.copy()
     other.view(np.uint32).reshape(-1)[place] ^= np.uint32(1 << bit)
-    program = checksums_of(mesh)
+    program = checksums_of(mesh, PartitionSpec())
     good, bad = replicated(value, mesh, {}), replicated(value, mesh, {2: other})
     sums = np.asarray(program({"a": good, "b": bad}))
     assert sums.shape == (4, 2) and len(set(sums[:, 0])) == 1

@@ -7,7 +7,7 @@ import pytest
 from jaxlm.model import make_model
 from jaxlm.plan.compiled import compile_step
 from jaxlm.train.placement import Placement
-from tests.train.test_parallel import RTOL, VOCAB, gap, held_bytes, make_config, train
+from tests.grids import RTOL, VOCAB, gap, held_bytes, make_config, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
