@@ -16,7 +16,7 @@ from jaxlm.config import Config, UserError, cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 from jaxlm.plan import devices as known
-from jaxlm.plan.compiled import can_compile_for_gpus, configure
+from jaxlm.plan.compiled import can_compile_for_gpus, compiled_devices, configure
 from jaxlm.run.pages import check_path, print_table
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     vocab_size = args.vocab_size or vocab_size_of(config)
     if vocab_size < 2:
         raise UserError(f"--vocab_size is {vocab_size}; allowed: 2 or more")
-    configure(config, device, few)
+    configure(config, device, compiled_devices(config, device, args.devices))
 
     from jaxlm.commands.plan_tables import beside_table, write_plan
     from jaxlm.plan.planning import make_plan

@@ -1,7 +1,7 @@
 """The decoder as pure functions of its parameters: hidden states, logits, losses, sampling.
 
-Only `blocks.py` and `layers.py` know Flax. Other rooms import the names below from here, and `losses`, `lora`
-and `generate` as modules.
+Only `network.py`, `blocks.py` and `layers.py` know Flax. Other rooms import the names below from here, and `losses`,
+`lora`, `generate`, `tensor` and `context` as modules.
 
 May import: config.
 """

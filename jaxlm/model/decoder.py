@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model.blocks import STATISTICS, Cache, Decoder, OnLayer, Params
+from jaxlm.model.blocks import STATISTICS, Cache
 from jaxlm.model.context import WHOLE, Context
+from jaxlm.model.network import Decoder, OnLayer, Params
 from jaxlm.model.tensor import ALONE, Tensor
 
 

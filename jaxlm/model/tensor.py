@@ -46,7 +46,11 @@ class Tensor(NamedTuple):
     def alone(self) -> "Tensor":
         """The same without any exchange, for shapes: what arrives is made up."""
         return self._replace(
-            index=lambda: 0, gather=lambda x: jnp.tile(x, (self.size, 1)), scatter=lambda x: x[: len(x) // self.size]
+            index=lambda: 0,
+            gather=lambda x: jnp.tile(x, (self.size, 1)),
+            scatter=lambda x: x[: len(x) // self.size],
+            sum=_same,
+            max=_same,
         )
 
     def part(self, count: int) -> int:

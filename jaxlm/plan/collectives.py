@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jaxlm.plan.kernels import COLLECTIVES, Step, walk
 from jaxlm.plan.program import BITS, Instruction, Program, arrays_of
+from jaxlm.train.one_device import ACTIVATIONS, CONTEXT, STAGES
 
 
 class Collective(NamedTuple):
@@ -18,10 +19,18 @@ class Collective(NamedTuple):
     name: str  # name of the operation in the program
 
     @property
+    def direction(self) -> str:
+        """The direction of the grid in which devices exchange: pipeline, context, tensor, or data (sync/grid.py)."""
+        return next((d for name, d in DIRECTIONS.items() if name in self.name), "data")
+
+    @property
     def sent(self) -> float:
         """Bytes that a device sends each time, with the algorithm that sends least."""
         return SENT[self.kind](self.size) * self.bytes
 
+
+# {name of an exchange that stays within a replica: its direction}
+DIRECTIONS = {ACTIVATIONS: "tensor", CONTEXT: "context", STAGES: "pipeline"}
 
 # {kind: (devices of a group) -> bytes that a device sends for each byte of the whole array}
 SENT = {

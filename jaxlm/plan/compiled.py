@@ -21,6 +21,15 @@ def can_compile_for_gpus() -> bool:
     )
 
 
+def compiled_devices(config: Config, device: Device, count: int) -> int:
+    """How many of `count` devices the step is compiled for: those of one host or, if replicas need more, of some."""
+    few, each = min(count, device.per_host), config.parallel.of_a_replica
+    if few % each == 0 and (few > each or few == count):
+        return few
+    replicas = count // each
+    return each * next((n for n in range(2, replicas + 1) if replicas % n == 0), 1)
+
+
 def configure(config: Config, device: Device, count: int) -> None:
     """Sets what JAX reads when it is imported, to compile for `count` of these devices. Call it once, before that."""
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, devices=count))
@@ -65,12 +74,14 @@ def compile_step(config: Config, devices: list[Any], vocab_size: int) -> Compile
     from jaxlm.model import make_model
     from jaxlm.train import step as train_step
     from jaxlm.train.backward import batch_shapes
+    from jaxlm.train.layout import step_shapes
 
     n = len(devices)
     model = make_model(config.model, vocab_size, config.seq_len)
-    state = jax.eval_shape(lambda: train_step.init_state(config, model, n))
+    state = step_shapes(config, model, n)
     program = train_step.pmap_train_step(config, train_step.make_train_step(config, model, devices), devices)
-    compiled = program.lower(state, batch_shapes(config, n, config.batch_size // n)).compile()
+    rows = config.batch_size * config.parallel.of_a_replica // n
+    compiled = program.lower(state, batch_shapes(config, n, rows)).compile()
     found = compiled.memory_analysis()
     return Compiled(
         text=compiled.as_text(),

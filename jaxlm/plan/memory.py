@@ -3,13 +3,17 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.config import Config, UserError
-from jaxlm.model import Model, num_params
+from jaxlm.model import Model, Params, num_params
 from jaxlm.plan.compiled import Compiled
 from jaxlm.train import trained
 from jaxlm.train.backward import batch_shapes, loss_sums
-from jaxlm.train.step import TrainState, init_state, state_axes
+from jaxlm.train.layout import step_shapes
+from jaxlm.train.one_device import Batch, OneDevice, one_device
+from jaxlm.train.schedule_table import make_table
+from jaxlm.train.step import TrainState, state_axes
 
 GRADIENT = 4.0  # bytes of a number of the gradient, float32
 
@@ -58,28 +62,34 @@ def least_bytes(config: Config, model: Model, count: int) -> float:
     """Bytes that each of `count` devices needs at least: the state, and what is kept for the backward pass or, where
     that is more, the gradients.
     """
-    state = jax.eval_shape(lambda: init_state(config, model, count))
-    kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    return sum(held_bytes(config, state, count).values()) + max(kept, gradient_bytes(config, model, count))
+    own = one_device(config, model, count)
+    held = held_bytes(config, step_shapes(config, model, count), count)
+    kept = kept_bytes(config, own, micro_rows(config, count))
+    return sum(held.values()) + max(kept, gradient_bytes(config, own))
 
 
 def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, process: float = 0.0) -> Memory:
     """The memory of each of `count` devices, with the working memory of the compiled program, and the part of the
     process's own memory that goes with a device.
     """
-    state = jax.eval_shape(lambda: init_state(config, model, count))
-    held = held_bytes(config, state, count)
-    kept = kept_bytes(config, model, config.batch_size // count // config.optim.accum_steps)
-    gradients, compiled_gradients = (gradient_bytes(config, model, n) for n in (count, compiled.count))
+    devices = [one_device(config, model, n) for n in (count, compiled.count)]
+    held = held_bytes(config, step_shapes(config, model, count), count)
+    kept = kept_bytes(config, devices[0], micro_rows(config, count))
+    gradients, compiled_gradients = (gradient_bytes(config, own) for own in devices)
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
     working = max(0.0, compiled.temporary - kept - compiled_gradients)
     return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
 
 
-def gradient_bytes(config: Config, model: Model, count: int) -> float:
-    """Bytes of the gradient that each of `count` devices holds; with ZeRO-2 and 3, of its parts."""
-    params = trained.part(config, jax.eval_shape(model.init, jax.random.key(0)))
-    return GRADIENT * num_params(params) / (count if config.parallel.zero > 1 else 1)
+def micro_rows(config: Config, count: int) -> int:
+    """Sequences in a micro-batch of each replica of `count` devices."""
+    return config.batch_size * config.parallel.of_a_replica // count // config.optim.accum_steps
+
+
+def gradient_bytes(config: Config, own: OneDevice) -> float:
+    """Bytes of the gradient that a device holds; with ZeRO-2 and 3, of its parts."""
+    whole = GRADIENT * num_params(trained.part(config, own.params))
+    return whole / (own.grid.copies.size if config.parallel.zero > 1 else 1)
 
 
 def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float]:
@@ -94,19 +104,36 @@ def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float
     return {name: size(field) for field, name in names.items()}
 
 
-def kept_bytes(config: Config, model: Model, rows: int) -> float:
-    """Bytes of the results that autodiff keeps of `rows` sequences for the backward pass.
+def kept_bytes(config: Config, own: OneDevice, rows: int) -> float:
+    """Bytes that a device keeps for the backward pass of micro-batches of `rows` sequences: results that autodiff needs
+    and, in a pipeline, also the inputs of chunks that wait for their backward pass.
 
-    These grow with the number of sequences; what does not grow are the parameters, which are there anyway.
+    The results grow with the number of sequences; what does not grow are the parameters, which are there anyway.
     """
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    own = trained.part(config, params)
+    model = own.model.having(tensor=own.model.tensor.alone(), context=own.model.context.alone())
+    params = trained.part(config, own.params)
+    frozen, pipeline = trained.without(own.params, params), config.parallel.pipeline
+    tokens = config.seq_len // (config.parallel.context * config.parallel.tensor)  # of a sequence, between layers
+    waiting, layers = 0, config.model.num_layers // (pipeline * config.parallel.chunks)
+    if pipeline > 1:
+        table = make_table(config.parallel.schedule, pipeline, config.optim.accum_steps, config.parallel.chunks)
+        waiting = table.slots * tokens * config.model.d_model * jnp.dtype(config.model.dtype).itemsize
+
+    def objective(params: Params, frozen: Params, batch: Batch, x_nD: jax.Array) -> jax.Array:
+        if pipeline == 1:
+            batch = batch | {"targets": model.context.own(batch["targets"], 1)}
+            return loss_sums(config, model, params, batch, frozen=frozen).objective
+        both = trained.joined(frozen, params)
+        chunk = both | {"layers": jax.tree.map(lambda x: x[:layers], both["layers"])}
+        shape = batch["inputs"].shape
+        return model.run(chunk, x_nD, jnp.arange(layers), shape, None, batch.get("positions"))
 
     def residuals(rows: int) -> float:
-        def pull_back(params: Any, frozen: Any, batch: Any) -> Any:
-            return jax.vjp(lambda params: loss_sums(config, model, params, batch, frozen=frozen).objective, params)[1]
+        def pull_back(params: Params, frozen: Params, batch: Batch, x_nD: jax.Array) -> Any:
+            return jax.vjp(lambda params: objective(params, frozen, batch, x_nD), params)[1]
 
-        kept = jax.eval_shape(pull_back, own, trained.without(params, own), batch_shapes(config, rows))
+        x_nD = jax.ShapeDtypeStruct((rows * tokens, config.model.d_model), config.model.dtype)
+        kept = jax.eval_shape(pull_back, params, frozen, batch_shapes(config, rows), x_nD)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
-    return rows * (residuals(2) - residuals(1))
+    return rows * (residuals(2) - residuals(1) + waiting)

@@ -7,7 +7,7 @@ from jaxlm.config import Config
 from jaxlm.host.memory import resident_bytes
 from jaxlm.host.runtime import GPU_MEMORY
 from jaxlm.model import make_model, num_params
-from jaxlm.plan.compiled import Compiled, compile_step, devices
+from jaxlm.plan.compiled import Compiled, compile_step, compiled_devices, devices
 from jaxlm.plan.devices import Device
 from jaxlm.plan.memory import Memory, plan_memory
 from jaxlm.plan.program import parse
@@ -106,11 +106,11 @@ def _as_on_gpus(config: Config) -> Config:
 
 
 def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Plan:
-    """Compiles the step for the devices of one host, and plans for all of them: each has the part of the batch that it
-    has among all.
+    """Compiles the step for some of the devices, and plans for all of them: each has the part of the batch that it has
+    among all.
     """
-    few = min(count, device.per_host)
-    on_devices = devices(device, few)
+    few = compiled_devices(config, device, count)
+    on_devices = devices(device, few, hosts=max(1, few // device.per_host))
     if device.chip is not None and on_devices[0].platform == "cpu":
         config = _as_on_gpus(config)
     part = dataclasses.replace(config, batch_size=config.batch_size // count * few)
@@ -120,7 +120,7 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
     process = resident_bytes() / few if device.chip is None else 0.0  # it has compiled the step, as a run has
 
     def time(n: int) -> StepTime:
-        return step_time(program, device, n, rate(config, device))
+        return step_time(program, device, n, rate(config, device), config.parallel)
 
     return Plan(
         config=config,
@@ -131,5 +131,5 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
         time=time(count),
         parameters=num_params(params),
         flops_per_token=trained.flops_per_token(config, params),
-        curve=[(n, time(n).seconds) for n in (COUNTS if few > 1 else [1])],
+        curve=[(n, time(n).seconds) for n in (COUNTS if few > 1 else [1]) if n % config.parallel.of_a_replica == 0],
     )

@@ -12,6 +12,7 @@ steps; between hosts, in a tree, the logarithm of their number. What runs betwee
 import math
 from typing import NamedTuple
 
+from jaxlm.config import ParallelConfig
 from jaxlm.plan.collectives import SENT, Collective, read
 from jaxlm.plan.devices import LATENCY, NETWORK, REACHED, Device
 from jaxlm.plan.kernels import COLLECTIVES, Kernel, Step, kernel_of, walk
@@ -68,11 +69,14 @@ class StepTime(NamedTuple):
         return sorted(found.values(), key=lambda cost: -cost.seconds)
 
 
-def step_time(program: Program, device: Device, count: int, rate: float) -> StepTime:
+def step_time(
+    program: Program, device: Device, count: int, rate: float, parallel: ParallelConfig | None = None
+) -> StepTime:
     """The time of a step on `count` devices, from the program compiled for some of them.
 
     Args:
       rate: FLOP/s of the device's products in the dtype of the computation.
+      parallel: how they divide the model and sequences; None = not at all.
     """
     found = StepTime([], [])
     seconds = number = 0.0  # of all kernels so far, in the whole step
@@ -88,7 +92,7 @@ def step_time(program: Program, device: Device, count: int, rate: float) -> Step
             found.exchanges.append(
                 Exchange(
                     c,
-                    seconds=exchange_seconds(c, device, count),
+                    seconds=exchange_seconds(c, device, count, parallel),
                     beside=(seconds - before[0]) / c.times,
                     kernels=round((number - before[1]) / c.times),
                 )
@@ -101,15 +105,25 @@ def step_time(program: Program, device: Device, count: int, rate: float) -> Step
     return found
 
 
-def exchange_seconds(c: Collective, device: Device, count: int) -> float:
-    """The time of a collective over `count` devices."""
-    if count == 1:
+def group_of(direction: str, count: int, parallel: ParallelConfig | None) -> tuple[int, int]:
+    """How many of `count` devices exchange in this direction, and how far apart on the axis neighbours are."""
+    if parallel is None:
+        return count, 1
+    p = parallel
+    inner = {"tensor": (p.tensor, 1), "context": (p.context, p.tensor), "pipeline": (2, p.context * p.tensor)}
+    return inner.get(direction, (count // (p.pipeline * p.tensor), p.pipeline * p.tensor))
+
+
+def exchange_seconds(c: Collective, device: Device, count: int, parallel: ParallelConfig | None = None) -> float:
+    """The time of a collective of a step of `count` devices."""
+    size, apart = group_of(c.direction, count, parallel)
+    if size == 1:
         return 0.0
-    hosts = math.ceil(count / device.per_host)
-    inside = min(count, device.per_host)
+    inside = min(size, max(1, device.per_host // apart))
+    hosts = math.ceil(size / inside)
     # Each device has a network card of its own, and a ring through all devices leaves a host once: rings in parallel,
     # as many as there are cards, use all of them.
     bandwidth = device.link if hosts == 1 else min(device.link, NETWORK * inside)
     rounds = 2 if c.kind == "all-reduce" else 1
     latency = rounds * ((inside - 1) * LATENCY["link"] + math.ceil(math.log2(hosts)) * LATENCY["network"])
-    return latency + SENT[c.kind](count) * c.bytes / bandwidth
+    return latency + SENT[c.kind](size) * c.bytes / bandwidth

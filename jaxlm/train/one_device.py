@@ -13,8 +13,8 @@ from jaxlm.sync.cuts import Cuts
 from jaxlm.sync.zero import Zero
 
 AXIS = "devices"
-# Names of the collectives of tensor and context groups in a compiled program.
-ACTIVATIONS, CONTEXT = "share_activations", "share_sequences"
+# Names of the collectives of tensor, context and pipeline groups in a compiled program.
+ACTIVATIONS, CONTEXT, STAGES = "share_activations", "share_sequences", "pass_between_stages"
 
 
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
@@ -73,7 +73,8 @@ def tensor_group(grid: Grid) -> Tensor:
     def scatter(x_ND: jax.Array) -> jax.Array:
         return group.scatter_sum(x_ND.reshape(group.size, -1)).reshape(-1, *x_ND.shape[1:])
 
-    return Tensor(group.size, group.index, gather, scatter, group.sum, group.max)
+    named = jax.named_scope(ACTIVATIONS)
+    return Tensor(group.size, group.index, gather, scatter, named(group.sum), named(group.max))
 
 
 def context_group(grid: Grid) -> Context:

@@ -20,10 +20,8 @@ from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import overlap
 from jaxlm.train import trained
 from jaxlm.train.accumulation import micro_batches
-from jaxlm.train.one_device import OneDevice
+from jaxlm.train.one_device import STAGES, OneDevice
 from jaxlm.train.schedule_table import make_table
-
-STAGES = "pass_between_stages"  # names the pipeline's collectives in a compiled program
 
 
 class Stage:

@@ -11,21 +11,33 @@ from jaxlm.config.files import BASE, load
 from jaxlm.model import make_model
 from jaxlm.plan.compiled import compile_step
 from jaxlm.plan.memory import kept_bytes, least_bytes, plan_memory, refuse_over
+from jaxlm.train.one_device import one_device
 from jaxlm.train.placement import Placement
 
 VOCAB = 300
 
 
-def some_config(**model: Any) -> Config:
+def some_config(*parallel: str, **model: Any) -> Config:
     overrides = ["batch_size=32", "seq_len=64", "optim.name=adamw", "optim.ema_decay=0.9", "optim.accum_steps=2"]
-    config = load(BASE, [f"--config.{o}" for o in [*overrides, "parallel.zero=1"]])
-    small = {"num_layers": 3, "d_model": 48, "num_heads": 3} | model
+    layers = ["model.num_layers=4", "model.d_model=48", "model.num_heads=2"]
+    config = load(BASE, [f"--config.{o}" for o in [*overrides, *layers, "parallel.zero=1", *parallel]])
+    small = {"num_layers": 3} | model if not parallel else model
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **small))
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
-def test_the_plan_equals_the_state_and_what_the_compiler_says(remat: str):
-    config, devices = some_config(remat=remat), jax.devices()[:4]
+@pytest.mark.parametrize(
+    "remat, parallel",
+    [
+        ("none", []),
+        ("elementwise", []),
+        ("full", []),
+        ("full", ["parallel.tensor=2"]),
+        ("elementwise", ["parallel.context=2", "parallel.zero=3"]),
+        ("full", ["parallel.pipeline=2", "optim.accum_steps=4"]),
+    ],
+)
+def test_the_plan_equals_the_state_and_what_the_compiler_says(remat: str, parallel: list[str]):
+    config, devices = some_config(*parallel, remat=remat), jax.devices()[:4]
     model = make_model(config.model, VOCAB, config.seq_len)
     compiled = compile_step(config, devices, VOCAB)
     memory = plan_memory(config, model, compiled, 4)
@@ -41,7 +53,7 @@ def test_recomputing_more_keeps_less():
     kept = []
     for remat in ("none", "elementwise", "full"):
         config = some_config(remat=remat)
-        kept.append(kept_bytes(config, make_model(config.model, VOCAB, config.seq_len), 4))
+        kept.append(kept_bytes(config, one_device(config, make_model(config.model, VOCAB, config.seq_len), 1), 4))
     # A layer of this model keeps at least its input, of 48 float32 numbers for each of 4 x 64 tokens.
     assert kept[0] > 1.5 * kept[1] > 3 * kept[2] >= 3 * 3 * 4 * 64 * 48 * 4
 

@@ -47,7 +47,7 @@ KINDS = [
 
 def overrides_of(number: int, grid: tuple[int, int, int, int]) -> list[str]:
     """A grid's own overrides, which differ from grid to grid."""
-    data, pipeline, context, tensor = grid
+    _, pipeline, context, tensor = grid
     found = [f"parallel.pipeline={pipeline}", f"parallel.context={context}", f"parallel.tensor={tensor}"]
     found += [f"model.remat={['elementwise', 'full'][number % 2]}"]
     if pipeline == 1:
