@@ -215,9 +215,9 @@ class ParallelConfig:
     tensor: int  # devices that compute one model together, each some of its heads and hidden units; neighbours
     pipeline: int  # stages of a pipeline, each a group of devices with some of the layers
     # When stages work on which of the optim.accum_steps micro-batches. `gpipe`: all forward, then all backward; `1f1b`:
-    # backward as soon as possible; `interleaved`: as 1f1b, and each stage has `chunks` chunks of layers, not one.
-    schedule: Literal["gpipe", "1f1b", "interleaved"]
-    chunks: int  # interleaved: chunks of layers that a stage has; 1 with the others
+    # backward as soon as possible.
+    schedule: Literal["gpipe", "1f1b"]
+    chunks: int  # pipeline: pieces of the model that a stage has; with more than 1, schedules are interleaved
     context: int  # devices that share each sequence, for long ones; each has 1/context of its tokens
     topk_density: float  # topk: share of the numbers of layers' matrices that a device sends; 1/1024 to 1
     powersgd_rank: int  # powersgd: rank of the approximation of each layer's matrices

@@ -281,14 +281,11 @@ def _check_grid(c: Config, require: Require) -> None:
 
 def _check_pipeline(c: Config, require: Require) -> None:
     p = c.parallel
-    interleaved = p.schedule == "interleaved"
-    require(p.chunks > 1 if interleaved else p.chunks == 1, "parallel.chunks", f"with parallel.schedule={p.schedule}, "
-            + ("2 or more" if interleaved else "1"))  # fmt: skip
     if p.pipeline == 1:
-        require(not interleaved, "parallel.schedule", "with parallel.pipeline=1, gpipe or 1f1b")
+        require(p.chunks == 1, "parallel.chunks", "with parallel.pipeline=1, 1")
         return
     parts = p.pipeline * p.chunks
-    chunks = " * parallel.chunks" if interleaved else ""
+    chunks = " * parallel.chunks" if p.chunks > 1 else ""
     require(c.model.num_layers % parts == 0, "model.num_layers", f"a multiple of parallel.pipeline{chunks} = {parts}")
     require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")
     require(not p.overlap, "parallel.overlap", "with parallel.pipeline, whose gradients are complete at the end: false")

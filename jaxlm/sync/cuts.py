@@ -17,6 +17,8 @@ from jaxlm.sync.group import Group
 from jaxlm.sync.overlap import after
 from jaxlm.sync.zero import is_stacked
 
+COPIES = "sum_copies"  # names its collectives in a compiled program
+
 
 class Cut(NamedTuple):
     dim: int  # that is cut
@@ -84,7 +86,8 @@ class Cuts:
         arrays = [found[path] for path in paths]
         if group.on_cpu and arrays:
             arrays = after(arrays, list(found.values()))
-        return dict(zip(paths, group.sum(arrays), strict=True)) if arrays else {}
+        with jax.named_scope(COPIES):
+            return dict(zip(paths, group.sum(arrays), strict=True)) if arrays else {}
 
     def whole(self, parts: Any) -> Any:
         """Gathers whole parameters, or arrays of their shapes, of as many layers as the parts have."""

@@ -4,11 +4,13 @@ Each of P stages has v chunks of layers: chunk c of stage p is the (c P + p)-th 
 phases, in which a stage may run a chunk forward and then one backward, each for a micro-batch. What it sends, its
 neighbour on the ring uses in the next tick. Stages without work in a phase wait for the others.
 
-| parallel.schedule | v | backward passes begin | kept at once, at most |
-| --- | --- | --- | --- |
-| gpipe (Huang et al., GPipe, 2019) | 1 | after all forward passes | m |
-| 1f1b (Narayanan et al., PipeDream, 2019) | 1 | as soon as possible | min(m, 2 P - 1) |
-| interleaved (Narayanan et al., Megatron-LM, 2021) | more | as soon as possible | see `kept` |
+| parallel.schedule | backward passes begin | kept at once, at most, with one chunk |
+| --- | --- | --- |
+| gpipe (Huang et al., GPipe, 2019) | after all forward passes | m |
+| 1f1b (Narayanan et al., PipeDream, 2019) | as soon as possible | min(m, 2 P - 1) |
+
+With several chunks they are interleaved (Narayanan et al., Efficient Large-Scale Language Model Training on GPU
+Clusters Using Megatron-LM, 2021): P micro-batches pass a chunk of all stages, then the next one.
 
 If P divides m, all have m v + P - 1 forward phases with work, as many backward ones, and so the bubble
 (P - 1) / (m v + P - 1): the share of their time in which stages have nothing to do. "Kept" are inputs of chunks, from
@@ -16,11 +18,18 @@ which backward passes start. 1F1B as published keeps P of them. There a stage's 
 backward pass, which takes at least twice as long; stages that exchange after each would wait for the longer one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 NONE = -1  # in a table: nothing to do
+# {parallel.schedule: (tick after the last forward phase, tick in which the first micro-batch has passed the model) ->
+# first tick with a backward phase}
+FIRST_BACKWARD: dict[str, Callable[[int, int], int]] = {
+    "gpipe": lambda all_done, one_done: all_done,
+    "1f1b": lambda all_done, one_done: one_done,
+}
 
 
 class Table(NamedTuple):
@@ -48,7 +57,7 @@ def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table
         return i // P * P * v + c * P + i % P
 
     forward_ticks = ahead(m - 1, v - 1) + P
-    first_backward = forward_ticks if schedule == "gpipe" else v * P - 1
+    first_backward = FIRST_BACKWARD[schedule](forward_ticks, v * P - 1)
     ticks = first_backward + forward_ticks
     table = Table(*(np.full((ticks, P), NONE, np.int32) for _ in Table._fields))
     for p in range(P):

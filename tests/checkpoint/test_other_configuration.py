@@ -27,8 +27,13 @@ def test_more_steps_continue_as_if_planned_from_the_start(whole: Path, copy: Pat
     assert [m["step"] for m in lines(copy) if "eval_loss" in m] == [100, 150, 160]
 
 
-def test_another_number_of_devices_continues_with_the_same_numbers(whole: Path, copy: Path):
-    assert run(copy, parallel__devices=4, steps=CHECKPOINT + 30, optim__accum_steps=2) == 0
+GRID = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.context": 2, "parallel.zero": 1}
+
+
+@pytest.mark.parametrize("devices, grid", [(4, {}), (8, GRID)])
+def test_other_devices_continue_with_the_same_numbers(devices: int, grid: dict[str, int], whole: Path, copy: Path):
+    keys = {"parallel.devices": devices, "steps": CHECKPOINT + 30, "optim.accum_steps": 2}
+    assert run(copy, **keys, **grid) == 0
     got = [m for m in numbers(copy) if "loss" in m and m["step"] > CHECKPOINT]
     want = [m for m in numbers(whole, CHECKPOINT + 30) if "loss" in m and m["step"] > CHECKPOINT]
     assert len(got) == 3

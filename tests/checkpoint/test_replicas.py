@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint.replicas import _hardware, checksum, checksums_of, difference
+from jaxlm.checkpoint.replicas import Corrupt, Replicas, _hardware, checksum, checksums_of, difference
+from jaxlm.config.files import load
 from jaxlm.host.exit_codes import exit_code
+from jaxlm.model import make_model
 from jaxlm.train import step as train_step
-from tests.runs import CHECKPOINT, assert_identical, numbers, run, state_of
+from jaxlm.train.placement import Placement
+from tests.runs import CHECKPOINT, CONFIG, assert_identical, flags, numbers, run, state_of
 from tools import chaos_child
 
 DTYPES = {"float32": np.uint32, "bfloat16": np.uint16, "int32": np.uint32, "float16": np.uint16}
@@ -74,6 +77,21 @@ def test_hosts_with_other_numbers_of_cores_are_not_compared():
     finally:
         os.sched_setaffinity(0, cores)
     assert _hardware("cpu") == before
+
+
+def test_parts_of_the_model_are_compared_between_replicas():
+    """Two replicas of two devices, with half of each matrix on a device."""
+    config = load(CONFIG, flags(**{"parallel.devices": 4, "parallel.tensor": 2}))
+    placement = Placement(config, make_model(config.model, 64, config.seq_len), jax.devices()[:4])
+    state, replicas = placement.initial(), Replicas(config, placement.here)
+    replicas.check(1, state)
+    table = np.array(state.params["embed"]["embedding"])
+    assert table.shape[0] == 4 and np.array_equal(table[0], table[2]) and not np.array_equal(table[0], table[1])
+    table[3, 0, 0] += 1
+    changed = jax.device_put(table, state.params["embed"]["embedding"].sharding)
+    state = state._replace(params=state.params | {"embed": {"embedding": changed}})
+    with pytest.raises(Corrupt, match=r"device 1 .* and device 3 .* differ in params/embed/embedding"):
+        replicas.check(1, state)
 
 
 def test_a_run_ends_and_resumes_from_the_previous_checkpoint(

@@ -75,6 +75,34 @@ def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureF
         )
 
 
+@pytest.mark.parametrize(
+    "overrides, within",
+    [
+        (["parallel.devices=4", "parallel.tensor=2", "model.remat=full", "parallel.zero=1"], ["tensor", "copies"]),
+        (["parallel.devices=4", "parallel.context=4", "model.remat=elementwise", "parallel.zero=3"], ["context"]),
+        (["parallel.devices=6", "parallel.pipeline=3", "optim.accum_steps=4"], ["pipeline", "copies"]),
+        (
+            [
+                "parallel.devices=4",
+                "parallel.pipeline=2",
+                "parallel.chunks=2",
+                "parallel.tensor=2",
+                "model.num_layers=8",
+                "optim.accum_steps=4",
+                "model.remat=elementwise",
+            ],
+            ["tensor", "pipeline", "copies"],
+        ),
+    ],
+    ids=lambda o: "-".join(x.split("=")[-1] for x in o),
+)
+def test_bytes_in_each_direction_of_a_grid(overrides: list[str], within: list[str], capsys: pytest.CaptureFixture[str]):
+    result = report(*overrides)
+    assert result["agrees"], capsys.readouterr().out
+    assert all(result["bytes_sent"][what] > 0 for what in within)
+    assert not {"tensor", "context", "pipeline", "copies"} - set(within) & result["bytes_sent"].keys()
+
+
 def test_bytes_of_each_kind_of_collective():
     """Counts the collectives of a program with known numbers, also in nested loops."""
 

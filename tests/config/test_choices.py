@@ -16,6 +16,7 @@ from jaxlm.model.layers import ACTIVATIONS, NORMS, RESIDUAL_INITS
 from jaxlm.model.remat import REMAT
 from jaxlm.sync import REDUCTIONS, Group
 from jaxlm.train.optimizer import OPTIMIZERS
+from jaxlm.train.schedule_table import FIRST_BACKWARD
 from jaxlm.train.schedules import SCHEDULES
 
 TABLES: dict[str, list[Collection[str]]] = {
@@ -28,6 +29,7 @@ TABLES: dict[str, list[Collection[str]]] = {
     "optim.name": [OPTIMIZERS, OWN_VALUES, PEAKS],
     "optim.schedule": [SCHEDULES],
     "parallel.reduce": [REDUCTIONS],
+    "parallel.schedule": [FIRST_BACKWARD],
 }
 # Code branches on these keys, and the type checker or the code itself finds a value without a branch.
 BRANCHES = {"model.attention", "model.position", "model.rope_scaling", "data.packing", "optim.on_spike"}

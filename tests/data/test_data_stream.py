@@ -282,6 +282,19 @@ def test_tensorflow_does_not_convert_the_code_of_batches(monkeypatch: pytest.Mon
     assert found == ["DISABLED"]
 
 
+@pytest.mark.parametrize(("processes", "devices", "each"), [(1, 4, 2), (2, 2, 4), (2, 6, 4), (3, 2, 2), (4, 1, 2)])
+def test_devices_of_a_replica_get_the_same_rows(processes: int, devices: int, each: int):
+    """Also where a replica is on two hosts, or a host has a part of two."""
+    config, corpus = make_config(steps=1), make_corpus(500)
+    whole, replicas = batch_at(corpus, config, 0)["inputs"], processes * devices // each
+    found = []
+    for p in range(processes):
+        share = Share(devices, p, processes, of_a_replica=each)
+        found += list(next(train_stream(TrainOrder(corpus, config), config, 0, share))["inputs"])
+    want = whole.reshape(replicas, 1, -1, 8).repeat(each, axis=1).reshape(replicas * each, -1, 8)
+    np.testing.assert_array_equal(found, want)
+
+
 def test_a_batch_size_that_devices_do_not_divide_is_refused():
     with pytest.raises(UserError, match="batch_size is 12; allowed: a multiple of 5 devices x 1 hosts"):
         train_stream(TrainOrder(make_corpus(500), make_config()), make_config(), 0, share=Share(5))

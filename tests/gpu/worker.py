@@ -51,7 +51,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
         "float32_products": float32_products(program),
         "calls": sorted(re.findall(r'custom_call_target="([^"]+)"', found.text)),
         "exchanges": exchanges,
-        "formula": by_formula(config, found) if count > 1 else {},
+        "formula": by_formula(config, job["vocab_size"], found) if count > 1 else {},
     }
 
 

@@ -62,10 +62,15 @@ def test_two_processes_are_one_run(two: tuple[Path, list[tuple[int, str, str]]],
 
 
 @pytest.mark.slow
-def test_four_processes_of_one_device_are_the_same_run(two: tuple[Path, Any], tmp_path: Path):
-    """Here each of them holds a quarter of the parameters."""
-    results = finish(start(tmp_path / "run", 4, "steps=20", "parallel.zero=3"))
-    assert [code for code, *_ in results] == [0] * 4, results
+@pytest.mark.parametrize(
+    "processes, parallel", [(4, ["parallel.zero=3"]), (2, ["parallel.pipeline=2", "parallel.tensor=2"])]
+)
+def test_processes_that_hold_parts_are_the_same_run(
+    processes: int, parallel: list[str], two: tuple[Path, Any], tmp_path: Path
+):
+    """Each holds a quarter of the parameters, or a stage of the pipeline."""
+    results = finish(start(tmp_path / "run", processes, "steps=20", *parallel))
+    assert [code for code, *_ in results] == [0] * processes, results
     found = numbers(tmp_path / "run")
     assert found[-1]["step"] == 20
     for a, b in zip(found, numbers(two[0]), strict=False):

@@ -49,7 +49,8 @@ def score(devices: int, *sets: np.ndarray, limit: int = 0, table: np.ndarray | N
     step = train_step.pmap_eval_step(config, train_step.make_eval_step(config, model, local), local)
     params = Placement(config, model, local).place_params(params)
     corpus = corpus_of(*(sets or (TOKENS,)))
-    return evaluate(step, params, eval_batches(corpus, config, ROWS, share=Share(devices), limit=limit), table)
+    share = Share(devices, of_a_replica=config.parallel.of_a_replica)
+    return evaluate(step, params, eval_batches(corpus, config, ROWS, share=share, limit=limit), table)
 
 
 @cache
@@ -75,9 +76,12 @@ def reference(num_targets: int, starts: tuple[int, ...] | None = None) -> dict[s
     }
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_every_target_counts_once_on_any_number_of_devices(devices: int):
-    scores = score(devices)
+GRID = {"parallel.tensor": 2, "parallel.context": 2, "parallel.pipeline": 2}
+
+
+@pytest.mark.parametrize("devices, keys", [(1, {}), (2, {}), (4, {}), (8, {}), (8, GRID)])
+def test_every_target_counts_once_on_any_number_of_devices(devices: int, keys: dict[str, Any]):
+    scores = score(devices, **keys)
     want = reference(len(TOKENS) - 1)
     assert 0.02 < want["eval_accuracy"] < 0.98  # otherwise it would test little
     assert scores.keys() == want.keys()

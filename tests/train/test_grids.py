@@ -52,8 +52,7 @@ def overrides_of(number: int, grid: tuple[int, int, int, int]) -> list[str]:
     found += [f"model.remat={['elementwise', 'full'][number % 2]}"]
     if pipeline == 1:
         return [*found, f"optim.accum_steps={1 + number % 2}", f"parallel.zero={number % 4}", "parallel.reduce=ring"]
-    schedule = ("interleaved", "gpipe", "1f1b")[number % 3] if pipeline == 2 else ("gpipe", "1f1b")[number % 2]
-    chunks = 2 if schedule == "interleaved" else 1
+    schedule, chunks = ("gpipe", "1f1b")[number % 2], 2 if pipeline == 2 and number % 3 == 0 else 1
     found += ["optim.accum_steps=2", f"parallel.schedule={schedule}", f"parallel.chunks={chunks}"]
     return [*found, f"parallel.zero={number % 2}"]
 
