@@ -108,6 +108,7 @@ PARSED: dict[str, str] = {
     ".venv/bin/pytest -n0 tests/sync/test_sync.py -k ring": "runs tests, which run anyway",
     "--config.model.activation=swiglu --config.model.key_offset=false": "options to add to a command",
 }
+GRID = "needs 16 GPUs; tests/train/test_grids.py trains small models on grids"
 # Commands that start like this, too.
 PARSED_LIKE = {
     ".venv/bin/python -m jaxlm.main --config configs/gpt2_124m.py ": CONFIGS,
@@ -116,6 +117,7 @@ PARSED_LIKE = {
     "jaxlm train --config base --workdir runs/numpy-all ": MEASURED,
     "jaxlm evaluate --workdir runs/base --tasks ": HARNESS,
     "jaxlm evaluate --workdir runs/chat --tasks ": HARNESS,
+    "jaxlm train --config llama_1b ": GRID,
     ".venv-plan/bin/jaxlm plan --config llama_1b ": "needs the 7 GB of `make plan-env`, as above",
     "python tools/chaos": CHAOS,
     "jaxlm bench --config ": BENCH,

@@ -80,3 +80,24 @@ def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table
 def bubble(stages: int, micro: int, chunks: int = 1) -> float:
     """The share of its time in which a stage has nothing to do."""
     return (stages - 1) / (micro * chunks + stages - 1)
+
+
+def picture(table: Table) -> str:
+    """The table as text: a row for each stage, a column for each tick, and in it the micro-batch that the stage runs
+    forward and the one that it runs backward; of several chunks with their letters.
+    """
+
+    def work(micro: int, chunk: int, phase: str) -> str:
+        letter = "abcdefghijklmnopqrstuvwxyz"[chunk] if table.forward_chunk.max() else ""
+        return "" if micro == NONE else f"{phase}{micro}{letter}"
+
+    def cell(tick: int, stage: int) -> str:
+        at = tick, stage
+        forward = work(table.forward[at], table.forward_chunk[at], "F")
+        backward = work(table.backward[at], table.backward_chunk[at], "B")
+        width = 2 + bool(table.forward_chunk.max())
+        return f"{forward:{width}} {backward:{width}}"
+
+    ticks, stages = table.forward.shape
+    rows = [f"stage {p} | " + " | ".join(cell(t, p) for t in range(ticks)) for p in range(stages)]
+    return "\n".join(row.rstrip() for row in rows)
