@@ -162,10 +162,9 @@ def disk(bench: Bench, kills: int, stops: int, outage: float) -> str:
 
 
 def flip(bench: Bench, kills: int, stops: int, outage: float) -> str:
-    if bench.config.parallel.devices == 1 or (not bench.config.parallel.devices and os.cpu_count() == 1):
-        return "not tried: needs two devices"
-    if bench.config.parallel.zero == 3:
-        return "not tried: with parallel.zero=3 no other device holds the same weights"
+    p = bench.config.parallel
+    if (p.devices or os.cpu_count() or 1) <= p.pipeline * p.tensor or p.zero == 3:
+        return "not tried: needs two devices that hold the same weights"
     _, error = bench.finish("flip", {"flip": bench.config.steps // 2}, 5)
     line = error.strip().splitlines()[-1]
     if "differ" not in line:

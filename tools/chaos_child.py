@@ -127,7 +127,7 @@ def poison(first: int, last: int) -> None:
     import numpy as np
 
     from jaxlm.data.order import TrainOrder
-    from jaxlm.train import backward
+    from jaxlm.train import backward, pipeline
 
     mark, batches, loss = -2, TrainOrder.batches, backward.output_loss
 
@@ -142,7 +142,7 @@ def poison(first: int, last: int) -> None:
         return jax.tree.map(lambda s: s * bad, loss(unembed, weights, x, targets, *more))
 
     mock.patch.object(TrainOrder, "batches", marked).start()
-    backward.output_loss = poisoned
+    backward.output_loss = pipeline.output_loss = poisoned
 
 
 def flip(number: int) -> None:

@@ -3,5 +3,5 @@ about memory, time and communication.
 
 Import each module by its own name.
 
-May import: config, host, model, train.
+May import: config, host, model, sync, train.
 """

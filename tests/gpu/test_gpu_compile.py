@@ -123,6 +123,31 @@ def test_zero_3_needs_a_part_of_the_memory_and_gathers_beside_computation(unroll
     assert hidden > 0.95 * sum(e["sent"] for e in gathers) > 0
 
 
+GRIDS = [
+    ["tensor=2"],
+    ["tensor=8", "zero=3"],
+    ["context=4", "zero=1"],
+    ["pipeline=2", "tensor=4", "chunks=2"],
+    ["pipeline=2", "context=2", "tensor=2", "schedule=gpipe"],
+]
+
+
+def test_grids_hold_their_parts_and_send_the_bytes_of_their_formulas():
+    """20 layers of `llama_1b` on two hosts with eight GPUs each: a device holds about its part of the model."""
+    own = ["data.path=x", "batch_size=64", "optim.accum_steps=4", "model.remat=elementwise", "model.num_layers=20"]
+    grids = [[], *([f"parallel.{key}" for key in grid] for grid in GRIDS)]
+    plain, *others = compile_all([job("llama_1b.py", [*own, *grid], 2, vocab_size=32_000) for grid in grids])
+    for grid, found in zip(grids[1:], others, strict=True):
+        holds_everywhere(found)
+        sizes = dict(key.removeprefix("parallel.").split("=") for key in grid)
+        parts = int(sizes.get("tensor", 1)) * int(sizes.get("pipeline", 1))
+        if "zero" not in sizes:
+            assert found["arguments"] < 1.15 * plain["arguments"] / parts  # stages hold the tables whole
+        for what in {"tensor", "pipeline"} & found["formula"].keys():  # XLA joins the sums of copies with others
+            sent = sum(e["sent"] for e in found["exchanges"] if e["purpose"] == what)
+            assert sent == pytest.approx(found["formula"][what], rel=2e-3, abs=1024), (grid, what)
+
+
 @pytest.mark.parametrize("overlap, hosts", [(False, 1), (True, 2)])
 def test_each_configuration_compiles(overlap: bool, hosts: int):
     """With the sizes that it ships, for eight GPUs, and with overlap for two hosts with eight each."""
