@@ -44,6 +44,7 @@ def make_config(*overrides: str) -> Config:
 
 class Result(NamedTuple):
     metrics: np.ndarray  # [steps, 2]
+    stats: dict[str, Any]  # statistics of layers in the last step
     params: Any
     ema: Any
     opt_state: Any  # whole
@@ -91,7 +92,7 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
         average = jax.tree.map(jnp.copy, trained.part(config, params))
         state = placement.restored(whole._replace(params=params, ema=average))
         step = train_step.pmap_train_step(config, train_step.make_train_step(config, model, local), local)
-        metrics = []
+        metrics, m = [], {}
         for seed in range(steps_done):
             rows = batch(seed, config.batch_size, config.seq_len)
             if config.data.packing == "document":
@@ -102,6 +103,7 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
         saved = jax.device_get(placement.saved(state))
         RESULTS[devices, overrides] = Result(
             np.array(metrics),
+            {key: np.asarray(x) for key, x in m.items() if "/" in key},
             saved.params,
             saved.ema,
             saved.opt_state,

@@ -11,10 +11,11 @@ MEMORY = {"average": "moving average", "reduction": "state of the reduction", "k
 
 
 def headline(plan: Plan) -> str:
-    rows = plan.config.batch_size // plan.count
+    each = plan.config.parallel.of_a_replica
+    rows, unit = plan.config.batch_size * each // plan.count, "device" if each == 1 else f"replica of {each} devices"
     return (
         f"{plan.parameters / 1e6:.1f} M parameters on {plan.count} x {plan.device.name} ({plan.device.source}),"
-        f" {rows} x {plan.config.seq_len} tokens a device and step"
+        f" {rows} x {plan.config.seq_len} tokens a {unit} and step"
     )
 
 

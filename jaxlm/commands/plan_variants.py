@@ -45,11 +45,13 @@ def finished(plan: subprocess.Popen[str]) -> dict[str, Any]:
 
 def changes(config: Config, count: int) -> list[list[tuple[str, ...]]]:
     """Overrides that need less memory, in stages: single changes first, then combinations. All keep the batch."""
-    rows = config.batch_size // count // config.optim.accum_steps  # of a micro-batch on a device
+    p = config.parallel
+    rows = config.batch_size * p.of_a_replica // count // config.optim.accum_steps  # of a micro-batch of a replica
     more = [f"optim.accum_steps={config.optim.accum_steps * n}" for n in (2, 4, 8, 16, 32) if rows % n == 0]
     remat = ["model.remat=full"] if config.model.remat != "full" else []
-    p = config.parallel
     further = [n for n in (1, 3) if count > 1 and p.zero < n and p.reduce not in refused_reductions(n)]
+    if p.pipeline > 1:
+        further = [n for n in further if n == 1]
     stages = [f"parallel.zero={n}" for n in further]
     last, zero = more[-1:], stages[-1:]
     singles = [(change,) for change in (*more[:2], *last, *remat, *stages)]

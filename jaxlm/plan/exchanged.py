@@ -52,8 +52,8 @@ def _layers(config: Config) -> int:
 
 
 def _ticks(config: Config) -> int:
-    """How often a device runs its layers, or a chunk of them, in a step; in a pipeline in each tick, because the text of
-    a program does not say in which ticks a phase is left out.
+    """How often a device runs its layers, or a chunk of them, in a step. In a pipeline in each tick, because the text
+    of a program does not say in which ticks a phase is left out.
     """
     p, m = config.parallel, config.optim.accum_steps
     return m if p.pipeline == 1 else len(make_table(p.schedule, p.pipeline, m, p.chunks).forward)

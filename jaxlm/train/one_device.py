@@ -96,6 +96,6 @@ def sharing_of(config: Config, devices: list[Any], own: OneDevice) -> sharing.La
     members = copies.members or (tuple(range(len(devices))),)
     together = [tuple(i for i in m if hosts[i] == host) for m in members for host in dict.fromkeys(hosts[i] for i in m)]
     size = len(together[0])
-    if size == 1:
+    if size == 1 or any(len(group) != size for group in together):  # groups of a collective have one size
         return sharing.alone(own.cuts)
     return sharing.by_host(copies._replace(size=size, members=tuple(together) if len(together) > 1 else None), own.cuts)

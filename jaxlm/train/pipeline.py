@@ -34,6 +34,10 @@ class Stage:
         self._layers = config.model.num_layers // (self.group.size * self.chunks)
         self.index = self.group.index()
 
+    def is_first(self, chunk: jax.Array) -> jax.Array:
+        """Whether this is the first chunk of the model, before which tokens are looked up."""
+        return (self.index == 0) & (chunk == 0)
+
     def is_last(self, chunk: jax.Array) -> jax.Array:
         """Whether this is the last chunk of the model, behind which are the losses."""
         return (self.index == self.group.size - 1) & (chunk == self.chunks - 1)
@@ -52,14 +56,19 @@ class Stage:
             total["layers"],
             more["layers"],
         )
-        return jax.tree.map(jnp.add, _outer(total), _outer(more)) | {"layers": layers}
+        of_outer = self.is_first(chunk) | self.is_last(chunk)  # all others have none
+        outer = jax.lax.cond(
+            of_outer, lambda a, b: jax.tree.map(jnp.add, a, b), lambda a, b: a, _outer(total), _outer(more)
+        )
+        return outer | {"layers": layers}
 
     def forward(self, params: Params, x_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
         """Runs a chunk for micro-batch i. `params` has the layers of this chunk; the first one ignores x."""
         batch, keys = self._at(i)
         tokens_BT, positions_BT = batch["inputs"], batch.get("positions")
-        is_first = (self.index == 0) & (chunk == 0)
-        x_nD = jax.lax.cond(is_first, lambda: self._model.begin(params, tokens_BT, keys, positions_BT), lambda: x_nD)
+        x_nD = jax.lax.cond(
+            self.is_first(chunk), lambda: self._model.begin(params, tokens_BT, keys, positions_BT), lambda: x_nD
+        )
         layers_l = (chunk * self.group.size + self.index) * self._layers + jnp.arange(self._layers)
         return self._model.run(params, x_nD, layers_l, tokens_BT.shape, keys, positions_BT)
 
@@ -122,7 +131,9 @@ def gradients(
     def tick(carry: Any, row: Any) -> tuple[Any, None]:
         total, kept, x_nD, g_nD = carry
         work = jax.tree.map(lambda column: column[stage.index], row)
-        kept = jnp.where(work.forward >= 0, jax.lax.dynamic_update_index_in_dim(kept, x_nD, work.forward_slot, 0), kept)
+        slot = jnp.maximum(work.forward_slot, 0)
+        there_nD = jnp.where(work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(kept, slot, keepdims=False))
+        kept = jax.lax.dynamic_update_index_in_dim(kept, there_nD, slot, 0)
         y_nD = jax.lax.cond(
             jnp.any(row.forward >= 0),
             lambda: forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0)),

@@ -3,14 +3,15 @@
 import itertools
 import math
 
+import jax
 import numpy as np
 import pytest
 
-from tests.grids import assert_same, check_comes_back, train
+from jaxlm.plan.compiled import compile_step
+from tests.grids import RTOL, assert_same, check_comes_back, make_config, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-STEPS = 20
 GRIDS = [g for g in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(g) == 8]
 BASE = [
     "steps=100",
@@ -57,11 +58,64 @@ def overrides_of(number: int, grid: tuple[int, int, int, int]) -> list[str]:
     return [*found, f"parallel.zero={number % 2}"]
 
 
-@pytest.mark.parametrize("number, grid", list(enumerate(GRIDS)), ids=["x".join(map(str, g)) for g in GRIDS])
-def test_a_grid_is_the_same_training(number: int, grid: tuple[int, int, int, int]):
-    kind = [*BASE, *KINDS[number % len(KINDS)], *(["model.num_layers=8"] if 8 in grid[1:2] else [])]
-    want = train(1, *kind, steps_done=STEPS)
-    got = train(8, *kind, *overrides_of(number, grid), steps_done=STEPS)
+IDS = ["x".join(map(str, grid)) for grid in GRIDS]
+FEW = [
+    (1, 1, 1, 8),
+    (1, 1, 4, 2),
+    (1, 2, 2, 2),
+    (1, 4, 1, 2),
+    (2, 2, 1, 2),
+    (2, 1, 2, 2),
+]  # that every run of the tests tries
+
+
+@pytest.mark.grids
+@pytest.mark.parametrize("number, grid", list(enumerate(GRIDS)), ids=IDS)
+def test_each_grid_is_the_same_training(number: int, grid: tuple[int, int, int, int]):
+    compare(number, grid, 20)
+
+
+@pytest.mark.parametrize("grid", FEW, ids=lambda grid: "x".join(map(str, grid)))
+def test_a_grid_is_the_same_training(grid: tuple[int, int, int, int]):
+    compare(GRIDS.index(grid), grid, 4)
+
+
+def compare(number: int, grid: tuple[int, int, int, int], steps: int) -> None:
+    kind = [*BASE, *KINDS[number % len(KINDS)], *(["model.num_layers=8"] if grid[1] == 8 else [])]
+    want = train(1, *kind, steps_done=steps)
+    got = train(8, *kind, *overrides_of(number, grid), steps_done=steps)
     assert_same(got, want)
     assert np.ptp(want.metrics[:, 0]) > 0.01  # it learns, so equal losses mean something
     check_comes_back(got)
+
+
+def test_statistics_of_layers_are_those_of_one_device():
+    keys = [*BASE, *KINDS[1], "log.layer_stats=true", "log.every_steps=1"]
+    want = train(1, *keys, steps_done=2)
+    got = train(8, *keys, "parallel.tensor=2", "parallel.context=2", "parallel.zero=1", steps_done=2)
+    assert len(want.stats) > 6 and want.stats["layers/grad_norm"].shape == (4,)
+    assert got.stats.keys() == want.stats.keys()
+    for name, numbers in want.stats.items():
+        assert np.all(numbers > 0), name
+        np.testing.assert_allclose(got.stats[name], numbers, rtol=RTOL, err_msg=name)
+
+
+@pytest.mark.parametrize("parallel", [["tensor=4"], ["context=2", "tensor=2"], ["pipeline=2", "tensor=2"]])
+def test_a_grid_in_bfloat16_differs_by_rounding(parallel: list[str]):
+    """Sums over a tensor group are in bfloat16, as those of other products are not."""
+    keys = [*BASE, "optim.name=adamw", "model.dtype=bfloat16", "optim.accum_steps=2", "model.remat=full"]
+    want = train(1, *keys, steps_done=3)
+    got = train(4, *keys, *(f"parallel.{key}" for key in parallel), steps_done=3)
+    np.testing.assert_allclose(got.metrics, want.metrics, rtol=2.0**-8)
+
+
+def test_no_device_of_a_tensor_group_has_whole_logits():
+    """The compiled step has arrays of all tokens by a quarter of the vocabulary, but none by all of it."""
+    keys = [*BASE, "optim.name=adamw", "batch_size=48"]
+    tokens, vocab = 48 * 16, 512
+    texts = {
+        size: compile_step(make_config(*keys, f"parallel.tensor={size}"), jax.devices()[:size], vocab).text
+        for size in (1, 4)
+    }
+    assert f"[{tokens},{vocab}]" in texts[1] and f"[{tokens},{vocab // 4}]" in texts[4]
+    assert f"[{tokens},{vocab}]" not in texts[4]
