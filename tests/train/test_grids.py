@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from tests.grids import RTOL, assert_same, check_comes_back, make_config, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-GRIDS = [g for g in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(g) == 8]
+GRIDS: list[Any] = [g for g in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(g) == 8]
 BASE = [
     "steps=100",
     "batch_size=16",
