@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
 from jaxlm.config import (
@@ -13,16 +12,15 @@ from jaxlm.config import (
     Config,
     DataConfig,
     ModelConfig,
-    ParallelConfig,
     UserError,
     describe,
     flatten,
     key_types,
     mixture,
-    refused_reductions,
     show,
 )
 from jaxlm.config.own_values import PEAKS, set_own_values
+from jaxlm.config.validate_parallel import Require, check_parallel
 
 POSITIVE = (
     "steps",
@@ -99,9 +97,6 @@ def _holds_secret(text: str) -> bool:
     return False
 
 
-Require = Callable[[bool, str, str], None]  # (whether a key's value is right, the key, what is allowed)
-
-
 def validate(c: Config) -> Config:
     """Replaces OWN by the optimizer's own values, and `auto` where another key decides, in place; then checks every
     value and how the values fit together.
@@ -123,9 +118,7 @@ def validate(c: Config) -> Config:
 
     _check_model(c.model, require)
     _check_steps(c, require)
-    _check_parallel(c.parallel, c.model, require)
-    _check_grid(c, require)
-    _check_pipeline(c, require)
+    check_parallel(c, require)
     _check_data(c.data, require)
     resume = "auto, never, or a workdir, after which @STEP or @best may follow"
     require(c.checkpoint.resume != "", "checkpoint.resume", resume)
@@ -236,61 +229,6 @@ def _check_steps(c: Config, require: Require) -> None:
     require(0 < o.return_lr <= 1, "optim.return_lr", "more than 0, at most 1")
     require(o.warmup_steps <= c.steps, "optim.warmup_steps", f"at most steps = {c.steps}")
     require(c.log.profile_steps <= c.steps, "log.profile_steps", f"at most steps = {c.steps}")
-
-
-def _check_parallel(p: ParallelConfig, m: ModelConfig, require: Require) -> None:
-    d_ff = m.mlp_width
-    require(p.zero <= 3, "parallel.zero", "0 to 3")
-    require(1 / 1024 <= p.topk_density <= 1, "parallel.topk_density", "1/1024 (one number of each block) to 1")
-    require(p.bucket_mb <= 1e6, "parallel.bucket_mb", "at most 1e6")
-    # At a higher rank, the two factors of the MLP's matrices are not smaller than the matrices.
-    most = math.ceil(m.d_model * d_ff / (m.d_model + d_ff)) - 1
-    require(
-        0 < p.powersgd_rank <= most or p.reduce != "powersgd",
-        "parallel.powersgd_rank",
-        f"1 to {most}, with matrices of {m.d_model} x {d_ff}",
-    )
-    if p.zero:
-        why = "which gathers whole parameters" if p.zero == 1 else "where no device holds a whole gradient"
-        refused = refused_reductions(p.zero)
-        others = [name for name in get_args(key_types()["parallel.reduce"]) if name not in refused]
-        require(p.reduce in others, "parallel.reduce", f"with parallel.zero={p.zero}, {why}: {', '.join(others)}")
-    require(
-        p.zero < 3 or m.remat != "none",
-        "model.remat",
-        "with parallel.zero=3, which keeps no layer's parameters for the backward pass: auto, elementwise, dots, full",
-    )
-
-
-def _check_grid(c: Config, require: Require) -> None:
-    """What the devices of tensor and context groups divide evenly among them; a few key/value heads they share."""
-    m, tensor, context = c.model, c.parallel.tensor, c.parallel.context
-    for key, count in (("model.num_heads", m.num_heads), ("model.d_ff", m.mlp_width)):
-        require(count % tensor == 0, key, f"a multiple of parallel.tensor = {tensor}")
-    shared = m.kv_heads % tensor == 0 or tensor % m.kv_heads == 0
-    require(shared, "model.num_kv_heads", f"a multiple or a divisor of parallel.tensor = {tensor}")
-    if context > 1:
-        require(c.seq_len % (2 * context) == 0, "seq_len", f"a multiple of 2 * parallel.context = {2 * context}")
-        why = "with parallel.context, which does not know the longest text: none, linear, llama3"
-        require(m.rope_scaling != "longrope", "model.rope_scaling", why)
-        why = "with parallel.context, whose attention is its own: auto, xla"
-        require(m.attention in ("auto", "xla"), "model.attention", why)
-    size = c.seq_len // context
-    require(size % tensor == 0, "seq_len", f"a multiple of parallel.context * parallel.tensor = {context * tensor}")
-
-
-def _check_pipeline(c: Config, require: Require) -> None:
-    p = c.parallel
-    if p.pipeline == 1:
-        require(p.chunks == 1, "parallel.chunks", "with parallel.pipeline=1, 1")
-        return
-    parts = p.pipeline * p.chunks
-    chunks = " * parallel.chunks" if p.chunks > 1 else ""
-    require(c.model.num_layers % parts == 0, "model.num_layers", f"a multiple of parallel.pipeline{chunks} = {parts}")
-    require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")
-    require(not p.overlap, "parallel.overlap", "with parallel.pipeline, whose gradients are complete at the end: false")
-    require(c.model.dtype != "float16", "model.dtype", "with parallel.pipeline, float32 or bfloat16")
-    require(not c.log.layer_stats, "log.layer_stats", "with parallel.pipeline, false")
 
 
 def _check_data(d: DataConfig, require: Require) -> None:
