@@ -72,7 +72,7 @@ class Cuts:
         return self.pipeline.sum(self.group.sum(tree))
 
     def summed(self, grads: Any) -> Any:
-        """Adds up the gradients of devices that hold the same part, for each saw only what the part did there."""
+        """Adds up the gradients of devices that hold the same part, because each has only its own contribution."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
         found = dict(leaves)
         groups = {copies: self._neighbours(copies) for copies in sorted({self.copies(path) for path in found} - {1})}

@@ -26,7 +26,7 @@ class OneDevice(NamedTuple):
     grid: Grid
     model: Model  # its part of the model
     params: Params  # shapes of what it holds of the parameters, without ZeRO
-    cuts: Cuts | None  # how its tensor group divides them; None = not at all
+    cuts: Cuts | None  # how the devices of a replica divide them; None = not at all
     sync: GradSync
 
     def tokens_of(self, batch: Batch) -> Batch:
