@@ -14,7 +14,7 @@ from jaxlm.sync.zero import Zero, is_stacked
 from jaxlm.train import trained
 from jaxlm.train.backward import gathered_bytes
 from jaxlm.train.one_device import OneDevice
-from jaxlm.train.schedule_table import make_table
+from jaxlm.train.schedule_table import forward_phases
 
 FLOAT = 4  # bytes of a float32
 # {model.remat: how many of a layer's two gathers and two scatters the backward pass computes again}
@@ -48,15 +48,13 @@ def _itemsize(config: Config) -> int:
 def _layers(config: Config) -> int:
     """How often a device runs a layer in a step, forward and as often backward."""
     p = config.parallel
-    return _ticks(config) * config.model.num_layers // (p.pipeline * p.chunks)
+    return _phases(config) * config.model.num_layers // (p.pipeline * p.chunks)
 
 
-def _ticks(config: Config) -> int:
-    """How often a device runs its layers, or a chunk of them, in a step. In a pipeline in each tick, because the text
-    of a program does not say in which ticks a phase is left out.
-    """
+def _phases(config: Config) -> int:
+    """How often a device runs its layers, or a chunk of them, forward in a step and as often backward."""
     p, m = config.parallel, config.optim.accum_steps
-    return m if p.pipeline == 1 else len(make_table(p.schedule, p.pipeline, m, p.chunks).forward)
+    return m if p.pipeline == 1 else forward_phases(p.pipeline, m, p.chunks)
 
 
 def _again(config: Config, own: OneDevice) -> tuple[bool, str]:
@@ -74,7 +72,7 @@ def _tensor(config: Config, own: OneDevice, tokens: int) -> float:
     chunks_again, remat = _again(config, own)
     of_layers = _layers(config) * (8 + 4 * chunks_again + AGAIN[remat])
     logits = SENT["all-reduce"](T) * tokens * 4 * FLOAT
-    return array * (of_layers + _ticks(config) * (4 + chunks_again)) + _ticks(config) * logits
+    return array * (of_layers + _phases(config) * (4 + chunks_again)) + _phases(config) * logits
 
 
 def _context(config: Config, own: OneDevice, rows: int, tokens: int) -> float:
@@ -93,11 +91,10 @@ def _context(config: Config, own: OneDevice, rows: int, tokens: int) -> float:
 
 
 def _pipeline(config: Config, own: OneDevice, tokens: int) -> float:
-    """A micro-batch's states, N D / T numbers, forward and backward in each tick; and four sums of losses."""
+    """A micro-batch's states, N D / T numbers, after each phase; and four sums of losses."""
     p = config.parallel
-    table = make_table(p.schedule, p.pipeline, config.optim.accum_steps, p.chunks)
     array = tokens * config.model.d_model // p.tensor * _itemsize(config)
-    return 2 * len(table.forward) * array + SENT["all-reduce"](p.pipeline) * 4 * FLOAT
+    return 2 * _phases(config) * array + SENT["all-reduce"](p.pipeline) * 4 * FLOAT
 
 
 def _copies(config: Config, own: OneDevice) -> float:

@@ -1,13 +1,15 @@
 """The forward and backward pass of a model whose layers are divided over the stages of a pipeline.
 
 All stages run the same program: a loop over the ticks of a table (schedule_table.py). In each tick a stage runs a chunk
-of layers forward for one micro-batch, and one backward for another; the phases are left out only if no stage has work,
-because the devices exchange within them. What a chunk reads is kept until its backward pass, which computes the chunk
-again. Between ticks, outputs go to the next stage and gradients to the one before.
+of layers forward for one micro-batch, and one backward for another. Stages without work compute without use, because
+the devices exchange within both phases; before the first backward pass, and after the last forward pass, there is one
+phase. What a chunk reads is kept until its backward pass, which computes the chunk again. After each phase, outputs go
+to the next stage or gradients to the one before.
 
 All stages hold tables, final norm and output layer. The first one looks tokens up, and the last one computes losses.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -128,35 +130,29 @@ def gradients(
         losses = jax.tree.map(lambda a, b: a + jnp.where(there, b, 0), losses, sums)
         return (stage.add_of_chunk(grads, some, chunk, there), losses), dx_nD
 
-    def tick(carry: Any, row: Any) -> tuple[Any, None]:
+    def tick(phases: tuple[bool, bool], carry: Any, row: Any) -> tuple[Any, None]:
         total, kept, x_nD, g_nD = carry
         work = jax.tree.map(lambda column: column[stage.index], row)
-        slot = jnp.maximum(work.forward_slot, 0)
-        there_nD = jnp.where(work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(kept, slot, keepdims=False))
-        kept = jax.lax.dynamic_update_index_in_dim(kept, there_nD, slot, 0)
-        y_nD = jax.lax.cond(
-            jnp.any(row.forward >= 0),
-            lambda: forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0)),
-            lambda: nothing,
-        )
-        next_nD = stage.shift(y_nD, 1)
-        read_nD = jax.lax.dynamic_index_in_dim(kept, jnp.maximum(work.backward_slot, 0), keepdims=False)
-        if stage.group.on_cpu:
-            read_nD = overlap.after(read_nD, next_nD)
-        total, dx_nD = jax.lax.cond(
-            jnp.any(row.backward >= 0),
-            lambda total: backward(total, read_nD, g_nD, work.backward, jnp.maximum(work.backward_chunk, 0)),
-            lambda total: (total, nothing),
-            total,
-        )
-        return (total, kept, next_nD, stage.shift(dx_nD, -1)), None
+        if phases[0]:
+            slot = jnp.maximum(work.forward_slot, 0)
+            there_nD = jnp.where(work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(kept, slot, keepdims=False))
+            kept = jax.lax.dynamic_update_index_in_dim(kept, there_nD, slot, 0)
+            y_nD = forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0))
+            x_nD = stage.shift(y_nD, 1)
+        if phases[1]:
+            read_nD = jax.lax.dynamic_index_in_dim(kept, jnp.maximum(work.backward_slot, 0), keepdims=False)
+            if stage.group.on_cpu:
+                read_nD = overlap.after(read_nD, x_nD)
+            total, g_nD = backward(total, read_nD, g_nD, work.backward, jnp.maximum(work.backward_chunk, 0))
+            g_nD = stage.shift(g_nD, -1)
+        return (total, kept, x_nD, g_nD), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    kept = jnp.zeros((table.slots, *nothing.shape), nothing.dtype)
-    (total, *_), _ = jax.lax.scan(
-        tick, ((zeros, no_losses()), kept, nothing, nothing), jax.tree.map(jnp.asarray, table)
-    )
-    return total[0], stage.group.sum(total[1])
+    carry = (zeros, no_losses()), jnp.zeros((table.slots, *nothing.shape), nothing.dtype), nothing, nothing
+    for phases, ticks in table.runs():
+        carry, _ = jax.lax.scan(functools.partial(tick, phases), carry, jax.tree.map(jnp.asarray, ticks))
+    grads, sums = carry[0]
+    return grads, stage.group.sum(sums)
 
 
 def losses(config: Config, own: OneDevice, params: Params, batch: Any) -> LossSums:

@@ -18,6 +18,7 @@ which backward passes start. 1F1B as published keeps P of them. There a stage's 
 backward pass, which takes at least twice as long; stages that exchange after each would wait for the longer one.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,16 +48,22 @@ class Table(NamedTuple):
         """Inputs that a stage keeps at once, at most."""
         return int(self.forward_slot.max()) + 1
 
+    def runs(self) -> list[tuple[tuple[bool, bool], "Table"]]:
+        """Consecutive ticks with the same phases, up to three tables: [((forward, backward), their ticks)]."""
+        phases = list(zip(*(np.any(x >= 0, axis=1).tolist() for x in (self.forward, self.backward)), strict=True))
+        ends = [t for t in range(1, len(phases)) if phases[t] != phases[t - 1]]
+        between = itertools.pairwise([0, *ends, len(phases)])
+        return [(phases[a], Table(*(column[a:b] for column in self))) for a, b in between]
+
 
 def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table:
     """The table of a schedule for `micro` micro-batches."""
     P, m, v = stages, micro, chunks
 
     def ahead(i: int, c: int) -> int:
-        """Ticks until micro-batch i passes the first stage's chunk c: P micro-batches pass a chunk, then the next."""
-        return i // P * P * v + c * P + i % P
+        return _ahead(P, v, i, c)
 
-    forward_ticks = ahead(m - 1, v - 1) + P
+    forward_ticks = forward_phases(P, m, v)
     first_backward = FIRST_BACKWARD[schedule](forward_ticks, v * P - 1)
     ticks = first_backward + forward_ticks
     table = Table(*(np.full((ticks, P), NONE, np.int32) for _ in Table._fields))
@@ -75,6 +82,16 @@ def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table
                 table.backward_slot[tick, p] = kept[work]
                 free.append(kept.pop(work))
     return table
+
+
+def _ahead(P: int, v: int, i: int, c: int) -> int:
+    """Ticks until micro-batch i passes the first stage's chunk c: P micro-batches pass a chunk, then the next."""
+    return i // P * P * v + c * P + i % P
+
+
+def forward_phases(stages: int, micro: int, chunks: int = 1) -> int:
+    """The number of ticks in which some stage runs a chunk forward; as many have a backward phase."""
+    return _ahead(stages, chunks, micro - 1, chunks - 1) + stages
 
 
 def bubble(stages: int, micro: int, chunks: int = 1) -> float:

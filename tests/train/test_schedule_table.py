@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxlm.train.schedule_table import NONE, Table, bubble, make_table
+from jaxlm.train.schedule_table import NONE, Table, bubble, forward_phases, make_table
 
 CASES = [
     (schedule, stages, micro, chunks)
@@ -76,3 +76,17 @@ def test_the_bubble_is_that_of_the_papers(schedule: str, stages: int, micro: int
             idle = 1 - np.sum(phase[:, p] != NONE) / busy
             assert idle == pytest.approx(bubble(stages, micro, chunks))
     assert bubble(4, 12) == pytest.approx(3 / 15) and bubble(4, 12, 3) == pytest.approx(3 / 39)
+
+
+@pytest.mark.parametrize("schedule, stages, micro, chunks", CASES)
+def test_runs_of_ticks_have_the_phases_with_work(schedule: str, stages: int, micro: int, chunks: int):
+    table = make_table(schedule, stages, micro, chunks)
+    runs = table.runs()
+    assert len(runs) <= 3
+    for whole, *parts in zip(table, *(ticks for _, ticks in runs), strict=True):
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+    for phases, ticks in runs:
+        for there, which in zip(phases, (ticks.forward, ticks.backward), strict=True):
+            assert all(there == np.any(row != NONE) for row in which)
+    for phase in (table.forward, table.backward):
+        assert forward_phases(stages, micro, chunks) == np.any(phase != NONE, axis=1).sum()
