@@ -143,8 +143,13 @@ def check_comes_back(result: Result) -> None:
     assert saved is not None
     back = result.placement.restored(saved)
     assert jax.tree.structure(back) == jax.tree.structure(result.state)
+    parallel, layers = result.config.parallel, result.config.model.num_layers
+    is_filled = layers % (parallel.pipeline * parallel.chunks)  # with layers whose state is in no checkpoint
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(result.state), strict=True):
-        np.testing.assert_array_equal(a, b)
+        if not is_filled:
+            np.testing.assert_array_equal(a, b)
         assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    again = result.placement.saved(back)
+    jax.tree.map(np.testing.assert_array_equal, again, saved)
     for a, b in zip(jax.tree.leaves(result.placement.saved_like(result.state)), jax.tree.leaves(saved), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, b.ndim)

@@ -232,6 +232,10 @@ class ParallelConfig:
         """Whether devices hold different parts of the model, without ZeRO."""
         return self.pipeline * self.tensor > 1
 
+    def layers_of_chunk(self, num_layers: int) -> int:
+        """Layers of a chunk of a pipeline's stage. The last chunks of the model may have fewer, or none."""
+        return -(-num_layers // (self.pipeline * self.chunks))
+
     @property
     def by_layer(self) -> bool:
         """Whether gradients are averaged layer by layer during the backward pass."""

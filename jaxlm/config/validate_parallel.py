@@ -62,9 +62,9 @@ def _check_pipeline(c: Config, require: Require) -> None:
     if p.pipeline == 1:
         require(p.chunks == 1, "parallel.chunks", "with parallel.pipeline=1, 1")
         return
-    parts = p.pipeline * p.chunks
-    chunks = " * parallel.chunks" if p.chunks > 1 else ""
-    require(c.model.num_layers % parts == 0, "model.num_layers", f"a multiple of parallel.pipeline{chunks} = {parts}")
+    least = max(p.pipeline, p.pipeline * (p.chunks - 1) + 1)  # all stages have some, and lack at most a chunk
+    allowed = f"with parallel.pipeline={p.pipeline} and parallel.chunks={p.chunks}, at least {least}"
+    require(c.model.num_layers >= least, "model.num_layers", allowed)
     require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")
     require(not p.overlap, "parallel.overlap", "with parallel.pipeline, whose gradients are complete at the end: false")
     require(c.model.dtype != "float16", "model.dtype", "with parallel.pipeline, float32 or bfloat16")

@@ -23,13 +23,25 @@ AGAIN = {"none": 0, "elementwise": 2, "dots": 3, "full": 3}
 
 def by_purpose(config: Config, own: OneDevice) -> dict[str, float]:
     """{purpose: bytes that a device sends in a step}, for gradients, parameters, and the directions in a replica."""
+    return between_replicas(config, own) | in_replica(config, own)
+
+
+def between_replicas(config: Config, own: OneDevice) -> dict[str, float]:
+    """Those of gradients and, with ZeRO, parameters."""
     p = config.parallel
-    rows = config.batch_size // own.grid.size("data") // config.optim.accum_steps
-    tokens = rows * config.seq_len // p.context
     reductions = config.optim.accum_steps if p.zero > 1 else 1  # every micro-batch is reduced
     found = {"gradients": reductions * own.sync.sent_bytes(trained.part(config, own.params))}
     if p.zero:
         found["parameters"] = gathered_bytes(config, Zero(own.grid.copies, own.params), own.params)
+    return found
+
+
+def in_replica(config: Config, own: OneDevice) -> dict[str, float]:
+    """Those of devices that work on the same rows of the batch."""
+    p = config.parallel
+    rows = config.batch_size // own.grid.size("data") // config.optim.accum_steps
+    tokens = rows * config.seq_len // p.context
+    found = {}
     if p.tensor > 1:
         found["tensor"] = _tensor(config, own, tokens)
     if p.context > 1:
@@ -47,8 +59,7 @@ def _itemsize(config: Config) -> int:
 
 def _layers(config: Config) -> int:
     """How often a device runs a layer in a step, forward and as often backward."""
-    p = config.parallel
-    return _phases(config) * config.model.num_layers // (p.pipeline * p.chunks)
+    return _phases(config) * config.parallel.layers_of_chunk(config.model.num_layers)
 
 
 def _phases(config: Config) -> int:

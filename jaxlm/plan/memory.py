@@ -114,7 +114,7 @@ def kept_bytes(config: Config, own: OneDevice, rows: int) -> float:
     params = trained.part(config, own.params)
     frozen, pipeline = trained.without(own.params, params), config.parallel.pipeline
     tokens = config.seq_len // (config.parallel.context * config.parallel.tensor)  # of a sequence, between layers
-    waiting, layers = 0, config.model.num_layers // (pipeline * config.parallel.chunks)
+    waiting, layers = 0, config.parallel.layers_of_chunk(config.model.num_layers)
     if pipeline > 1:
         table = make_table(config.parallel.schedule, pipeline, config.optim.accum_steps, config.parallel.chunks)
         waiting = table.slots * tokens * config.model.d_model * jnp.dtype(config.model.dtype).itemsize

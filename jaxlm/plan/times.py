@@ -116,14 +116,24 @@ def group_of(direction: str, count: int, parallel: ParallelConfig | None) -> tup
 
 def exchange_seconds(c: Collective, device: Device, count: int, parallel: ParallelConfig | None = None) -> float:
     """The time of a collective of a step of `count` devices."""
-    size, apart = group_of(c.direction, count, parallel)
-    if size == 1:
+    link = link_of(c.direction, device, count, parallel)
+    if link.size == 1:
         return 0.0
+    return link.latency * (2 if c.kind == "all-reduce" else 1) + SENT[c.kind](link.size) * c.bytes / link.bandwidth
+
+
+class Link(NamedTuple):
+    size: int  # devices that exchange
+    bandwidth: float  # bytes/s that a device sends
+    latency: float  # seconds of a collective that goes around once
+
+
+def link_of(direction: str, device: Device, count: int, parallel: ParallelConfig | None = None) -> Link:
+    """What connects the devices that exchange in a direction."""
+    size, apart = group_of(direction, count, parallel)
     inside = min(size, max(1, device.per_host // apart))
     hosts = math.ceil(size / inside)
     # Each device has a network card of its own, and a ring through all devices leaves a host once: rings in parallel,
     # as many as there are cards, use all of them.
     bandwidth = device.link if hosts == 1 else min(device.link, NETWORK * inside)
-    rounds = 2 if c.kind == "all-reduce" else 1
-    latency = rounds * ((inside - 1) * LATENCY["link"] + math.ceil(math.log2(hosts)) * LATENCY["network"])
-    return latency + SENT[c.kind](size) * c.bytes / bandwidth
+    return Link(size, bandwidth, (inside - 1) * LATENCY["link"] + math.ceil(math.log2(hosts)) * LATENCY["network"])

@@ -38,7 +38,9 @@ class Layout(NamedTuple):
     @property
     def _stage_shape(self) -> Shape:
         """Of what a stage has."""
-        return (self.shape[0] // self.stages, *self.shape[1:]) if self.stages > 1 else self.shape
+        if self.stages == 1:
+            return self.shape
+        return self.chunks * -(-self.shape[0] // (self.stages * self.chunks)), *self.shape[1:]
 
     @property
     def own_shape(self) -> Shape:
@@ -80,19 +82,36 @@ class Layout(NamedTuple):
             return self.cut.dim
         return next((i for i in self._dims() if i != self.cut.dim and self.shape[i] % T == 0), None)
 
+    @property
+    def _are_neighbours(self) -> bool:
+        """Whether a stage's layers are neighbours in the model, and all stages have equally many."""
+        return self.chunks == 1 and self.shape[0] % self.stages == 0
+
+    def _stages_dim(self) -> int | None:
+        """Where a checkpoint's array is sharded over the stages: in layers or, if a stage's layers are not one part of
+        the model, elsewhere. None = nowhere.
+        """
+        if self.stages == 1:
+            return None
+        if self._are_neighbours:
+            return 0
+        other = self._tensor_dim()
+        return next((i for i in self._dims()[:-1] if i != other and self.shape[i] % self.stages == 0), None)
+
     def _copies_dim(self) -> int | None:
         """Where a checkpoint's array is sharded over the devices that hold the same. None = nowhere."""
         if not self.zero or self._copies == 1:
             return None
-        T = self.grid.size("tensor")
-        sizes = [s // T if i == self._tensor_dim() else s for i, s in enumerate(self._stage_shape)]
+        parts = {self._tensor_dim(): self.grid.size("tensor")}
+        parts[self._stages_dim()] = self.stages * parts.get(self._stages_dim(), 1)
+        sizes = [s // parts.get(i, 1) for i, s in enumerate(self.shape)]
         return next((i for i in self._dims() if sizes[i] % self._copies == 0), None)
 
     def _axes(self) -> list[tuple[str, ...]]:
         """The directions over which each dimension is sharded in a checkpoint."""
         axes: list[tuple[str, ...]] = [()] * len(self.shape)
-        if self.stages > 1:
-            axes[0] += ("pipeline",)
+        if (dim := self._stages_dim()) is not None:
+            axes[dim] += ("pipeline",)
         if (dim := self._tensor_dim()) is not None:
             axes[dim] += ("tensor",)
         if (dim := self._copies_dim()) is not None:
@@ -106,7 +125,7 @@ class Layout(NamedTuple):
 
     def _is_own(self) -> bool:
         """Whether a block in a checkpoint is what the device holds: parts cut the first dimension of a layer."""
-        if self.stages > 1 and self.chunks > 1:
+        if self.stages > 1 and not self._are_neighbours:
             return False
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             return False
@@ -121,8 +140,8 @@ class Layout(NamedTuple):
             return block.reshape(1, *self.device_shape)
         if (dim := self._copies_dim()) is not None:
             block = jax.lax.all_gather(block, COPIES, axis=dim, tiled=True)
-        if self.stages > 1 and self.chunks > 1:
-            block = self._reordered(block, self.chunks, self.stages)
+        if self.stages > 1 and not self._are_neighbours:
+            block = self._of_stage(block)
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             block = self._cut(block)
         if self.zero:
@@ -140,8 +159,8 @@ class Layout(NamedTuple):
             whole = join(parts, self._batch(self.own_shape)).reshape(self.own_shape)
         if self.is_cut and self._tensor_dim() != self.cut.dim:
             whole = self._uncut(whole)
-        if self.stages > 1 and self.chunks > 1:
-            whole = self._reordered(whole, self.stages, self.chunks)
+        if self.stages > 1 and not self._are_neighbours:
+            whole = self._of_all_stages(whole)
         if (dim := self._copies_dim()) is not None:
             size = self._block_shape()[dim]
             whole = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(COPIES) * size, size, dim)
@@ -151,14 +170,21 @@ class Layout(NamedTuple):
         sizes: dict[str, int] = dict(zip(DIRECTIONS, self.grid.sizes, strict=True))
         return tuple(s // math.prod(sizes[a] for a in axes) for s, axes in zip(self.shape, self._axes(), strict=True))
 
-    def _reordered(self, layers: jax.Array, outer: int, inner: int) -> jax.Array:
-        """A stage's layers, if those of all are in the order (outer, inner, ...) and become (inner, outer, ...)."""
-        everyones = jax.lax.all_gather(layers, "pipeline", tiled=True)
-        size = len(everyones) // (outer * inner)
-        order = everyones.reshape(outer, inner, size, *layers.shape[1:]).swapaxes(0, 1)
-        order = order.reshape(everyones.shape)
-        first = jax.lax.axis_index("pipeline") * len(layers)
-        return jax.lax.dynamic_slice_in_dim(order, first, len(layers))
+    def _of_stage(self, x: jax.Array) -> jax.Array:
+        """A stage's layers, of an array that has all of them, and is whole or sharded elsewhere over the stages."""
+        count, dim = self._stage_shape[0], self._stages_dim()
+        x = _transposed(_resized(x, 0, self.stages * count), self.chunks, self.stages)
+        if dim is not None:
+            return jax.lax.all_to_all(x, "pipeline", 0, dim, tiled=True)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("pipeline") * count, count)
+
+    def _of_all_stages(self, x: jax.Array) -> jax.Array:
+        """The inverse of `_of_stage`."""
+        if (dim := self._stages_dim()) is not None:
+            x = jax.lax.all_to_all(x, "pipeline", dim, 0, tiled=True)
+        else:
+            x = jax.lax.all_gather(x, "pipeline", tiled=True)
+        return _resized(_transposed(x, self.stages, self.chunks), 0, self.shape[0])
 
     def _cut(self, x: jax.Array) -> jax.Array:
         """This device's part of an array that is whole, or sharded in another dimension over the tensor group."""
@@ -180,6 +206,11 @@ class Layout(NamedTuple):
         return _resized(x, cut.dim, cut.whole)
 
 
+def _transposed(layers: jax.Array, outer: int, inner: int) -> jax.Array:
+    """Layers in the order (outer, inner, ...) -> (inner, outer, ...)."""
+    return layers.reshape(outer, inner, -1, *layers.shape[1:]).swapaxes(0, 1).reshape(layers.shape)
+
+
 def _resized(x: jax.Array, dim: int, size: int) -> jax.Array:
     """Appends zeros to a dimension, or cuts them off."""
     more = max(0, size - x.shape[dim])
@@ -196,8 +227,8 @@ def layouts(grid: Grid, chunks: int, whole: Any, own: Any, zero: bool) -> Any:
     """
 
     def one(path: Any, whole: Any, own: Any) -> Layout:
-        stages = whole.shape[0] // own.shape[0] if is_stacked(path) and whole.ndim else 1
-        of_stage = (whole.shape[0] // stages, *whole.shape[1:]) if stages > 1 else whole.shape
+        stages = grid.size("pipeline") if is_stacked(path) and whole.ndim else 1
+        of_stage = (own.shape[0], *whole.shape[1:]) if stages > 1 else whole.shape
         cut = cut_of(tuple(of_stage), tuple(own.shape), grid.size("tensor"))
         return Layout(grid, path, tuple(whole.shape), stages, chunks, cut, zero)
 
@@ -213,7 +244,7 @@ def state_layouts(config: Config, model: Model, count: int) -> dict[str, Any]:
 
     whole, own = state(shapes_of(model)), state(device.params)
     if config.optim.name in OF_WHOLE_MATRICES:
-        own = own._replace(opt_state=state(of_stage(device.grid, shapes_of(model))).opt_state)
+        own = own._replace(opt_state=state(of_stage(config.parallel, shapes_of(model))).opt_state)
     zero = (config.parallel.zero > 0) * ("opt_state",) + (config.parallel.zero > 2) * ("params", "ema")
     there = [f for f in sharded_fields(config) if getattr(whole, f) is not None]
     return {

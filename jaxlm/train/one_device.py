@@ -1,10 +1,11 @@
 """What one device of the grid holds and computes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.config import Config
+from jaxlm.config import Config, ParallelConfig
 from jaxlm.model import Model, Params
 from jaxlm.model.context import WHOLE, Context
 from jaxlm.model.tensor import ALONE, Tensor
@@ -35,26 +36,29 @@ class OneDevice(NamedTuple):
         return batch | added
 
 
-def one_device(config: Config, model: Model, count: int, platform: str = "") -> OneDevice:
-    """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
-    grid = make_grid(config.parallel, AXIS, count, platform)
-    part = model.having(platform=platform, tensor=tensor_group(grid), context=context_group(grid))
-    stage, own = (of_stage(grid, shapes_of(m)) for m in (model, part))
-    cuts = Cuts(grid.group("tensor"), grid.group("pipeline"), stage, own) if grid.splits_model else None
-    return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
-
-
 def shapes_of(model: Model) -> Params:
     """The shapes of a model's parameters."""
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def of_stage(grid: Grid, shapes: Params) -> Params:
-    """Shapes of what a pipeline's stage holds of parameters of these shapes: some of the layers."""
-    stages = grid.size("pipeline")
+def one_device(
+    config: Config, model: Model, count: int, platform: str = "", shapes: Callable[[Model], Params] = shapes_of
+) -> OneDevice:
+    """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
+    grid = make_grid(config.parallel, AXIS, count, platform)
+    part = model.having(platform=platform, tensor=tensor_group(grid), context=context_group(grid))
+    stage, own = (of_stage(config.parallel, shapes(m)) for m in (model, part))
+    cuts = Cuts(grid.group("tensor"), grid.group("pipeline"), stage, own) if grid.splits_model else None
+    return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
+
+
+def of_stage(parallel: ParallelConfig, shapes: Params) -> Params:
+    """Shapes of what a pipeline's stage holds of parameters of these shapes: some of the layers. Zeros fill the last
+    chunks, if they have fewer.
+    """
 
     def some(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((x.shape[0] // stages, *x.shape[1:]), x.dtype)
+        return jax.ShapeDtypeStruct((parallel.chunks * parallel.layers_of_chunk(x.shape[0]), *x.shape[1:]), x.dtype)
 
     return shapes | {"layers": jax.tree.map(some, shapes["layers"])}
 

@@ -33,7 +33,8 @@ class Stage:
         """Args: micro: (batches, dropout keys), `[micro-batches, ...]`; scale: multiplies the objective."""
         self._config, self._model, self._micro, self._scale = config, own.model, micro, scale
         self.group, self.chunks = own.grid.group("pipeline"), config.parallel.chunks
-        self._layers = config.model.num_layers // (self.group.size * self.chunks)
+        self._layers = config.parallel.layers_of_chunk(config.model.num_layers)
+        self._is_filled = self._layers * self.chunks * self.group.size > config.model.num_layers
         self.index = self.group.index()
 
     def is_first(self, chunk: jax.Array) -> jax.Array:
@@ -44,20 +45,29 @@ class Stage:
         """Whether this is the last chunk of the model, behind which are the losses."""
         return (self.index == self.group.size - 1) & (chunk == self.chunks - 1)
 
+    def layers_l(self, chunk: jax.Array) -> jax.Array:
+        """The numbers of a chunk's layers in the model."""
+        return (chunk * self.group.size + self.index) * self._layers + jnp.arange(self._layers)
+
     def of_chunk(self, tree: Params, chunk: jax.Array) -> Params:
         """A tree of parameters with only this chunk's layers."""
         first, count = chunk * self._layers, self._layers
         return tree | {"layers": jax.tree.map(lambda x: _slice(x, first, count), tree["layers"])}
 
     def add_of_chunk(self, total: Params, more: Params, chunk: jax.Array, there: jax.Array) -> Params:
-        """Adds gradients of a chunk, if they are there, to those of all."""
+        """Adds gradients of a chunk, if they are there, to those of all. Layers that only fill the last chunks
+        have none: with parameters of zero they return what they read.
+        """
         first, count = chunk * self._layers, self._layers
         more = jax.tree.map(lambda x: jnp.where(there, x.astype(jnp.float32), 0), more)
-        layers = jax.tree.map(
-            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, _slice(x, first, count) + new, first, 0),
-            total["layers"],
-            more["layers"],
-        )
+        exists_l = self.layers_l(chunk) < self._config.model.num_layers
+
+        def add(x: jax.Array, new: jax.Array) -> jax.Array:
+            if self._is_filled:
+                new = jnp.where(exists_l.reshape(-1, *[1] * (new.ndim - 1)), new, 0)
+            return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, first, count) + new, first, 0)
+
+        layers = jax.tree.map(add, total["layers"], more["layers"])
         of_outer = self.is_first(chunk) | self.is_last(chunk)  # all others have none
         outer = jax.lax.cond(
             of_outer, lambda a, b: jax.tree.map(jnp.add, a, b), lambda a, b: a, _outer(total), _outer(more)
@@ -71,8 +81,7 @@ class Stage:
         x_nD = jax.lax.cond(
             self.is_first(chunk), lambda: self._model.begin(params, tokens_BT, keys, positions_BT), lambda: x_nD
         )
-        layers_l = (chunk * self.group.size + self.index) * self._layers + jnp.arange(self._layers)
-        return self._model.run(params, x_nD, layers_l, tokens_BT.shape, keys, positions_BT)
+        return self._model.run(params, x_nD, self.layers_l(chunk), tokens_BT.shape, keys, positions_BT)
 
     def losses(self, params: Params, x_nD: jax.Array, i: jax.Array) -> LossSums:
         """Sums of the losses of micro-batch i, of what the last chunk returned."""

@@ -82,7 +82,9 @@ def test_a_grid_is_the_same_training(grid: tuple[int, int, int, int]):
 
 
 def compare(number: int, grid: tuple[int, int, int, int], steps: int) -> None:
-    kind = [*BASE, *KINDS[number % len(KINDS)], *(["model.num_layers=8"] if grid[1] == 8 else [])]
+    # In every second pipeline the last stage has a layer less than the others.
+    layers = {1: 4, 2: 4, 4: 4, 8: 8}[grid[1]] + (3 if number % 2 and grid[1] in (2, 4) else 0)
+    kind = [*BASE, *KINDS[number % len(KINDS)], f"model.num_layers={layers}"]
     want = train(1, *kind, steps_done=steps)
     got = train(8, *kind, *overrides_of(number, grid), steps_done=steps)
     assert_same(got, want)

@@ -25,6 +25,10 @@ CASES = [
     ((4, 1, 1, 2), TABLE, (29, 5), (15, 5), False, 1),  # nothing divides
     ((2, 2, 1, 2), LAYERS, (4, 6, 4), (2, 6, 2), True, 1),
     ((2, 2, 2, 1), LAYERS, (8, 3, 7), (4, 3, 7), True, 2),  # chunks, and an odd number of numbers
+    ((2, 2, 1, 2), LAYERS, (5, 6, 4), (3, 6, 2), True, 1),  # the last stage has a layer less
+    ((1, 4, 1, 2), LAYERS, (7, 6, 8), (2, 6, 4), False, 1),  # no dimension divides over the stages
+    ((2, 2, 1, 2), LAYERS, (7, 6, 4), (4, 3, 4), True, 2),
+    ((2, 2, 1, 2), LAYERS, (5,), (3,), True, 1),
     ((8, 1, 1, 1), LAYERS, (16, 3, 5), (16, 3, 5), True, 1),
     ((2, 2, 2, 1), (), (), (), True, 1),
 ]
@@ -33,8 +37,8 @@ CASES = [
 @pytest.mark.parametrize("sizes, path, shape, own, zero, chunks", CASES)
 def test_there_and_back(sizes: Any, path: Any, shape: Any, own: Any, zero: bool, chunks: int):
     grid = Grid("d", sizes)
-    stages = shape[0] // own[0] if path == LAYERS else 1
-    of_stage = (shape[0] // stages, *shape[1:]) if stages > 1 else shape
+    stages = sizes[1] if path == LAYERS else 1
+    of_stage = (own[0], *shape[1:]) if stages > 1 else shape
     layout = Layout(grid, path, shape, stages, chunks, cut_of(of_stage, own, sizes[3]), zero)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(sizes), DIRECTIONS)
@@ -55,7 +59,8 @@ def expected(x: np.ndarray, layout: Layout, device: int) -> np.ndarray:
     """What a device holds, cut in NumPy."""
     d, p, c, t = np.unravel_index(device, layout.grid.sizes)
     if layout.stages > 1:
-        size = len(x) // (layout.stages * layout.chunks)
+        size = -(-len(x) // (layout.stages * layout.chunks))
+        x = np.pad(x, [(0, layout.stages * layout.chunks * size - len(x)), *[(0, 0)] * (x.ndim - 1)])
         x = np.concatenate([x[(v * layout.stages + p) * size :][:size] for v in range(layout.chunks)])
     cut = layout.cut
     if cut.parts > 1:
