@@ -13,5 +13,6 @@ def get_config() -> Config:
     c.batch_size = 512  # four million tokens
     m = c.model
     m.num_layers, m.d_model, m.num_heads, m.num_kv_heads, m.d_ff = 80, 8192, 64, 8, 28672
+    m.scan_unroll = 1  # unrolled, 80 layers take minutes to compile
     c.optim.lr, c.optim.accum_steps = 1.5e-4, 1
     return c

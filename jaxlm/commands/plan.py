@@ -5,6 +5,7 @@ CUDA plugin is not installed, the program is one for CPUs, and only roughly what
 an environment with the plugin. All numbers are planned, none is measured. The last line of output is one JSON object.
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -37,6 +38,12 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="another configuration, planned for the same devices and shown beside the first",
     )
+    parser.add_argument(
+        "--recommend",
+        action="store_true",
+        help="searches for the grid, ZeRO, micro-batches and recomputation with the shortest step on up to N devices,"
+        " whatever the configuration says of them",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="writes the plan as a page for a browser, too")
     args, overrides = parser.parse_known_args(argv)
     config = files.load(user_path("--config", args.config), overrides)
@@ -45,14 +52,17 @@ def main(argv: list[str]) -> int:
     if args.devices < 1:
         raise UserError(f"--devices is {args.devices}; allowed: 1 or more")
     device = known.find(args.device, args.devices)
+    if args.recommend:
+        for option in ("compare", "html"):
+            if getattr(args, option):
+                raise UserError(f"--{option} is {getattr(args, option)}; allowed: without --recommend")
+        return _recommend(args, config, device, overrides)
     few = min(args.devices, device.per_host)
     if args.devices % few:
         allowed = f"up to {few}, the devices of a host, or a multiple of {few}"
         raise UserError(f"--devices is {args.devices}; allowed with --device {args.device}: {allowed}")
     runtime.check_batch(config, few, args.devices // few)
-    vocab_size = args.vocab_size or vocab_size_of(config)
-    if vocab_size < 2:
-        raise UserError(f"--vocab_size is {vocab_size}; allowed: 2 or more")
+    vocab_size = _vocab_size(args.vocab_size, config)
     configure(config, device, compiled_devices(config, device, args.devices))
 
     from jaxlm.commands.plan_tables import beside_table, write_plan
@@ -79,6 +89,23 @@ def main(argv: list[str]) -> int:
         _show(f"wrote {args.html}")
     print(json.dumps(summary))
     return 0
+
+
+def _recommend(args: argparse.Namespace, config: Config, device: known.Device, overrides: list[str]) -> int:
+    from jaxlm.commands.plan_grids import recommend
+
+    vocab_size = _vocab_size(args.vocab_size, config)
+    configure(config, device, 2)  # samples are compiled for one device, or two that share sequences
+    own = [f"--config={args.config}", "--device", args.device, "--vocab_size", str(vocab_size), *overrides]
+    print(json.dumps(recommend(own, config, device, args.devices, vocab_size)))
+    return 0
+
+
+def _vocab_size(given: int | None, config: Config) -> int:
+    vocab_size = given or vocab_size_of(config)
+    if vocab_size < 2:
+        raise UserError(f"--vocab_size is {vocab_size}; allowed: 2 or more")
+    return vocab_size
 
 
 def _import_as_a_run_does() -> None:

@@ -5,7 +5,7 @@ samples (samples.py); what devices send, from the formulas (exchanged.py); and h
 from its schedule. The estimate assumes that
 
 - work that T * C devices of a replica share takes each of them a (T * C)-th of the time,
-- layers and their gradients are there while ZeRO-2 and 3 exchange others, which hides that behind computation,
+- of an unrolled loop, ZeRO-3 exchanges layers beside computation of others; of a rolled one, devices wait for it,
 - context groups exchange beside attention; tensor groups, pipelines and everything else make devices wait.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxlm.config import Config, UserError
+from jaxlm.config import Config, ParallelConfig, UserError, flatten
 from jaxlm.config.validate import validate
 from jaxlm.host.runtime import GPU_MEMORY
 from jaxlm.model import Model, Params, attention_flops, make_model, num_params
+from jaxlm.plan.compiled import can_compile_for_gpus
 from jaxlm.plan.devices import Device
 from jaxlm.plan.exchanged import FLOAT, between_replicas, in_replica
-from jaxlm.plan.planning import rate
 from jaxlm.plan.samples import Sample, sample
 from jaxlm.plan.times import link_of
 from jaxlm.train import trained
@@ -33,9 +33,11 @@ from jaxlm.train.schedule_table import forward_phases, make_table
 
 MOST_CHUNKS = 8
 MOST_CONTEXT = 16
+FILLED = 0.9  # least share of the layers of all chunks that a model must have; the others only fill the last ones
 MARGIN = 0.95  # share of the memory that an estimate may fill
 SIMPLER = 1.02  # how much faster a way must be for each further key that it sets
 REMAT = ("elementwise", "full")
+USUAL = {"tensor": 1, "pipeline": 1, "chunks": 1, "context": 1, "zero": 0}  # keys of `parallel` that are searched
 
 
 class Estimate(NamedTuple):
@@ -56,30 +58,21 @@ class Estimate(NamedTuple):
         return sum(self.seconds.values())
 
     @property
-    def overrides(self) -> list[str]:
-        """The keys of this way, without those that have their usual value."""
-        p = self.config.parallel
-        keys = {"tensor": 1, "pipeline": 1, "chunks": 1, "context": 1, "zero": 0}
-        found = [f"parallel.{key}={getattr(p, key)}" for key, usual in keys.items() if getattr(p, key) != usual]
-        return [*found, f"optim.accum_steps={self.config.optim.accum_steps}", f"model.remat={self.config.model.remat}"]
-
-    @property
     def score(self) -> float:
         """By which ways are compared: the time, and a little for each key that makes a run harder to understand."""
-        return self.time * SIMPLER ** sum(key.startswith("parallel.") for key in self.overrides)
+        p = self.config.parallel
+        return self.time * SIMPLER ** sum(getattr(p, key) != usual for key, usual in USUAL.items())
+
+    def changes(self, config: Config) -> list[str]:
+        """The keys in which this way differs from a configuration."""
+        keys = [*(f"parallel.{key}" for key in (*USUAL, "overlap")), "optim.accum_steps", "model.remat"]
+        mine, given = flatten(self.config), flatten(config)
+        return [f"{key}={str(mine[key]).lower()}" for key in keys if mine[key] != given[key]]
 
 
 def search(config: Config, device: Device, most: int, vocab_size: int) -> list[Estimate]:
     """The ways that fit on up to `most` devices, the best first; of each grid the best one."""
-    searching = _Search(config, device, most, vocab_size)
-    found = searching.fitting(1)
-    if not found and config.seq_len > 1:
-        found = [e for context in _powers(2, MOST_CONTEXT) for e in searching.fitting(context)]
-    best: dict[tuple[int, ...], Estimate] = {}
-    for e in sorted(found, key=lambda e: e.score):
-        p = e.config.parallel
-        best.setdefault((p.tensor, p.pipeline, p.context, p.zero), e)
-    return list(best.values())
+    return Search(config, device, most, vocab_size).best()
 
 
 def _powers(first: int, last: int) -> list[int]:
@@ -90,10 +83,10 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-class _Search:
+class Search:
     def __init__(self, config: Config, device: Device, most: int, vocab_size: int):
         self.config, self.device, self.most, self.vocab_size = config, device, most, vocab_size
-        self.platform = "gpu" if device.chip else "cpu"
+        self.platform = "gpu" if device.chip and can_compile_for_gpus() else "cpu"
         self.model = make_model(config.model, vocab_size, config.seq_len, self.platform)
         self._shapes: dict[int, Params] = {}
         self._found: dict[tuple[int, ...], tuple[OneDevice, dict[str, float]]] = {}
@@ -105,6 +98,17 @@ class _Search:
         self.sample: Callable[[str, bool], Sample] = functools.cache(
             lambda remat, context: sample(config, device, vocab_size, remat, context)
         )
+
+    def best(self) -> list[Estimate]:
+        """The ways that fit, the best first; of each grid the best one. Sequences are shared if nothing else fits."""
+        found = self.fitting(1)
+        if not found:
+            found = [e for context in _powers(2, MOST_CONTEXT) for e in self.fitting(context)]
+        best: dict[tuple[int, ...], Estimate] = {}
+        for e in sorted(found, key=lambda e: e.score):
+            p = e.config.parallel
+            best.setdefault((p.tensor, p.pipeline, p.context, p.zero), e)
+        return list(best.values())
 
     def shapes(self, model: Model) -> Params:
         size = model.tensor.size
@@ -120,6 +124,8 @@ class _Search:
             p = way.parallel
             own, between = self._replicas(way, devices)
             rows = way.batch_size // own.grid.size("data")  # of a replica
+            if sum(self._held(p, own).values()) > limit:
+                continue
             for each in reversed(divisors(rows)):
                 estimate = self._estimate(_with_micro_batches(way, rows // each), own, each, between)
                 if estimate.total <= limit:
@@ -139,13 +145,15 @@ class _Search:
 
     def _ways(self, context: int) -> Iterator[tuple[Config, int]]:
         """Yields configurations that are allowed, and how many devices they use."""
-        tensors, pipelines = divisors(self.device.per_host), range(1, self.config.model.num_layers + 1)
+        layers = self.config.model.num_layers
+        tensors, pipelines = divisors(self.device.per_host), range(1, layers + 1)
         for tensor, pipeline in itertools.product(tensors, pipelines):
+            most = min(-(-layers // pipeline), MOST_CHUNKS) if pipeline > 1 else 1
+            parts = {c: pipeline * c for c in range(1, most + 1)}
+            chunks = [c for c, n in parts.items() if layers >= FILLED * n * -(-layers // n)]
             devices = self._devices(tensor * pipeline * context)
-            if not devices:
+            if not devices or not chunks:
                 continue
-            most = min(-(-self.config.model.num_layers // pipeline), MOST_CHUNKS)
-            chunks = range(1, most + 1) if pipeline > 1 else [1]
             copies = devices // (tensor * pipeline)
             zeros = [0, 1] if pipeline > 1 else [0, 1, 3]
             for c, zero, remat in itertools.product(chunks, zeros if copies > 1 else [0], REMAT):
@@ -185,9 +193,9 @@ class _Search:
         forward = max(0.0, again - self.sample("elementwise", p.context > 1).seconds.layer_row)
         of_chunk = p.layers_of_chunk(way.model.num_layers)
         outer = 3 * FLOAT * num_params({k: x for k, x in own.params.items() if k != "layers"}) / self.device.bandwidth
-        phase = shared * (of_chunk * (forward + s.layer_row) + s.row) + adding / p.chunks + outer
+        phase = shared * of_chunk * (forward + s.layer_row) + adding / p.chunks + outer
         phases, useful = forward_phases(p.pipeline, m, p.chunks), m * p.chunks
-        return {"computation": state + useful * phase, "bubble": (phases - useful) * phase}
+        return {"computation": state + useful * phase + m * shared * s.row, "bubble": (phases - useful) * phase}
 
     def _waiting(self, way: Config, own: OneDevice, sent: dict[str, float], done: dict[str, float]) -> dict[str, float]:
         """Seconds in which a device waits, by direction."""
@@ -201,7 +209,7 @@ class _Search:
 
         often = 3 * leaves * runs if p.zero > 1 else 2
         data = seconds("data", sent["gradients"] + sent.get("parameters", 0), often)
-        if p.zero > 1:
+        if p.zero > 1 and way.model.scan_unroll == 0:
             data = max(0.0, data - computation)
         context = seconds("context", sent.get("context", 0), 3 * p.context * runs)
         found = {
@@ -215,7 +223,7 @@ class _Search:
     def _memory(self, way: Config, own: OneDevice, rows: int) -> dict[str, float]:
         p, m = way.parallel, way.optim.accum_steps
         found = self.sample(way.model.remat, p.context > 1)
-        copies, held = own.grid.copies.size, num_params(own.params)
+        held = num_params(own.params)
         shared, low = rows / (p.tensor * p.context), jnp.dtype(way.model.dtype).itemsize
         kept = shared * (found.kept.row + found.kept.layer_row * p.layers_of_chunk(way.model.num_layers))
         working = found.working / p.tensor
@@ -227,13 +235,16 @@ class _Search:
             working += outer * (low + FLOAT) + 2 * self.layer / p.tensor * (low + FLOAT)  # two layers
         elif m > 1 and low < FLOAT:
             working += low * held  # parameters in the dtype of the computation, converted once
+        return self._held(p, own) | {"kept": kept, "working": working}
+
+    def _held(self, p: ParallelConfig, own: OneDevice) -> dict[str, float]:
+        """Bytes of the state and the gradient."""
+        copies, held = own.grid.copies.size, num_params(own.params)
         return {
             "parameters": self.state["params"] * held / (copies if p.zero > 2 else 1),
             "optimizer": self.state["opt_state"] * held / (copies if p.zero else 1),
             "average": self.state["ema"] * held / (copies if p.zero > 2 else 1),
-            "gradients": FLOAT * held / (copies if p.zero > 1 else 1),
-            "kept": kept,
-            "working": working,
+            "gradients": FLOAT * num_params(trained.part(self.config, own.params)) / (copies if p.zero > 1 else 1),
         }
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from jaxlm.plan.program import Instruction, Program, arrays_of, bytes_of
 from jaxlm.train.loss_scale import SEARCH
+from jaxlm.train.one_device import RUNS
 
 # Operations that move nothing.
 FREE = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant", "after-all", "partition-id", "replica-id"}
@@ -52,7 +53,7 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
     """Yields the kernels, the collectives, and the ends of asynchronous collectives, in order; those of a loop's body
     once.
 
-    Of a conditional it follows the branch that is taken if the condition holds.
+    Of a conditional it follows the branch that is taken if the condition holds, as often as its name says, if it does.
 
     Raises:
       ValueError: a loop has an unknown number of iterations.
@@ -64,7 +65,8 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
             search = i.op_name.endswith(f"{SEARCH}/while")  # of float16, which mostly ends with the first scale
             yield from walk(program, i.body, times * (1 if search else i.trips), looped or not search)
         elif i.op in ("call", "conditional", "async-start"):
-            yield from walk(program, i.called[0], times, looped)
+            known = re.search(rf"{RUNS}(\d+)", i.op_name) if i.op == "conditional" else None
+            yield from walk(program, i.called[0], int(known[1]) if known else times, looped)
         elif i.op not in FREE and (not i.op.endswith("-done") or i.op.startswith(COLLECTIVES)):
             yield Step(i, shapes, times, looped)
 

@@ -76,8 +76,9 @@ def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, pr
     held = held_bytes(config, step_shapes(config, model, count), count)
     kept = kept_bytes(config, devices[0], micro_rows(config, count))
     gradients, compiled_gradients = (gradient_bytes(config, own) for own in devices)
+    low, compiled_low = (converted_bytes(config, own) for own in devices)
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
-    working = max(0.0, compiled.temporary - kept - compiled_gradients)
+    working = max(low, compiled.temporary - kept - compiled_gradients - compiled_low + low)
     return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
 
 
@@ -90,6 +91,14 @@ def gradient_bytes(config: Config, own: OneDevice) -> float:
     """Bytes of the gradient that a device holds; with ZeRO-2 and 3, of its parts."""
     whole = GRADIENT * num_params(trained.part(config, own.params))
     return whole / (own.grid.copies.size if config.parallel.zero > 1 else 1)
+
+
+def converted_bytes(config: Config, own: OneDevice) -> float:
+    """Bytes of a device's parts of the parameters in the dtype of the computation, which ZeRO-3 gathers."""
+    low = jnp.dtype(config.model.dtype).itemsize
+    if config.parallel.zero < 3 or low >= jnp.dtype(config.model.param_dtype).itemsize:
+        return 0.0
+    return low * num_params(own.params) / own.grid.copies.size
 
 
 def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float]:

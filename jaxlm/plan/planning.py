@@ -113,7 +113,7 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
     on_devices = devices(device, few, hosts=max(1, few // device.per_host))
     if device.chip is not None and on_devices[0].platform == "cpu":
         config = _as_on_gpus(config)
-    part = dataclasses.replace(config, batch_size=config.batch_size // count * few)
+    part = dataclasses.replace(config, batch_size=config.batch_size * few // count)
     compiled = compile_step(part, on_devices, vocab_size)
     model = make_model(config.model, vocab_size, config.seq_len, compiled.platform)
     params, program = compiled.params, parse(compiled.text)

@@ -36,7 +36,9 @@ def sample(config: Config, device: Device, vocab_size: int, remat: str, context:
     """Args: context: whether devices share sequences, whose attention is another program."""
     some = config.model.global_every or 2  # layers of which every n-th differs
     plans = {
-        (n, rows): make_plan(_small(config, n * some, rows, remat, context), device, CONTEXT if context else 1, vocab_size)
+        (n, rows): make_plan(
+            _small(config, n * some, rows, remat, context), device, CONTEXT if context else 1, vocab_size
+        )
         for n in (1, 2)
         for rows in (1, 2)
     }

@@ -16,7 +16,8 @@ from jaxlm.sync.zero import Zero
 AXIS = "devices"
 # Names of the collectives of tensor, context and pipeline groups in a compiled program.
 ACTIVATIONS, CONTEXT, STAGES = "share_activations", "share_sequences", "pass_between_stages"
-
+# Names a conditional in a compiled program, before the number of times that a step runs it.
+RUNS = "runs_"
 
 # inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
 # stop, float32 [1]: 1 if this process was asked to stop.
@@ -65,9 +66,9 @@ def of_stage(parallel: ParallelConfig, shapes: Params) -> Params:
 
 def tensor_group(grid: Grid) -> Tensor:
     """How the devices of a tensor group compute one model together."""
-    group = grid.group("tensor")
-    if group.size == 1:
+    if grid.size("tensor") == 1:
         return ALONE
+    group = grid.group("tensor")
 
     @jax.named_scope(ACTIVATIONS)
     def gather(x_nD: jax.Array) -> jax.Array:
@@ -83,8 +84,10 @@ def tensor_group(grid: Grid) -> Tensor:
 
 def context_group(grid: Grid) -> Context:
     """How the devices of a context group share sequences."""
+    if grid.size("context") == 1:
+        return WHOLE
     group = grid.group("context")
-    return WHOLE if group.size == 1 else Context(group.size, group.index, jax.named_scope(CONTEXT)(group.shift))
+    return Context(group.size, group.index, jax.named_scope(CONTEXT)(group.shift))
 
 
 def sharing_of(config: Config, devices: list[Any], own: OneDevice) -> sharing.LayerSharing:

@@ -22,7 +22,7 @@ from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import overlap
 from jaxlm.train import trained
 from jaxlm.train.accumulation import micro_batches
-from jaxlm.train.one_device import STAGES, OneDevice
+from jaxlm.train.one_device import RUNS, STAGES, OneDevice
 from jaxlm.train.schedule_table import make_table
 
 
@@ -130,7 +130,8 @@ def gradients(
         def run(some: Params, x_nD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], LossSums]:
             both = trained.joined(stage.of_chunk(frozen, chunk) if frozen else {}, some)
             y_nD = stage.forward(both, x_nD, i, chunk)
-            sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
+            with jax.named_scope(f"{RUNS}{count}"):  # on the last stage, for each micro-batch once
+                sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
             return (y_nD, sums.objective), sums
 
         _, pull_back, sums = jax.vjp(run, stage.of_chunk(params, chunk), x_nD, has_aux=True)

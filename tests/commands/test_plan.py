@@ -60,6 +60,28 @@ def test_zero_shares_the_state_among_all_devices():
         assert shared["memory_bytes"][part] / plain["memory_bytes"][part] == pytest.approx(1 / 4, rel=0.01), part
 
 
+def test_replicas_of_several_devices_have_the_work_of_the_batch():
+    """A batch of fewer rows than devices is not rounded to nothing."""
+    many, few = (
+        numbers("--device", "H100", "--devices", str(n), f"--config.parallel.tensor={t}", "--config.model.d_ff=64",
+                "--config.batch_size=8", "--config.model.num_heads=2", "--config.loss.chunk=0")
+        for n, t in ((16, 2), (8, 1))
+    )  # fmt: skip
+    assert many["product_flops"] == pytest.approx(few["product_flops"] / 2, rel=0.01)
+
+
+def test_a_grid_is_recommended():
+    done = plan("--device", "H100", "--devices", "16", "--recommend", *SMALL)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] in (8, 16) and found["most_devices"] == 16
+    best = [way for way in found["ways"] if way["overrides"] == found["recommended"]]
+    assert len(best) == 1 and best[0]["compiled"]["fits"]
+    compiled = [way["compiled"]["step_seconds"] for way in found["ways"] if way["compiled"]]
+    assert len(compiled) == 3 and best[0]["compiled"]["step_seconds"] == min(compiled)
+    assert f"on {found['devices']} x H100" in done.stdout and "why: a step" in done.stdout
+
+
 def test_two_configurations_side_by_side(tmp_path: Path):
     other = tmp_path / "shorter.py"
     text = (
@@ -97,6 +119,10 @@ def test_changes_that_need_less_memory_keep_the_batch():
         (["--device", "H100", "--devices", "0"], "jaxlm: --devices is 0; allowed: 1 or more"),
         (["--device", "H100", "--devices", "3"], "jaxlm: batch_size is 8; allowed: a multiple of 3"),
         (["--device", "H100", "--devices", "12"], "jaxlm: --devices is 12; allowed with --device H100: up to 8, the"),
+        (
+            ["--device", "H100", "--devices", "8", "--recommend", "--compare", "x"],
+            "jaxlm: --compare is x; allowed: without",
+        ),
         (["--device", "H100", "--devices", "8", "--config.data.tokenizer=chars"], "jaxlm: --vocab_size is missing"),
     ],
 )

@@ -26,7 +26,10 @@ REFUSED = [
         "model.attention is 'cudnn'; allowed: with parallel.context, whose attention is its own: auto, xla",
     ),
     (["pipeline=5"], "model.num_layers is 4; allowed: with parallel.pipeline=5 and parallel.chunks=1, at least 5"),
-    (["pipeline=2", "chunks=3"], "model.num_layers is 4; allowed: with parallel.pipeline=2 and parallel.chunks=3, at least 5"),
+    (
+        ["pipeline=2", "chunks=3"],
+        "model.num_layers is 4; allowed: with parallel.pipeline=2 and parallel.chunks=3, at l",
+    ),
     (["chunks=2"], "parallel.chunks is 2; allowed: with parallel.pipeline=1, 1"),
     (["pipeline=2", "zero=2"], "parallel.zero is 2; allowed: with parallel.pipeline, whose stages add up whole grad"),
     (["pipeline=2", "overlap=true"], "parallel.overlap is True; allowed: with parallel.pipeline"),

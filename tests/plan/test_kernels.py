@@ -10,6 +10,7 @@ from jaxlm.plan.devices import DEVICES, LATENCY, NETWORK
 from jaxlm.plan.kernels import kernel_of, moved, products, walk
 from jaxlm.plan.program import Program, bytes_of, parse
 from jaxlm.plan.times import exchange_seconds, step_time
+from jaxlm.train.one_device import RUNS
 
 H100 = DEVICES["H100"]
 
@@ -176,3 +177,19 @@ def test_a_loop_of_unknown_length_is_an_error():
 
 def test_sizes_of_shapes():
     assert bytes_of("(bf16[2,3]{1,0}, pred[5], s4[8]{0}, f32[])") == 12 + 5 + 4 + 4
+
+
+def test_a_conditional_runs_as_often_as_its_name_says():
+    """In a loop of seven iterations, a product that three of them need."""
+
+    @jax.jit
+    def program(x: jax.Array) -> jax.Array:
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            with jax.named_scope(f"{RUNS}3"):
+                return jax.lax.cond(i % 2 > 0, lambda x: x @ x, jnp.sin, x), None
+
+        return jax.lax.scan(body, x, jnp.arange(7))[0]
+
+    found = parse(program.lower(jnp.ones((32, 32))).compile().as_text() or "")
+    kernels = [kernel_of(found, step) for step in walk(found)]
+    assert sum(k.times * k.flops for k in kernels) == 3 * 2 * 32**3

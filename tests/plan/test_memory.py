@@ -66,3 +66,13 @@ def test_a_step_that_cannot_fit_is_refused_with_its_numbers():
     refuse_over(least, config, model, 4)
     with pytest.raises(UserError, match=r"batch_size is 32: a step needs at least [\d.]+ GB on each of 4 devices; all"):
         refuse_over(least - 1, config, model, 4)
+
+
+def test_parts_of_more_devices_are_planned_from_a_program_for_few():
+    """ZeRO-3 converts its parts to bfloat16, so its working memory shrinks with the number of devices."""
+    config = some_config("parallel.zero=3", "model.dtype=bfloat16", "optim.accum_steps=1")
+    model = make_model(config.model, VOCAB, config.seq_len)
+    few = dataclasses.replace(config, batch_size=config.batch_size // 4)
+    planned = plan_memory(config, model, compile_step(few, jax.devices()[:2], VOCAB), 8)
+    compiled = plan_memory(config, model, compile_step(config, jax.devices()[:8], VOCAB), 8)
+    assert planned.working == pytest.approx(compiled.working, rel=0.05)
