@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
-from jaxlm.model import lora
+from jaxlm.model import lora, ring_blocks
 from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, offset_keys
 from jaxlm.model.context import Context
 from jaxlm.model.layers import ROW_PARALLEL, Mlp, dropout, linear, norm, rmsnorm
@@ -164,7 +164,9 @@ def attend_layer(
     if context.size > 1:
         S = q_BTHC.shape[1] * context.size
         window = jnp.where(is_global, S, c.window or S)
-        return ring_attention(context, q_BTHC, k_BTKC, v_BTKC, Scores.of(c), window, shared.segments_BT)
+        is_fused = shared.kernel == "cudnn" and not c.window
+        blocks = ring_blocks.fused(Scores.of(c), "cudnn") if is_fused else ring_blocks.by_xla(Scores.of(c))
+        return ring_attention(context, q_BTHC, k_BTKC, v_BTKC, blocks, window, shared.segments_BT)
 
     def branch(window: int) -> Callable[..., jax.Array]:
         scores = Scores.of(c)._replace(window=window)

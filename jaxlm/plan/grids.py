@@ -189,8 +189,7 @@ class Search:
         if p.pipeline == 1:
             work = m * shared * (s.row + s.layer_row * layers) + (m - 1) * adding
             return {"computation": state + work}
-        again = self.sample("full", p.context > 1).seconds.layer_row
-        forward = max(0.0, again - self.sample("elementwise", p.context > 1).seconds.layer_row)
+        forward = self.sample("elementwise", p.context > 1).seconds.layer_row / 3  # of it, two thirds are backward
         of_chunk = p.layers_of_chunk(way.model.num_layers)
         outer = 3 * FLOAT * num_params({k: x for k, x in own.params.items() if k != "layers"}) / self.device.bandwidth
         phase = shared * of_chunk * (forward + s.layer_row) + adding / p.chunks + outer

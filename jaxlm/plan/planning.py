@@ -14,6 +14,7 @@ from jaxlm.plan.program import parse
 from jaxlm.plan.times import StepTime, step_time
 from jaxlm.train import trained
 
+ROOMY = 1e15  # bytes; with less memory than a program needs, XLA changes the program
 COUNTS = [2**i for i in range(13)]  # devices on the curve
 
 
@@ -110,7 +111,9 @@ def make_plan(config: Config, device: Device, count: int, vocab_size: int) -> Pl
     among all.
     """
     few = compiled_devices(config, device, count)
-    on_devices = devices(device, few, hosts=max(1, few // device.per_host))
+    # Few devices hold larger parts than all. If these do not fit, XLA would compute results again to save memory.
+    roomy = device if few == count else device._replace(memory=ROOMY)
+    on_devices = devices(roomy, few, hosts=max(1, few // device.per_host))
     if device.chip is not None and on_devices[0].platform == "cpu":
         config = _as_on_gpus(config)
     part = dataclasses.replace(config, batch_size=config.batch_size * few // count)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import ring
+from jaxlm.model import ring_blocks
 from jaxlm.model.attention import Scores, in_chunks, offset_keys
 from jaxlm.model.context import Context
 from jaxlm.model.ring import ring_attention
@@ -50,23 +50,32 @@ def draw() -> tuple[Any, np.ndarray]:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(
-    "window, softcap, packed, queries",
-    [(0, 0.0, False, 1024), (7, 2.0, False, 2), (0, 0.0, True, 3), (3, 0.0, True, 1024)],
+    "window, softcap, packed, queries, fused",
+    [
+        (0, 0.0, False, 1024, False),
+        (7, 2.0, False, 2, False),
+        (0, 0.0, True, 3, False),
+        (3, 0.0, True, 1024, False),
+        (0, 0.0, False, 1024, True),
+    ],
 )
 def test_it_equals_attention_of_whole_sequences(
-    size: int, window: int, softcap: float, packed: bool, queries: int, monkeypatch: pytest.MonkeyPatch
+    size: int, window: int, softcap: float, packed: bool, queries: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also with a few queries at a time, whose scores alone are in memory."""
-    monkeypatch.setattr(ring, "QUERIES", queries)
+    """Also with a few queries at a time, whose scores alone are in memory; and with JAX's fused attention, here by XLA,
+    on GPUs by cuDNN.
+    """
+    monkeypatch.setattr(ring_blocks, "QUERIES", queries)
     qkv, g = draw()
     segments = np.cumsum(np.random.default_rng(1).random((B, S)) < 0.2, axis=1).astype(np.int32) if packed else None
     scores = Scores(C**-0.5, softcap, window)
+    blocks = ring_blocks.fused(scores, "xla") if fused else ring_blocks.by_xla(scores)
 
     def plain(q: Any, k: Any, v: Any) -> jax.Array:
         return jnp.sum(in_chunks(q, k, v, scores, None if segments is None else jnp.asarray(segments)) * g)
 
     def on_ring(q: Any, k: Any, v: Any, segments: Any, g: Any) -> jax.Array:
-        return jnp.sum(ring_attention(context(size), q, k, v, scores, window or S, segments) * g)
+        return jnp.sum(ring_attention(context(size), q, k, v, blocks, window or S, segments) * g)
 
     parts = [shared(x, size) for x in qkv], None if segments is None else shared(segments, size), shared(g, size)
     axes = (0, 0, 0, None if segments is None else 0, 0)
