@@ -100,10 +100,20 @@ class Search:
         )
 
     def best(self) -> list[Estimate]:
-        """The ways that fit, the best first; of each grid the best one. Sequences are shared if nothing else fits."""
-        found = self.fitting(1)
-        if not found:
-            found = [e for context in _powers(2, MOST_CONTEXT) for e in self.fitting(context)]
+        """The ways that fit, the best first; of each grid the best one.
+
+        Devices share sequences only where nothing else fits, or where there are more devices than sequences; and more of
+        them only as long as that is faster.
+        """
+        found: list[Estimate] = []
+        least = math.inf
+        for context in _powers(1, MOST_CONTEXT):
+            more = self.fitting(context)
+            found += more
+            fastest = min((e.score for e in more), default=math.inf)
+            if found and (fastest >= least or self.config.batch_size >= self.most):
+                break
+            least = min(least, fastest)
         best: dict[tuple[int, ...], Estimate] = {}
         for e in sorted(found, key=lambda e: e.score):
             p = e.config.parallel

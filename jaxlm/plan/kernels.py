@@ -66,7 +66,8 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
             yield from walk(program, i.body, times * (1 if search else i.trips), looped or not search)
         elif i.op in ("call", "conditional", "async-start"):
             known = re.search(rf"{RUNS}(\d+)", i.op_name) if i.op == "conditional" else None
-            yield from walk(program, i.called[0], int(known[1]) if known else times, looped)
+            if often := int(known[1]) if known else times:
+                yield from walk(program, i.called[0], often, looped)
         elif i.op not in FREE and (not i.op.endswith("-done") or i.op.startswith(COLLECTIVES)):
             yield Step(i, shapes, times, looped)
 

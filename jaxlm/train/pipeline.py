@@ -25,6 +25,8 @@ from jaxlm.train.accumulation import micro_batches
 from jaxlm.train.one_device import RUNS, STAGES, OneDevice
 from jaxlm.train.schedule_table import make_table
 
+_Ticking = dict[str, Any]  # what ticks read and change
+
 
 class Stage:
     """What one device does for a chunk of its layers, inside the mapped step."""
@@ -122,7 +124,9 @@ def gradients(
     def forward(x_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
         return stage.forward(stage.of_chunk(trained.joined(frozen, params), chunk), x_nD, i, chunk)
 
-    def backward(total: Any, x_nD: jax.Array, g_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> Any:
+    def backward(
+        total: Any, x_nD: jax.Array, g_nD: jax.Array, i: jax.Array, chunk: jax.Array, last: int
+    ) -> tuple[Any, jax.Array]:
         """Adds the gradient of a chunk and its losses to the total; returns both, and the gradient of its input."""
         there, is_last = i >= 0, stage.is_last(chunk)
         i = jnp.maximum(i, 0)
@@ -130,7 +134,7 @@ def gradients(
         def run(some: Params, x_nD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], LossSums]:
             both = trained.joined(stage.of_chunk(frozen, chunk) if frozen else {}, some)
             y_nD = stage.forward(both, x_nD, i, chunk)
-            with jax.named_scope(f"{RUNS}{count}"):  # on the last stage, for each micro-batch once
+            with jax.named_scope(f"{RUNS}{last}"):
                 sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
             return (y_nD, sums.objective), sums
 
@@ -140,28 +144,36 @@ def gradients(
         losses = jax.tree.map(lambda a, b: a + jnp.where(there, b, 0), losses, sums)
         return (stage.add_of_chunk(grads, some, chunk, there), losses), dx_nD
 
-    def tick(phases: tuple[bool, bool], carry: Any, row: Any) -> tuple[Any, None]:
-        total, kept, x_nD, g_nD = carry
+    def tick(phases: tuple[bool, bool], last: int, fixed: _Ticking, carry: _Ticking, row: Any) -> tuple[_Ticking, None]:
+        found = fixed | carry
         work = jax.tree.map(lambda column: column[stage.index], row)
         if phases[0]:
-            slot = jnp.maximum(work.forward_slot, 0)
-            there_nD = jnp.where(work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(kept, slot, keepdims=False))
-            kept = jax.lax.dynamic_update_index_in_dim(kept, there_nD, slot, 0)
+            x_nD, slot = found["x_nD"], jnp.maximum(work.forward_slot, 0)
+            there_nD = jnp.where(
+                work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(found["kept"], slot, keepdims=False)
+            )
+            found["kept"] = jax.lax.dynamic_update_index_in_dim(found["kept"], there_nD, slot, 0)
             y_nD = forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0))
-            x_nD = stage.shift(y_nD, 1)
+            found["x_nD"] = stage.shift(y_nD, 1)
         if phases[1]:
-            read_nD = jax.lax.dynamic_index_in_dim(kept, jnp.maximum(work.backward_slot, 0), keepdims=False)
+            slot, chunk = jnp.maximum(work.backward_slot, 0), jnp.maximum(work.backward_chunk, 0)
+            read_nD = jax.lax.dynamic_index_in_dim(found["kept"], slot, keepdims=False)
             if stage.group.on_cpu:
-                read_nD = overlap.after(read_nD, x_nD)
-            total, g_nD = backward(total, read_nD, g_nD, work.backward, jnp.maximum(work.backward_chunk, 0))
-            g_nD = stage.shift(g_nD, -1)
-        return (total, kept, x_nD, g_nD), None
+                read_nD = overlap.after(read_nD, found["x_nD"])
+            found["total"], g_nD = backward(found["total"], read_nD, found["g_nD"], work.backward, chunk, last)
+            found["g_nD"] = stage.shift(g_nD, -1)
+        return {name: found[name] for name in carry}, None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    carry = (zeros, no_losses()), jnp.zeros((table.slots, *nothing.shape), nothing.dtype), nothing, nothing
+    kept = jnp.zeros((table.slots, *nothing.shape), nothing.dtype)
+    found: _Ticking = {"x_nD": nothing, "kept": kept, "g_nD": nothing, "total": (zeros, no_losses())}
     for phases, ticks in table.runs():
-        carry, _ = jax.lax.scan(functools.partial(tick, phases), carry, jax.tree.map(jnp.asarray, ticks))
-    grads, sums = carry[0]
+        changed = ("x_nD", "kept") * phases[0] + ("g_nD", "total") * phases[1]
+        fixed = {name: x for name, x in found.items() if name not in changed}
+        run = functools.partial(tick, phases, ticks.of_last(stage.chunks), fixed)
+        carry, _ = jax.lax.scan(run, {name: found[name] for name in changed}, jax.tree.map(jnp.asarray, ticks))
+        found |= carry
+    grads, sums = found["total"]
     return grads, stage.group.sum(sums)
 
 

@@ -48,6 +48,10 @@ class Table(NamedTuple):
         """Inputs that a stage keeps at once, at most."""
         return int(self.forward_slot.max()) + 1
 
+    def of_last(self, chunks: int) -> int:
+        """The number of ticks in which the last chunk of the model runs backward, on the last stage."""
+        return int(np.sum((self.backward[:, -1] != NONE) & (self.backward_chunk[:, -1] == chunks - 1)))
+
     def runs(self) -> list[tuple[tuple[bool, bool], "Table"]]:
         """Consecutive ticks with the same phases, up to three tables: [((forward, backward), their ticks)]."""
         phases = list(zip(*(np.any(x >= 0, axis=1).tolist() for x in (self.forward, self.backward)), strict=True))

@@ -88,5 +88,6 @@ def test_runs_of_ticks_have_the_phases_with_work(schedule: str, stages: int, mic
     for phases, ticks in runs:
         for there, which in zip(phases, (ticks.forward, ticks.backward), strict=True):
             assert all(there == np.any(row != NONE) for row in which)
+    assert sum(ticks.of_last(chunks) for _, ticks in runs) == micro  # each micro-batch has its losses once
     for phase in (table.forward, table.backward):
         assert forward_phases(stages, micro, chunks) == np.any(phase != NONE, axis=1).sum()
