@@ -21,7 +21,6 @@ if os.environ.get("JAXLM_TEST_DEVICE") != "real":  # as tools/gpu_check.sh sets 
 LONG = (
     "test_processes",
     "test_step",
-    "test_launch",
     "test_parallel",
     "test_resume",
     "test_other_configuration",

@@ -118,6 +118,7 @@ PARSED_LIKE = {
     "jaxlm evaluate --workdir runs/base --tasks ": HARNESS,
     "jaxlm evaluate --workdir runs/chat --tasks ": HARNESS,
     "jaxlm train --config llama_1b ": GRID,
+    ".venv-plan/bin/jaxlm plan --config llama_405b ": "needs the 7 GB of `make plan-env`, as above",
     ".venv-plan/bin/jaxlm plan --config llama_1b ": "needs the 7 GB of `make plan-env`, as above",
     "python tools/chaos": CHAOS,
     "jaxlm bench --config ": BENCH,

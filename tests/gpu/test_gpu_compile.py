@@ -141,11 +141,26 @@ def test_grids_hold_their_parts_and_send_the_bytes_of_their_formulas():
         holds_everywhere(found)
         sizes = dict(key.removeprefix("parallel.").split("=") for key in grid)
         parts = int(sizes.get("tensor", 1)) * int(sizes.get("pipeline", 1))
+        if "context" in sizes:
+            assert set(FUSED) <= set(found["calls"])
         if "zero" not in sizes:
             assert found["arguments"] < 1.15 * plain["arguments"] / parts  # stages hold the tables whole
         for what in {"tensor", "pipeline"} & found["formula"].keys():  # XLA joins the sums of copies with others
             sent = sum(e["sent"] for e in found["exchanges"] if e["purpose"] == what)
             assert sent == pytest.approx(found["formula"][what], rel=2e-3, abs=1024), (grid, what)
+
+
+def test_the_grid_of_llama_405b_is_the_one_that_meta_published():
+    """Grattafiori et al., The Llama 3 Herd of Models, table 4: tensor 8, pipeline 16, data 128."""
+    command = [PYTHON, "-m", "jaxlm", "plan", "--config", "llama_405b", "--device", "H100", "--devices", "16384"]
+    done = subprocess.run([*command, "--recommend", "--config.data.path=x"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 16384
+    assert {"parallel.tensor=8", "parallel.pipeline=16", "parallel.zero=1"} < set(found["recommended"])
+    best = found["ways"][0]
+    assert best["seconds"]["total"] == pytest.approx(best["compiled"]["step_seconds"], rel=0.1)
+    assert best["memory_bytes"]["total"] == pytest.approx(best["compiled"]["memory_bytes"]["total"], rel=0.1)
 
 
 @pytest.mark.parametrize("overlap, hosts", [(False, 1), (True, 2)])

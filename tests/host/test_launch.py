@@ -19,7 +19,7 @@ import yaml
 from tests.processes import LIMIT, flags, free_port, numbers
 from tests.runs import CONFIG, ROOT, lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.launchers]
 COMMAND = [sys.executable, "-m", "jaxlm.main", "--config", str(CONFIG), *flags("steps=40")]
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 HOST = socket.gethostname().split(".")[0]
