@@ -75,15 +75,16 @@ def _again(config: Config, own: OneDevice) -> tuple[bool, str]:
 
 
 def _tensor(config: Config, own: OneDevice, tokens: int) -> float:
-    """Two gathers and two scatters of N D numbers in each layer and pass; one scatter of embeddings and one gather of
-    final states in each micro-batch and pass; for each token the largest logit, and three sums.
+    """Two gathers and two scatters of N D numbers in each layer and pass; a scatter of embeddings in each pass; in each
+    micro-batch a gather of final states and a scatter of their gradient and, for each token, the largest logit and
+    three sums.
     """
-    T = config.parallel.tensor
+    T, m = config.parallel.tensor, config.optim.accum_steps
     array = SENT["all-gather"](T) * tokens * config.model.d_model * _itemsize(config)
     chunks_again, remat = _again(config, own)
     of_layers = _layers(config) * (8 + 4 * chunks_again + AGAIN[remat])
     logits = SENT["all-reduce"](T) * tokens * 4 * FLOAT
-    return array * (of_layers + _phases(config) * (4 + chunks_again)) + _phases(config) * logits
+    return array * (of_layers + _phases(config) * (2 + chunks_again) + 2 * m) + m * logits
 
 
 def _context(config: Config, own: OneDevice, rows: int, tokens: int) -> float:
