@@ -33,12 +33,12 @@ def recommend(arguments: list[str], config: Config, device: Device, most: int, v
         plans[i] = planned([*arguments, "--devices", str(estimate.devices), *keys])
         if sum(plan["fits"] for plan in plans.values()) == COMPILED:
             break
-    fitting = [i for i, plan in plans.items() if plan["fits"]]
-    best = min(fitting, key=lambda i: plans[i]["step_seconds"], default=None)
+    shown = sorted(range(max(min(SHOWN, len(found)), len(plans))), key=lambda i: _order(plans.get(i)))
+    best = next((i for i in shown if plans.get(i, {}).get("fits")), None)
     if best is None:
         _print(f"no way fits on up to {most} devices of this kind")
     else:
-        print_table(_ways(found, plans))
+        print_table(_ways([(found[i], plans.get(i)) for i in shown]))
         for table in _why(found[best], plans[best]):
             print_table(table)
         _print(_result(found[best], plans[best], device, most, found[best].changes(config)))
@@ -47,15 +47,22 @@ def recommend(arguments: list[str], config: Config, device: Device, most: int, v
         "most_devices": most,
         "devices": None if best is None else found[best].devices,
         "recommended": None if best is None else found[best].changes(config),
-        "ways": [_numbers(e, plans.get(i), e.changes(config)) for i, e in enumerate(found[: max(SHOWN, len(plans))])],
+        "ways": [_numbers(found[i], plans.get(i), found[i].changes(config)) for i in shown],
     }
 
 
-def _ways(found: list["Estimate"], plans: dict[int, dict[str, Any]]) -> Table:
+def _order(plan: dict[str, Any] | None) -> tuple[int, float]:
+    """Compiled ways that fit come first, the fastest before others; then those that are only estimated."""
+    if plan is None:
+        return 1, 0.0
+    return (0, plan["step_seconds"]) if plan["fits"] else (2, 0.0)
+
+
+def _ways(found: list[tuple["Estimate", dict[str, Any] | None]]) -> Table:
     """One row for each way; those that were compiled also have the numbers of their plans."""
     rows = []
-    for i, e in enumerate(found[: max(SHOWN, len(plans))]):
-        p, plan = e.config.parallel, plans.get(i)
+    for e, plan in found:
+        p = e.config.parallel
         data = e.devices // p.of_a_replica
         chunks = f" ({p.chunks} chunks)" if p.chunks > 1 else ""
         rows.append((
@@ -65,14 +72,18 @@ def _ways(found: list["Estimate"], plans: dict[int, dict[str, Any]]) -> Table:
             str(e.config.optim.accum_steps),
             e.config.model.remat,
             f"{e.total / 1e9:.3g}",
-            f"{e.time * 1e3:,.0f}",
+            _milliseconds(e.time),
             f"{plan['memory_bytes']['total'] / 1e9:.3g}{'' if plan['fits'] else ': does not fit'}" if plan else "",
-            f"{plan['step_seconds'] * 1e3:,.0f}" if plan else "",
+            _milliseconds(plan["step_seconds"]) if plan else "",
             f"{plan['mfu']:.1%}" if plan else "",
         ))  # fmt: skip
     columns = ("devices", "data x pipeline x context x tensor", "ZeRO", "micro-batches", "remat", "GB, estimate",
                "ms, estimate", "GB, compiled", "ms, compiled", "MFU")  # fmt: skip
     return Table("The best ways", columns, rows)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 or not seconds else f"{seconds * 1e3:.3g}"
 
 
 def _why(best: "Estimate", plan: dict[str, Any]) -> list[Table]:
@@ -85,7 +96,7 @@ def _why(best: "Estimate", plan: dict[str, Any]) -> list[Table]:
     for name, x in sorted(seconds.items(), key=lambda item: -item[1]):
         moved = sent.get(name, best.sent.get(name, 0))
         rows.append(
-            (names.get(name, f"waiting for {name} groups"), f"{x * 1e3:,.0f}", f"{moved / 1e9:.3g}" if moved else "")
+            (names.get(name, f"waiting for {name} groups"), _milliseconds(x), f"{moved / 1e9:.3g}" if moved else "")
         )
     memory = [(name, f"{x / 1e9:.3g}") for name, x in plan["memory_bytes"].items() if x >= 1e7]
     return [

@@ -62,7 +62,7 @@ def _check_pipeline(c: Config, require: Require) -> None:
     if p.pipeline == 1:
         require(p.chunks == 1, "parallel.chunks", "with parallel.pipeline=1, 1")
         return
-    least = max(p.pipeline, p.pipeline * (p.chunks - 1) + 1)  # all stages have some, and lack at most a chunk
+    least = max(p.pipeline, p.pipeline * (p.chunks - 1) + 1)  # so that at most the last chunks are empty
     allowed = f"with parallel.pipeline={p.pipeline} and parallel.chunks={p.chunks}, at least {least}"
     require(c.model.num_layers >= least, "model.num_layers", allowed)
     require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")

@@ -165,7 +165,7 @@ def attend_layer(
         S = q_BTHC.shape[1] * context.size
         window = jnp.where(is_global, S, c.window or S)
         is_fused = shared.kernel == "cudnn" and not c.window
-        blocks = ring_blocks.fused(Scores.of(c), "cudnn") if is_fused else ring_blocks.by_xla(Scores.of(c))
+        blocks = (ring_blocks.by_cudnn if is_fused else ring_blocks.by_xla)(Scores.of(c))
         return ring_attention(context, q_BTHC, k_BTKC, v_BTKC, blocks, window, shared.segments_BT)
 
     def branch(window: int) -> Callable[..., jax.Array]:

@@ -46,8 +46,9 @@ def ring_attention(
     def backward(residuals: Any, g_BTHC: jax.Array) -> tuple[Any, ...]:
         q, k, v, segments, window, o_BTHC, lse_BKGT = residuals
         queries = Queries(q, segments, context.positions(q.shape[1]), window)
-        delta = jnp.sum(o_BTHC.astype(jnp.float32) * g_BTHC.astype(jnp.float32), axis=-1)
-        dq, dk, dv = _backward(context, blocks, queries, Keys(k, v, segments), OfOutput(g_BTHC, lse_BKGT, delta))
+        dq, dk, dv = _backward(
+            context, blocks, queries, Keys(k, v, segments), OfOutput(g_BTHC.astype(q.dtype), o_BTHC, lse_BKGT)
+        )
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
     attention.defvjp(forward, backward)
@@ -92,8 +93,8 @@ def _backward(context: Context, blocks: Blocks, queries: Queries, keys: Keys, of
             return dq, _before_zeros(dk), _before_zeros(dv)
 
         def behind() -> Any:
-            g, lse, delta = of_output
-            late = OfOutput(g[:, T // 2 :], lse[..., T // 2 :], delta[:, T // 2 :])
+            g, o, lse = of_output
+            late = OfOutput(g[:, T // 2 :], o[:, T // 2 :], lse[..., T // 2 :])
             dq, dk, dv = blocks.gradients(_late(queries), keys, places, False, late)
             return _after_zeros(dq, 1), dk, dv
 

@@ -6,11 +6,12 @@ Shapes as in attention.py; T queries and S keys of one device each, lse [B, K, G
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.model import cudnn
 from jaxlm.model.attention import Scores
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # log of a sum without terms; not -inf, for the difference of two is NaN
@@ -36,11 +37,11 @@ class Queries(NamedTuple):
 
 
 class OfOutput(NamedTuple):
-    """What a block's gradients need of the attention to all keys."""
+    """The attention to all keys, of which a block is a part."""
 
     g: jax.Array  # gradient of the attention, [B, T, H, C]
+    o: jax.Array  # the attention, [B, T, H, C]
     lse: jax.Array  # logarithms of the softmax's denominators, [B, K, G, T]
-    delta: jax.Array  # sums over C of the gradient times the attention, [B, T, H]
 
 
 class Blocks(NamedTuple):
@@ -56,41 +57,22 @@ def by_xla(scores: Scores) -> Blocks:
     return Blocks(partial(_attend, scores), partial(_gradients, scores))
 
 
-def fused(scores: Scores, implementation: Literal["xla", "cudnn"]) -> Blocks:
-    """Blocks by JAX's fused attention. On the ring all keys are visible or, among a device's own, the earlier ones.
+def by_cudnn(scores: Scores) -> Blocks:
+    """Blocks by cuDNN's fused attention. On the ring all keys are visible or, among a device's own, the earlier ones.
 
-    The kernel knows of a block only its own softmax P', which is a part of the whole one: P = w P', with
-    w = exp(lse' - lse). With the block's attention o' and the whole one's o, the gradient of a score is
-
-        P (g v - g o) = P' (w g v - w g o') + P' c,  c = w (g o' - g o)
-
-    The kernel's backward pass gives the gradients by the first term. Those by the second are of the same kind as
-    attention itself: sum_j P'_ij c_i k_j is attention to the keys in place of the values, and sum_i P'_ij c_i q_i the
-    gradient of such values. So a block costs two forward and two backward passes.
+    Its backward pass makes the softmax of scores, lse and output, so it takes those of the attention to all keys.
     """
 
-    def attention(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, **more: Any) -> Any:
-        return jax.nn.dot_product_attention(
-            q, k, v, scale=scores.scale, is_causal=causal, implementation=implementation, **more
-        )
-
     def attend(queries: Queries, keys: Keys, places: jax.Array, own: bool) -> tuple[jax.Array, jax.Array]:
-        o_BTHC, lse_BTH = attention(own, queries.q, keys.k, keys.v, return_residual=True)
-        B, T, H = lse_BTH.shape
+        o_BTHC, lse_BHT = cudnn.forward(queries.q, keys.k, keys.v, scores.scale, own)
+        B, H, T = lse_BHT.shape
         K = keys.k.shape[2]
-        return o_BTHC.astype(jnp.float32), jnp.moveaxis(lse_BTH.reshape(B, T, K, H // K), 1, 3)
+        return o_BTHC.astype(jnp.float32), lse_BHT.reshape(B, K, H // K, T)
 
     def gradients(queries: Queries, keys: Keys, places: jax.Array, own: bool, of_output: OfOutput) -> Any:
-        q, k, v = queries.q, keys.k, keys.v
-        o_BTHC, lse_BKGT = attend(queries, keys, places, own)
-        w_BTH1 = jnp.exp(by_query(lse_BKGT - of_output.lse))[..., None]
-        g_BTHC = w_BTH1 * of_output.g.astype(jnp.float32)
-        _, pull_back = jax.vjp(partial(attention, own), q, k, v)
-        dq, dk, dv = (x.astype(jnp.float32) for x in pull_back(g_BTHC.astype(q.dtype)))
-        c_BTH1 = scores.scale * (jnp.sum(g_BTHC * o_BTHC, axis=-1, keepdims=True) - w_BTH1 * of_output.delta[..., None])
-        of_keys_BTHC, pull_back = jax.vjp(partial(attention, own, q, k), k)
-        (more,) = pull_back((c_BTH1 * q.astype(jnp.float32)).astype(q.dtype))
-        return dq + c_BTH1 * of_keys_BTHC.astype(jnp.float32), dk + more.astype(jnp.float32), dv
+        g, o, lse = of_output
+        lse_BHT = lse.reshape(lse.shape[0], -1, lse.shape[-1])
+        return cudnn.backward(queries.q, keys.k, keys.v, lse_BHT, o, g, scores.scale, own)
 
     return Blocks(attend, gradients)
 
@@ -128,6 +110,7 @@ def _scores(scores: Scores, queries: Queries, keys: Keys, key_places: jax.Array)
 
 
 def _attend(scores: Scores, queries: Queries, keys: Keys, places: jax.Array, own: bool) -> tuple[jax.Array, jax.Array]:
+    """Attention to these keys, and lse; some queries at a time."""
 
     def one(chunk: Any) -> tuple[jax.Array, jax.Array]:
         (q, segments, _), of_queries = chunk
@@ -158,8 +141,9 @@ def _rejoined(x: jax.Array) -> jax.Array:
 
 
 def _gradients(scores: Scores, queries: Queries, keys: Keys, places: jax.Array, own: bool, of_output: OfOutput) -> Any:
-    """By the attention itself (Dao et al., FlashAttention, appendix B.2)."""
-    g_BTHC, lse_BKGT, delta_BTH = of_output
+    """The gradients of queries, keys and values (Dao et al., FlashAttention, appendix B.2)."""
+    g_BTHC, o_BTHC, lse_BKGT = of_output
+    delta_BTH = jnp.sum(o_BTHC.astype(jnp.float32) * g_BTHC.astype(jnp.float32), axis=-1)
     K = keys.k.shape[2]
 
     def one(total: Any, chunk: Any) -> tuple[Any, jax.Array]:

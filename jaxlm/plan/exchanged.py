@@ -57,7 +57,7 @@ def _itemsize(config: Config) -> int:
     return jnp.dtype(config.model.dtype).itemsize
 
 
-def _layers(config: Config) -> int:
+def layers_run(config: Config) -> int:
     """How often a device runs a layer in a step, forward and as often backward."""
     return _phases(config) * config.parallel.layers_of_chunk(config.model.num_layers)
 
@@ -82,7 +82,7 @@ def _tensor(config: Config, own: OneDevice, tokens: int) -> float:
     T, m = config.parallel.tensor, config.optim.accum_steps
     array = SENT["all-gather"](T) * tokens * config.model.d_model * _itemsize(config)
     chunks_again, remat = _again(config, own)
-    of_layers = _layers(config) * (8 + 4 * chunks_again + AGAIN[remat])
+    of_layers = layers_run(config) * (8 + 4 * chunks_again + AGAIN[remat])
     logits = SENT["all-reduce"](T) * tokens * 4 * FLOAT
     return array * (of_layers + _phases(config) * (2 + chunks_again) + 2 * m) + m * logits
 
@@ -99,7 +99,7 @@ def _context(config: Config, own: OneDevice, rows: int, tokens: int) -> float:
     forward = (C - 1) * keys * (1 + chunks_again + (remat in ("full", "dots")))
     edges = 2 * rows * heads * c.head_size * _itemsize(config) * (2 + chunks_again + (remat != "none"))
     backward = (C - 1) * keys + C * numbers * FLOAT
-    return _layers(config) * (forward + backward + (edges if c.key_offset else 0))
+    return layers_run(config) * (forward + backward + (edges if c.key_offset else 0))
 
 
 def _pipeline(config: Config, own: OneDevice, tokens: int) -> float:

@@ -5,7 +5,8 @@ samples (samples.py); what devices send, from the formulas (exchanged.py); and h
 from its schedule. The estimate assumes that
 
 - work that T * C devices of a replica share takes each of them a (T * C)-th of the time,
-- of an unrolled loop, ZeRO-3 exchanges layers beside computation of others; of a rolled one, devices wait for it,
+- ZeRO-3 exchanges layers of an unrolled loop beside computation, and devices wait for those of a rolled one, although
+  XLA hides a part of them,
 - context groups exchange beside attention; tensor groups, pipelines and everything else make devices wait.
 """
 
@@ -16,27 +17,29 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxlm.config import Config, ParallelConfig, UserError, flatten
 from jaxlm.config.validate import validate
 from jaxlm.host.runtime import GPU_MEMORY
 from jaxlm.model import Model, Params, attention_flops, make_model, num_params
+from jaxlm.model.remat import layer_loop
 from jaxlm.plan.compiled import can_compile_for_gpus
 from jaxlm.plan.devices import Device
-from jaxlm.plan.exchanged import FLOAT, between_replicas, in_replica
+from jaxlm.plan.exchanged import FLOAT, between_replicas, in_replica, layers_run
 from jaxlm.plan.samples import Sample, sample
 from jaxlm.plan.times import link_of
 from jaxlm.train import trained
 from jaxlm.train.one_device import OneDevice, one_device, shapes_of
 from jaxlm.train.schedule_table import forward_phases, make_table
+from jaxlm.train.step import init_whole
 
 MOST_CHUNKS = 8
 MOST_CONTEXT = 16
 FILLED = 0.9  # least share of the layers of all chunks that a model must have; the others only fill the last ones
 MARGIN = 0.95  # share of the memory that an estimate may fill
 SIMPLER = 1.02  # how much faster a way must be for each further key that it sets
-REMAT = ("elementwise", "full")
 USUAL = {"tensor": 1, "pipeline": 1, "chunks": 1, "context": 1, "zero": 0}  # keys of `parallel` that are searched
 
 
@@ -84,16 +87,20 @@ def divisors(n: int) -> list[int]:
 
 
 class Search:
+    """The ways to divide a run among up to `most` devices. ZeRO-2 is left out: ZeRO-3 holds less, for little more."""
+
     def __init__(self, config: Config, device: Device, most: int, vocab_size: int):
         self.config, self.device, self.most, self.vocab_size = config, device, most, vocab_size
         self.platform = "gpu" if device.chip and can_compile_for_gpus() else "cpu"
         self.model = make_model(config.model, vocab_size, config.seq_len, self.platform)
+        # What the configuration does on this platform keeps its name, so that it is no change.
+        given = {layer_loop(config.model, "gpu" if device.chip else "cpu")[1]: config.model.remat}
+        self.remats = list(({"elementwise": "elementwise", "full": "full"} | given).values())
         self._shapes: dict[int, Params] = {}
         self._found: dict[tuple[int, ...], tuple[OneDevice, dict[str, float]]] = {}
         whole = self.shapes(self.model)
         self.layer = num_params(whole["layers"]) / config.model.num_layers
-        self.flops = trained.flops_per_token(config, whole)
-        self.attention = attention_flops(config.model, config.seq_len) / self.flops
+        self.attention = attention_flops(config.model, config.seq_len) / trained.flops_per_token(config, whole)
         self.state = _bytes_per_parameter(config, whole)
         self.sample: Callable[[str, bool], Sample] = functools.cache(
             lambda remat, context: sample(config, device, vocab_size, remat, context)
@@ -147,7 +154,7 @@ class Search:
     def _replicas(self, way: Config, devices: int) -> tuple[OneDevice, dict[str, float]]:
         """What a device holds, and the bytes that replicas exchange in a step of one micro-batch."""
         p = way.parallel
-        key = p.tensor, p.pipeline, p.context, p.zero, p.chunks > 1, devices
+        key = p.tensor, p.pipeline, p.context, p.zero, p.chunks * p.layers_of_chunk(way.model.num_layers), devices
         if key not in self._found:
             own = one_device(way, self.model, devices, self.platform, self.shapes)
             self._found[key] = own, between_replicas(_with_micro_batches(way, 1), own)
@@ -166,7 +173,7 @@ class Search:
                 continue
             copies = devices // (tensor * pipeline)
             zeros = [0, 1] if pipeline > 1 else [0, 1, 3]
-            for c, zero, remat in itertools.product(chunks, zeros if copies > 1 else [0], REMAT):
+            for c, zero, remat in itertools.product(chunks, zeros if copies > 1 else [0], self.remats):
                 grid = {"tensor": tensor, "pipeline": pipeline, "chunks": c, "context": context, "zero": zero}
                 if (way := _allowed(self.config, grid, remat)) is not None:
                     yield way, devices
@@ -176,7 +183,7 @@ class Search:
         host = self.device.per_host
         for replicas in range(min(self.most // each, self.config.batch_size), 0, -1):
             count = replicas * each
-            if self.config.batch_size % replicas == 0 and (host % count == 0 or count % host == 0):
+            if self.config.batch_size % replicas == 0 and (count <= host or count % host == 0):
                 return count
         return 0
 
@@ -202,15 +209,15 @@ class Search:
         forward = self.sample("elementwise", p.context > 1).seconds.layer_row / 3  # of it, two thirds are backward
         of_chunk = p.layers_of_chunk(way.model.num_layers)
         outer = 3 * FLOAT * num_params({k: x for k, x in own.params.items() if k != "layers"}) / self.device.bandwidth
-        phase = shared * of_chunk * (forward + s.layer_row) + adding / p.chunks + outer
+        phase = shared * of_chunk * (forward + s.layer_row) + (adding - outer) / p.chunks + outer
         phases, useful = forward_phases(p.pipeline, m, p.chunks), m * p.chunks
         return {"computation": state + useful * phase + m * shared * s.row, "bubble": (phases - useful) * phase}
 
     def _waiting(self, way: Config, own: OneDevice, sent: dict[str, float], done: dict[str, float]) -> dict[str, float]:
         """Seconds in which a device waits, by direction."""
         p, count, computation = way.parallel, own.grid.count, done["computation"]
-        leaves = len(own.params["layers"])
-        runs = way.optim.accum_steps * way.model.num_layers // p.pipeline
+        leaves = len(jax.tree.leaves(own.params["layers"]))
+        runs = layers_run(way)
 
         def seconds(direction: str, size: float, collectives: float) -> float:
             link = link_of(direction, self.device, count, p)
@@ -235,7 +242,7 @@ class Search:
         held = num_params(own.params)
         shared, low = rows / (p.tensor * p.context), jnp.dtype(way.model.dtype).itemsize
         kept = shared * (found.kept.row + found.kept.layer_row * p.layers_of_chunk(way.model.num_layers))
-        working = found.working / p.tensor
+        working = found.working.fixed / p.tensor + shared * found.working.row
         if p.pipeline > 1:
             working += FLOAT * held / p.chunks  # the gradient of a chunk
             kept += _slots(p.schedule, p.pipeline, m, p.chunks) * shared * way.seq_len * way.model.d_model * low
@@ -284,10 +291,6 @@ def _allowed(config: Config, grid: dict[str, Any], remat: str) -> Config | None:
 
 def _bytes_per_parameter(config: Config, params: Params) -> dict[str, float]:
     """{field of the state: bytes for each parameter}"""
-    import jax
-
-    from jaxlm.train.step import init_whole
-
     state = jax.eval_shape(lambda params: init_whole(config, params), params)
     sizes = {f: jax.tree.leaves(getattr(state, f)) for f in ("params", "opt_state", "ema")}
     return {f: sum(math.prod(x.shape) * x.dtype.itemsize for x in xs) / num_params(params) for f, xs in sizes.items()}

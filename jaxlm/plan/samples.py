@@ -30,12 +30,13 @@ class Sample(NamedTuple):
 
     seconds: Affine  # of computation in a step with one micro-batch
     kept: Affine  # bytes for the backward pass
-    working: float  # bytes of all else that a step holds
+    working: Affine  # bytes of all else that a step holds
 
 
 def sample(config: Config, device: Device, vocab_size: int, remat: str, context: bool) -> Sample:
     """Args: context: whether devices share sequences, whose attention is another program."""
-    some = config.model.global_every or LAYERS  # every n-th layer may differ
+    every = config.model.global_every or 1  # every n-th layer may differ
+    some = every * -(-LAYERS // every)
     roomy = device._replace(memory=ROOMY)
     plans = {
         (n, rows): make_plan(
@@ -58,8 +59,15 @@ def sample(config: Config, device: Device, vocab_size: int, remat: str, context:
     return Sample(
         seconds=affine(lambda plan: plan.time.computation),
         kept=affine(lambda plan: plan.memory.kept),
-        working=max(plan.memory.working for plan in plans.values()),
+        working=_working(plans),
     )
+
+
+def _working(plans: dict[tuple[int, int], Plan]) -> Affine:
+    """The most that programs hold with one sequence and with two. It does not grow with layers."""
+    one, two = (max(plan.memory.working for (_, rows), plan in plans.items() if rows == n) for n in (1, 2))
+    row = max(0.0, two - one)
+    return Affine(max(0.0, one - row), 0.0, row, 0.0)
 
 
 def _small(config: Config, layers: int, rows: int, remat: str, context: bool) -> Config:

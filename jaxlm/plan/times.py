@@ -132,6 +132,8 @@ def link_of(direction: str, device: Device, count: int, parallel: ParallelConfig
     """What connects the devices that exchange in a direction."""
     size, apart = group_of(direction, count, parallel)
     inside = min(size, max(1, device.per_host // apart))
+    if direction == "pipeline" and parallel and parallel.of_a_replica > device.per_host:
+        inside = 1  # some neighbours are on different hosts, and all wait for those
     hosts = math.ceil(size / inside)
     # Each device has a network card of its own, and a ring through all devices leaves a host once: rings in parallel,
     # as many as there are cards, use all of them.

@@ -227,7 +227,8 @@ def layouts(grid: Grid, chunks: int, whole: Any, own: Any, zero: bool) -> Any:
     """
 
     def one(path: Any, whole: Any, own: Any) -> Layout:
-        stages = grid.size("pipeline") if is_stacked(path) and whole.ndim else 1
+        has_layers = is_stacked(path) and whole.shape[:1] != own.shape[:1]  # else a placeholder of an optimizer
+        stages = grid.size("pipeline") if has_layers else 1
         of_stage = (own.shape[0], *whole.shape[1:]) if stages > 1 else whole.shape
         cut = cut_of(tuple(of_stage), tuple(own.shape), grid.size("tensor"))
         return Layout(grid, path, tuple(whole.shape), stages, chunks, cut, zero)

@@ -1,10 +1,10 @@
 """The forward and backward pass of a model whose layers are divided over the stages of a pipeline.
 
 All stages run the same program: a loop over the ticks of a table (schedule_table.py). In each tick a stage runs a chunk
-of layers forward for one micro-batch, and one backward for another. Stages without work compute without use, because
-the devices exchange within both phases; before the first backward pass, and after the last forward pass, there is one
-phase. What a chunk reads is kept until its backward pass, which computes the chunk again. After each phase, outputs go
-to the next stage or gradients to the one before.
+of layers forward for one micro-batch, and one backward for another. The devices exchange within both phases, so stages
+without work compute, too, and their result is ignored; before the first backward pass, and after the last forward pass,
+there is one phase. What a chunk reads is kept until its backward pass, which computes the chunk again. After each
+phase, outputs go to the next stage or gradients to the one before.
 
 All stages hold tables, final norm and output layer. The first one looks tokens up, and the last one computes losses.
 """

@@ -16,8 +16,9 @@ import pytest
 
 from jaxlm.config import Config, LossConfig
 from jaxlm.config.files import load
-from jaxlm.model import make_model
+from jaxlm.model import make_model, ring_blocks
 from jaxlm.model.attention import Scores, causal_attention
+from jaxlm.model.ring_blocks import Keys, Queries
 from jaxlm.train.backward import loss_sums
 from tests.decoders import with_
 from tests.runs import CONFIG, assert_identical, numbers, start, state_of, wait_for_step
@@ -142,3 +143,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted: Path, tm
     process.communicate()
     run(tmp_path / "killed")
     assert_same_run(tmp_path / "killed", uninterrupted)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="cuDNN's kernels exist on GPUs alone")
+@pytest.mark.parametrize("own", [False, True])
+def test_a_block_of_ring_attention_by_cudnn_is_that_by_xla(own: bool):
+    """Half of the keys, with the softmax and the output of all."""
+    rng = np.random.default_rng(0)
+    q, g, k, v = (jnp.asarray(rng.standard_normal((2, 128, n, 64)), jnp.bfloat16) for n in (4, 4, 2, 2))
+    scores, places = Scores(1 / 8), jnp.arange(128)
+    queries, keys = Queries(q, None, places if own else places + 128, 1024), Keys(k, v, None)
+    by_xla, by_cudnn = (make(scores) for make in (ring_blocks.by_xla, ring_blocks.by_cudnn))
+    both = (jax.jit(b.attend, static_argnums=3)(queries, keys, places, own) for b in (by_xla, by_cudnn))
+    (want, lse), (got, got_lse) = both
+    assert relative_error(got, want) < TOLERANCE["bfloat16"]
+    np.testing.assert_allclose(got_lse, lse, atol=2.0**-7)
+    of_all = ring_blocks.OfOutput(g, (want / 2).astype(jnp.bfloat16), lse + np.log(2))  # as if others weighed as much
+    grads = (jax.jit(b.gradients, static_argnums=3)(queries, keys, places, own, of_all) for b in (by_cudnn, by_xla))
+    for a, b in zip(*grads, strict=True):
+        assert relative_error(a, b) < TOLERANCE["bfloat16"]

@@ -85,6 +85,16 @@ def compare(number: int, grid: tuple[int, int, int, int], steps: int) -> None:
     check_comes_back(got)
 
 
+def test_an_optimizer_may_have_placeholders_beside_layers():
+    """Adafactor's for the moments that a parameter has not; with chunks, none is reordered as layers are."""
+    keys = [*BASE, *KINDS[2]]
+    want = train(1, *keys, steps_done=2)
+    more = ["parallel.pipeline=2", "parallel.chunks=2", "parallel.zero=1", "optim.accum_steps=2"]
+    got = train(4, *keys, *more, steps_done=2)
+    assert_same(got, want)
+    check_comes_back(got)
+
+
 def test_statistics_of_layers_are_those_of_one_device():
     keys = [*BASE, *KINDS[1], "log.layer_stats=true", "log.every_steps=1"]
     want = train(1, *keys, steps_done=2)

@@ -49,7 +49,7 @@ def test_every_way_is_allowed_and_fits(found: list[Estimate]):
     for e in found:
         p = e.config.parallel
         validate(e.config)
-        assert e.devices % p.of_a_replica == 0 and e.devices in (4, 8)
+        assert e.devices % p.of_a_replica == 0 and e.devices in (1, 2, 3, 4, 8)
         assert e.config.batch_size % (e.devices // p.of_a_replica * e.config.optim.accum_steps) == 0
         assert 0 < e.total <= MARGIN * GPU_MEMORY * SMALL.memory
         assert ("bubble" in e.seconds) == (p.pipeline > 1) == ("pipeline" in e.sent)
@@ -63,15 +63,17 @@ def test_every_way_is_allowed_and_fits(found: list[Estimate]):
     "grid", [{"zero": 0}, {"zero": 3}, {"tensor": 2, "zero": 1}, {"pipeline": 2}], ids=lambda g: "-".join(g)
 )
 def test_estimates_are_near_the_compiled_step(found: list[Estimate], grid: dict[str, int]):
-    """Within a third: the programs are for CPUs here, which do not take a fourth of the time for a fourth of a row."""
+    """The time within a third: the programs are for CPUs here, which do not take a fourth of the time for a fourth of a
+    row, and hold more beside; tests/gpu/test_gpu_compile.py compares all for GPUs.
+    """
     want = {"tensor": 1, "pipeline": 1, "context": 1, "zero": 0} | grid
     ours = [e for e in found if all(getattr(e.config.parallel, k) == v for k, v in want.items())]
     e = ours[0]
     plan = make_plan(e.config, SMALL, e.devices, VOCAB)
-    assert e.total == pytest.approx(plan.memory.total, rel=0.35)
     assert e.time == pytest.approx(plan.time.seconds, rel=0.35)
-    for ours_, name in (("parameters", "parameters"), ("optimizer", "optimizer"), ("gradients", "gradients")):
-        assert e.memory[ours_] == pytest.approx(getattr(plan.memory, name), rel=0.02)
+    replicas_alone = e.config.parallel.of_a_replica == 1  # otherwise devices keep a little more than their share
+    for name in ("parameters", "optimizer", "gradients", *["kept"] * replicas_alone):
+        assert e.memory[name] == pytest.approx(getattr(plan.memory, name), rel=0.02), name
 
 
 def test_with_less_memory_devices_share_the_state(found: list[Estimate], searching: Search):
