@@ -18,7 +18,7 @@ from jaxlm.config.paths import user_path
 from jaxlm.host import runtime
 from jaxlm.plan import devices as known
 from jaxlm.plan.compiled import can_compile_for_gpus, compiled_devices, configure
-from jaxlm.run.pages import check_path, print_table
+from jaxlm.run.pages import check_path, print_table, print_text
 
 if TYPE_CHECKING:
     from jaxlm.plan.planning import Plan  # imports jax, which reads its flags then
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         summary["change"] = _show_change(cheapest_fit(here, config, args.devices))
     if args.html:
         write_plan(args.html, plan, beside)
-        _show(f"wrote {args.html}")
+        print_text(f"wrote {args.html}")
     print(json.dumps(summary))
     return 0
 
@@ -132,30 +132,26 @@ def vocab_size_of(config: Config) -> int:
 def _print(plan: "Plan") -> None:
     from jaxlm.commands.plan_tables import headline, result, tables
 
-    _show(headline(plan))
+    print_text(headline(plan))
     if plan.device.chip is not None and not can_compile_for_gpus():
-        _show(
+        print_text(
             "this is a rough plan, from a program for CPUs, because JAX's CUDA plugin is not installed; `make plan-env`"
             " makes an environment that has it"
         )
     for table in tables(plan):
         print_table(table)
-    _show(result(plan))
-
-
-def _show(what: Any) -> None:
-    from rich.console import Console
-
-    Console(emoji=False, highlight=False, soft_wrap=True).print(what)
+    print_text(result(plan))
 
 
 def _show_change(found: tuple[tuple[str, ...], dict[str, Any]] | None) -> list[str] | None:
     """Prints the change that makes a run fit; returns its overrides."""
     if found is None:
-        _show("neither more micro-batches nor recomputation nor a shared optimizer makes it fit: take a smaller model")
+        print_text(
+            "neither more micro-batches nor recomputation nor a shared optimizer makes it fit: take a smaller model"
+        )
         return None
     change, plan = found
-    _show(
+    print_text(
         f"it fits with {' '.join(f'--config.{o}' for o in change)}: {plan['memory_bytes']['total'] / 1e9:.1f} GB on a"
         f" device, {plan['step_seconds'] * 1e3:.4g} ms a step"
     )

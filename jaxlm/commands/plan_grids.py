@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.commands.plan_variants import planned
 from jaxlm.config import Config
 from jaxlm.plan.devices import Device
-from jaxlm.run.pages import Table, print_table
+from jaxlm.run.pages import Table, print_table, print_text
 
 if TYPE_CHECKING:
     from jaxlm.plan.grids import Estimate  # imports jax, which reads its flags then
@@ -36,12 +36,12 @@ def recommend(arguments: list[str], config: Config, device: Device, most: int, v
     shown = sorted(range(max(min(SHOWN, len(found)), len(plans))), key=lambda i: _order(plans.get(i)))
     best = next((i for i in shown if plans.get(i, {}).get("fits")), None)
     if best is None:
-        _print(f"no way fits on up to {most} devices of this kind")
+        print_text(f"no way fits on up to {most} devices of this kind")
     else:
         print_table(_ways([(found[i], plans.get(i)) for i in shown]))
         for table in _why(found[best], plans[best]):
             print_table(table)
-        _print(_result(found[best], plans[best], device, most, found[best].changes(config)))
+        print_text(_result(found[best], plans[best], device, most, found[best].changes(config)))
     return {
         "device": device.name,
         "most_devices": most,
@@ -126,9 +126,3 @@ def _numbers(e: "Estimate", plan: dict[str, Any] | None, changes: list[str]) -> 
         "sent_bytes": e.sent,
         "compiled": compiled,
     }
-
-
-def _print(text: str) -> None:
-    from rich.console import Console
-
-    Console(emoji=False, highlight=False, soft_wrap=True).print(text)

@@ -1,5 +1,7 @@
-"""Attention of some queries to some keys, a block of ring attention (ring.py), and its gradients from what is known of
-the whole: with XLA's products for all scores, or with a fused kernel where all or the earlier keys are visible.
+"""A block of ring attention (ring.py): attention of some queries to some keys, and its gradients.
+
+The gradients need the output and the softmax's denominators of the attention to all keys. XLA computes every kind of
+block; cuDNN computes those in which all keys are visible, or the earlier ones.
 
 Shapes as in attention.py; T queries and S keys of one device each, lse [B, K, G, T].
 """
@@ -58,9 +60,10 @@ def by_xla(scores: Scores) -> Blocks:
 
 
 def by_cudnn(scores: Scores) -> Blocks:
-    """Blocks by cuDNN's fused attention. On the ring all keys are visible or, among a device's own, the earlier ones.
+    """Blocks by cuDNN's fused attention, without windows, softcaps and documents.
 
-    Its backward pass makes the softmax of scores, lse and output, so it takes those of the attention to all keys.
+    Then a device sees its own keys causally, and those of others all or not at all. The kernel's backward pass computes
+    the weights from the scores and lse, so with lse and output of the attention to all keys it needs nothing else.
     """
 
     def attend(queries: Queries, keys: Keys, places: jax.Array, own: bool) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +113,7 @@ def _scores(scores: Scores, queries: Queries, keys: Keys, key_places: jax.Array)
 
 
 def _attend(scores: Scores, queries: Queries, keys: Keys, places: jax.Array, own: bool) -> tuple[jax.Array, jax.Array]:
-    """Attention to these keys, and lse; some queries at a time."""
+    """Returns the attention and lse, as Blocks.attend says. It computes QUERIES queries at a time."""
 
     def one(chunk: Any) -> tuple[jax.Array, jax.Array]:
         (q, segments, _), of_queries = chunk
@@ -141,7 +144,7 @@ def _rejoined(x: jax.Array) -> jax.Array:
 
 
 def _gradients(scores: Scores, queries: Queries, keys: Keys, places: jax.Array, own: bool, of_output: OfOutput) -> Any:
-    """The gradients of queries, keys and values (Dao et al., FlashAttention, appendix B.2)."""
+    """Returns the gradients of queries, keys and values (Dao et al., FlashAttention, appendix B.2)."""
     g_BTHC, o_BTHC, lse_BKGT = of_output
     delta_BTH = jnp.sum(o_BTHC.astype(jnp.float32) * g_BTHC.astype(jnp.float32), axis=-1)
     K = keys.k.shape[2]

@@ -93,7 +93,8 @@ class Search:
         self.config, self.device, self.most, self.vocab_size = config, device, most, vocab_size
         self.platform = "gpu" if device.chip and can_compile_for_gpus() else "cpu"
         self.model = make_model(config.model, vocab_size, config.seq_len, self.platform)
-        # What the configuration does on this platform keeps its name, so that it is no change.
+        # {what is done: the key's value}, first without recomputation of products. What the configuration does anyway
+        # on this platform keeps its value, so that it is no change.
         given = {layer_loop(config.model, "gpu" if device.chip else "cpu")[1]: config.model.remat}
         self.remats = list(({"elementwise": "elementwise", "full": "full"} | given).values())
         self._shapes: dict[int, Params] = {}
@@ -206,7 +207,7 @@ class Search:
         if p.pipeline == 1:
             work = m * shared * (s.row + s.layer_row * layers) + (m - 1) * adding
             return {"computation": state + work}
-        forward = self.sample("elementwise", p.context > 1).seconds.layer_row / 3  # of it, two thirds are backward
+        forward = self.sample(self.remats[0], p.context > 1).seconds.layer_row / 3  # of it, two thirds are backward
         of_chunk = p.layers_of_chunk(way.model.num_layers)
         outer = 3 * FLOAT * num_params({k: x for k, x in own.params.items() if k != "layers"}) / self.device.bandwidth
         phase = shared * of_chunk * (forward + s.layer_row) + (adding - outer) / p.chunks + outer

@@ -53,7 +53,8 @@ def walk(program: Program, computation: str = "", times: int = 1, looped: bool =
     """Yields the kernels, the collectives, and the ends of asynchronous collectives, in order; those of a loop's body
     once.
 
-    Of a conditional it follows the branch that is taken if the condition holds, as often as its name says, if it does.
+    Of a conditional it follows the branch that is taken if the condition holds. The name may say how often that is
+    (RUNS); otherwise it is each time.
 
     Raises:
       ValueError: a loop has an unknown number of iterations.

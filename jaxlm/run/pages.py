@@ -129,6 +129,13 @@ def _template() -> "Template":
     return environment.get_template("page.html")
 
 
+def print_text(text: object) -> None:
+    """Prints one line in the terminal, however wide."""
+    from rich.console import Console
+
+    Console(emoji=False, highlight=False, soft_wrap=True).print(text)
+
+
 def print_table(table: Table) -> None:
     """Prints a table in the terminal, without its title."""
     from rich.console import Console

@@ -9,7 +9,6 @@ phase, outputs go to the next stage or gradients to the one before.
 All stages hold tables, final norm and output layer. The first one looks tokens up, and the last one computes losses.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -23,9 +22,9 @@ from jaxlm.sync import overlap
 from jaxlm.train import trained
 from jaxlm.train.accumulation import micro_batches
 from jaxlm.train.one_device import RUNS, STAGES, OneDevice
-from jaxlm.train.schedule_table import make_table
+from jaxlm.train.schedule_table import Run, make_table
 
-_Ticking = dict[str, Any]  # what ticks read and change
+State = dict[str, Any]  # of a loop over ticks, see Phases
 
 
 class Stage:
@@ -106,6 +105,63 @@ class Stage:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self._micro)
 
 
+class Phases:
+    """The two phases of a tick, which read and change a state:
+
+    x_nD: what the stage before has sent
+    kept: inputs of chunks that wait for their backward pass, `[slots, n, D]`
+    g_nD: the gradient of an output, which the next stage has sent
+    total: the gradients so far, and the sums of the losses
+
+    `work` is the stage's entry in the table.
+    """
+
+    def __init__(self, stage: Stage, params: Params, frozen: Params):
+        self._stage, self._params, self._frozen = stage, params, frozen
+
+    def start(self, slots: int) -> State:
+        """The state before the first tick, with room for this many inputs."""
+        nothing = self._stage.nothing()
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), self._params)
+        kept = jnp.zeros((slots, *nothing.shape), nothing.dtype)
+        return {"x_nD": nothing, "kept": kept, "g_nD": nothing, "total": (zeros, no_losses())}
+
+    def forward(self, state: State, work: Any) -> State:
+        """Keeps the input of a chunk, runs the chunk, and sends its output to the next stage."""
+        x_nD, slot, chunk = state["x_nD"], jnp.maximum(work.forward_slot, 0), jnp.maximum(work.forward_chunk, 0)
+        there_nD = jax.lax.dynamic_index_in_dim(state["kept"], slot, keepdims=False)
+        there_nD = jnp.where(work.forward >= 0, x_nD, there_nD)
+        kept = jax.lax.dynamic_update_index_in_dim(state["kept"], there_nD, slot, 0)
+        some = self._stage.of_chunk(trained.joined(self._frozen, self._params), chunk)
+        y_nD = self._stage.forward(some, x_nD, jnp.maximum(work.forward, 0), chunk)
+        return state | {"kept": kept, "x_nD": self._stage.shift(y_nD, 1)}
+
+    def backward(self, state: State, work: Any, losses: int) -> State:
+        """Runs a chunk again from its kept input, adds its gradients and its losses to the total, and sends the input's
+        gradient to the stage before.
+
+        Args: losses: in how many ticks of this loop the last stage computes losses.
+        """
+        stage, (grads, total) = self._stage, state["total"]
+        there, i, chunk = work.backward >= 0, jnp.maximum(work.backward, 0), jnp.maximum(work.backward_chunk, 0)
+        x_nD = jax.lax.dynamic_index_in_dim(state["kept"], jnp.maximum(work.backward_slot, 0), keepdims=False)
+        if stage.group.on_cpu:
+            x_nD = overlap.after(x_nD, state["x_nD"])
+        is_last = stage.is_last(chunk)
+
+        def run(some: Params, x_nD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], LossSums]:
+            both = trained.joined(stage.of_chunk(self._frozen, chunk) if self._frozen else {}, some)
+            y_nD = stage.forward(both, x_nD, i, chunk)
+            with jax.named_scope(f"{RUNS}{losses}"):
+                sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
+            return (y_nD, sums.objective), sums
+
+        _, pull_back, sums = jax.vjp(run, stage.of_chunk(self._params, chunk), x_nD, has_aux=True)
+        some, dx_nD = pull_back((jnp.where(is_last, 0, state["g_nD"]), jnp.float32(1)))
+        total = jax.tree.map(lambda a, b: a + jnp.where(there, b, 0), total, sums)
+        return state | {"total": (stage.add_of_chunk(grads, some, chunk, there), total), "g_nD": stage.shift(dx_nD, -1)}
+
+
 def gradients(
     config: Config, own: OneDevice, params: Params, frozen: Params, micro: Any, scale: jax.Array | float
 ) -> tuple[Params, LossSums]:
@@ -119,61 +175,20 @@ def gradients(
     stage = Stage(config, own, micro, scale)
     count = len(jax.tree.leaves(micro)[0])
     table = make_table(config.parallel.schedule, stage.group.size, count, stage.chunks)
-    nothing = stage.nothing()
+    phases = Phases(stage, params, frozen)
+    state = phases.start(table.slots)
+    for run in table.runs():
 
-    def forward(x_nD: jax.Array, i: jax.Array, chunk: jax.Array) -> jax.Array:
-        return stage.forward(stage.of_chunk(trained.joined(frozen, params), chunk), x_nD, i, chunk)
+        def tick(state: State, row: Any, run: Run = run) -> tuple[State, None]:
+            work = jax.tree.map(lambda column: column[stage.index], row)
+            if run.forward:
+                state = phases.forward(state, work)
+            if run.backward:
+                state = phases.backward(state, work, run.ticks.losses(stage.chunks))
+            return state, None
 
-    def backward(
-        total: Any, x_nD: jax.Array, g_nD: jax.Array, i: jax.Array, chunk: jax.Array, last: int
-    ) -> tuple[Any, jax.Array]:
-        """Adds the gradient of a chunk and its losses to the total; returns both, and the gradient of its input."""
-        there, is_last = i >= 0, stage.is_last(chunk)
-        i = jnp.maximum(i, 0)
-
-        def run(some: Params, x_nD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], LossSums]:
-            both = trained.joined(stage.of_chunk(frozen, chunk) if frozen else {}, some)
-            y_nD = stage.forward(both, x_nD, i, chunk)
-            with jax.named_scope(f"{RUNS}{last}"):
-                sums = jax.lax.cond(is_last, lambda: stage.losses(both, y_nD, i), no_losses)
-            return (y_nD, sums.objective), sums
-
-        _, pull_back, sums = jax.vjp(run, stage.of_chunk(params, chunk), x_nD, has_aux=True)
-        some, dx_nD = pull_back((jnp.where(is_last, 0, g_nD), jnp.float32(1)))
-        grads, losses = total
-        losses = jax.tree.map(lambda a, b: a + jnp.where(there, b, 0), losses, sums)
-        return (stage.add_of_chunk(grads, some, chunk, there), losses), dx_nD
-
-    def tick(phases: tuple[bool, bool], last: int, fixed: _Ticking, carry: _Ticking, row: Any) -> tuple[_Ticking, None]:
-        found = fixed | carry
-        work = jax.tree.map(lambda column: column[stage.index], row)
-        if phases[0]:
-            x_nD, slot = found["x_nD"], jnp.maximum(work.forward_slot, 0)
-            there_nD = jnp.where(
-                work.forward >= 0, x_nD, jax.lax.dynamic_index_in_dim(found["kept"], slot, keepdims=False)
-            )
-            found["kept"] = jax.lax.dynamic_update_index_in_dim(found["kept"], there_nD, slot, 0)
-            y_nD = forward(x_nD, jnp.maximum(work.forward, 0), jnp.maximum(work.forward_chunk, 0))
-            found["x_nD"] = stage.shift(y_nD, 1)
-        if phases[1]:
-            slot, chunk = jnp.maximum(work.backward_slot, 0), jnp.maximum(work.backward_chunk, 0)
-            read_nD = jax.lax.dynamic_index_in_dim(found["kept"], slot, keepdims=False)
-            if stage.group.on_cpu:
-                read_nD = overlap.after(read_nD, found["x_nD"])
-            found["total"], g_nD = backward(found["total"], read_nD, found["g_nD"], work.backward, chunk, last)
-            found["g_nD"] = stage.shift(g_nD, -1)
-        return {name: found[name] for name in carry}, None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    kept = jnp.zeros((table.slots, *nothing.shape), nothing.dtype)
-    found: _Ticking = {"x_nD": nothing, "kept": kept, "g_nD": nothing, "total": (zeros, no_losses())}
-    for phases, ticks in table.runs():
-        changed = ("x_nD", "kept") * phases[0] + ("g_nD", "total") * phases[1]
-        fixed = {name: x for name, x in found.items() if name not in changed}
-        run = functools.partial(tick, phases, ticks.of_last(stage.chunks), fixed)
-        carry, _ = jax.lax.scan(run, {name: found[name] for name in changed}, jax.tree.map(jnp.asarray, ticks))
-        found |= carry
-    grads, sums = found["total"]
+        state, _ = jax.lax.scan(tick, state, jax.tree.map(jnp.asarray, run.ticks))
+    grads, sums = state["total"]
     return grads, stage.group.sum(sums)
 
 

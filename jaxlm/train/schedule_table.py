@@ -48,16 +48,24 @@ class Table(NamedTuple):
         """Inputs that a stage keeps at once, at most."""
         return int(self.forward_slot.max()) + 1
 
-    def of_last(self, chunks: int) -> int:
-        """The number of ticks in which the last chunk of the model runs backward, on the last stage."""
+    def losses(self, chunks: int) -> int:
+        """The number of ticks in which the last stage runs the last chunk backward, and so computes losses."""
         return int(np.sum((self.backward[:, -1] != NONE) & (self.backward_chunk[:, -1] == chunks - 1)))
 
-    def runs(self) -> list[tuple[tuple[bool, bool], "Table"]]:
-        """Consecutive ticks with the same phases, up to three tables: [((forward, backward), their ticks)]."""
-        phases = list(zip(*(np.any(x >= 0, axis=1).tolist() for x in (self.forward, self.backward)), strict=True))
-        ends = [t for t in range(1, len(phases)) if phases[t] != phases[t - 1]]
-        between = itertools.pairwise([0, *ends, len(phases)])
-        return [(phases[a], Table(*(column[a:b] for column in self))) for a, b in between]
+    def runs(self) -> "list[Run]":
+        """The table, cut where a phase begins or ends to have work, into at most three parts."""
+        forward, backward = (np.any(x != NONE, axis=1) for x in (self.forward, self.backward))
+        ends = np.flatnonzero(np.diff(forward) | np.diff(backward)) + 1
+        between = itertools.pairwise([0, *ends.tolist(), len(forward)])
+        return [Run(bool(forward[a]), bool(backward[a]), Table(*(x[a:b] for x in self))) for a, b in between]
+
+
+class Run(NamedTuple):
+    """Consecutive ticks with the same phases."""
+
+    forward: bool
+    backward: bool
+    ticks: Table
 
 
 def make_table(schedule: str, stages: int, micro: int, chunks: int = 1) -> Table:

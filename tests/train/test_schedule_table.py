@@ -83,11 +83,11 @@ def test_runs_of_ticks_have_the_phases_with_work(schedule: str, stages: int, mic
     table = make_table(schedule, stages, micro, chunks)
     runs = table.runs()
     assert len(runs) <= 3
-    for whole, *parts in zip(table, *(ticks for _, ticks in runs), strict=True):
+    for whole, *parts in zip(table, *(run.ticks for run in runs), strict=True):
         np.testing.assert_array_equal(np.concatenate(parts), whole)
-    for phases, ticks in runs:
-        for there, which in zip(phases, (ticks.forward, ticks.backward), strict=True):
+    for run in runs:
+        for there, which in ((run.forward, run.ticks.forward), (run.backward, run.ticks.backward)):
             assert all(there == np.any(row != NONE) for row in which)
-    assert sum(ticks.of_last(chunks) for _, ticks in runs) == micro  # each micro-batch has its losses once
+    assert sum(run.ticks.losses(chunks) for run in runs) == micro  # each micro-batch has its losses once
     for phase in (table.forward, table.backward):
         assert forward_phases(stages, micro, chunks) == np.any(phase != NONE, axis=1).sum()
