@@ -27,6 +27,8 @@ def get_config() -> Config:
         seq_len=256,
         model=ModelConfig(
             num_layers=4,
+            encoder_layers=0,  # a decoder alone
+            encoder_len=0,
             d_model=192,
             num_heads=3,  # each of size 64
             num_kv_heads=0,  # as many as query heads

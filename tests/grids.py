@@ -60,6 +60,13 @@ def batch(seed: int, rows: int = ROWS, length: int = T) -> dict[str, np.ndarray]
     return {"inputs": tokens[0], "targets": np.where(rng.random((rows, length)) < 0.7, tokens[1], -1)}
 
 
+def prompts(config: Config, seed: int, answers: np.ndarray) -> dict[str, np.ndarray]:
+    """Two prompts in each row, for an encoder; answers have `packed` positions."""
+    shape = len(answers), config.model.encoder_len
+    tokens = np.random.default_rng(100 + seed).integers(0, VOCAB, shape, dtype=np.int32)
+    return {"prompts": tokens, "prompt_positions": packed(tokens)}
+
+
 def packed(tokens: np.ndarray) -> np.ndarray:
     """Positions of two documents in each row, which begin at 0."""
     place, cuts = np.arange(tokens.shape[1]), 1 + tokens[:, :1] % (tokens.shape[1] - 1)
@@ -97,6 +104,8 @@ def train(devices: int, *overrides: str, steps_done: int = STEPS) -> Result:
             rows = batch(seed, config.batch_size, config.seq_len)
             if config.data.packing == "document":
                 rows["positions"] = packed(rows["inputs"])
+            if config.model.encoder_layers:
+                rows |= prompts(config, seed, rows["inputs"])
             rows = Share(devices, of_a_replica=config.parallel.of_a_replica).shard(rows)
             state, m = step(state, jax.device_put(rows, placement.batch))
             metrics.append([float(m["loss"]), float(m["grad_norm"])])

@@ -1,4 +1,4 @@
-"""The decoder in NumPy: one sequence at a time, one head at a time, in float64."""
+"""The Transformer in NumPy: one sequence at a time, one head at a time, in float64."""
 
 import itertools
 import math
@@ -49,11 +49,18 @@ def offset_keys(k_TC: np.ndarray) -> np.ndarray:
 
 
 def attention(
-    q_TC: np.ndarray, k_TC: np.ndarray, v_TC: np.ndarray, *, window: int = 0, divided: float = 0, cap: float = 0
+    q_TC: np.ndarray,
+    k_TC: np.ndarray,
+    v_TC: np.ndarray,
+    *,
+    window: int = 0,
+    divided: float = 0,
+    cap: float = 0,
+    causal: bool = True,
 ) -> np.ndarray:
     out = np.zeros((len(q_TC), v_TC.shape[1]))
     for t in range(len(q_TC)):
-        seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+        seen = slice(max(0, t + 1 - window) if window else 0, t + 1 if causal else None)
         scores = k_TC[seen] @ q_TC[t] / math.sqrt(divided or q_TC.shape[1])
         scores = cap * np.tanh(scores / cap) if cap else scores
         weights = np.exp(scores - scores.max())
@@ -79,44 +86,79 @@ def post(x: np.ndarray, p: Params, name: str, c: ModelConfig) -> np.ndarray:
     return norm(x, p[name], c.norm, c.norm_eps) if c.post_norms else x
 
 
-def logits(c: ModelConfig, params: Params, tokens_T: np.ndarray, behind: list[np.ndarray] | None = None) -> np.ndarray:
-    """The logits [T, V]; appends the residual stream behind each layer, [T, D], to `behind`."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    T, H, K = len(tokens_T), c.num_heads, c.num_kv_heads or c.num_heads
-    C = c.head_dim or c.d_model // H
+def embedded(c: ModelConfig, params: Params, tokens_T: np.ndarray, table: str) -> np.ndarray:
+    """What the first layer reads, [T, D]. Args: table: the key of learned positions."""
     x = params["embed"]["embedding"][tokens_T] * (math.sqrt(c.d_model) if c.scale_embeddings else 1)
     if c.position == "learned":
-        x = x + params["positions"]["embedding"][:T]
+        x = x + params[table]["embedding"][: len(x)]
     elif c.position == "sinusoidal":
-        for t, i in itertools.product(range(T), range(c.d_model // 2)):
+        for t, i in itertools.product(range(len(x)), range(c.d_model // 2)):
             angle = t / 10_000 ** (2 * i / c.d_model)
             x[t, i] += math.sin(angle)
             x[t, c.d_model // 2 + i] += math.cos(angle)
+    return x
+
+
+def attended(
+    c: ModelConfig, a: Params, h: np.ndarray, layer: int, causal: bool = True, others: np.ndarray | None = None
+) -> np.ndarray:
+    """The output of an attention with parameters `a`: of h to itself, or to `others`, without positions."""
+    H, K = c.num_heads, c.num_kv_heads or c.num_heads
+    C = c.head_dim or c.d_model // H
+    everywhere = not c.window or (c.global_every and (layer + 1) % c.global_every == 0)
+    theta, longer = c.rope_theta, c.rope_factor if c.rope_scaling == "linear" else 1
+    if not everywhere and c.rope_local_theta:
+        theta, longer = c.rope_local_theta, 1
+    q, k, v = (
+        linear(h if others is None or name == "query" else others, a[name]) for name in ("query", "key", "value")
+    )
+    heads = []
+    for head in range(H):
+        group = head // (H // K)  # neighbouring query heads share a key/value head
+        own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
+        q_TC, k_TC = q[:, own], k[:, shared]
+        if c.qk_norm:
+            q_TC = norm(q_TC, a["query_norm"], "rmsnorm", c.norm_eps)
+            k_TC = norm(k_TC, a["key_norm"], "rmsnorm", c.norm_eps)
+        if c.position == "rope" and others is None:
+            q_TC, k_TC = (rotate(x_TC, theta, c.rope_fraction, longer) for x_TC in (q_TC, k_TC))
+        if c.key_offset:
+            k_TC = offset_keys(k_TC)
+        how = {"window": 0 if everywhere else c.window, "divided": c.score_dim, "cap": c.attention_softcap}
+        heads.append(attention(q_TC, k_TC, v[:, shared], causal=causal and others is None, **how))
+    return linear(np.concatenate(heads, axis=1), a["out"])
+
+
+def encoded(c: ModelConfig, params: Params, prompt_S: np.ndarray) -> np.ndarray:
+    """What the encoder makes of a prompt, [S, D]; parameters are float64."""
+    x = embedded(c, params, prompt_S, "encoder_positions")
+    for layer in range(c.encoder_layers):
+        p = jax.tree.map(lambda x, layer=layer: x[layer], params["encoder"])
+        h = norm(x, p["attention_norm"], c.norm, c.norm_eps)
+        x = x + post(attended(c, p["attention"], h, layer, causal=False), p, "attention_post_norm", c)
+        h = norm(x, p["mlp_norm"], c.norm, c.norm_eps)
+        x = x + post(mlp(h, p["mlp"], c.activation), p, "mlp_post_norm", c)
+    return norm(x, params["encoder_norm"], c.norm, c.norm_eps)
+
+
+def logits(
+    c: ModelConfig,
+    params: Params,
+    tokens_T: np.ndarray,
+    behind: list[np.ndarray] | None = None,
+    prompt_S: np.ndarray | None = None,
+) -> np.ndarray:
+    """The logits [T, V]; appends the residual stream behind each layer, [T, D], to `behind`."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    read = None if prompt_S is None else encoded(c, params, prompt_S)
+    x = embedded(c, params, tokens_T, "positions")
     for layer in range(c.num_layers):
         p = jax.tree.map(lambda x, layer=layer: x[layer], params["layers"])
-        a, h = p["attention"], norm(x, p["attention_norm"], c.norm, c.norm_eps)
-        everywhere = not c.window or (c.global_every and (layer + 1) % c.global_every == 0)
-        theta, longer = c.rope_theta, c.rope_factor if c.rope_scaling == "linear" else 1
-        if not everywhere and c.rope_local_theta:
-            theta, longer = c.rope_local_theta, 1
-        q, k, v = (linear(h, a[name]) for name in ("query", "key", "value"))
-        heads = []
-        for head in range(H):
-            group = head // (H // K)  # neighbouring query heads share a key/value head
-            own, shared = slice(head * C, (head + 1) * C), slice(group * C, (group + 1) * C)
-            q_TC, k_TC = q[:, own], k[:, shared]
-            if c.qk_norm:
-                q_TC = norm(q_TC, a["query_norm"], "rmsnorm", c.norm_eps)
-                k_TC = norm(k_TC, a["key_norm"], "rmsnorm", c.norm_eps)
-            if c.position == "rope":
-                q_TC, k_TC = (rotate(x_TC, theta, c.rope_fraction, longer) for x_TC in (q_TC, k_TC))
-            if c.key_offset:
-                k_TC = offset_keys(k_TC)
-            window = 0 if everywhere else c.window
-            heads.append(
-                attention(q_TC, k_TC, v[:, shared], window=window, divided=c.score_dim, cap=c.attention_softcap)
-            )
-        x = x + post(linear(np.concatenate(heads, axis=1), a["out"]), p, "attention_post_norm", c)
+        h = norm(x, p["attention_norm"], c.norm, c.norm_eps)
+        x = x + post(attended(c, p["attention"], h, layer), p, "attention_post_norm", c)
+        if read is not None:
+            h = norm(x, p["cross_norm"], c.norm, c.norm_eps)
+            x = x + post(attended(c, p["cross"], h, layer, others=read), p, "cross_post_norm", c)
         h = norm(x, p["mlp_norm"], c.norm, c.norm_eps)
         x = x + post(mlp(h, p["mlp"], c.activation), p, "mlp_post_norm", c)
         if behind is not None:

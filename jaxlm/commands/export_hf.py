@@ -36,9 +36,10 @@ def main(argv: list[str]) -> int:
     from jaxlm.interop import own_model
     from jaxlm.interop.adapters import export_adapter
     from jaxlm.interop.exporting import export_model, nearest
-    from jaxlm.run.open_run import open_run
+    from jaxlm.run.open_run import check_decoder, open_run
 
     run, destination = open_run(workdir, step), user_path("DST", args.destination)
+    check_decoder(str(workdir), run.config, "transformers' architectures that are written here are decoders")
     if args.adapter:
         count = export_adapter(run, destination, args.base)
         print(f"{destination}: LoRA of {count} layers, step {run.step}")

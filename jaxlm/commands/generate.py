@@ -23,40 +23,45 @@ def main(argv: list[str]) -> int:
     prompt = _read_prompt(args)
     runtime.check_environment()
 
-    from jaxlm.data.prompts import Continuation, encode_prompt, for_chats, make_ending
+    from jaxlm.data.prompts import Continuation, encode_prompt, for_chats, make_ending, start_of
     from jaxlm.run.open_run import open_run
 
     run = open_run(user_path("--workdir", args.workdir), read_step("--step", args.step))
-    tokenizer, data, seq_len = run.tokenizer, run.config.data, run.config.seq_len
+    tokenizer, data, model = run.tokenizer, run.config.data, run.config.model
     if tokenizer is None:
         raise UserError(f"--workdir {args.workdir}: the run has no tokenizer, so its tokens are not text")
-    data = for_chats(tokenizer, data) if args.chat else data
-    if data is None:
+    has_encoder = model.encoder_layers > 0
+    own = for_chats(tokenizer, data) if args.chat or has_encoder else None
+    if args.chat and own is None:
         raise UserError(
             f"--chat: {args.workdir} was trained on texts, not on answers; allowed with data.messages_key or "
             "data.response_key, or a pretrained tokenizer that came with a template: --chat, otherwise --prompt alone"
         )
     try:
-        ids = encode_prompt(tokenizer, data, prompt, args.chat)
+        ids = encode_prompt(tokenizer, own or data, prompt, own is not None)
     except UserError as error:
         raise UserError(f"--prompt {show(prompt)}: {error}") from error
-    if len(ids) > seq_len:
-        line = f"the prompt has {len(ids)} tokens; the model sees the last {seq_len} of them (seq_len)"
+    start = start_of(run.config, ids)
+    seen = start.ids if start.read is None else start.read
+    if len(seen) < len(ids):
+        which, key = ("first", "model.encoder_len") if has_encoder else ("last", "seq_len")
+        line = f"the prompt has {len(ids)} tokens; the model sees the {which} {len(seen)} of them ({key})"
         print(f"jaxlm: {line}", file=sys.stderr)
-        ids = ids[-seq_len:]
-    _check_memory(args, run, len(ids))
+    _check_memory(args, run, len(start.ids), 0 if start.read is None else len(start.read))
     import jax
     import numpy as np
 
+    from jaxlm.model.cross_attention import Prompts
     from jaxlm.model.generate import stream
 
     how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    prompts = np.tile(ids, (args.num_samples, 1))
-    blocks = stream(run.model, run.params, prompts, jax.random.key(args.seed), **how)
-    ending = make_ending(tokenizer, data, args.stop)
-    rows = [Continuation(tokenizer, ids, ending) for _ in range(args.num_samples)]
+    how["prompts"] = Prompts.repeated(start.read, args.num_samples)
+    begins = np.tile(start.ids, (args.num_samples, 1))
+    blocks = stream(run.model, run.params, begins, jax.random.key(args.seed), **how)
+    ending = make_ending(tokenizer, own or data, args.stop)
+    rows = [Continuation(tokenizer, start.ids, ending) for _ in range(args.num_samples)]
     try:
-        _show(blocks, rows, "" if args.chat else prompt)
+        _show(blocks, rows, "" if args.chat or has_encoder else prompt)
     except BrokenPipeError:  # the reader left, such as `| head`: discards the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
@@ -108,7 +113,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--chat",
         action="store_true",
         help="for a run trained on answers, or a pretrained model that came with a chat template: the prompt is the"
-        " user's message, formatted with the template; shows the answer alone",
+        " user's message, formatted with the template; shows the answer alone (always so with an encoder)",
     )
     parser.add_argument("--num_samples", type=int, default=1, help="number of samples (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of each sample (default: 200)")
@@ -185,18 +190,18 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int) -> None:
+def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int, read: int) -> None:
     import jax
 
     from jaxlm.model.generate import CHUNK
 
     total = prompt_tokens + args.max_new_tokens
     length = min(total, run.model.max_positions or total)
-    cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length))
+    cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length, read))
     logits = 4 * args.num_samples * min(prompt_tokens, CHUNK) * run.vocab_size
-    gigabytes = (sum(x.size * x.dtype.itemsize for x in cache) + logits) / 1e9
+    gigabytes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + logits) / 1e9
     if gigabytes > MEMORY:
         raise UserError(
             f"--num_samples is {args.num_samples} and --max_new_tokens {args.max_new_tokens}, after a prompt of"
-            f" {prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: numbers that need at most {MEMORY} GB"
+            f" {read or prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: numbers that need at most {MEMORY} GB"
         )

@@ -94,6 +94,9 @@ def main(argv: list[str]) -> int:
 def _recommend(args: argparse.Namespace, config: Config, device: known.Device, overrides: list[str]) -> int:
     from jaxlm.commands.plan_grids import recommend
 
+    if config.model.encoder_layers:
+        layers = config.model.encoder_layers
+        raise UserError(f"model.encoder_layers is {layers}; allowed with --recommend: 0, a model of equal layers")
     vocab_size = _vocab_size(args.vocab_size, config)
     configure(config, device, 2)  # samples are compiled for one device, or two that share sequences
     own = [f"--config={args.config}", "--device", args.device, "--vocab_size", str(vocab_size), *overrides]

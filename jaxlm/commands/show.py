@@ -6,6 +6,7 @@
 Of a run, it also shows the checkpoints with their validation scores, and the last metrics. No weights are made or read.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +87,20 @@ def model_table(config: Config, params: Any) -> Table:
     """
     import jax
 
-    from jaxlm.model import attention_flops
+    from jaxlm.model import attention_flops, multiplied
     from jaxlm.train import trained
 
     rows = []
     for path, array in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = "/".join(str(key.key) for key in path)
-        looked_up = name.startswith("positions/") or (name.startswith("embed/") and not config.model.tie_embeddings)
         frozen = not trained.trains(config, name)
-        flops = 0 if looked_up else (4 if frozen else 6) * array.size
+        alone = functools.reduce(lambda tree, key: {key.key: tree}, reversed(path), array)
+        flops = (4 if frozen else 6) * multiplied(config.model, alone, config.seq_len)
         rows.append((name + " (frozen)" * frozen, array.shape, array.size, flops))
     window = f", with windows of {config.model.window:,}" * bool(config.model.window)
+    prompts = f" and {config.model.encoder_len:,} of prompts" * bool(config.model.encoder_layers)
     attention = attention_flops(config.model, config.seq_len)
-    rows.append((f"attention to {config.seq_len:,} tokens{window}", (), 0, attention))
+    rows.append((f"attention to {config.seq_len:,} tokens{prompts}{window}", (), 0, attention))
     total = sum(row[3] for row in rows)
     shown = [
         (name, " x ".join(map(str, shape)), f"{size:,}" * bool(size), _short(flops), f"{flops / total:.1%}")

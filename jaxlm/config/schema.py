@@ -21,6 +21,8 @@ class UserError(ValueError):
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+STACKS = ("layers", "encoder")  # a model's parameters of layers, stacked [layers, ...]: the decoder's, the encoder's
+
 # A number for which each optimizer has its own default (own_values.py). Files write OWN, command lines `none`;
 # `validate` replaces it by the number, so config.json holds the number.
 OwnFloat = Annotated[float, "or OWN"]
@@ -29,9 +31,13 @@ OWN: Any = None
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A pre-norm Transformer decoder."""
+    """A pre-norm Transformer decoder, with an encoder or without."""
 
-    num_layers: int  # number of Transformer blocks
+    num_layers: int  # number of Transformer blocks, of the decoder
+    # Blocks of an encoder, which reads prompts in both directions; the decoder, which writes the answers, attends to
+    # what it makes of them. 0 = no encoder: the decoder reads prompt and answer as one text
+    encoder_layers: int
+    encoder_len: int  # encoder_layers: tokens of a row of prompts; longer prompts lose their ends
     d_model: int  # width of the residual stream
     num_heads: int  # query heads; must divide d_model unless head_dim is set
     num_kv_heads: int  # key/value heads; must divide num_heads; 0 = num_heads
@@ -63,7 +69,7 @@ class ModelConfig:
     dropout: float  # dropout rate of embeddings and residual branches, in training only; in [0, 1)
     logit_softcap: float  # replace logits by cap * tanh(logits / cap); 0 = off
     qk_norm: bool  # apply RMSNorm to the queries and keys of each head
-    key_offset: bool  # take half of each key's channels from the previous token's key
+    key_offset: bool  # take half of each key's channels from the previous token's key, in all attentions
     vocab_multiple: int  # round the rows of token tables up to a multiple of this; the extra rows are never used
     # LoRA (Hu et al., 2021): beside each matrix of a linear layer, two of rank `lora_rank`, whose product times
     # lora_alpha / lora_rank is added to it. They alone are trained, unless optim.freeze says otherwise. 0 = no LoRA
@@ -97,6 +103,16 @@ class ModelConfig:
         """The names of a block's linear layers."""
         gate = ("gate",) if self.activation in ("swiglu", "geglu") else ()
         return ("query", "key", "value", "out", "up", *gate, "down")
+
+    @property
+    def encoder(self) -> "ModelConfig":
+        """The encoder as a model of its own."""
+        return dataclasses.replace(self, num_layers=self.encoder_layers, encoder_layers=0)
+
+    @property
+    def residual_branches(self) -> int:
+        """How many times the layers add to the residual stream."""
+        return (3 if self.encoder_layers else 2) * self.num_layers
 
     def has_lora(self, layer: str) -> bool:
         """Whether a linear layer of this name has LoRA's matrices."""
@@ -162,8 +178,8 @@ class DataConfig:
     val_path: str  # sources with files: validation data; "" = a part of `path`, or nanoGPT's val.bin
     mixture: str  # several sources instead of one: "WEIGHT SOURCE [PATH]; ..."; tfds: PATH is tfds_name; "" = none
     text_key: str  # jsonl, parquet, tfds: key of a record's text; in jsonl and parquet a.b is key b of object a
-    prompt_key: str  # jsonl, parquet: with response_key, key of a prompt, which is not trained on; "" = none
-    response_key: str  # jsonl, parquet: key of a response, which is trained on; replaces text_key; "" = none
+    prompt_key: str  # jsonl, parquet, functions: with response_key, key of a prompt, which is not trained on; "" = none
+    response_key: str  # jsonl, parquet, functions: key of a response, which is trained on; replaces text_key; "" = none
     # jsonl, parquet: key of a list of {role, content} or ShareGPT's {from, value}; trains on the assistant's messages;
     # replaces text_key.
     messages_key: str

@@ -5,7 +5,7 @@ To add a kind, add an entry here, a file in `jaxlm/data/sources/` and its entry 
 
 from typing import Literal, NamedTuple
 
-SourceName = Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic"]
+SourceName = Literal["stdlib", "text", "jsonl", "parquet", "tfds", "tokens", "synthetic", "functions"]
 
 
 class SourceKind(NamedTuple):
@@ -35,4 +35,5 @@ SOURCES: dict[str, SourceKind] = {
         beside=("meta.pkl",),  # as nanoGPT prepares a folder
     ),
     "synthetic": SourceKind("source", ids=True, mixed=False),
+    "functions": SourceKind("source", records=True),
 }

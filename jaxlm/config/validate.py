@@ -45,7 +45,13 @@ POSITIVE = (
 SECRET_NAMES = re.compile("token|secret|passw|signature|credential|(api|access).?key|^(key|sig|auth)$")
 LEAST = {"model.scan_unroll": -1}  # 0 for all others
 # Larger values are slips of the keyboard. They would exhaust the memory, or overflow XLA's numbers.
-LARGEST = {"model.num_layers": 10_000, "model.d_model": 2**20, "model.d_ff": 2**22, "model.vocab_multiple": 2**20}
+LARGEST = {
+    "model.num_layers": 10_000,
+    "model.encoder_layers": 10_000,
+    "model.d_model": 2**20,
+    "model.d_ff": 2**22,
+    "model.vocab_multiple": 2**20,
+}
 MAX_SEED = 2**32 - 2  # JAX takes 32 bits, and the seed of dropout is seed + 1
 BELOW_ONE = (
     "model.dropout",
@@ -119,6 +125,8 @@ def validate(c: Config) -> Config:
     _check_model(c.model, require)
     _check_steps(c, require)
     check_parallel(c, require)
+    if c.model.encoder_layers:
+        _check_encoder(c, require)
     _check_data(c.data, require)
     resume = "auto, never, or a workdir, after which @STEP or @best may follow"
     require(c.checkpoint.resume != "", "checkpoint.resume", resume)
@@ -181,6 +189,24 @@ def _check_model(m: ModelConfig, require: Require) -> None:
         _check_lora(m, require)
     if m.global_every or m.rope_local_theta:
         require(m.window > 0, "model.window", "with global_every or rope_local_theta, more than 0")
+
+
+def _check_encoder(c: Config, require: Require) -> None:
+    """What other keys must be with an encoder."""
+    m, d = c.model, c.data
+    require(m.encoder_len > 0, "model.encoder_len", "with model.encoder_layers, more than 0")
+    require(d.packing == "document", "data.packing", "with model.encoder_layers, document: pairs are kept apart")
+    require(not m.window, "model.window", "with model.encoder_layers, 0")
+    require(m.rope_scaling != "longrope", "model.rope_scaling", "with model.encoder_layers, none, linear, llama3")
+    parts = [part for _, part in mixture(d)] if d.mixture else [d]
+    for part in parts:
+        kind = SOURCES[part.source]
+        pairs = [name for name, kind in SOURCES.items() if kind.records or (kind.files and kind.ids)]
+        require(
+            part.source in pairs, "data.source", f"with model.encoder_layers, which reads pairs: {', '.join(pairs)}"
+        )
+        for key in ("prompt_key", "response_key") if kind.records else ():
+            require(bool(getattr(part, key)), f"data.{key}", "a key, with model.encoder_layers, which reads pairs")
 
 
 def _check_lora(m: ModelConfig, require: Require) -> None:

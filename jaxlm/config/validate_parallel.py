@@ -53,6 +53,9 @@ def _check_grid(c: Config, require: Require) -> None:
         require(m.rope_scaling != "longrope", "model.rope_scaling", why)
         why = "with parallel.context, whose attention is its own: auto, xla"
         require(m.attention in ("auto", "xla"), "model.attention", why)
+    if m.encoder_layers:
+        require(context == 1, "parallel.context", "with model.encoder_layers, 1")
+        require(m.encoder_len % tensor == 0, "model.encoder_len", f"a multiple of parallel.tensor = {tensor}")
     size = c.seq_len // context
     require(size % tensor == 0, "seq_len", f"a multiple of parallel.context * parallel.tensor = {context * tensor}")
 
@@ -68,4 +71,5 @@ def _check_pipeline(c: Config, require: Require) -> None:
     require(p.zero < 2, "parallel.zero", "with parallel.pipeline, whose stages add up whole gradients: 0 or 1")
     require(not p.overlap, "parallel.overlap", "with parallel.pipeline, whose gradients are complete at the end: false")
     require(c.model.dtype != "float16", "model.dtype", "with parallel.pipeline, float32 or bfloat16")
+    require(not c.model.encoder_layers, "model.encoder_layers", "with parallel.pipeline, 0: stages have equal layers")
     require(not c.log.layer_stats, "log.layer_stats", "with parallel.pipeline, false")

@@ -11,7 +11,7 @@ from jaxlm.data.baselines import compression_baselines
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import TrainOrder
 from jaxlm.data.prepare import prepare
-from jaxlm.data.scoring import Scored, eval_batches
+from jaxlm.data.scoring import Scored, eval_batches, num_eval_batches
 from jaxlm.data.store_reader import open_store
 from jaxlm.data.stream import Share, TrainStream, train_stream
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "compression_baselines",
     "eval_batches",
     "load_tokenizer",
+    "num_eval_batches",
     "open_store",
     "prepare",
     "train_stream",

@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import Packed, Rows, TrainOrder, make_order
+from jaxlm.data.pairs import PackedPairs
 from jaxlm.data.sources.documents import Split
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
@@ -58,7 +59,7 @@ class DocumentPart(NamedTuple):
     """The part of a document that is in a row."""
 
     start: int  # its first place in the row
-    length: int  # number of its places in the row
+    length: int  # number of its places in the row; for an encoder's pairs, of the answer
     opens: bool | None  # whether the document starts here; None if unknown, without a tokenizer
     ids: np.ndarray  # int32 [n]: the inputs, then the last target if it counts and no other part shows it
     learned: np.ndarray  # bool [n]: whether each id counts towards the loss as a target
@@ -88,8 +89,19 @@ class InspectedBatch:
             learned = np.concatenate([[not alone and a > 0 and targets[a - 1] >= 0], learned])
             if (alone or b == filled) and learned[-1]:
                 ids = np.append(ids, targets[b - 1])
+            learned = learned[: len(ids)]
+            if "prompts" in self.rows:  # shown in place of the bos that opens the answer
+                prompt = self._prompt(row, int(np.searchsorted(starts, a)))
+                ids = np.concatenate([prompt, ids[1:]])
+                learned = np.concatenate([np.zeros(len(prompt), bool), learned[1:]])
             opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
-            yield DocumentPart(a, b - a, opens, ids, learned[: len(ids)])
+            yield DocumentPart(a, b - a, opens, ids, learned)
+
+    def _prompt(self, row: int, number: int) -> np.ndarray:
+        """Returns the prompt of a pair of a row, by its number there."""
+        positions = self.rows["prompt_positions"][row]
+        starts = np.append(np.flatnonzero(positions == 0), len(positions))
+        return self.rows["prompts"][row, starts[number] : starts[number + 1]]
 
     def counts(self, rows: slice = slice(None)) -> dict[str, Any]:
         """Counts the targets of some rows by kind, and the documents or parts of documents (None if unknown)."""
@@ -179,8 +191,8 @@ class View:
     def _padding(self, k: int) -> np.ndarray:
         """Returns the share of padding in each row of a source, float64 [rows]; if no row has any, one 0 for all."""
         part, T = self.parts[k], self.config.seq_len
-        if isinstance(part, Packed):
-            return 1 - np.add.reduceat(part.packing.lengths, part.packing.rows[:-1]) / T
+        if isinstance(part, Packed | PackedPairs):
+            return 1 - part.filled() / T
         if self.order:
             return np.zeros(1)
         return np.append(np.zeros(part.num_eval_rows - 1), part.num_eval_rows - self._targets(k) / T)

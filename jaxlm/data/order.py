@@ -15,6 +15,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.packing import pack
+from jaxlm.data.pairs import PackedPairs
 from jaxlm.data.permutation import shuffled
 from jaxlm.data.tokens import Tokens
 
@@ -23,7 +24,8 @@ WEIGHT_BITS = 32  # fractional bits of a mixture's weights (fixed point)
 # the same windows. Version 2 leaves T - 1 or more over, if the corpus has at least 2 T tokens.
 VERSION, VERSIONS = 2, (1, 2)
 
-# inputs, targets (-1 does not count towards the loss) and, with packed documents, positions: int32 [R, T].
+# inputs, targets (-1 does not count towards the loss) and, with packed documents, positions: int32 [R, T]; for an
+# encoder, prompts and prompt_positions: int32 [R, S].
 Rows = dict[str, np.ndarray]
 
 
@@ -101,6 +103,10 @@ class Packed:
         self.rows_per_epoch = self.num_eval_rows = len(self.packing.rows) - 1
         self._places = np.arange(T, dtype=np.int32)
 
+    def filled(self) -> np.ndarray:
+        """Returns the number of places in each row that are not padding, int64 [rows]."""
+        return np.add.reduceat(self.packing.lengths, self.packing.rows[:-1])
+
     def rows(self, sample: np.ndarray) -> Rows:
         return self.eval_rows(shuffled(sample, self.num_eval_rows, self.seed)[0])
 
@@ -177,15 +183,17 @@ def _share_of(number: np.ndarray | np.int64, share: int, phase: int) -> Any:
     return (high >> 12) + ((((high & 0xFFF) << 20) + low + phase) >> WEIGHT_BITS)
 
 
-def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = VERSION) -> Windows | Packed:
+def make_order(tokens: Tokens, config: Config, number: int = 0, version: int = VERSION) -> Order:
     """Returns the order of one source.
 
     Args:
       number: index of the source in a mixture; each source is shuffled with its own seed. Inserting or reordering
         sources therefore reshuffles all later ones.
-      version: one of VERSIONS; packed documents have only one.
+      version: one of VERSIONS; packed documents and pairs have only one.
     """
     seed = config.seed + number * 2**32  # config.seed is below 2**32
+    if config.model.encoder_layers:
+        return PackedPairs(tokens, config.model.encoder_len, config.seq_len, seed)
     match config.data.packing:
         case "document":
             return Packed(tokens, config.seq_len, seed)

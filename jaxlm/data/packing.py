@@ -77,18 +77,22 @@ def best_fit(lengths: np.ndarray, T: int) -> np.ndarray:
 
 
 def pack(tokens: Tokens, T: int) -> Packing:
-    """Returns the packing of all documents of a corpus, which must know its `starts`; caches it in `tokens.packings`.
-
-    Rows are ordered by their first piece in the corpus, not by lengths, so that a part of the rows represents them all.
-    """
+    """Returns the packing of all documents of a corpus, which must know its `starts`. `tokens.packings` keeps it."""
     if T in tokens.packings:
         return tokens.packings[T]
     assert tokens.starts is not None
     starts, lengths = pieces(tokens.starts, len(tokens), T)
-    row_of = best_fit(lengths, T)
+    order, rows = in_rows(best_fit(lengths, T))
+    tokens.packings[T] = Packing(starts[order], lengths[order], rows)
+    return tokens.packings[T]
+
+
+def in_rows(row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pieces row by row, and where in them each row begins, and the last one ends.
+
+    Rows are ordered by their first piece in the corpus, not by lengths, so that a part of the rows represents them all.
+    """
     first = np.unique(row_of, return_index=True)[1]  # the first piece of each row
     row_of = np.argsort(np.argsort(first))[row_of]
     order = np.argsort(row_of, kind="stable")
-    rows = np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))
-    tokens.packings[T] = Packing(starts[order], lengths[order], rows)
-    return tokens.packings[T]
+    return order, np.searchsorted(row_of[order], np.arange(row_of.max(initial=-1) + 2))

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlm.config import SOURCES, Config, DataConfig, UserError, mixture
 from jaxlm.data.corpus import Corpus, MixtureSource, check_lengths, fingerprint
+from jaxlm.data.pairs import lengths_of, pack_pairs
 from jaxlm.data.progress import say_once
 from jaxlm.data.sources.documents import Source
 from jaxlm.data.sources.files import name_of, named
@@ -28,10 +29,10 @@ def prepare(config: Config, *, progress: bool = True) -> Corpus:
     if data.mixture:
         return _mixed(config, progress)
     if SOURCES[data.source].ids:
-        return _checked(open_ids(config, progress), config)
+        return _checked(open_ids(config, progress), config, progress)
     source = _opened(data, progress)
     tokenizer, name = stored_tokenizer(data, [source], progress)
-    return _checked(stored(data, source, tokenizer, name, config.seq_len, progress), config)
+    return _checked(stored(data, source, tokenizer, name, config.seq_len, progress), config, progress)
 
 
 def _opened(data: DataConfig, progress: bool) -> Source:
@@ -66,6 +67,7 @@ def _mixed(config: Config, progress: bool) -> Corpus:
     names = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
     for part, corpus in zip(parts, corpora, strict=True):
         check_lengths(part, config.seq_len, len(corpus.train), len(corpus.val))
+        _check_pairs(part, config, corpus, progress)
     shares = [
         MixtureSource(name, weight / sum(weights), corpus.train, corpus.val)
         for name, weight, corpus in zip(names, weights, corpora, strict=True)
@@ -92,7 +94,7 @@ def _mixed(config: Config, progress: bool) -> Corpus:
 def _with_text(config: Config, part: DataConfig, progress: bool) -> tuple[Corpus, Tokenizer]:
     """Returns the corpus of a mixture's part that is token ids, and the tokenizer of these ids."""
     own = dataclasses.replace(config, data=part)
-    corpus = _checked(open_ids(own, progress), own)
+    corpus = _checked(open_ids(own, progress), own, False)
     if corpus.tokenizer is None:  # the tokenizer of the other parts need not have made these ids
         raise UserError(
             f"data.mixture: {part.path} is token ids without a tokenizer; allowed: data.tokenizer_path, "
@@ -119,8 +121,8 @@ def _totals(facts: list[dict[str, Any]]) -> dict[str, int]:
     return {k: sum(found[k] for found in facts) for k in known}
 
 
-def _checked(corpus: Corpus, config: Config) -> Corpus:
-    """Returns the corpus; raises UserError if it does not fit the configuration."""
+def _checked(corpus: Corpus, config: Config, progress: bool) -> Corpus:
+    """Returns the corpus; raises UserError if it does not fit the configuration. With `progress`, prints notes."""
     check_lengths(config.data, config.seq_len, len(corpus.train), len(corpus.val))
     if config.data.packing == "document" and (corpus.train.starts is None or corpus.val.starts is None):
         raise UserError(
@@ -128,4 +130,25 @@ def _checked(corpus: Corpus, config: Config) -> Corpus:
             " allowed with files of token ids: data.packing=concat, or data.tokenizer_path, whose bos opens"
             " documents"
         )
+    _check_pairs(config.data, config, corpus, progress)
     return corpus
+
+
+def _check_pairs(data: DataConfig, config: Config, corpus: Corpus, progress: bool) -> None:
+    """Raises UserError if there is an encoder, and the data has no prompts. With `progress`, says what is cut off."""
+    if not config.model.encoder_layers:
+        return
+    if corpus.train.masks is None or corpus.val.masks is None:
+        raise UserError(
+            f"model.encoder_layers is {config.model.encoder_layers}, but {named(data)} has no prompts and answers;"
+            " allowed: data with data.prompt_key and data.response_key"
+        )
+    S, T = config.model.encoder_len, config.seq_len
+    prompts, answers = lengths_of(pack_pairs(corpus.train, S, T))
+    limits = (("prompts", prompts, "model.encoder_len", S), ("answers", answers, "seq_len", T))
+    for what, lengths, key, limit in limits if progress else ():
+        if long := int((lengths > limit).sum()):
+            say_once(
+                f"{named(data)}: {long:,} of {len(lengths):,} {what} have more than {key} = {limit} tokens and lose"
+                f" their ends; the longest has {lengths.max():,}"
+            )

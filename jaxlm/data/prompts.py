@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.config import DataConfig
+from jaxlm.config import Config, DataConfig
 from jaxlm.config.schema import OF_TOKENIZER
 from jaxlm.data.sources.conversations import after_answer, question, trains_on_answers
 from jaxlm.data.sources.documents import documents_of
@@ -47,6 +47,27 @@ def encode_prompt(tokenizer: Tokenizer, data: DataConfig, text: str, chat: bool)
     pieces = question(text, data, tokenizer)
     ids = encode_marked(tokenizer, documents_of(pieces))
     return np.concatenate([[tokenizer.bos_id], *ids]).astype(np.int32)
+
+
+class Start(NamedTuple):
+    """What a model gets of a prompt."""
+
+    ids: np.ndarray  # int32 [T]: what the decoder continues
+    read: np.ndarray | None  # int32 [S]: what the encoder reads; None without an encoder
+
+
+def start_of(config: Config, ids: np.ndarray) -> Start:
+    """What the model of a run gets of the ids of a prompt: its decoder continues the last `seq_len`. An encoder reads
+    the first `model.encoder_len`, and its decoder writes an answer from the beginning.
+    """
+    if config.model.encoder_layers:
+        return Start(ids[:1], ids[: config.model.encoder_len])
+    return Start(ids[-config.seq_len :], None)
+
+
+def makes_answers(config: Config) -> bool:
+    """Whether a run answers prompts, instead of continuing them."""
+    return trains_on_answers(config.data) or config.model.encoder_layers > 0
 
 
 def make_ending(tokenizer: Tokenizer, data: DataConfig, stops: Sequence[str] = ()) -> Ending:

@@ -58,6 +58,12 @@ def eval_batches(
     return batches()
 
 
+def num_eval_batches(corpus: Corpus, config: Config, rows_per_batch: int, limit: int = 0) -> int:
+    """Returns the number of batches that `eval_batches` gives."""
+    counts = [make_order(part.val, config).num_eval_rows for part in corpus.parts]
+    return sum(-(-len(places) // rows_per_batch) for places in scored_rows(counts, rows_per_batch, limit))
+
+
 def scored_rows(counts: list[int], rows_per_batch: int, limit: int) -> list[np.ndarray]:
     """Returns which rows (int64, rising) of each source are scored.
 

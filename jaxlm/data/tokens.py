@@ -29,7 +29,7 @@ class Tokens:
           end: the id that ends the last document, a bos; -1 for none.
         """
         self.end = end
-        self.packings: dict[int, Any] = {}  # cached packings of these tokens (packing.py), by T
+        self.packings: dict[Any, Any] = {}  # cached packings of these tokens (packing.py by T, pairs.py by S and T)
         self.shards = [shard for shard in shards if shard.size]
         self.masks = None if masks is None else [mask for mask in masks if mask.size]
         self._starts = starts

@@ -65,45 +65,55 @@ def choose_kernel(c: ModelConfig, platform: str, packed: bool) -> Kernel:
     return "cudnn"
 
 
-def causal_attention(
+def self_attention(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
     scores: Scores,
     segments_BT: jax.Array | None = None,
     kernel: Kernel = "xla",
+    causal: bool = True,
 ) -> jax.Array:
-    """Attention to the same and earlier positions of the same segment, `[B, T, H, C]`. H is a multiple of K."""
+    """Attention to positions of the same segment, `[B, T, H, C]`; if `causal`, to the same and earlier ones. H is a
+    multiple of K. Scores have a window only if `causal`.
+    """
     if scores.window >= q_BTHC.shape[1]:
         scores = scores._replace(window=0)
     match kernel:
         case "xla":
-            return keep(in_chunks(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT))
+            return keep(in_chunks(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT, causal))
         case "cudnn":
-            return cudnn(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT)
+            visible_BTS = None if segments_BT is None else segments_BT[:, :, None] == segments_BT[:, None, :]
+            return cudnn(q_BTHC, k_BTKC, v_BTKC, scores, visible_BTS, causal)
         case "triton":
-            return triton(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT)
+            return triton(q_BTHC, k_BTKC, v_BTKC, scores, segments_BT, causal)
         case other:
             assert_never(other)
 
 
 def cudnn(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, scores: Scores, segments_BT: jax.Array | None
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    scores: Scores,
+    visible_BTS: jax.Array | None,
+    causal: bool = True,
 ) -> jax.Array:
-    """cuDNN's fused attention, for which segments become a mask `[B, 1, T, T]`. JAX refuses odd lengths."""
+    """cuDNN's fused attention. JAX refuses odd lengths."""
     assert not scores.softcap
-    q, k, v = (_padded(x, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
+    q, k, v = (_padded(x, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
+    if visible_BTS is None and not causal:
+        visible_BTS = jnp.ones((q_BTHC.shape[0], q_BTHC.shape[1], k_BSKC.shape[1]), bool)
     mask_B1TS = None
-    if segments_BT is not None:
-        s_BT = _padded(segments_BT, 2)
-        mask_B1TS = (s_BT[:, :, None] == s_BT[:, None, :])[:, None]
+    if visible_BTS is not None:
+        mask_B1TS = _padded(_padded(visible_BTS, 2).swapaxes(1, 2), 2).swapaxes(1, 2)[:, None]
     o_BTHC = jax.nn.dot_product_attention(
         q,
         k,
         v,
         mask=mask_B1TS,
         scale=scores.scale,
-        is_causal=True,
+        is_causal=causal,
         local_window_size=(scores.window - 1, 0) if scores.window else None,
         implementation="cudnn",
     )
@@ -116,6 +126,7 @@ def triton(
     v_BTKC: jax.Array,
     scores: Scores,
     segments_BT: jax.Array | None,
+    causal: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """Flash attention (Dao et al.) with the Triton kernel that comes with JAX. It compares segments block by block, so
@@ -129,40 +140,65 @@ def triton(
     T, H = q_BTHC.shape[1:3]
     k_BTHC, v_BTHC = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k_BTKC, v_BTKC))
     q, k, v = (_padded(x, BLOCK) for x in (q_BTHC, k_BTHC, v_BTHC))
+    if segments_BT is None and not causal:
+        segments_BT = jnp.ones(q_BTHC.shape[:2], jnp.int32)
     s_BT = None if segments_BT is None else _padded(segments_BT, BLOCK)
-    o_BTHC: Any = mha(q, k, v, s_BT, sm_scale=scores.scale, causal=True, interpret=interpret)
+    o_BTHC: Any = mha(q, k, v, s_BT, sm_scale=scores.scale, causal=causal, interpret=interpret)
     return o_BTHC[:, :T]
 
 
 def _padded(x_BT: jax.Array, multiple: int) -> jax.Array:
-    """Appends zeros to `[B, T, ...]`, to a multiple in T. Causal attention to earlier positions does not see them."""
+    """Appends zeros to `[B, T, ...]`, to a multiple in T. Causal attention does not see them, and no segment is 0."""
     return jnp.pad(x_BT, [(0, -x_BT.shape[i] % multiple if i == 1 else 0) for i in range(x_BT.ndim)])
 
 
 def in_chunks(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, scores: Scores, segments_BT: jax.Array | None
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    scores: Scores,
+    segments_BT: jax.Array | None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Attention in plain JAX. The queries are cut into chunks, and each chunk reads only the keys up to its own end,
-    and not those before its window.
+    """Attention in plain JAX. The queries are cut into chunks, and if `causal`, each chunk reads only the keys up to
+    its own end, and not those before its window.
 
     Four chunks save three eighths of the scores, all of which would be masked. Of sequences of more than 8192 tokens, a
     chunk has about 2048.
     """
     T = q_BTHC.shape[1]
-    chunks = next(n for n in (*range(T // 2048, 4, -1), 4, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
+    least = 4 if causal else 1
+    chunks = next(n for n in (*range(T // 2048, 4, -1), least, 2, 1) if n == 1 or (T % n == 0 and T // n >= 64))
     size = T // chunks
     outs = []
     for start in range(0, T, size):
-        end = start + size
+        end = start + size if causal else T
         first = max(0, start + 1 - scores.window) if scores.window else 0
         age = (start + jnp.arange(size))[:, None] - jnp.arange(first, end)
-        visible = age >= 0
+        visible = age >= 0 if causal else jnp.ones(age.shape, bool)
         if scores.window:
             visible &= age < scores.window
         if segments_BT is not None:
-            visible &= segments_BT[:, start:end, None] == segments_BT[:, None, first:end]
-        outs.append(attend(q_BTHC[:, start:end], k_BTKC[:, first:end], v_BTKC[:, first:end], visible, scores))
+            visible &= segments_BT[:, start : start + size, None] == segments_BT[:, None, first:end]
+        q_BtHC = q_BTHC[:, start : start + size]
+        outs.append(attend(q_BtHC, k_BTKC[:, first:end], v_BTKC[:, first:end], visible, scores))
     return jnp.concatenate(outs, axis=1)
+
+
+def attend_others(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    visible_BTS: jax.Array,
+    scores: Scores,
+    kernel: Kernel = "xla",
+) -> jax.Array:
+    """Attention to tokens of another text, `[B, T, H, C]`; in plain JAX or by cuDNN, for Triton's kernel has none."""
+    if kernel != "xla":
+        return cudnn(q_BTHC, k_BSKC, v_BSKC, scores, visible_BTS, causal=False)
+    chunks = [slice(start, start + 2048) for start in range(0, q_BTHC.shape[1], 2048)]
+    outs = [attend(q_BTHC[:, part], k_BSKC, v_BSKC, visible_BTS[:, part], scores) for part in chunks]
+    return keep(jnp.concatenate(outs, axis=1))
 
 
 def attend(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, visible: jax.Array, scores: Scores) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A block of the Transformer decoder, attention and MLP, as Flax modules.
+"""A block of the Transformer, attention and MLP, as Flax modules.
 
 Shapes live in names: B batch, T query time, S key time, N = B * T flat tokens, n those of this device (tensor.py; all
 if it computes alone), D d_model, F d_ff, H query heads, K key/value heads, C size of a head, V vocabulary, L layers,
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import lora, ring_blocks
-from jaxlm.model.attention import Kernel, Scores, attend, causal_attention, offset_keys
+from jaxlm.model.attention import Kernel, Scores, attend, offset_keys, self_attention
 from jaxlm.model.context import Context
+from jaxlm.model.cross_attention import CrossAttention, Read, ReadCache
 from jaxlm.model.layers import ROW_PARALLEL, Mlp, dropout, linear, norm, rmsnorm
 from jaxlm.model.remat import keep
 from jaxlm.model.ring import ring_attention
@@ -34,11 +35,13 @@ class Cache(NamedTuple):
 
     k: jax.Array  # [L, B, S, K, C]
     v: jax.Array  # [L, B, S, K, C]
+    read: ReadCache | None = None  # of what the encoder read; None without an encoder
 
     def extended(self, k_BTKC: jax.Array, v_BTKC: jax.Array, start: jax.Array) -> "Cache":
         """One layer's cache with the keys and values of T tokens added at position `start`."""
         at = (0, start, 0, 0)
-        return Cache(jax.lax.dynamic_update_slice(self.k, k_BTKC, at), jax.lax.dynamic_update_slice(self.v, v_BTKC, at))
+        k, v = (jax.lax.dynamic_update_slice(*both, at) for both in ((self.k, k_BTKC), (self.v, v_BTKC)))
+        return self._replace(k=k, v=v)
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +55,7 @@ class LayerInputs:
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
     begins_BT: jax.Array | None  # where a document begins; None = one document
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
+    read: Read | None  # what the encoder read; None without an encoder, and if it is in the cache
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
     kernel: Kernel = field(metadata={"static": True})  # that computes attention without a cache
     tensor: Tensor = field(metadata={"static": True})
@@ -61,22 +65,27 @@ class LayerInputs:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with the signature of a scan's body.
 
-    With `post_norms`, norms follow attention and MLP, too (Gemma 2, section 2).
+    With `post_norms`, norms follow attention and MLP, too (Gemma 2, section 2). If there is an encoder, the decoder's
+    blocks attend to what it read between the two.
     """
 
     config: ModelConfig
     context: int  # number of tokens that a decoded token sees at most, itself included
+    causal: bool = True  # whether tokens see only the ones before them; not in an encoder
 
     @nn.compact
     def __call__(self, x_nD: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
         c, tensor = self.config, shared.tensor
         normed_ND = tensor.gather(norm(c, "attention_norm")(x_nD))
         drop = lora_dropout(c, layer, shared)
-        a_nD, cache = Attention(c, self.context, name="attention")(normed_ND, layer, cache, shared, drop)
+        attention = Attention(c, self.context, self.causal, name="attention")
+        a_nD, cache = attention(normed_ND, layer, cache, shared, drop)
         if c.post_norms:
             a_nD = norm(c, "attention_post_norm")(a_nD)
         x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, 2 * layer, tensor, shared.context)
         x_nD = keep(x_nD)
+        if c.encoder_layers:
+            x_nD, cache = self._cross(x_nD, layer, cache, shared)
         m_nD = Mlp(c, tensor, name="mlp")(tensor.gather(norm(c, "mlp_norm")(x_nD)), drop)
         if c.post_norms:
             m_nD = norm(c, "mlp_post_norm")(m_nD)
@@ -87,12 +96,30 @@ class Block(nn.Module):
             self.sow(STATISTICS, "squares", jnp.sum(squares_D))
         return x_nD, cache
 
+    def _cross(self, x_nD: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
+        """x + attention of norm(x) to what the encoder read."""
+        c, tensor = self.config, shared.tensor
+        normed_ND = tensor.gather(norm(c, "cross_norm")(x_nD))
+        drop = lora_dropout(c, layer, shared, 2 * CROSS)
+        before = None if cache is None else cache.read
+        segments_BT = shared.segments_BT
+        attention = CrossAttention(c, name="cross")
+        a_nD, after = attention(normed_ND, shared.shape, segments_BT, shared.read, before, shared.kernel, tensor, drop)
+        if c.post_norms:
+            a_nD = norm(c, "cross_post_norm")(a_nD)
+        x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, CROSS + layer, tensor)
+        return keep(x_nD), None if cache is None else cache._replace(read=after)
 
-def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs) -> lora.Drop:
-    """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout."""
+
+CROSS = 10**6  # the first site of dropout in attention to what the encoder read; others are below, whatever num_layers
+
+
+def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs, first: int = 0) -> lora.Drop:
+    """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout; `first` is
+    added to them."""
 
     def drop(x_ND: jax.Array, name: str) -> jax.Array:
-        site = 2 * c.num_layers + 1 + len(lora.PLACES) * layer + lora.PLACES[name]
+        site = first + 2 * c.num_layers + 1 + len(lora.PLACES) * layer + lora.PLACES[name]
         columns = shared.tensor if name in ROW_PARALLEL else ALONE  # of which this device has some
         return dropout(x_ND, c.lora_dropout, shared.dropout_keys_B, site, columns, shared.context, dim=1)
 
@@ -100,7 +127,7 @@ def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs) -> lora.
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. With fewer key/value heads, each serves a group of query heads.
+    """Multi-head self-attention. With fewer key/value heads, each serves a group of query heads.
 
     Several devices compute some of the heads each, from all rows `[N, D]` to some, `[n, D]`; if there are fewer
     key/value heads than devices, neighbours compute the same one.
@@ -108,6 +135,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     context: int
+    causal: bool
 
     @nn.compact
     def __call__(
@@ -134,7 +162,7 @@ class Attention(nn.Module):
         if cache is None:
             if c.key_offset:
                 k_BTKC = offset_keys(k_BTKC, shared.begins_BT, shared.context)
-            o_BTHC = attend_layer(c, is_global, q_BTHC, k_BTKC, v_BTKC, shared)
+            o_BTHC = attend_layer(c, is_global, q_BTHC, k_BTKC, v_BTKC, shared, self.causal)
         else:
             assert shared.start is not None
             cache = cache.extended(k_BTKC, v_BTKC, shared.start)
@@ -158,6 +186,7 @@ def attend_layer(
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
     shared: LayerInputs,
+    causal: bool,
 ) -> jax.Array:
     """Attention in a layer with a window or without; where layers differ, a branch of each."""
     context = shared.context
@@ -170,7 +199,7 @@ def attend_layer(
 
     def branch(window: int) -> Callable[..., jax.Array]:
         scores = Scores.of(c)._replace(window=window)
-        return lambda q, k, v: causal_attention(q, k, v, scores, shared.segments_BT, shared.kernel)
+        return lambda q, k, v: self_attention(q, k, v, scores, shared.segments_BT, shared.kernel, causal)
 
     differ = c.window and c.global_every and c.window < q_BTHC.shape[1]
     if not differ:

@@ -1,4 +1,4 @@
-"""A decoder as pure functions of its parameters, for one device. Shape names as in blocks.py."""
+"""A Transformer as pure functions of its parameters, for one device. Shape names as in blocks.py."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,17 +10,19 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.model.blocks import STATISTICS, Cache
 from jaxlm.model.context import WHOLE, Context
+from jaxlm.model.cross_attention import Prompts, ReadCache
 from jaxlm.model.network import Decoder, OnLayer, Params
 from jaxlm.model.tensor import ALONE, Tensor
 
 
 class Model(NamedTuple):
-    """A decoder as pure functions of its parameters."""
+    """A decoder, with an encoder or without, as pure functions of its parameters."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
-    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, on_layer=None) -> final states x_ND. With positions, a
-    # row holds several documents; each begins at position 0 and attends only to itself. With `on_layer`, each layer
-    # uses on_layer(its slice of params["layers"]), which may then hold more than parameters.
+    # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, prompts=None, on_layer=None) -> final states x_ND.
+    # With positions, a row holds several documents; each begins at position 0 and attends only to itself and, if there
+    # is an encoder, to its prompt. With `on_layer`, each layer uses on_layer(its slice of params[stack], stack), which
+    # may then hold more than parameters; the stacks are STACKS.
     hidden: Callable[..., jax.Array]
     # The same arguments -> (x_ND, sum of the squares of each layer's output, float32 [L], without a gradient)
     hidden_and_squares: Callable[..., tuple[jax.Array, jax.Array]]
@@ -32,9 +34,10 @@ class Model(NamedTuple):
     end: Callable[[Params, jax.Array], jax.Array]
     output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
-    init_cache: Callable[[int, int], Cache]  # (B, S)
-    # (params, tokens_BT, cache, start) -> (logits_BTV, cache) for tokens at positions start, start + 1, ...
-    decode: Callable[[Params, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+    init_cache: Callable[..., Cache]  # (B, length, tokens of the encoder's rows=0)
+    # (params, tokens_BT, cache, start, prompts=None) -> (logits_BTV, cache) for tokens at start, start + 1, ... If
+    # there is an encoder, the first call gets the prompts, one a row, and later ones find them in the cache.
+    decode: Callable[..., tuple[jax.Array, Cache]]
     having: Callable[..., "Model"]  # the same model with another platform, on_layer or tensor (see make_model)
     tensor: Tensor  # what this device computes together with others
     context: Context  # what it has of each sequence
@@ -54,7 +57,7 @@ def make_model(
     tensor: Tensor = ALONE,
     context: Context = WHOLE,
 ) -> Model:
-    """Returns the functions of a decoder over `vocab_size` tokens that is trained on sequences of `max_len`.
+    """Returns the functions of a model over `vocab_size` tokens that is trained on sequences of `max_len`.
 
     In longer texts a decoded token sees the last `max_len` tokens. Learned and sinusoidal positions end at `max_len`.
 
@@ -88,14 +91,22 @@ def make_model(
         tokens_BT: jax.Array,
         dropout_keys_B: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        prompts: Prompts | None = None,
         on_layer: OnLayer | None = None,
     ) -> jax.Array:
-        return call("hidden", params, tokens_BT, dropout_keys_B, positions_BT, on_layer=on_layer)[0]
+        inputs = tokens_BT, dropout_keys_B, positions_BT, None, 0, prompts
+        return call("hidden", params, *inputs, on_layer=on_layer)[0]
 
     def hidden_and_squares(
-        params: Params, *inputs: Any, on_layer: OnLayer | None = None
+        params: Params,
+        tokens_BT: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        prompts: Prompts | None = None,
+        on_layer: OnLayer | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         model: Any = decoder(on_layer)
+        inputs = tokens_BT, dropout_keys_B, positions_BT, None, 0, prompts
         (x_ND, _), found = model.apply({"params": params}, *inputs, method="hidden", mutable=[STATISTICS])
         return x_ND, found[STATISTICS]["layers"]["squares"][0]
 
@@ -109,12 +120,20 @@ def make_model(
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return call("unembed", params, x_ND)
 
-    def init_cache(batch: int, length: int) -> Cache:
-        shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
-        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    def init_cache(batch: int, length: int, read: int = 0) -> Cache:
+        def keys_and_values(length: int) -> tuple[jax.Array, jax.Array]:
+            shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
+            return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
-    def decode(params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
-        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start)
+        if not config.encoder_layers:
+            return Cache(*keys_and_values(length))
+        of_read = ReadCache(*keys_and_values(read), jnp.zeros((config.num_layers, batch, read), bool))
+        return Cache(*keys_and_values(length), of_read)
+
+    def decode(
+        params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array, prompts: Prompts | None = None
+    ) -> tuple[jax.Array, Cache]:
+        x_ND, cache = call("hidden", params, tokens_BT, None, None, cache, start, prompts)
         return unembed(params, x_ND).reshape(*tokens_BT.shape, -1), cache
 
     max_positions = None if config.position == "rope" else max_len
@@ -146,15 +165,24 @@ def num_params(params: Params) -> int:
 def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
     """Floating-point operations for one training token, forward and backward (PaLM, appendix B).
 
-    6 for each parameter that takes part in products, plus those of attention.
+    6 for each parameter that takes part in products, plus those of attention. With an encoder, tokens are the
+    decoder's, and the encoder's work is shared among them.
     """
-    return 6 * multiplied(config, params) + attention_flops(config, seq_len)
+    return 6 * multiplied(config, params, seq_len) + attention_flops(config, seq_len)
 
 
-def multiplied(config: ModelConfig, params: Params) -> int:
-    """Number of parameters, or of some of them, outside of tables that are only looked up."""
-    lookups = ("positions",) if config.tie_embeddings else ("positions", "embed")
-    return num_params(params) - num_params([params.get(name) for name in lookups])
+def multiplied(config: ModelConfig, params: Params, seq_len: int) -> float:
+    """With how many of the parameters, or of some of them, a token is multiplied: with all but those of tables that are
+    only looked up. Those that the encoder's tokens meet count for the decoder's, of which there are fewer or more.
+    """
+    lookups = ("positions", "encoder_positions", *(() if config.tie_embeddings else ("embed",)))
+    all_but_lookups = num_params({name: x for name, x in params.items() if name not in lookups})
+    if not config.encoder_layers:
+        return all_but_lookups
+    cross = params.get("layers", {}).get("cross", {})
+    of_prompts = {name: params.get(name) for name in ("encoder", "encoder_norm")}
+    of_prompts |= {name: cross.get(name) for name in ("key", "value", "key_norm")}
+    return all_but_lookups + num_params(of_prompts) * (config.encoder_len / seq_len - 1)
 
 
 def attention_flops(config: ModelConfig, seq_len: int) -> float:
@@ -163,4 +191,8 @@ def attention_flops(config: ModelConfig, seq_len: int) -> float:
     """
     L, window = config.num_layers, min(config.window or seq_len, seq_len)
     global_layers = L // config.global_every if config.global_every else 0
-    return 12 * config.num_heads * config.head_size * (global_layers * seq_len + (L - global_layers) * window)
+    keys = global_layers * seq_len + (L - global_layers) * window
+    if config.encoder_layers:
+        S = config.encoder_len
+        keys += L * S + config.encoder_layers * S * S / seq_len
+    return 12 * config.num_heads * config.head_size * keys

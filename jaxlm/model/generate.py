@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.model import Cache, Model, Params
+from jaxlm.model.cross_attention import Prompts
 
 CHUNK = 512  # prompt tokens read at once; attention's memory grows with chunk times context
 BLOCK = 16  # tokens drawn in one call: enough to hide its overhead, few enough to show the text as it grows
@@ -33,6 +34,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    prompts: Prompts | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields the new tokens as they are drawn, int32 `[B, n]` with n from 1 to BLOCK.
@@ -47,6 +49,7 @@ def stream(
       temperature: 0 takes the most probable token.
       top_k: samples among the k most probable tokens; 0 = all.
       top_p: samples among the most probable tokens that together have this probability (Holtzman et al.).
+      prompts: what the encoder reads, if the model has one: one prompt a row. `prompt_BT` then begins the answers.
       stop: called before each block; True ends the text.
     """
     assert prompt_BT.shape[1] <= (model.max_positions or prompt_BT.shape[1])
@@ -54,7 +57,7 @@ def stream(
     params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), params)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
     length = min(T + max_new_tokens, model.max_positions or T + max_new_tokens)
-    first_B, cache = _read(model, params, jnp.asarray(prompt_BT), keys_B, how, length)
+    first_B, cache = _read(model, params, jnp.asarray(prompt_BT), keys_B, how, length, prompts)
     blocks = [np.asarray(first_B)[:, None]]
     yield blocks[0]
 
@@ -67,7 +70,7 @@ def stream(
 
     text_BT = np.concatenate([prompt_BT, *blocks], axis=1)[:, -length:]
     while (count := min(BLOCK, max_new_tokens - done)) > 0 and not stop():
-        block_BN, text_BT = _with_window(model, params, text_BT, done, count, keys_B, how)
+        block_BN, text_BT = _with_window(model, params, text_BT, done, count, keys_B, how, prompts)
         yield np.asarray(block_BN)[:, :count]
         done += count
 
@@ -88,15 +91,24 @@ def generate(
 
 @partial(jax.jit, static_argnames=("model", "how", "length"))
 def _read(
-    model: Model, params: Params, prompt_BT: jax.Array, keys_B: jax.Array, how: Sampling, length: int
+    model: Model,
+    params: Params,
+    prompt_BT: jax.Array,
+    keys_B: jax.Array,
+    how: Sampling,
+    length: int,
+    prompts: Prompts | None,
 ) -> tuple[jax.Array, Cache]:
     """Returns the first new token of each row, and a cache for `length` tokens that holds the prompt's."""
     B, T = prompt_BT.shape
-    cache = model.init_cache(B, length)
+    cache = model.init_cache(B, length, 0 if prompts is None else prompts.tokens_BS.shape[1])
 
     first = model.first_read if model.first_read < T else 0
+    if prompts is not None:
+        first = min(T - 1, CHUNK)
     if first:
-        cache = model.decode(params, prompt_BT[:, :first], cache, jnp.int32(0))[1]
+        cache = model.decode(params, prompt_BT[:, :first], cache, jnp.int32(0), prompts)[1]
+        prompts = None  # the cache has them
 
     def read(cache, i):
         at = first + i * CHUNK
@@ -107,7 +119,7 @@ def _read(
     if chunks:
         cache, _ = jax.lax.scan(read, cache, jnp.arange(chunks))
     at = first + chunks * CHUNK
-    logits_BTV, cache = model.decode(params, prompt_BT[:, at:], cache, jnp.int32(at))
+    logits_BTV, cache = model.decode(params, prompt_BT[:, at:], cache, jnp.int32(at), prompts)
     return pick(logits_BTV[:, -1], jnp.int32(0), keys_B, how), cache
 
 
@@ -148,13 +160,14 @@ def _with_window(
     count: jax.Array,
     keys_B: jax.Array,
     how: Sampling,
+    prompts: Prompts | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the next `count` tokens, `[B, BLOCK]`, each from the last T tokens alone, and the new window."""
     B, T = window_BT.shape
 
     def one(i, carry):
         window_BT, block_BN = carry
-        x_BD = model.hidden(params, window_BT).reshape(B, T, -1)[:, -1]
+        x_BD = model.hidden(params, window_BT, prompts=prompts).reshape(B, T, -1)[:, -1]
         token_B = pick(model.unembed(params, x_BD), done + i, keys_B, how)
         return jnp.concatenate([window_BT[:, 1:], token_B[:, None]], axis=1), block_BN.at[:, i].set(token_B)
 

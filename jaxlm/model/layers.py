@@ -105,9 +105,9 @@ def linear(
     """A linear layer, with a bias if `bias` or the configuration says so; its weights start with standard deviation
     1 / sqrt(fan in).
 
-    With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(2L)
-    (GPT-2, section 2.3) or, with residual_init=zero, at zero, so that each block starts as the identity. `join` is
-    applied to the product, before the bias is added.
+    With `residual`, its output is added to the residual stream: its weights start smaller by a factor of sqrt(n), for n
+    such layers (GPT-2, section 2.3), or, with residual_init=zero, at zero, so that each block starts as the identity.
+    `join` is applied to the product, before the bias is added.
     """
     init = RESIDUAL_INITS[c.residual_init](c) if residual else _fan_in(1.0)
     return Linear(c, features, init, c.use_bias or bias, keep_product, join, name=name)
@@ -118,7 +118,7 @@ def _fan_in(variance: float) -> Any:
 
 
 RESIDUAL_INITS: dict[str, Callable[[ModelConfig], Any]] = {
-    "scaled": lambda c: _fan_in(1 / (2 * c.num_layers)),
+    "scaled": lambda c: _fan_in(1 / c.residual_branches),
     "zero": lambda c: nn.initializers.zeros,
 }
 

@@ -1,4 +1,4 @@
-"""The Transformer decoder as a Flax module: tables, layers, final norm, output layer.
+"""The Transformer as a Flax module: tables, layers, final norm, output layer, and an encoder if there is one.
 
 Only this file, blocks.py and layers.py know Flax; none of them knows device axes or training. Shape names as in
 blocks.py.
@@ -16,17 +16,21 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.attention import choose_kernel
 from jaxlm.model.blocks import STATISTICS, Block, Cache, LayerInputs
 from jaxlm.model.context import WHOLE, Context
+from jaxlm.model.cross_attention import Prompts, Read
 from jaxlm.model.layers import Head, dropout, logits_of, norm, sinusoids
 from jaxlm.model.remat import REMAT, layer_loop
 from jaxlm.model.rope import local_rope_tables, rope_tables
 from jaxlm.model.tensor import ALONE, Tensor, look_up
 
-Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...]
-OnLayer = Callable[[Params], Params]  # applied to one layer's parameters when the layer uses them
+Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...] (STACKS)
+OnLayer = Callable[[Params, str], Params]  # (one layer's parameters, their stack), applied when the layer uses them
+ENCODER = 10**9  # makes the encoder's keys of dropout
 
 
 class Decoder(nn.Module):
     """Token and position embedding, L blocks, final norm, output layer.
+
+    An encoder has layers, norm and positions of its own, and the same token embedding.
 
     With `vocab_multiple`, token tables have more rows than there are tokens, for a convenient shape. The extra rows are
     never looked up and have no logits.
@@ -46,19 +50,23 @@ class Decoder(nn.Module):
         self.embed = self._table(self.tensor.part(self.rows))
         if c.position == "learned":
             self.positions = self._table(self.max_len)
-        self.layers = self._layers()
+        self.layers = self._layers(c, "layers")
         self.final_norm = norm(c)
+        if c.encoder_layers:
+            if c.position == "learned":
+                self.encoder_positions = self._table(c.encoder_len)
+            self.encoder = self._layers(c.encoder, "encoder")
+            self.encoder_norm = norm(c)
         if not c.tie_embeddings:
             self.head = Head(c, self.tensor.part(self.rows))
 
-    def _layers(self) -> Any:
+    def _layers(self, c: ModelConfig, stack: str) -> Any:
         """The blocks as one scan over stacked parameters, with remat, and with `on_layer` applied to each layer."""
-        c = self.config
         block: Any = Block
         unroll, remat = layer_loop(c, self.platform)
         if self.on_layer is not None:
             on_layer = self.on_layer
-            block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"])})
+            block = nn.map_variables(block, "params", trans_in_fn=lambda v: {"params": on_layer(v["params"], stack)})
         if remat != "none":
             # In an unrolled scan, XLA would merge the recomputation with the first computation.
             block = nn.remat(block, policy=REMAT[remat], prevent_cse=unroll > 1)
@@ -70,7 +78,7 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             unroll=unroll,
         )
-        return layers(c, self.max_len)
+        return layers(c, self.max_len, causal=stack != "encoder")
 
     def _table(self, rows: int) -> nn.Embed:
         """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. With tied
@@ -89,12 +97,28 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None = None,
         cache: Cache | None = None,
         start: jax.Array | int = 0,
+        prompts: Prompts | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
+        read = None if prompts is None else self.read(prompts, dropout_keys_B)
         x_nD = self.begin(tokens_BT, dropout_keys_B, positions_BT, start)
         layers_L = jnp.arange(self.config.num_layers)
-        x_nD, cache = self.run(x_nD, layers_L, tokens_BT.shape, dropout_keys_B, positions_BT, cache, start)
+        x_nD, cache = self.run(x_nD, layers_L, tokens_BT.shape, dropout_keys_B, positions_BT, cache, start, read)
         return self.end(x_nD), cache
+
+    def read(self, prompts: Prompts, dropout_keys_B: jax.Array | None) -> Read:
+        """What the encoder makes of prompts."""
+        c, (tokens_BS, positions_BS) = self.config.encoder, prompts
+        if dropout_keys_B is not None:
+            dropout_keys_B = jax.vmap(jax.random.fold_in, (0, None))(dropout_keys_B, ENCODER)
+        positions = self._positions(tokens_BS.shape[1], positions_BS, 0)
+        table = self.encoder_positions if c.position == "learned" else None
+        x_nD = self._embedded(tokens_BS, positions, table)
+        x_nD = dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor)
+        shared = self._shared(tokens_BS.shape, dropout_keys_B, positions_BS)
+        x_nD, _ = self.encoder(x_nD, jnp.arange(c.num_layers), None, shared)
+        segments_BS = jnp.ones_like(tokens_BS) if shared.segments_BT is None else shared.segments_BT
+        return Read(self.tensor.gather(self.encoder_norm(x_nD)), segments_BS, shared.begins_BT)
 
     def begin(
         self,
@@ -106,14 +130,8 @@ class Decoder(nn.Module):
         """What the first layer reads: embeddings, `[n, D]`."""
         c = self.config
         positions = self._positions(tokens_BT.shape[1], positions_BT, start)
-        tokens_BT = self.context.own(tokens_BT, 1)
-        B, T = tokens_BT.shape
-        x_nD = self._embedded(tokens_BT.reshape(-1))
-        if c.scale_embeddings:
-            x_nD *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
-        if (added := self._position_embeddings(positions)) is not None:
-            added_ND = jnp.broadcast_to(added.astype(c.dtype), (B, T, c.d_model)).reshape(B * T, -1)
-            x_nD += self.tensor.own(added_ND)
+        table = self.positions if c.position == "learned" else None
+        x_nD = self._embedded(self.context.own(tokens_BT, 1), positions, table)
         return dropout(x_nD, c.dropout, dropout_keys_B, 2 * c.num_layers, self.tensor, self.context)
 
     def run(
@@ -125,27 +143,39 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None,
         cache: Cache | None = None,
         start: jax.Array | int = 0,
+        read: Read | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Applies the layers of these numbers, whose parameters are those of `layers`.
 
         Args: shape: of the whole sequences, (B, S).
         """
+        shared = self._shared(shape, dropout_keys_B, positions_BT, None if cache is None else jnp.asarray(start), read)
+        return self.layers(x_nD, layers_l, cache, shared)
+
+    def _shared(
+        self,
+        shape: tuple[int, ...],
+        dropout_keys_B: jax.Array | None,
+        positions_BT: jax.Array | None,
+        start: jax.Array | None = None,
+        read: Read | None = None,
+    ) -> LayerInputs:
         c, context = self.config, self.context
         B, S = shape
-        positions = self._positions(S, positions_BT, start)
-        shared = LayerInputs(
+        positions = self._positions(S, positions_BT, 0 if start is None else start)
+        return LayerInputs(
             dropout_keys_B=dropout_keys_B,
             rope=rope_tables(positions, c) if c.position == "rope" else None,
             local_rope=local_rope_tables(positions, c) if c.window and c.rope_local_theta else None,
             segments_BT=None if positions_BT is None else context.own(jnp.cumsum(positions_BT == 0, axis=1), 1),
             begins_BT=None if positions_BT is None else positions == 0,
-            start=None if cache is None else jnp.asarray(start),
+            start=start,
+            read=read,
             shape=(B, S // context.size),
             kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
             tensor=self.tensor,
             context=context,
         )
-        return self.layers(x_nD, layers_l, cache, shared)
 
     def end(self, x_nD: jax.Array) -> jax.Array:
         """What the output layer reads: all rows, normed, `[N, D]`."""
@@ -157,20 +187,32 @@ class Decoder(nn.Module):
             return start + self.context.positions(S // self.context.size)
         return self.context.own(positions_BT, 1)
 
-    def _embedded(self, tokens_N: jax.Array) -> jax.Array:
-        """The embeddings of this device's rows, `[n, D]`."""
+    def _embedded(self, tokens_BT: jax.Array, positions: jax.Array, table: Any) -> jax.Array:
+        """The embeddings of this device's rows, with those of positions, `[n, D]`."""
+        c = self.config
+        x_nD = self._looked_up(tokens_BT.reshape(-1))
+        if c.scale_embeddings:
+            x_nD *= jnp.asarray(math.sqrt(c.d_model), c.dtype)
+        if (added := self._position_embeddings(positions, table)) is not None:
+            B, T = tokens_BT.shape
+            added_ND = jnp.broadcast_to(added.astype(c.dtype), (B, T, c.d_model)).reshape(B * T, -1)
+            x_nD += self.tensor.own(added_ND)
+        return x_nD
+
+    def _looked_up(self, tokens_N: jax.Array) -> jax.Array:
+        """The token embeddings of this device's rows, `[n, D]`."""
         if self.tensor.size == 1:
             return self.embed(tokens_N).astype(self.config.dtype)
         found_ND = look_up(self.tensor, self.embed.embedding, tokens_N)
         return self.tensor.scatter(found_ND.astype(self.config.dtype))
 
-    def _position_embeddings(self, positions: jax.Array) -> jax.Array | None:
+    def _position_embeddings(self, positions: jax.Array, table: Any) -> jax.Array | None:
         """Position embeddings to add to token embeddings, `[..., D]`; None for RoPE, which rotates queries and keys."""
         match self.config.position:
             case "rope":
                 return None
             case "learned":
-                return self.positions(positions)
+                return table(positions)
             case "sinusoidal":
                 return sinusoids(positions, self.config.d_model)
             case other:
@@ -187,5 +229,5 @@ class Decoder(nn.Module):
         return logits_NV
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_ND, _ = self.hidden(tokens_BT)
+        x_ND, _ = self.hidden(tokens_BT, prompts=Prompts(tokens_BT, None) if self.config.encoder_layers else None)
         return self.unembed(x_ND).reshape(*tokens_BT.shape, -1)

@@ -62,7 +62,8 @@ def by_layer(writer: Writer) -> Writer:
         found = {}
         for key, value in metrics.items():
             if isinstance(value, list):
-                found |= {key.replace("layers/", f"layer_{i}/"): x for i, x in enumerate(value)}
+                stack, _, name = key.partition("/")
+                found |= {f"{stack.removesuffix('s')}_{i}/{name}": x for i, x in enumerate(value)}
             else:
                 found[key] = value
         return found

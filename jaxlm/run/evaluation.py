@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 
-from jaxlm.data.prompts import Continuation, encode_prompt, make_ending
+from jaxlm.data.prompts import Continuation, encode_prompt, make_ending, makes_answers, start_of
 from jaxlm.data.sources.conversations import trains_on_answers
 from jaxlm.host.stop import NEVER, Interrupted, Stop
 from jaxlm.model import Params
+from jaxlm.model.cross_attention import Prompts
 from jaxlm.model.generate import stream
 from jaxlm.run import metrics
 from jaxlm.run.begin import Parts
 from jaxlm.run.go_back import bad_since
 from jaxlm.run.phases import Phases, counted
 from jaxlm.run.setup import Setup
-from jaxlm.run.time_left import num_eval_batches
 from jaxlm.train import trained
 from jaxlm.train.evaluate import evaluate
 from jaxlm.train.step import TrainState
@@ -26,10 +26,10 @@ def make_score(setup: Setup, phases: Phases, stop: Stop = NEVER) -> Callable[...
     """Returns (params, function to call before each batch) -> scores on the validation set. It shows its progress, and
     raises Interrupted if it is asked to stop.
     """
-    eval_step, corpus = setup.eval_step(), setup.corpus
+    eval_step, corpus, total = setup.eval_step(), setup.corpus, setup.num_eval_batches()
 
     def score(params: Params, before_batch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        with phases.phase("evaluating", num_eval_batches(setup.config, len(corpus.val))) as advance:
+        with phases.phase("evaluating", total) as advance:
             batches = counted(_announced(setup.eval_batches(), before_batch), advance)
             return stop.together(lambda: evaluate(eval_step, params, batches, corpus.bytes_per_token, stop))
 
@@ -83,13 +83,13 @@ def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | No
     first = jax.process_index() == 0
     if not c.eval.sample_tokens or tokenizer is None or not (first or together):
         return None
-    chat, text = trains_on_answers(c.data), c.eval.sample_prompt
-    prompt = encode_prompt(tokenizer, c.data, text, chat)[-c.seq_len :]
+    text = c.eval.sample_prompt
+    start = start_of(c, encode_prompt(tokenizer, c.data, text, trains_on_answers(c.data)))
     how: dict[str, Any] = {"max_new_tokens": c.eval.sample_tokens, "temperature": 0.8, "top_p": 0.95}
-    how |= {} if together else {"stop": stop}
-    blocks = stream(*parts.placement.for_sampling(params), prompt[None], jax.random.key(c.seed), **how)
-    sample = Continuation(tokenizer, prompt, make_ending(tokenizer, c.data))
-    text += "\n" if chat else ""
+    how |= {"prompts": Prompts.repeated(start.read, 1)} | ({} if together else {"stop": stop})
+    blocks = stream(*parts.placement.for_sampling(params), start.ids[None], jax.random.key(c.seed), **how)
+    sample = Continuation(tokenizer, start.ids, make_ending(tokenizer, c.data))
+    text += "\n" if makes_answers(c) else ""
     for block in blocks:
         text += sample.add(block[0].tolist())
         if sample.ended:

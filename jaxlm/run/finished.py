@@ -86,7 +86,8 @@ def _next(config: Config, corpus: data.Corpus, workdir: str) -> str:
         prompt = ""
     if prompt == "-" or not prompt.isprintable():  # "-" means stdin
         prompt = ""
-    return f"{command('generate')} --workdir {workdir}{' --chat' * chat} --prompt {shlex.quote(prompt)}"
+    option = " --chat" * (chat and not config.model.encoder_layers)
+    return f"{command('generate')} --workdir {workdir}{option} --prompt {shlex.quote(prompt)}"
 
 
 def command(name: str) -> str:

@@ -75,6 +75,17 @@ def open_run(workdir: Path, step: Step) -> Run:
     return Run(workdir, config, found, model, vocab_size, params, tokenizer)
 
 
+def check_decoder(where: str, config: Config, why: str) -> None:
+    """Raises UserError if the model has an encoder.
+
+    Args:
+      where: names the run in the message.
+      why: only a decoder will do.
+    """
+    if config.model.encoder_layers:
+        raise UserError(f"{where}: model.encoder_layers is {config.model.encoder_layers}; allowed: 0, because {why}")
+
+
 def score(run: Run, config: Config) -> dict[str, Any]:
     """Returns the scores of a run on the validation data of `config`, tokenized with the run's own tokenizer.
 

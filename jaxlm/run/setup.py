@@ -43,9 +43,14 @@ class Setup:
 
     def eval_batches(self) -> Iterator[data.Scored]:
         """This process's part of the validation set, in batches as large as a micro-batch of training."""
-        c = self.config
-        size = c.batch_size // c.optim.accum_steps
-        return data.eval_batches(self.corpus, c, size, self._share(), limit=c.eval.batches)
+        return data.eval_batches(self.corpus, self.config, self._eval_rows(), self._share(), self.config.eval.batches)
+
+    def num_eval_batches(self) -> int:
+        return data.num_eval_batches(self.corpus, self.config, self._eval_rows(), self.config.eval.batches)
+
+    def _eval_rows(self) -> int:
+        """Rows of a batch of an evaluation."""
+        return self.config.batch_size // self.config.optim.accum_steps
 
     def _share(self) -> data.Share:
         """Which part of each batch this process reads."""

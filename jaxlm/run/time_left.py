@@ -1,6 +1,5 @@
 """Estimates the remaining time of a run: its steps, and the evaluations and saves between them."""
 
-import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,12 +40,6 @@ def coming(step: int, steps: int, period: int) -> int:
     if step >= steps:
         return 0
     return 1 + ((steps - 1) // period - step // period if period else 0)
-
-
-def num_eval_batches(config: Config, num_tokens: int) -> int:
-    """Returns the number of batches in an evaluation on `num_tokens`; approximate if documents are packed."""
-    count = math.ceil((num_tokens - 1) / config.seq_len * config.optim.accum_steps / config.batch_size)
-    return min(count, config.eval.batches or count)
 
 
 def duration(seconds: float) -> str:

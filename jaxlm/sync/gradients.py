@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import ParallelConfig
+from jaxlm.config import STACKS, ParallelConfig
 from jaxlm.sync.base import GradSync, Reduction
 from jaxlm.sync.buckets import in_buckets, piece_shapes, plan
 from jaxlm.sync.cuts import Cuts
@@ -47,9 +47,10 @@ def make_grad_sync(
         shapes = {path: batch_shape(path, x) for path, x in leaves}
         together = [list(shapes.values())]
         if config.by_layer:  # one call for each layer, and one for each other key
-            together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key != "layers"]
-            layers = [s for path, s in shapes.items() if path[0].key == "layers"]
-            together += [[(1, *s[1:]) for s in layers]] * (layers[0][0] if layers else 0)
+            together = [[s for path, s in shapes.items() if path[0].key == key] for key in params if key not in STACKS]
+            for stack in STACKS:
+                layers = [s for path, s in shapes.items() if path[0].key == stack]
+                together += [[(1, *s[1:]) for s in layers]] * (layers[0][0] if layers else 0)
         return sum(
             reduction.sent_bytes(piece_shapes(bucket, shapes), zero)
             for shapes in together
@@ -62,7 +63,7 @@ def make_grad_sync(
     parts = Zero(group, params, limit)
 
     def gather(key: str, held: Any) -> Any:
-        if key != "layers":
+        if key not in STACKS:
             return parts.whole({key: held})[key]
         whole = parts.whole({key: jax.tree.map(lambda x: x[None], held)})[key]
         return jax.tree.map(lambda x: x[0], whole)

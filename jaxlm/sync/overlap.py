@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import STACKS
 from jaxlm.sync.base import GradSync
 
 SLOTS = "slots"  # the key of a layer's slots beside its parameters
@@ -28,7 +29,7 @@ class Slots(NamedTuple):
 
 
 def gradients(
-    loss: Callable[[Any, Callable[[Any], Any]], tuple[jax.Array, Any]],
+    loss: Callable[[Any, Callable[[Any, str], Any]], tuple[jax.Array, Any]],
     params: Any,
     before: Any | None,
     sync: GradSync,
@@ -37,7 +38,8 @@ def gradients(
     """Computes the gradient of a loss, and reduces each layer's part over the devices as soon as it is complete.
 
     Args:
-      loss: (params, on_layer) -> (loss, aux); it applies `on_layer` to a layer's parameters before it uses them.
+      loss: (params, on_layer) -> (loss, aux); it applies `on_layer` to a layer's parameters
+        and the key of their stack before it uses them.
       params: what this device holds of them; `loss` gets whole ones.
       before: the gradient of earlier micro-batches, or None.
 
@@ -48,18 +50,19 @@ def gradients(
 
     def hooked(slots: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         each = {k: Slots(slots[0][k], slots[1][k], None if before is None else before[k]) for k in params}
-        outer = {k: _used(sync, k, params[k], each[k]) for k in params if k != "layers"}
-        layers, of_layers = params["layers"], each["layers"]
-        if sync.mixes and jax.tree.leaves(layers):
-            layers, of_layers = after(layers, outer), of_layers._replace(mean=after(of_layers.mean, outer))
-        elif sync.mixes and "embed" in outer:
+        outer = {k: _used(sync, k, params[k], each[k]) for k in params if k not in STACKS}
+        stacks = {k: params[k] for k in params if k in STACKS}
+        for k in stacks if sync.mixes else ():
+            if jax.tree.leaves(stacks[k]):
+                stacks[k], each[k] = after(stacks[k], outer), each[k]._replace(mean=after(each[k].mean, outer))
+        if sync.mixes and not jax.tree.leaves(stacks) and "embed" in outer:
             outer["embed"] = after(outer["embed"], {k: x for k, x in outer.items() if k != "embed"})
 
-        def on_layer(layer: Any) -> Any:
+        def on_layer(layer: Any, stack: str) -> Any:
             held = {k: x for k, x in layer.items() if k != SLOTS}
-            return _used(sync, "layers", held, layer[SLOTS])
+            return _used(sync, stack, held, layer[SLOTS])
 
-        return loss(outer | {"layers": layers | {SLOTS: of_layers}}, on_layer)
+        return loss(outer | {k: x | {SLOTS: each[k]} for k, x in stacks.items()}, on_layer)
 
     (mean, state), more = jax.grad(hooked, has_aux=True)((means, state))
     return mean, state, more
@@ -88,7 +91,7 @@ def _used(sync: GradSync, key: str, held: Any, slots: Slots) -> Any:
 
     def forward(held: Any) -> Any:
         whole = held if sync.gather is None else sync.gather(key, held)
-        return whole if key == "layers" else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
+        return whole if key in STACKS else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
 
     def backward(residuals: tuple[Any, Slots], grads: Any) -> tuple[Any, Slots]:
         held, slots = residuals
@@ -110,4 +113,4 @@ def _used(sync: GradSync, key: str, held: Any, slots: Slots) -> Any:
 
 def _stacked(key: str, tree: Any) -> dict[str, Any]:
     """A subtree where it is in the tree of all parameters; a single layer becomes a stack of one."""
-    return {key: jax.tree.map(lambda x: x[None], tree) if key == "layers" else tree}
+    return {key: jax.tree.map(lambda x: x[None], tree) if key in STACKS else tree}

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import STACKS
 from jaxlm.sync.base import Arrays, Shape
 from jaxlm.sync.buckets import in_buckets
 from jaxlm.sync.group import Group
@@ -35,7 +36,7 @@ PARAMETERS = "gather_parameters"  # names its collectives in a compiled program
 
 def is_stacked(path: Any) -> bool:
     """Whether the leaf at this path, a parameter or its optimizer state, has a leading layer dimension."""
-    return any(getattr(key, "key", None) == "layers" for key in path)
+    return any(getattr(key, "key", None) in STACKS for key in path)
 
 
 def batch_shape(path: Any, x: Any) -> Shape:

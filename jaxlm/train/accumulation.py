@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import STACKS
 from jaxlm.model import Params
 from jaxlm.sync import GradSync, overlap
 from jaxlm.train.optimizer import is_matrix
@@ -25,7 +26,7 @@ def converted(params: Params, dtype: str, outer: bool = False) -> Params:
     """Parameters, or parts of them, with the layers' matrices in another dtype; with `outer`, all matrices."""
 
     def one(path: Any, p: jax.Array) -> jax.Array:
-        return p.astype(dtype) if is_matrix(path) and (outer or path[0].key == "layers") else p
+        return p.astype(dtype) if is_matrix(path) and (outer or path[0].key in STACKS) else p
 
     return jax.tree_util.tree_map_with_path(one, params)
 

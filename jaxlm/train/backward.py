@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Config
+from jaxlm.config import STACKS, Config
 from jaxlm.model import Model, Params
+from jaxlm.model.cross_attention import Prompts
 from jaxlm.model.losses import LossSums, output_loss
 from jaxlm.sync import GradSync, overlap
 from jaxlm.sync.zero import Zero
@@ -34,9 +35,11 @@ Gradients = Callable[[Params, Params, Any, jax.Array, Any], tuple[Params, Sums, 
 
 
 def batch_shapes(config: Config, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of training, `[*leading, T]`."""
+    """The shapes of a batch of training, `[*leading, T]`, and of its prompts, `[*leading, S]`."""
     names = ["inputs", "targets"] + ["positions"] * (config.data.packing == "document")
-    return dict.fromkeys(names, jax.ShapeDtypeStruct((*leading, config.seq_len), jnp.int32))
+    prompts = ["prompts", "prompt_positions"] * (config.model.encoder_layers > 0)
+    lengths = dict.fromkeys(names, config.seq_len) | dict.fromkeys(prompts, config.model.encoder_len)
+    return {name: jax.ShapeDtypeStruct((*leading, length), jnp.int32) for name, length in lengths.items()}
 
 
 def loss_sums(
@@ -75,7 +78,7 @@ def all_sums(
     """`loss_sums`, and with `layer_stats` the sums of the squares of the layers' outputs."""
     if frozen:
         params, on_layer, batch = with_frozen(params, frozen, on_layer, sync, batch)
-    inputs, squares_L = (params, batch["inputs"], dropout_keys, batch.get("positions")), None
+    inputs, squares_L = (params, batch["inputs"], dropout_keys, batch.get("positions"), prompts_of(batch)), None
     if layer_stats:
         x_ND, squares_L = model.hidden_and_squares(*inputs, on_layer=on_layer)
     else:
@@ -83,6 +86,10 @@ def all_sums(
     weights, targets_N = model.output_params(params), batch["targets"].reshape(-1)
     vocabulary = model.tensor, model.vocab_size
     return Sums(output_loss(model.unembed, weights, x_ND, targets_N, config.loss, scale, *vocabulary), squares_L)
+
+
+def prompts_of(batch: Batch) -> Prompts | None:
+    return Prompts(batch["prompts"], batch["prompt_positions"]) if "prompts" in batch else None
 
 
 def product_dtype(config: Config) -> str:
@@ -106,7 +113,7 @@ def gathered_bytes(config: Config, zero: Zero, params: Params) -> float:
         return converted(masters, product_dtype(config), True), converted(frozen, config.model.dtype, True)
 
     trees = jax.eval_shape(held, masters, trained.without(params, own))
-    times = {key: config.optim.accum_steps * (1 + (key == "layers")) for key in params}
+    times = {key: config.optim.accum_steps * (1 + (key in STACKS)) for key in params}
     return sum(times[key] * zero.sent_bytes({key: x}) for tree in trees for key, x in tree.items())
 
 
@@ -203,20 +210,20 @@ def with_frozen(
     """
     gather = sync.gather if sync else None
 
-    def on_each(layer: Params) -> Params:
-        own, others = (act(layer, params["layers"]) for act in (trained.within, trained.without))
-        others = gather("layers", others) if gather else others
-        return trained.joined(others, on_layer(own) if on_layer else own)
+    def on_each(layer: Params, stack: str) -> Params:
+        own, others = (act(layer, params[stack]) for act in (trained.within, trained.without))
+        others = gather(stack, others) if gather else others
+        return trained.joined(others, on_layer(own, stack) if on_layer else own)
 
     if sync is None or gather is None:
         return trained.joined(frozen, params), on_each if on_layer else None, batch
     frozen, batch = fixed_to(frozen, batch)
-    outer = {key: gather(key, x) for key, x in frozen.items() if key != "layers"}
+    outer = {key: gather(key, x) for key, x in frozen.items() if key not in STACKS}
     both = trained.joined(frozen | outer, params)
-    if sync.mixes:
-        slots = {key: x for key, x in both["layers"].items() if key == overlap.SLOTS}
-        held = {key: x for key, x in both["layers"].items() if key != overlap.SLOTS}
-        both["layers"] = overlap.after(held, outer) | slots
+    for stack in [key for key in STACKS if key in params] if sync.mixes else ():
+        slots = {key: x for key, x in both[stack].items() if key == overlap.SLOTS}
+        held = {key: x for key, x in both[stack].items() if key != overlap.SLOTS}
+        both[stack] = overlap.after(held, outer) | slots
     return both, on_each, batch
 
 
@@ -231,6 +238,7 @@ def make_eval_sums(config: Config, own: OneDevice) -> Callable[[Params, Batch], 
         if sync.gather is None:
             return loss_sums(config, model, params, batch)
         params = converted(params, config.model.dtype, outer=True)
-        return loss_sums(config, model, {"layers": {}}, batch, frozen=params, sync=sync)
+        stacks = {key: {} for key in params if key in STACKS}
+        return loss_sums(config, model, stacks, batch, frozen=params, sync=sync)
 
     return sums

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Config
+from jaxlm.config import STACKS, Config
 from jaxlm.train.one_device import OneDevice
 
 Stats = dict[str, jax.Array]
@@ -55,14 +55,14 @@ def make_layer_stats(config: Config, own: OneDevice) -> Callable[..., Stats]:
 
 
 def squares(tree: Any, share: Callable[[Any], float] = lambda path: 1.0) -> dict[str, Any]:
-    """The sum of the squares of each part of a tree of parameters, such as `embed`; that of `layers` is [L].
+    """The sum of the squares of each part of a tree of parameters, such as `embed`; those of STACKS are [L].
 
     Each parameter counts with its share.
     """
     found: dict[str, Any] = {}
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         part = path[0].key
-        total = share(path) * jnp.sum(jnp.square(x), axis=tuple(range(part == "layers", x.ndim)))
+        total = share(path) * jnp.sum(jnp.square(x), axis=tuple(range(part in STACKS, x.ndim)))
         found[part] = found.get(part, 0) + total
     return found
 

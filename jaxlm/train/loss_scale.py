@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.config import STACKS
+
 ROOM = 2**18  # the first scale leaves room for a mean gradient of 1/4, and is at least 1
 SEARCH = "search_loss_scale"  # names the loop in a compiled program
 FACTOR, SMALLEST = 2.0**6, 2.0**-16  # powers of two, so that scaling rounds nothing
@@ -24,12 +26,12 @@ def first_scale(tokens: int) -> float:
     return 2.0 ** (max(1, ROOM // tokens).bit_length() - 1)
 
 
-def unscaled(params: Any, on_layer: Callable[[Any], Any] | None, factor: jax.Array) -> tuple[Any, Callable[[Any], Any]]:
+def unscaled(params: Any, on_layer: Callable | None, factor: jax.Array) -> tuple[Any, Callable[[Any, str], Any]]:
     """Returns parameters whose gradients come out multiplied by `factor`, and an `on_layer` that does the same for a
     layer's parameters.
     """
-    outer = {key: _times(x, factor) for key, x in params.items() if key != "layers"}
-    return outer | {"layers": params["layers"]}, lambda x: _times(on_layer(x) if on_layer else x, factor)
+    outer = {key: _times(x, factor) for key, x in params.items() if key not in STACKS}
+    return params | outer, lambda x, stack: _times(on_layer(x, stack) if on_layer else x, factor)
 
 
 @jax.custom_vjp

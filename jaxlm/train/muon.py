@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import OptimConfig
+from jaxlm.config import STACKS, OptimConfig
 from jaxlm.sync.sharing import LayerSharing
 from jaxlm.train.schedules import LrHistory, Schedule, make_schedule
 
@@ -24,7 +24,7 @@ def _groups(params: Any) -> Any:
     tied = "head" not in params
 
     def label(path: Any, _: Any) -> str:
-        if path[0].key == "layers" and path[-1].key == "kernel":
+        if path[0].key in STACKS and path[-1].key == "kernel":
             return "muon"
         return "table" if path[-1].key == "embedding" and not (tied and path[0].key == "embed") else "adamw"
 
@@ -74,7 +74,7 @@ def muon(c: OptimConfig, steps: int, sharing: LayerSharing, history: LrHistory) 
 
     def table_rate(path: Any) -> Schedule:
         # Most rows of a token table get a gradient in few steps; every row of a position table gets one in each step.
-        return adam_rate if path[0].key == "positions" else embed_rate
+        return adam_rate if path[0].key in ("positions", "encoder_positions") else embed_rate
 
     def adamw(rate_of: Callable[[Any], Schedule]) -> optax.GradientTransformation:
         return optax.chain(optax.scale_by_adam(c.b1, c.b2, c.eps), _scale_by_rates(rate_of))

@@ -19,8 +19,8 @@ ACTIVATIONS, CONTEXT, STAGES = "share_activations", "share_sequences", "pass_bet
 # Names a conditional in a compiled program, before the number of times that a step runs it.
 RUNS = "runs_"
 
-# inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]. With several processes also
-# stop, float32 [1]: 1 if this process was asked to stop.
+# inputs, targets (-1 does not count) and, with packed documents, positions: int32 [B, T]; for an encoder, prompts and
+# prompt_positions: int32 [B, S]. With several processes also stop, float32 [1]: 1 if this process was asked to stop.
 Batch = dict[str, jax.Array]
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import OptimConfig
+from jaxlm.config import STACKS, OptimConfig
 from jaxlm.model import lora
 from jaxlm.sync.sharing import LayerSharing, alone
 from jaxlm.train.muon import muon
@@ -31,7 +31,7 @@ def matrix_mask(params: Any) -> Any:
 
 def _clip_rms(path: Any, x: jax.Array) -> jax.Array:
     """Scales each array, or each layer of a stacked one, down to a root mean square of at most 1."""
-    own = tuple(range(int(path[0].key == "layers"), x.ndim))
+    own = tuple(range(int(path[0].key in STACKS), x.ndim))
     return x / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))
 
 

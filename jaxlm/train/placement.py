@@ -44,7 +44,7 @@ class Placement:
         self._layouts = state_layouts(config, model, len(devices))
         self._join = together.compiled(self._converter(self._layouts, back=True), "the state as a whole")
         self._spread = self._converter(self._layouts)
-        self._gathering = model.having(on_layer=lambda layer: jax.lax.with_sharding_constraint(layer, everywhere))
+        self._gathering = model.having(on_layer=lambda layer, _: jax.lax.with_sharding_constraint(layer, everywhere))
 
     @property
     def in_parts(self) -> bool:

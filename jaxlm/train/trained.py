@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm import model
-from jaxlm.config import Config, UserError, show
+from jaxlm.config import STACKS, Config, UserError, show
 from jaxlm.model import Params
 from jaxlm.model.lora import A, B
 
@@ -22,7 +22,7 @@ def trains(config: Config, name: str) -> bool:
 
 
 def part(config: Config, params: Params) -> Params:
-    """The parameters that a run trains. The tree has the key `layers`, even if none of them is there."""
+    """The parameters that a run trains. The tree has the keys of all stacks, even if none of their layers is there."""
 
     def chosen(tree: Any, prefix: str) -> Any:
         found = {}
@@ -35,7 +35,7 @@ def part(config: Config, params: Params) -> Params:
                 found[key] = x
         return found
 
-    return {"layers": {}} | chosen(params, "")
+    return {key: {} for key in params if key in STACKS} | chosen(params, "")
 
 
 def check(config: Config, params: Params) -> None:
@@ -55,7 +55,7 @@ def flops_per_token(config: Config, params: Params) -> float:
     """
     frozen = without(params, part(config, params))
     whole = model.flops_per_token(config.model, params, config.seq_len)
-    return whole - 2 * model.multiplied(config.model, frozen)
+    return whole - 2 * model.multiplied(config.model, frozen, config.seq_len)
 
 
 def within(tree: Params, some: Params) -> Params:

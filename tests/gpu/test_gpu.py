@@ -17,7 +17,7 @@ import pytest
 from jaxlm.config import Config, LossConfig
 from jaxlm.config.files import load
 from jaxlm.model import make_model, ring_blocks
-from jaxlm.model.attention import Scores, causal_attention
+from jaxlm.model.attention import Scores, self_attention
 from jaxlm.model.ring_blocks import Keys, Queries
 from jaxlm.train.backward import loss_sums
 from tests.decoders import with_
@@ -91,7 +91,7 @@ def test_fused_attention_equals_xlas(kernel: Any, length: int, packed: bool):
     def results(kernel: Any, qkv: list[jax.Array]) -> Any:
         def total(qkv: list[jax.Array]) -> jax.Array:
             q_BTHC, k_BTKC, v_BTKC = qkv
-            return (causal_attention(q_BTHC, k_BTKC, v_BTKC, Scores(64**-0.5), segments_BT, kernel) * weights).sum()
+            return (self_attention(q_BTHC, k_BTKC, v_BTKC, Scores(64**-0.5), segments_BT, kernel) * weights).sum()
 
         return jax.jit(jax.value_and_grad(total))(qkv)
 

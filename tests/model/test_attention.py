@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.config import files
 from jaxlm.model import make_model
-from jaxlm.model.attention import Scores, causal_attention, choose_kernel, in_chunks, triton
+from jaxlm.model.attention import Scores, choose_kernel, in_chunks, self_attention, triton
 from jaxlm.model.remat import REMAT
 from jaxlm.model.rope import rope_tables, rotate
 from tests import reference
@@ -23,7 +23,7 @@ BASE = files.load(Path(__file__).resolve().parents[2] / "configs" / "base.py")
 
 
 def attention(q: Any, k: Any, v: Any, segments: Any = None) -> jax.Array:
-    return causal_attention(q, k, v, PLAIN, segments)
+    return self_attention(q, k, v, PLAIN, segments)
 
 
 @pytest.mark.parametrize("T, kv_heads", [(1, 2), (63, 2), (128, 4), (130, 2), (256, 1), (257, 2), (260, 2)])

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.config import ModelConfig
 from jaxlm.model import attention_flops, make_model
-from jaxlm.model.attention import Scores, causal_attention, choose_kernel
+from jaxlm.model.attention import Scores, choose_kernel, self_attention
 from jaxlm.model.rope import rope_tables
 from tests import reference
 from tests.decoders import MAX_LEN, VOCAB, drawn, logits_of, some_tokens, with_
@@ -81,7 +81,7 @@ def test_the_loop_over_layers_may_be_rolled_or_recomputed() -> None:
 def test_a_window_is_cut_out_of_the_keys_of_each_chunk(T: int, window: int) -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, T, 1, 8)).astype(np.float32)
-    out = jax.jit(lambda q, k, v: causal_attention(q, k, v, Scores(8**-0.5, 0.0, window)))(q, k, v)
+    out = jax.jit(lambda q, k, v: self_attention(q, k, v, Scores(8**-0.5, 0.0, window)))(q, k, v)
     expected = reference.attention(*(x[0, :, 0].astype(np.float64) for x in (q, k, v)), window=window)
     np.testing.assert_allclose(out[0, :, 0], expected, rtol=0, atol=3e-6)
 

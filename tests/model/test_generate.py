@@ -171,7 +171,8 @@ def test_token_frequencies_match_probabilities(rope: tuple[Model, Params], tempe
 
 def test_tokens_come_in_blocks_until_stop_is_true(rope: tuple[Model, Params]) -> None:
     model, params = rope
-    new, how = 2 * BLOCK + 5, {"max_new_tokens": 2 * BLOCK + 5, "top_k": 5}
+    new = 2 * BLOCK + 5
+    how: dict[str, Any] = {"max_new_tokens": new, "top_k": 5}
     whole_BN = generate(model, params, prompts(2), jax.random.key(6), **how)
     assert whole_BN.shape == (2, new) and len(np.unique(whole_BN)) > 4
     blocks = []

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from jaxlm.config import Config, DataConfig
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.sources.documents import Source
+from jaxlm.data.sources.functions import open_functions
 from jaxlm.data.sources.jsonl import open_jsonl
 from jaxlm.data.sources.parquet import open_parquet
 from jaxlm.data.sources.stdlib import open_stdlib
@@ -20,6 +21,7 @@ TEXTS: dict[str, Callable[[DataConfig], Source]] = {
     "jsonl": open_jsonl,
     "parquet": open_parquet,
     "tfds": open_tfds,
+    "functions": open_functions,
 }
 
 # Sources of token ids. The second argument is whether to print notes to stderr.

@@ -21,7 +21,7 @@ from jaxlm.data.sources.documents import (
 )
 from jaxlm.data.sources.files import grouped, identify, real, unit_bytes
 from jaxlm.data.sources.jinja_templates import TRAINING_DATE, ChatTemplate
-from jaxlm.data.sources.splits import find_files
+from jaxlm.data.sources.splits import Files, find_files
 
 
 class RecordPart(NamedTuple):
@@ -46,19 +46,23 @@ class Format(NamedTuple):
     unit: str  # the name of a record in errors: line, row
     cut: Callable[[RecordPart, int], list[RecordPart]]  # cuts a file in parts of about that many bytes
     # Yields each record's place in the file, a function that returns its number (from 1), and its bytes or columns.
-    read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], bytes | dict[str, Any]]]]
+    read: Callable[[RecordPart, DataConfig], Iterator[tuple[int, Callable[[], int], Any]]]
+    split_by: str = ""  # the column whose text decides which records are held out; "" = the record's place decides
 
 
-def open_records(data: DataConfig, form: Format) -> Source:
-    """The documents of `data.path` and `data.val_path`.
+def open_records(data: DataConfig, form: Format, found: Files | None = None, skipped: int = 0) -> Source:
+    """The documents of `data.path` and `data.val_path`, or of the files that are `found`.
 
-    Without `data.val_path`, the hash of a record's file name and place decides whether it is held out.
+    Without `data.val_path`, a hash of a record's file name and place, or of its column `form.split_by`, decides whether
+    it is held out.
+
+    Args: skipped: number of files that were left out.
 
     Raises:
       UserError: there are no files or, while documents are read, a key names no column or, if `data.on_error` is stop,
         a file is damaged or a record is unusable.
     """
-    files, val, notes = find_files(data)
+    files, val, notes = found or find_files(data)
     shapes = {k: getattr(data, k) for k in ("source", "text_key", "on_error", *conversation_keys(data))}
     template = template_of(data, None) if conversation_keys(data) else ""
     if isinstance(template, ChatTemplate):
@@ -79,7 +83,8 @@ def open_records(data: DataConfig, form: Format) -> Source:
         return [Unit(partial(_read, group, data, form, template)) for group in groups]
 
     masked, paths = bool(conversation_keys(data)), real([*files.values(), *val.values()])
-    return Source(data.path or data.val_path, key, units, 0, masked=masked, files=paths, notes=notes)
+    name = data.path or data.val_path or data.source
+    return Source(name, key, units, 0, masked=masked, skipped=skipped, files=paths, notes=notes)
 
 
 def conversation_keys(data: DataConfig) -> tuple[str, ...]:
@@ -102,7 +107,8 @@ def _read_part(part: RecordPart, data: DataConfig, form: Format, template: Templ
     for place, number, record in form.read(part, data):
         split = part.split
         if split is None:
-            split = "val" if held_out(f"{part.name}:{place}", data.val_fraction) else "train"
+            decides = record[form.split_by] if form.split_by else f"{part.name}:{place}"
+            split = "val" if held_out(decides, data.val_fraction) else "train"
         try:
             texts = _texts(record, data, template)
         except UserError as error:

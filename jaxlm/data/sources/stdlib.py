@@ -16,6 +16,15 @@ def open_stdlib(data: DataConfig) -> Source:
     Raises:
       UserError: this Python has no .py files of its standard library.
     """
+    return by_name(data, *python_files())
+
+
+def python_files() -> tuple[dict[str, Path], int]:
+    """The .py files of the standard library by their names, without its tests, and how many are unreadable.
+
+    Raises:
+      UserError: there are none.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
     paths = {name: paths[name] for name in sorted(paths) if not SKIPPED_FOLDERS.intersection(name.split("/")[:-1])}
@@ -27,5 +36,5 @@ def open_stdlib(data: DataConfig) -> Source:
         except (UnicodeDecodeError, OSError):  # OSError: a broken link, for example
             skipped += 1
     if not files:
-        raise UserError(f"data.source is 'stdlib', and {root} holds no .py files; allowed: another source")
-    return by_name(data, files, skipped)
+        raise UserError(f"data.source: {root} holds no .py files of Python's standard library; allowed: another source")
+    return files, skipped
