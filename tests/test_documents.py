@@ -63,6 +63,15 @@ RUN: dict[str, str] = {
         f"{SIZES} {DATA} {SHORT} {BYTES}"
     ),
     "jaxlm generate --workdir runs/base --chat --prompt 'What is 2 + 2?'": "--max_new_tokens 3",
+    "jaxlm train --config seq2seq": (
+        f"{SHORT} --config.model.d_model=32 --config.eval.batches=1 --config.parallel.devices=2"
+    ),
+    "jaxlm generate --workdir runs/seq2seq --prompt 'Return the number of bytes that were written to the file.'": "",
+    "jaxlm evaluate --workdir runs/seq2seq --answers answers.jsonl": "",
+    "jaxlm train --config seq2seq --workdir runs/translate --config.data.source=jsonl --config.data.path=pairs.jsonl "
+    "--config.data.prompt_key=en --config.data.response_key=de": (
+        f"{SIZES} {SHORT} {BYTES} --config.model.encoder_len=64"
+    ),
     "jaxlm train --config configs/base.py --config.parallel.reduce=int8 --config.parallel.overlap=true": (
         f"{TEXTS} {SIZES} {DATA} {SHORT} --workdir runs/int8"
     ),
@@ -152,6 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iter
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "make_texts.py").write_text(TUTORIAL[0].replace('"*.py"', '"a*.py"'))
     chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    (folder / "pairs.jsonl").write_text("".join(f'{{"en": "number {i}", "de": "Zahl {i}"}}\n' for i in range(200)))
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 200)
     yield folder
     os.chdir(before)

@@ -81,8 +81,8 @@ class Peer(torch.nn.Module):
         positions_ = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1).float()
         return self.embed(torch.from_numpy(tokens).long()) * math.sqrt(D) + positions_
 
-    def places(self) -> list[tuple[Any, str, tuple[str, ...], int | None]]:
-        """Each of PyTorch's layers with its number and the path of its parameters in jaxlm."""
+    def places(self) -> list[tuple[Any, tuple[str, ...], int | None]]:
+        """Each of PyTorch's layers with the path of its parameters in jaxlm, and its number."""
 
         def of(layer: Any, stack: str, i: int) -> list[Any]:
             parts = {"attention": layer.self_attn, "attention_norm": layer.norm1}

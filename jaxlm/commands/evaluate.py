@@ -6,14 +6,18 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.commands import evaluate_tasks
-from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, files, flatten, mixture
+from jaxlm.config import SOURCES, Config, DataConfig, UserError, cli, files, flatten, mixture, show
 from jaxlm.config.overrides import apply_overrides
 from jaxlm.config.paths import user_path
 from jaxlm.config.pretrained import read_step
 from jaxlm.host import runtime
+from jaxlm.host.durable import write_whole
+
+if TYPE_CHECKING:
+    from jaxlm.run.open_run import Run
 
 
 def load(workdir: Path, overrides: list[str]) -> Config:
@@ -66,6 +70,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, help="the run, e.g. runs/base")
     parser.add_argument("--step", help="checkpoint to use: its step, or best by validation loss (default: the newest)")
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="with an encoder: write the most probable answer to each prompt of the validation set, with the expected"
+        " one, as JSON lines into a new file; exact_match in the last line is the share of those that are equal",
+    )
     evaluate_tasks.add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
     evaluate_tasks.check(args, overrides)
@@ -81,6 +91,9 @@ def main(argv: list[str]) -> int:
                 f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size,"
                 " loss.chunk and, with rope, seq_len can be set here"
             )
+    if args.answers is not None:
+        args.answers = user_path("--answers", args.answers)
+        _check_answers(args.answers, config)
     config.eval.batches = 0
     runtime.check_batch(config, config.parallel.devices, 1)
     runtime.configure_jax(config, 1)
@@ -88,5 +101,25 @@ def main(argv: list[str]) -> int:
     from jaxlm.run.open_run import open_run, score
 
     run = open_run(workdir, read_step("--step", args.step))
-    print(json.dumps({"step": run.step, **score(run, config)}))
+    found = {"step": run.step, **score(run, config)}
+    if args.answers is not None:
+        found["exact_match"] = _write_answers(args.answers, run, config)
+    print(json.dumps(found))
     return 0
+
+
+def _check_answers(path: Path, config: Config) -> None:
+    if not config.model.encoder_layers:
+        raise UserError("--answers: model.encoder_layers is 0; allowed: a run with an encoder, which answers prompts")
+    if path.exists() or not path.parent.is_dir():
+        raise UserError(f"--answers is {show(str(path))}; allowed: a new file in a folder that is there")
+
+
+def _write_answers(path: Path, run: "Run", config: Config) -> float:
+    """Writes the answers, and returns the share of those that are as expected."""
+    from jaxlm.run.answers import answers
+
+    found = list(answers(run, config))
+    lines = "".join(json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in found)
+    write_whole(path, lines.encode("utf-8", "replace").decode())
+    return sum(answer.answer == answer.expected for answer in found) / len(found)

@@ -37,6 +37,8 @@ def check(args: argparse.Namespace, overrides: list[str]) -> None:
         if given := [name for name in OPTIONS if getattr(args, name)]:
             raise UserError(f"--{given[0]} is given without --tasks; allowed: only with --tasks")
         return
+    if args.answers is not None:
+        raise UserError("--answers is given with --tasks; allowed: one of them")
     if overrides:
         raise UserError(f"{overrides[0]} is given with --tasks; allowed with it: {', '.join(OPTIONS)}, workdir, step")
     if not all(name.strip() for name in args.tasks.split(",")):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from jaxlm.config import Config, UserError, changes, files, overrides, schema
+from jaxlm.config import SOURCES, Config, UserError, changes, files, overrides, schema
 from tests.configurations import BASE, ROOT, refusal
 
 
@@ -131,7 +131,7 @@ def test_every_choice_can_be_set(base: Config) -> None:
     extra += [f"--config.model.rope_{k}={v}" for k, v in {"short": numbers, "long": numbers, "original": 9}.items()]
     for key, values in choices.items():
         for value in values:
-            path = ["--config.data.path=x"] * (key == "data.source" and value not in ("stdlib", "synthetic"))
+            path = ["--config.data.path=x"] * (key == "data.source" and SOURCES[value].named_by != "source")
             config = overrides.apply_overrides(base, [*extra, *path, f"--config.{key}={value}"])
             assert schema.flatten(config)[key] == value
 

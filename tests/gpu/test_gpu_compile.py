@@ -108,6 +108,20 @@ def test_zero_2_and_3_send_the_bytes_of_their_formulas(zero: int):
             assert sent == pytest.approx(formula, rel=1e-3, abs=256), (zero, what)
 
 
+def test_an_encoder_gathers_its_layers_too_and_attention_is_fused():
+    """Encoder and decoder attend to themselves with Triton's kernel, the decoder to the encoder with cuDNN's."""
+    sizes = ["model.d_model=256", "model.num_heads=4", "model.dtype=bfloat16", "seq_len=63", "model.encoder_len=255"]
+    jobs = [job("seq2seq.py", [*sizes, "batch_size=32", f"parallel.zero={zero}"], vocab_size=509) for zero in (0, 3)]
+    for zero, found in zip((0, 3), compile_all(jobs), strict=True):
+        holds_everywhere(found)
+        assert sum("fmha" in call for call in found["calls"]) >= 2  # forward and backward
+        assert found["calls"].count("__gpu$xla.gpu.triton") >= 6
+        gathers = [e for e in found["exchanges"] if e["purpose"] == "parameters"]
+        assert bool(gathers) == bool(zero)
+        sent = sum(e["sent"] for e in gathers)
+        assert sent == pytest.approx(found["formula"].get("parameters", 0), rel=1e-3, abs=256)
+
+
 @pytest.mark.parametrize("unroll", [0, 1])
 def test_zero_3_needs_a_part_of_the_memory_and_gathers_beside_computation(unroll: int):
     own = ["data.path=x", "batch_size=128", "optim.accum_steps=2", f"model.scan_unroll={unroll}"]

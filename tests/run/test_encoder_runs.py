@@ -94,6 +94,25 @@ def test_an_evaluation_gives_the_score_of_the_run(finished: Path, capsys: pytest
     assert found["eval_loss"] == pytest.approx(lines(finished)[-1]["eval_loss"], rel=1e-6)
 
 
+def test_answers_to_other_prompts_are_written(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """In the order of the file, and as `jaxlm generate` makes them one by one."""
+    words, new = ["abc", "fade", "beef", "a" * 40, ""] * 14, tmp_path / "answers.jsonl"
+    records = "".join(json.dumps({"a": word, "b": word[::-1] + "x" * (i < 5)}) + "\n" for i, word in enumerate(words))
+    (tmp_path / "others.jsonl").write_text(records.replace('"b": ""', '"b": "-"'))
+    argv = ["--workdir", finished, "--answers", new, f"--config.data.val_path={tmp_path / 'others.jsonl'}"]
+    assert tool("evaluate", *argv) == 0
+    found = [json.loads(line) for line in new.read_text().splitlines()]
+    assert [answer["prompt"] for answer in found] == words
+    share = sum(answer["answer"] == answer["expected"] for answer in found) / len(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["exact_match"] == share > 0.5
+    for answer in found[:5]:
+        argv = ["--prompt", answer["prompt"], "--temperature", 0, "--max_new_tokens", 32]
+        assert tool("generate", "--workdir", finished, *argv) == 0
+        assert capsys.readouterr().out == answer["answer"] + "\n"
+    assert tool("evaluate", "--workdir", finished, "--answers", new) == 2
+    assert "allowed: a new file" in capsys.readouterr().err
+
+
 def test_a_stopped_run_ends_as_one_that_was_not_also_when_divided_otherwise(keys: dict[str, Any]):
     """Bit for bit on the same devices; by ZeRO-3 and by tensor groups to float rounding."""
     more = {"steps": 4, "optim__warmup_steps": 1, "log__every_steps": 1, "checkpoint__every_steps": 2}

@@ -1,0 +1,78 @@
+"""The answers of a model with an encoder to the prompts of a validation set."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import data
+from jaxlm.config import Config, UserError
+from jaxlm.data.pairs import pack_pairs
+from jaxlm.data.prompts import Continuation, make_ending
+from jaxlm.model.cross_attention import Prompts
+from jaxlm.model.generate import stream
+from jaxlm.run.open_run import Run
+
+ROWS = 64  # answers made at once
+
+
+class Answer(NamedTuple):
+    prompt: str
+    answer: str  # the most probable token after the most probable token, up to the answer's end
+    expected: str
+
+
+def answers(run: Run, config: Config) -> Iterator[Answer]:
+    """Yields the answer to each prompt of the validation data of `config`, in the order of the corpus, made on one
+    device. Answers have at most `seq_len` tokens; prompts that are longer than `model.encoder_len` lose their ends, as
+    in training.
+
+    Raises:
+      UserError: the run has no tokenizer, or the data no prompts.
+    """
+    corpus, tokenizer, S = data.prepare(config, progress=False), run.tokenizer, config.model.encoder_len
+    if tokenizer is None:
+        raise UserError(f"{run.folder}: the run has no tokenizer, so its tokens are not text")
+    ending = make_ending(tokenizer, config.data)
+    bos = np.array([tokenizer.bos_id], np.int32)
+
+    def text(row: np.ndarray, of_answer: bool = True) -> str:
+        shown = Continuation(tokenizer, bos, ending)
+        return shown.add(row.tolist()) + shown.finish() if of_answer else tokenizer.decode(row)
+
+    for part in corpus.parts:
+        pairs = pack_pairs(part.val, S, config.seq_len)
+        order = np.argsort(pairs.starts)
+        places = list(zip(pairs.starts[order], pairs.answers[order], pairs.stops[order], strict=True))
+        for first in range(0, len(places), ROWS):
+            some = places[first : first + ROWS]
+            prompts = [part.val.windows(np.array([a]), min(b - a, S))[0] for a, b, _ in some]
+            made = _made(run, prompts, bos, S, config.seq_len, ending.ids)
+            for (a, b, c), row in zip(some, made, strict=False):
+                prompt, expected = (part.val.windows(np.array([i]), j - i)[0] for i, j in ((a + 1, b), (b, c)))
+                yield Answer(text(prompt, of_answer=False), text(row), text(expected))
+
+
+def _made(run: Run, prompts: list[np.ndarray], bos: np.ndarray, S: int, most: int, ends: frozenset[int]) -> np.ndarray:
+    """The tokens of the answers to at most ROWS prompts, int32 [ROWS, n]."""
+    tokens_BS, positions_BS = np.zeros((2, ROWS, S), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : len(prompt)], positions_BS[row, : len(prompt)] = prompt, np.arange(len(prompt))
+    ended = np.arange(ROWS) >= len(prompts)
+    blocks = []
+    for block in stream(
+        run.model,
+        run.params,
+        np.tile(bos, (ROWS, 1)),
+        jax.random.key(0),
+        max_new_tokens=most,
+        temperature=0,
+        prompts=Prompts(jnp.asarray(tokens_BS), jnp.asarray(positions_BS)),
+    ):
+        blocks.append(block)
+        ended |= np.isin(block, list(ends)).any(axis=1)
+        if ended.all():
+            break
+    return np.concatenate(blocks, axis=1)
