@@ -241,7 +241,8 @@ def describe(parts: Parts, start: int) -> None:
     """Prints the facts of the run at its start."""
     c, facts, say = parts.config, parts.corpus.facts, parts.reporter.say
     per_step = c.batch_size * c.seq_len
-    epochs = c.steps * per_step / len(parts.corpus.train)
+    seen = parts.order.consumed(c.steps)
+    epochs = seen[0].epochs if len(seen) == 1 else c.steps * per_step / len(parts.corpus.train)
     params = parts.placement.whole.params
     count, own = num_params(params), num_params(trained.part(c, params))
     of_them = f" ({human(own)} trained)" if own < count else ""
@@ -261,7 +262,7 @@ def describe(parts: Parts, start: int) -> None:
         how = "operands rounded to bfloat16, in AMX tiles" if runtime.has_amx() else "float32, for this CPU has no AMX"
         say(f"model.matmul_precision=fastest · products: {how}")
     say(f"{'mixture' if c.data.mixture else c.data.source} · {size('train')} · {size('val')}")
-    for share, had in zip(parts.corpus.shares, parts.order.consumed(c.steps), strict=False):
+    for share, had in zip(parts.corpus.shares, seen, strict=False):
         say(f"  {share.weight:.3g} of {share.name}: {human(len(share.train))} tokens, {had.epochs:.2f} epochs in all")
     if (scale := rollback.lr_scale(parts.returns)) < 1:
         say(
