@@ -115,8 +115,7 @@ CROSS = 10**6  # the first site of dropout in attention to what the encoder read
 
 
 def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs, first: int = 0) -> lora.Drop:
-    """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout; `first` is
-    added to them."""
+    """The dropout of what LoRA reads in a block. Its sites follow those of the model's own dropout, plus `first`."""
 
     def drop(x_ND: jax.Array, name: str) -> jax.Array:
         site = first + 2 * c.num_layers + 1 + len(lora.PLACES) * layer + lora.PLACES[name]

@@ -1,7 +1,7 @@
 """The Transformer as a Flax module: tables, layers, final norm, output layer, and an encoder if there is one.
 
-Only this file, blocks.py and layers.py know Flax; none of them knows device axes or training. Shape names as in
-blocks.py.
+Only this file, blocks.py, cross_attention.py and layers.py know Flax; none of them knows device axes or training. Shape
+names as in blocks.py.
 """
 
 import math

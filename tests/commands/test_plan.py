@@ -70,6 +70,7 @@ def test_replicas_of_several_devices_have_the_work_of_the_batch():
     assert many["product_flops"] == pytest.approx(few["product_flops"] / 2, rel=0.01)
 
 
+@pytest.mark.ci
 def test_a_grid_is_recommended():
     done = plan("--device", "H100", "--devices", "16", "--recommend", *SMALL)
     assert done.returncode == 0, done.stderr

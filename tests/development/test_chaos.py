@@ -52,7 +52,7 @@ def command(tmp_path: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_every_promise_holds(tmp_path: Path):
     arguments = command(tmp_path, "--kills", "2", "--outage", "2", "--faults", FAULTS)
     result = subprocess.run(

@@ -82,7 +82,7 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_hosts_wait_for_a_slow_host_and_save_after_a_full_disk(tmp_path: Path):
     """The first host says which host it waits for. Both hosts continue while nothing can be saved, and later save what
     one process saves, up to rounding, with rows of a lossy reduction and of the optimizer's state from both hosts.

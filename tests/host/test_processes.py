@@ -63,7 +63,11 @@ def test_two_processes_are_one_run(two: tuple[Path, list[tuple[int, str, str]]],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "processes, parallel", [(4, ["parallel.zero=3"]), (2, ["parallel.pipeline=2", "parallel.tensor=2"])]
+    "processes, parallel",
+    [
+        pytest.param(4, ["parallel.zero=3"], marks=pytest.mark.ci),
+        (2, ["parallel.pipeline=2", "parallel.tensor=2"]),
+    ],
 )
 def test_processes_that_hold_parts_are_the_same_run(
     processes: int, parallel: list[str], two: tuple[Path, Any], tmp_path: Path

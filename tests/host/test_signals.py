@@ -204,7 +204,7 @@ def test_errors_that_the_end_causes_are_not_reported():
     assert returned.wait(10)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_commands_handle_signals_at_random_moments(tmp_path: Path):
     root = hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
     commands = ["train", "train anew", "generate", "evaluate", "prepare_data", "bench", "chaos"]

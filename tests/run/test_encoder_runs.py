@@ -17,7 +17,7 @@ from jaxlm.run.open_run import open_run
 from tests.exit_codes import tool
 from tests.runs import CONFIG, flags, lines
 
-STEPS = 300
+STEPS = 200
 
 
 def reversed_words() -> list[tuple[str, str]]:
@@ -114,11 +114,11 @@ def test_answers_to_other_prompts_are_written(finished: Path, tmp_path: Path, ca
 
 
 def test_a_stopped_run_ends_as_one_that_was_not_also_when_divided_otherwise(keys: dict[str, Any]):
-    """Bit for bit on the same devices; by ZeRO-3 and by tensor groups to float rounding."""
+    """Bit for bit on the same devices; with ZeRO-3 to float rounding."""
     more = {"steps": 4, "optim__warmup_steps": 1, "log__every_steps": 1, "checkpoint__every_steps": 2}
     assert run(keys, "four", **more) == 0
     whole = open_run(keys["folder"] / "four", None)
-    for name, way in (("same", {}), ("zero", {"parallel__zero": 3}), ("tensor", {"parallel__tensor": 2})):
+    for name, way in (("same", {}), ("zero", {"parallel__zero": 3})):
         workdir = keys["folder"] / name
         shutil.copytree(whole.folder, workdir)
         shutil.rmtree(workdir / "checkpoints/4")  # as if it had stopped after step 3

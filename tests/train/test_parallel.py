@@ -29,14 +29,14 @@ SHARDED = {1: ["opt_state"], 2: ["opt_state"], 3: ["opt_state", "params", "ema"]
     "zero, name, devices, overrides",
     [
         (1, "adamw", 8, []),
-        (1, "muon", 3, ["parallel.bucket_mb=0.002"]),
+        pytest.param(1, "muon", 3, ["parallel.bucket_mb=0.002"], marks=pytest.mark.ci),
         (1, "muon", 4, ["parallel.overlap=true", "parallel.reduce=ring", "optim.accum_steps=2"]),
-        (2, "adamw", 3, ["parallel.reduce=ring", "optim.accum_steps=4"]),
+        pytest.param(2, "adamw", 3, ["parallel.reduce=ring", "optim.accum_steps=4"], marks=pytest.mark.ci),
         (2, "muon", 4, ["model.scan_unroll=0"]),
         (3, "adamw", 8, ["optim.accum_steps=3", "model.tie_embeddings=true", "parallel.bucket_mb=0.001"]),
         (3, "muon", 3, ["parallel.reduce=ring"]),
-        (3, "adafactor", 3, ["model.remat=full", "model.scan_unroll=0"]),
-        (3, "lion", 2, []),
+        pytest.param(3, "adafactor", 3, ["model.remat=full", "model.scan_unroll=0"], marks=pytest.mark.ci),
+        pytest.param(3, "lion", 2, [], marks=pytest.mark.ci),
         (3, "sgd", 4, ["model.remat=dots"]),
     ],
 )

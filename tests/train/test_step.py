@@ -44,9 +44,9 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
     "rows, devices, accum",
     [
         (16, 1, 1),
-        (16, 2, 2),
-        (16, 4, 4),
-        (16, 8, 1),
+        pytest.param(16, 2, 2, marks=pytest.mark.ci),
+        pytest.param(16, 4, 4, marks=pytest.mark.ci),
+        pytest.param(16, 8, 1, marks=pytest.mark.ci),
         (16, 8, 2),
         (24, 3, 4),
     ],
