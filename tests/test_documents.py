@@ -69,7 +69,7 @@ RUN: dict[str, str] = {
     "jaxlm generate --workdir runs/seq2seq --prompt 'Return the number of bytes that were written to the file.'": "",
     "jaxlm evaluate --workdir runs/seq2seq --answers answers.jsonl": "",
     "jaxlm train --config seq2seq --workdir runs/translate --config.data.source=jsonl --config.data.path=pairs.jsonl "
-    "--config.data.prompt_key=en --config.data.response_key=de": (
+    "--config.data.prompt_key=en --config.data.response_key=de --config.eval.sample_prompt='good morning'": (
         f"{SIZES} {SHORT} {BYTES} --config.model.encoder_len=64"
     ),
     "jaxlm train --config configs/base.py --config.parallel.reduce=int8 --config.parallel.overlap=true": (

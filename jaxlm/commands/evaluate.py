@@ -122,4 +122,5 @@ def _write_answers(path: Path, run: "Run", config: Config) -> float:
     found = list(answers(run, config))
     lines = "".join(json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in found)
     write_whole(path, lines.encode("utf-8", "replace").decode())
+    print(f"wrote {path}: {len(found):,} answers", file=sys.stderr)
     return sum(answer.answer == answer.expected for answer in found) / len(found)

@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         raise UserError(f"--prompt {show(prompt)}: {error}") from error
     start = start_of(run.config, ids)
-    seen = start.ids if start.read is None else start.read
+    seen = start.ids if start.prompt is None else start.prompt
     if len(seen) < len(ids):
         which, key = ("first", "model.encoder_len") if has_encoder else ("last", "seq_len")
         line = f"the prompt has {len(ids)} tokens; the model sees the {which} {len(seen)} of them ({key})"
         print(f"jaxlm: {line}", file=sys.stderr)
-    _check_memory(args, run, len(start.ids), 0 if start.read is None else len(start.read))
+    _check_memory(args, run, len(start.ids), 0 if start.prompt is None else len(start.prompt))
     import jax
     import numpy as np
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from jaxlm.model.generate import stream
 
     how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
-    how["prompts"] = Prompts.repeated(start.read, args.num_samples)
+    how["prompts"] = Prompts.repeated(start.prompt, args.num_samples)
     begins = np.tile(start.ids, (args.num_samples, 1))
     blocks = stream(run.model, run.params, begins, jax.random.key(args.seed), **how)
     ending = make_ending(tokenizer, own or data, args.stop)
@@ -190,18 +190,18 @@ def _is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int, read: int) -> None:
+def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int, encoded: int) -> None:
     import jax
 
     from jaxlm.model.generate import CHUNK
 
     total = prompt_tokens + args.max_new_tokens
     length = min(total, run.model.max_positions or total)
-    cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length, read))
+    cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length, encoded))
     logits = 4 * args.num_samples * min(prompt_tokens, CHUNK) * run.vocab_size
     gigabytes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + logits) / 1e9
     if gigabytes > MEMORY:
         raise UserError(
             f"--num_samples is {args.num_samples} and --max_new_tokens {args.max_new_tokens}, after a prompt of"
-            f" {read or prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: numbers that need at most {MEMORY} GB"
+            f" {encoded or prompt_tokens} tokens: {gigabytes:.0f} GB; allowed: numbers that need at most {MEMORY} GB"
         )

@@ -23,6 +23,7 @@ from jaxlm.commands.inspect_charts import (
     Chart,
     counted,
     document_chart,
+    limits_note,
     mixture_chart,
     padding_chart,
     print_chart,
@@ -33,7 +34,16 @@ from jaxlm.commands.inspect_charts import (
 from jaxlm.config import Config, UserError, cli, files, show
 from jaxlm.config.paths import user_path
 from jaxlm.data import Corpus, Tokenizer, prepare
-from jaxlm.data.inspect import InspectedBatch, View, decoded, documents, learned_share, mixture_shares, token_counts
+from jaxlm.data.inspect import (
+    InspectedBatch,
+    View,
+    decoded,
+    documents,
+    learned_share,
+    mixture_shares,
+    pair_facts,
+    token_counts,
+)
 
 SPLITS = ("train", "val")
 READ, MARK = "dim", "bold cyan"  # styles of tokens that are only read, and of marks that are not text
@@ -46,6 +56,7 @@ def row_text(batch: InspectedBatch, row: int, tokenizer: Tokenizer | None, plain
         out.append("\n" * _begun(out))
         ids, learned = piece.ids.tolist(), list(map(bool, piece.learned))
         size = counted(piece.length, "token")
+        size = f"{piece.prompt_length} + {size}" if piece.prompt_length else size
         if piece.opens is False:
             out.append(f"⟨continued · {size}⟩", MARK)
         for is_learned, group in itertools.groupby(range(len(ids)), learned.__getitem__):
@@ -138,11 +149,11 @@ def measure(view: View, batch: InspectedBatch, args: argparse.Namespace) -> tupl
     mixture, (padding, rows) = mixture_shares(view, batch, args.step), view.padding()
     charts = [mixture_chart(mixture, args.step, config.steps)] if mixture else []
     charts.append(token_chart(counts, len(tokens), learned, corpus))
-    found = documents(corpus, args.split)
+    found, pairs = documents(corpus, args.split), pair_facts(view)
     if found:
-        charts.append(document_chart(found, config.seq_len))
+        charts.append(document_chart(found, limits_note(found, config, pairs)))
     if config.data.packing == "document":
-        charts.append(padding_chart(padding, rows))
+        charts.append(padding_chart(padding, rows, pairs.prompt_padding if pairs else None))
     top = np.argsort(-counts, kind="stable")[:TOP].tolist()
     facts = {
         "split": args.split,
@@ -159,6 +170,7 @@ def measure(view: View, batch: InspectedBatch, args: argparse.Namespace) -> tupl
         },
         "documents": found and found.summary(config.seq_len),
         "padding_share": padding,
+        "pairs": pairs and pairs._asdict(),
         "mixture": mixture,
     }
     return facts, charts

@@ -9,8 +9,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from jaxlm.config import Config
 from jaxlm.data import Corpus, Tokenizer
-from jaxlm.data.inspect import PADDING_EDGES, Documents, InspectedBatch, decoded, visible
+from jaxlm.data.inspect import PADDING_EDGES, Documents, InspectedBatch, PairFacts, decoded, visible
 from jaxlm.data.tokenizers import to_bytes
 
 TOP = 20  # number of most frequent tokens shown
@@ -68,17 +69,24 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:30]}…{text[-9:]}"
 
 
-def document_chart(found: Documents, seq_len: int) -> Chart:
+def limits_note(found: Documents, config: Config, pairs: PairFacts | None) -> str:
+    """How many documents, or how many prompts and answers, are longer than their rows."""
+    if pairs is None:
+        return f"{(found.lengths > config.seq_len).mean():.1%} longer than seq_len = {config.seq_len}"
+    return (
+        f"{pairs.longer_prompts:.1%} of prompts longer than model.encoder_len = {config.model.encoder_len},"
+        f" {pairs.longer_answers:.1%} of answers longer than seq_len = {config.seq_len}"
+    )
+
+
+def document_chart(found: Documents, limits: str) -> Chart:
     """Documents by length, which doubles from bar to bar."""
     lengths, n = found.lengths, len(found.lengths)
     if found.total is None:
         sample = ", the first of the corpus"
     else:
         sample = f", a sample, evenly spread over {found.total:,}" * (n < found.total)
-    note = (
-        f"{lengths.min():,} to {lengths.max():,} tokens with bos, median {int(np.median(lengths)):,};"
-        f" {(lengths > seq_len).mean():.1%} longer than seq_len = {seq_len}"
-    )
+    note = f"{lengths.min():,} to {lengths.max():,} tokens with bos, median {int(np.median(lengths)):,}; {limits}"
     by_size = np.bincount(np.frexp(lengths)[1] - 1) / n  # 1, 2 to 3, 4 to 7, ...
     sizes = range(int(np.flatnonzero(by_size)[0]), len(by_size))
     labels = [f"{2**k:,} to {2 ** (k + 1) - 1:,}" if k else "1" for k in sizes]
@@ -86,10 +94,13 @@ def document_chart(found: Documents, seq_len: int) -> Chart:
     return Chart(f"{counted(n, 'document')}{sample}", note, bars)
 
 
-def padding_chart(share: float, rows: np.ndarray) -> Chart:
+def padding_chart(share: float, rows: np.ndarray, of_prompts: float | None = None) -> Chart:
     labels = ["none", *(f"{a:.0%} to {b:.0%}" for a, b in itertools.pairwise(PADDING_EDGES))]
     bars = [Bar(label, part, _percent(part)) for label, part in zip(labels, rows.tolist(), strict=True)]
-    return Chart(f"{_percent(share)} of all places are padding", "rows by their share of padding", bars)
+    title = f"{_percent(share)} of all places are padding"
+    if of_prompts is not None:
+        title = f"{_percent(share)} of the decoder's places are padding, {_percent(of_prompts)} of the encoder's"
+    return Chart(title, "rows by their share of padding", bars)
 
 
 def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.config import Config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.order import Packed, Rows, TrainOrder, make_order
-from jaxlm.data.pairs import PackedPairs
+from jaxlm.data.pairs import PackedPairs, lengths_of
 from jaxlm.data.sources.documents import Split
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.data.tokens import Tokens
@@ -59,10 +59,11 @@ class DocumentPart(NamedTuple):
     """The part of a document that is in a row."""
 
     start: int  # its first place in the row
-    length: int  # number of its places in the row; for an encoder's pairs, of the answer
+    length: int  # number of its places in the row
     opens: bool | None  # whether the document starts here; None if unknown, without a tokenizer
     ids: np.ndarray  # int32 [n]: the inputs, then the last target if it counts and no other part shows it
     learned: np.ndarray  # bool [n]: whether each id counts towards the loss as a target
+    prompt_length: int = 0  # number of its places in the encoder's row, if there is an encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +90,13 @@ class InspectedBatch:
             learned = np.concatenate([[not alone and a > 0 and targets[a - 1] >= 0], learned])
             if (alone or b == filled) and learned[-1]:
                 ids = np.append(ids, targets[b - 1])
-            learned = learned[: len(ids)]
+            learned, prompt_length = learned[: len(ids)], 0
             if "prompts" in self.rows:  # shown in place of the bos that opens the answer
                 prompt = self._prompt(row, int(np.searchsorted(starts, a)))
-                ids = np.concatenate([prompt, ids[1:]])
+                ids, prompt_length = np.concatenate([prompt, ids[1:]]), len(prompt)
                 learned = np.concatenate([np.zeros(len(prompt), bool), learned[1:]])
             opens = None if self.bos_id is None else bool(inputs[a] == self.bos_id)
-            yield DocumentPart(a, b - a, opens, ids, learned)
+            yield DocumentPart(a, b - a, opens, ids, learned, prompt_length)
 
     def _prompt(self, row: int, number: int) -> np.ndarray:
         """Returns the prompt of a pair of a row, by its number there."""
@@ -243,6 +244,26 @@ def learned_share(tokens: Tokens) -> float:
     if tokens.masks is None:
         return 1.0
     return float(np.concatenate([*_blocks(Tokens(tokens.masks))]).mean())
+
+
+class PairFacts(NamedTuple):
+    """What an encoder's pairs lose, and what their rows waste."""
+
+    longer_prompts: float  # share of the prompts that lose their ends
+    longer_answers: float
+    prompt_padding: float  # share of padding in the encoder's rows
+
+
+def pair_facts(view: View) -> PairFacts | None:
+    """Returns facts about the pairs of all sources; None without an encoder."""
+    orders = [part for part in view.parts if isinstance(part, PackedPairs)]
+    if not orders:
+        return None
+    S, T = orders[0].S, orders[0].T
+    prompts, answers = (np.concatenate(x) for x in zip(*(lengths_of(order.pairs) for order in orders), strict=True))
+    places = S * sum(order.num_eval_rows for order in orders)
+    filled = np.minimum(prompts, S).sum() / places
+    return PairFacts(float((prompts > S).mean()), float((answers > T).mean()), float(1 - filled))
 
 
 class Documents(NamedTuple):

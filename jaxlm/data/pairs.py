@@ -2,10 +2,10 @@
 
 A pair is a document of the token store, whose first ids are not trained on. Its prompt, opened by bos, is in a row of S
 tokens for the encoder, and its answer, also opened by bos and ended by the bos of the next document, in a row of T
-tokens for the decoder. Neither sees other pairs. What is longer loses its end.
+tokens for the decoder. Neither sees other pairs. A longer prompt or answer is cut where its row ends.
 
-A pair needs as much of its row as the larger of prompt / S and answer / T. So the packing of packing.py serves, for
-which a pair is one length.
+A pair needs as much of a row as the larger of prompt / S and answer / T. So a pair has one length, and packing.py can
+pack it.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,10 @@ class Pairs(NamedTuple):
 
 
 def answers_of(tokens: Tokens) -> np.ndarray:
-    """The index of the first token of each document that is trained on, its bos apart; its end if there is none."""
+    """For each document, the index of its first learned token behind its bos; its end if there is none.
+
+    For instance, a document at 10 with a prompt of two tokens has ids at 10 (bos), 11, 12 (prompt), and 13: the answer.
+    """
     assert tokens.starts is not None and tokens.masks is not None
     found, shard_starts = np.append(tokens.starts[1:], len(tokens)), 0
     for mask in tokens.masks:  # no document is in two shards
@@ -52,6 +55,7 @@ def pack_pairs(tokens: Tokens, S: int, T: int) -> Pairs:
         pairs = Pairs(tokens.starts, answers_of(tokens), stops, np.arange(0))
         prompts, answers = lengths_of(pairs)
         size = max(S, T)
+        # Each pair's part of a row, in units of 1 / size, rounded up.
         shares = np.maximum(-(-np.minimum(prompts, S) * size // S), -(-np.minimum(answers, T) * size // T))
         order, rows = in_rows(best_fit(shares, size))
         tokens.packings[S, T] = Pairs(pairs.starts[order], pairs.answers[order], pairs.stops[order], rows)
@@ -87,7 +91,7 @@ class PackedPairs:
             start, answer, stop = (int(x[pair]) for x in self.pairs[:3])
             n, m = min(answer - start, self.S), min(stop - answer + 1, self.T)
             prompt, reply = slice(of_prompt, of_prompt + n), slice(of_answer, of_answer + m)
-            row["prompts"][prompt] = self.tokens.windows(np.array([start]), n)[0]
+            row["prompts"][prompt] = self.tokens.span(start, start + n)
             row["prompt_positions"][prompt] = np.arange(n)
             self.tokens.copy(answer - 1, row["inputs"][reply], row["targets"][reply])
             row["inputs"][of_answer] = row["prompts"][of_prompt]  # bos

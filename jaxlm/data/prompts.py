@@ -53,7 +53,7 @@ class Start(NamedTuple):
     """What a model gets of a prompt."""
 
     ids: np.ndarray  # int32 [T]: what the decoder continues
-    read: np.ndarray | None  # int32 [S]: what the encoder reads; None without an encoder
+    prompt: np.ndarray | None  # int32 [S]: what the encoder reads; None without an encoder
 
 
 def start_of(config: Config, ids: np.ndarray) -> Start:

@@ -53,6 +53,10 @@ class Tokens:
         """Returns `length` ids from each of `starts` (int64 [n]) on: int32 [n, length]."""
         return self._gather(self.shards, starts, length, np.dtype(np.int32))
 
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Returns the ids start ... stop - 1, int32."""
+        return self.windows(np.array([start]), stop - start)[0]
+
     def targets(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Returns the same as `windows`, with -1 for each id that does not count towards the loss."""
         ids = self.windows(starts, length)

@@ -193,7 +193,9 @@ def attend_others(
     scores: Scores,
     kernel: Kernel = "xla",
 ) -> jax.Array:
-    """Attention to tokens of another text, `[B, T, H, C]`; in plain JAX or by cuDNN, for Triton's kernel has none."""
+    """Attention to tokens of another text, `[B, T, H, C]`; in plain JAX or by cuDNN, because Triton's kernel
+    cannot.
+    """
     if kernel != "xla":
         return cudnn(q_BTHC, k_BSKC, v_BSKC, scores, visible_BTS, causal=False)
     chunks = [slice(start, start + 2048) for start in range(0, q_BTHC.shape[1], 2048)]

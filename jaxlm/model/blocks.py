@@ -20,13 +20,14 @@ from jaxlm.config import ModelConfig
 from jaxlm.model import lora, ring_blocks
 from jaxlm.model.attention import Kernel, Scores, attend, offset_keys, self_attention
 from jaxlm.model.context import Context
-from jaxlm.model.cross_attention import CrossAttention, Read, ReadCache
+from jaxlm.model.cross_attention import CrossAttention, Encoded, EncodedCache
 from jaxlm.model.layers import ROW_PARALLEL, Mlp, dropout, linear, norm, rmsnorm
 from jaxlm.model.remat import keep
 from jaxlm.model.ring import ring_attention
 from jaxlm.model.rope import Tables, rotate
 from jaxlm.model.tensor import ALONE, Tensor
 
+CROSS = 10**6  # the first site of dropout (layers.dropout) behind attention to the encoder; others are below
 STATISTICS = "intermediates"  # the collection of what layers record, if it is mutable; `init` leaves it out
 
 
@@ -35,7 +36,7 @@ class Cache(NamedTuple):
 
     k: jax.Array  # [L, B, S, K, C]
     v: jax.Array  # [L, B, S, K, C]
-    read: ReadCache | None = None  # of what the encoder read; None without an encoder
+    encoded: EncodedCache | None = None  # of the encoder's states; None without an encoder
 
     def extended(self, k_BTKC: jax.Array, v_BTKC: jax.Array, start: jax.Array) -> "Cache":
         """One layer's cache with the keys and values of T tokens added at position `start`."""
@@ -55,7 +56,7 @@ class LayerInputs:
     segments_BT: jax.Array | None  # numbers the documents of a row; None = one document
     begins_BT: jax.Array | None  # where a document begins; None = one document
     start: jax.Array | None  # position of this call's first token, where it enters the cache; None without a cache
-    read: Read | None  # what the encoder read; None without an encoder, and if it is in the cache
+    encoded: Encoded | None  # what the encoder made of the prompts; None without an encoder, and if the cache has it
     shape: tuple[int, int] = field(metadata={"static": True})  # (B, T)
     kernel: Kernel = field(metadata={"static": True})  # that computes attention without a cache
     tensor: Tensor = field(metadata={"static": True})
@@ -65,8 +66,8 @@ class LayerInputs:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with the signature of a scan's body.
 
-    With `post_norms`, norms follow attention and MLP, too (Gemma 2, section 2). If there is an encoder, the decoder's
-    blocks attend to what it read between the two.
+    With `post_norms`, norms follow attention and MLP, too (Gemma 2, section 2). If there is an encoder, a decoder's
+    block attends to the encoder's states between the two.
     """
 
     config: ModelConfig
@@ -84,7 +85,7 @@ class Block(nn.Module):
             a_nD = norm(c, "attention_post_norm")(a_nD)
         x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, 2 * layer, tensor, shared.context)
         x_nD = keep(x_nD)
-        if c.encoder_layers:
+        if c.encoder_layers:  # none in the configuration of the encoder's own blocks
             x_nD, cache = self._cross(x_nD, layer, cache, shared)
         m_nD = Mlp(c, tensor, name="mlp")(tensor.gather(norm(c, "mlp_norm")(x_nD)), drop)
         if c.post_norms:
@@ -97,21 +98,17 @@ class Block(nn.Module):
         return x_nD, cache
 
     def _cross(self, x_nD: jax.Array, layer: jax.Array, cache: Cache | None, shared: LayerInputs) -> Any:
-        """x + attention of norm(x) to what the encoder read."""
+        """x + attention of norm(x) to the encoder's states."""
         c, tensor = self.config, shared.tensor
         normed_ND = tensor.gather(norm(c, "cross_norm")(x_nD))
         drop = lora_dropout(c, layer, shared, 2 * CROSS)
-        before = None if cache is None else cache.read
-        segments_BT = shared.segments_BT
-        attention = CrossAttention(c, name="cross")
-        a_nD, after = attention(normed_ND, shared.shape, segments_BT, shared.read, before, shared.kernel, tensor, drop)
+        before, segments_BT = None if cache is None else cache.encoded, shared.segments_BT
+        attend = CrossAttention(c, name="cross")
+        a_nD, after = attend(normed_ND, shared.shape, segments_BT, shared.encoded, before, shared.kernel, tensor, drop)
         if c.post_norms:
             a_nD = norm(c, "cross_post_norm")(a_nD)
         x_nD += dropout(a_nD, c.dropout, shared.dropout_keys_B, CROSS + layer, tensor)
-        return keep(x_nD), None if cache is None else cache._replace(read=after)
-
-
-CROSS = 10**6  # the first site of dropout in attention to what the encoder read; others are below, whatever num_layers
+        return keep(x_nD), None if cache is None else cache._replace(encoded=after)
 
 
 def lora_dropout(c: ModelConfig, layer: jax.Array, shared: LayerInputs, first: int = 0) -> lora.Drop:

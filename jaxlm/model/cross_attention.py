@@ -1,4 +1,4 @@
-"""Attention of the decoder to what the encoder read (Vaswani et al., Attention Is All You Need, section 3.2.3).
+"""Attention of the decoder to the encoder's states (Vaswani et al., Attention Is All You Need, section 3.2.3).
 
 A row of the encoder holds the prompts of the pairs whose answers are in the same row of the decoder, in the same order.
 Each token of an answer attends to all of its own prompt. Positions play no part in it: the encoder's
@@ -30,24 +30,24 @@ class Prompts(NamedTuple):
 
     @staticmethod
     def repeated(prompt_S: np.ndarray | None, rows: int) -> "Prompts | None":
-        """One prompt in each of some rows; None of None."""
+        """Repeats a prompt in `rows` rows; returns None if there is no prompt."""
         return None if prompt_S is None else Prompts(jnp.tile(jnp.asarray(prompt_S), (rows, 1)), None)
 
 
-class Read(NamedTuple):
+class Encoded(NamedTuple):
     """What the encoder made of prompts."""
 
     states_MD: jax.Array  # flat, M = B * S
-    segments_BS: jax.Array  # numbers the prompts of a row, from 1
+    segments_BS: jax.Array  # numbers the prompts of a row, from 1; each padding token has a number of its own
     begins_BS: jax.Array | None  # where a prompt begins; None = each row is one prompt
 
 
-class ReadCache(NamedTuple):
-    """Keys and values of what the encoder read, for decoding."""
+class EncodedCache(NamedTuple):
+    """Keys and values of the encoder's states, for decoding."""
 
     k: jax.Array  # [L, B, S, K, C]
     v: jax.Array  # [L, B, S, K, C]
-    visible: jax.Array  # bool [L, B, S]: whether a token belongs to the prompt, the first of its row
+    visible: jax.Array  # bool [L, B, S]: whether a place holds the prompt, not padding
 
 
 class CrossAttention(nn.Module):
@@ -61,16 +61,16 @@ class CrossAttention(nn.Module):
         x_ND: jax.Array,
         shape: tuple[int, int],
         segments_BT: jax.Array | None,
-        read: Read | None,
-        cache: ReadCache | None,
+        encoded: Encoded | None,
+        cache: EncodedCache | None,
         kernel: Kernel,
         tensor: Tensor,
         drop: lora.Drop,
-    ) -> tuple[jax.Array, ReadCache | None]:
+    ) -> tuple[jax.Array, EncodedCache | None]:
         """Args:
         shape: (B, T).
         segments_BT: numbers the answers of a row, from 1; None = each row is one answer.
-        read: None = the cache has it.
+        encoded: None = the cache has its keys and values.
         cache: None in training.
         """
         c = self.config
@@ -79,16 +79,16 @@ class CrossAttention(nn.Module):
         if c.qk_norm:
             q_RC = rmsnorm(c, "query_norm")(keep(q_RC))
         q_BTHC = keep(q_RC).reshape(B, T, H, C)
-        if read is not None:
-            k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(read.states_MD, drop).reshape(-1, C)
-            v_BSKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(read.states_MD, drop)).reshape(B, -1, K, C)
+        if encoded is not None:
+            k_RC = linear(c, K * C, "key", bias=c.qkv_bias)(encoded.states_MD, drop).reshape(-1, C)
+            v_BSKC = keep(linear(c, K * C, "value", bias=c.qkv_bias)(encoded.states_MD, drop)).reshape(B, -1, K, C)
             if c.qk_norm:
                 k_RC = rmsnorm(c, "key_norm")(keep(k_RC))
             k_BSKC = keep(k_RC).reshape(v_BSKC.shape)
             if c.key_offset:
-                k_BSKC = offset_keys(k_BSKC, read.begins_BS)
-            visible_BTS = _of_own_prompt(segments_BT, read.segments_BS)
-            cache = None if cache is None else ReadCache(k_BSKC, v_BSKC, visible_BTS[:, 0])
+                k_BSKC = offset_keys(k_BSKC, encoded.begins_BS)
+            visible_BTS = _of_own_prompt(segments_BT, encoded.segments_BS)
+            cache = None if cache is None else EncodedCache(k_BSKC, v_BSKC, visible_BTS[:, 0])
         else:
             assert cache is not None
             k_BSKC, v_BSKC, visible_BTS = cache.k, cache.v, cache.visible[:, None]
@@ -98,10 +98,11 @@ class CrossAttention(nn.Module):
         return out(o_BTHC.reshape(B * T, H * C), drop), cache
 
 
-def _of_own_prompt(segments_BT: jax.Array | None, read_BS: jax.Array) -> jax.Array:
-    """Whether a token of an answer sees a token of a prompt, [B, T or 1, S]. Padding behind the answers sees the last
-    prompt, because a softmax needs something to see; nothing depends on it.
+def _of_own_prompt(segments_BT: jax.Array | None, segments_BS: jax.Array) -> jax.Array:
+    """Whether a token of an answer sees a token of a prompt, [B, T or 1, S]. Padding behind the answers sees padding
+    behind the prompts or, if there is less of that, the last token: a softmax needs something to see. Nothing depends
+    on it.
     """
     if segments_BT is None:
-        return (read_BS == 1)[:, None]
-    return jnp.minimum(segments_BT, read_BS[:, -1:])[:, :, None] == read_BS[:, None, :]
+        return (segments_BS == 1)[:, None]
+    return jnp.minimum(segments_BT, segments_BS[:, -1:])[:, :, None] == segments_BS[:, None, :]

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxlm.config import ModelConfig
 from jaxlm.model.blocks import STATISTICS, Cache
 from jaxlm.model.context import WHOLE, Context
-from jaxlm.model.cross_attention import Prompts, ReadCache
-from jaxlm.model.network import Decoder, OnLayer, Params
+from jaxlm.model.cross_attention import EncodedCache, Prompts
+from jaxlm.model.network import OnLayer, Params, Transformer
 from jaxlm.model.tensor import ALONE, Tensor
 
 
@@ -34,7 +34,7 @@ class Model(NamedTuple):
     end: Callable[[Params, jax.Array], jax.Array]
     output_params: Callable[[Params], Params]  # the parameters that `unembed` reads
     unembed: Callable[[Params, jax.Array], jax.Array]  # (params or output_params, x_ND) -> float32 logits_NV
-    init_cache: Callable[..., Cache]  # (B, length, tokens of the encoder's rows=0)
+    init_cache: Callable[..., Cache]  # (B, length, tokens of a prompt of the encoder=0)
     # (params, tokens_BT, cache, start, prompts=None) -> (logits_BTV, cache) for tokens at start, start + 1, ... If
     # there is an encoder, the first call gets the prompts, one a row, and later ones find them in the cache.
     decode: Callable[..., tuple[jax.Array, Cache]]
@@ -71,9 +71,9 @@ def make_model(
     default = on_layer
     given = {"platform": platform, "on_layer": on_layer, "tensor": tensor, "context": context}
 
-    def decoder(on_layer: OnLayer | None = None, tensor: Tensor = tensor, context: Context = context) -> Decoder:
+    def decoder(on_layer: OnLayer | None = None, tensor: Tensor = tensor, context: Context = context) -> Transformer:
         kind = platform or jax.default_backend()
-        return Decoder(config, vocab_size, max_len, kind, on_layer or default, tensor, context)
+        return Transformer(config, vocab_size, max_len, kind, on_layer or default, tensor, context)
 
     # Flax does not tell type checkers what a method returns.
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
@@ -120,15 +120,15 @@ def make_model(
     def unembed(params: Params, x_ND: jax.Array) -> jax.Array:
         return call("unembed", params, x_ND)
 
-    def init_cache(batch: int, length: int, read: int = 0) -> Cache:
+    def init_cache(batch: int, length: int, prompt_length: int = 0) -> Cache:
         def keys_and_values(length: int) -> tuple[jax.Array, jax.Array]:
             shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
             return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
         if not config.encoder_layers:
             return Cache(*keys_and_values(length))
-        of_read = ReadCache(*keys_and_values(read), jnp.zeros((config.num_layers, batch, read), bool))
-        return Cache(*keys_and_values(length), of_read)
+        visible = jnp.zeros((config.num_layers, batch, prompt_length), bool)
+        return Cache(*keys_and_values(length), EncodedCache(*keys_and_values(prompt_length), visible))
 
     def decode(
         params: Params, tokens_BT: jax.Array, cache: Cache, start: jax.Array, prompts: Prompts | None = None
@@ -172,8 +172,8 @@ def flops_per_token(config: ModelConfig, params: Params, seq_len: int) -> float:
 
 
 def multiplied(config: ModelConfig, params: Params, seq_len: int) -> float:
-    """With how many of the parameters, or of some of them, a token is multiplied: with all but those of tables that are
-    only looked up. Those that the encoder's tokens meet count for the decoder's, of which there are fewer or more.
+    """Returns how many of these parameters multiply a token: all but those of look-up tables. A parameter that
+    multiplies the encoder's tokens counts encoder_len / seq_len times.
     """
     lookups = ("positions", "encoder_positions", *(() if config.tie_embeddings else ("embed",)))
     all_but_lookups = num_params({name: x for name, x in params.items() if name not in lookups})

@@ -16,7 +16,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.model.attention import choose_kernel
 from jaxlm.model.blocks import STATISTICS, Block, Cache, LayerInputs
 from jaxlm.model.context import WHOLE, Context
-from jaxlm.model.cross_attention import Prompts, Read
+from jaxlm.model.cross_attention import Encoded, Prompts
 from jaxlm.model.layers import Head, dropout, logits_of, norm, sinusoids
 from jaxlm.model.remat import REMAT, layer_loop
 from jaxlm.model.rope import local_rope_tables, rope_tables
@@ -24,10 +24,10 @@ from jaxlm.model.tensor import ALONE, Tensor, look_up
 
 Params = Any  # nested dicts of arrays; those of the layers are stacked [L, ...] (STACKS)
 OnLayer = Callable[[Params, str], Params]  # (one layer's parameters, their stack), applied when the layer uses them
-ENCODER = 10**9  # makes the encoder's keys of dropout
+ENCODER = 10**9  # folded into keys of dropout, so that the encoder draws other masks than the decoder
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Token and position embedding, L blocks, final norm, output layer.
 
     An encoder has layers, norm and positions of its own, and the same token embedding.
@@ -55,12 +55,12 @@ class Decoder(nn.Module):
         if c.encoder_layers:
             if c.position == "learned":
                 self.encoder_positions = self._table(c.encoder_len)
-            self.encoder = self._layers(c.encoder, "encoder")
+            self.encoder = self._layers(c.encoder, "encoder", causal=False)
             self.encoder_norm = norm(c)
         if not c.tie_embeddings:
             self.head = Head(c, self.tensor.part(self.rows))
 
-    def _layers(self, c: ModelConfig, stack: str) -> Any:
+    def _layers(self, c: ModelConfig, stack: str, causal: bool = True) -> Any:
         """The blocks as one scan over stacked parameters, with remat, and with `on_layer` applied to each layer."""
         block: Any = Block
         unroll, remat = layer_loop(c, self.platform)
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             unroll=unroll,
         )
-        return layers(c, self.max_len, causal=stack != "encoder")
+        return layers(c, self.max_len, causal)
 
     def _table(self, rows: int) -> nn.Embed:
         """An embedding table. Unit variance keeps embeddings visible among what the layers add to them. With tied
@@ -100,13 +100,13 @@ class Decoder(nn.Module):
         prompts: Prompts | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the states after the final norm, `[N, D]`, and the cache with this call's keys and values added."""
-        read = None if prompts is None else self.read(prompts, dropout_keys_B)
+        encoded = None if prompts is None else self.encode(prompts, dropout_keys_B)
         x_nD = self.begin(tokens_BT, dropout_keys_B, positions_BT, start)
         layers_L = jnp.arange(self.config.num_layers)
-        x_nD, cache = self.run(x_nD, layers_L, tokens_BT.shape, dropout_keys_B, positions_BT, cache, start, read)
+        x_nD, cache = self.run(x_nD, layers_L, tokens_BT.shape, dropout_keys_B, positions_BT, cache, start, encoded)
         return self.end(x_nD), cache
 
-    def read(self, prompts: Prompts, dropout_keys_B: jax.Array | None) -> Read:
+    def encode(self, prompts: Prompts, dropout_keys_B: jax.Array | None) -> Encoded:
         """What the encoder makes of prompts."""
         c, (tokens_BS, positions_BS) = self.config.encoder, prompts
         if dropout_keys_B is not None:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         shared = self._shared(tokens_BS.shape, dropout_keys_B, positions_BS)
         x_nD, _ = self.encoder(x_nD, jnp.arange(c.num_layers), None, shared)
         segments_BS = jnp.ones_like(tokens_BS) if shared.segments_BT is None else shared.segments_BT
-        return Read(self.tensor.gather(self.encoder_norm(x_nD)), segments_BS, shared.begins_BT)
+        return Encoded(self.tensor.gather(self.encoder_norm(x_nD)), segments_BS, shared.begins_BT)
 
     def begin(
         self,
@@ -143,13 +143,14 @@ class Decoder(nn.Module):
         positions_BT: jax.Array | None,
         cache: Cache | None = None,
         start: jax.Array | int = 0,
-        read: Read | None = None,
+        encoded: Encoded | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Applies the layers of these numbers, whose parameters are those of `layers`.
+        """Applies the layers numbered `layers_l`.
 
         Args: shape: of the whole sequences, (B, S).
         """
-        shared = self._shared(shape, dropout_keys_B, positions_BT, None if cache is None else jnp.asarray(start), read)
+        first = None if cache is None else jnp.asarray(start)
+        shared = self._shared(shape, dropout_keys_B, positions_BT, first, encoded)
         return self.layers(x_nD, layers_l, cache, shared)
 
     def _shared(
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
         dropout_keys_B: jax.Array | None,
         positions_BT: jax.Array | None,
         start: jax.Array | None = None,
-        read: Read | None = None,
+        encoded: Encoded | None = None,
     ) -> LayerInputs:
         c, context = self.config, self.context
         B, S = shape
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
             segments_BT=None if positions_BT is None else context.own(jnp.cumsum(positions_BT == 0, axis=1), 1),
             begins_BT=None if positions_BT is None else positions == 0,
             start=start,
-            read=read,
+            encoded=encoded,
             shape=(B, S // context.size),
             kernel=choose_kernel(c, self.platform, packed=positions_BT is not None),
             tensor=self.tensor,
@@ -229,5 +230,6 @@ class Decoder(nn.Module):
         return logits_NV
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """For `init` alone."""
         x_ND, _ = self.hidden(tokens_BT, prompts=Prompts(tokens_BT, None) if self.config.encoder_layers else None)
         return self.unembed(x_ND).reshape(*tokens_BT.shape, -1)

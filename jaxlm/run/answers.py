@@ -38,24 +38,26 @@ def answers(run: Run, config: Config) -> Iterator[Answer]:
     ending = make_ending(tokenizer, config.data)
     bos = np.array([tokenizer.bos_id], np.int32)
 
-    def text(row: np.ndarray, of_answer: bool = True) -> str:
+    def answer_of(ids: np.ndarray) -> str:
         shown = Continuation(tokenizer, bos, ending)
-        return shown.add(row.tolist()) + shown.finish() if of_answer else tokenizer.decode(row)
+        return shown.add(ids.tolist()) + shown.finish()
 
     for part in corpus.parts:
         pairs = pack_pairs(part.val, S, config.seq_len)
         order = np.argsort(pairs.starts)
-        places = list(zip(pairs.starts[order], pairs.answers[order], pairs.stops[order], strict=True))
+        places = list(zip(*(x[order].tolist() for x in (pairs.starts, pairs.answers, pairs.stops)), strict=True))
         for first in range(0, len(places), ROWS):
-            some = places[first : first + ROWS]
-            prompts = [part.val.windows(np.array([a]), min(b - a, S))[0] for a, b, _ in some]
+            batch = places[first : first + ROWS]
+            prompts = [part.val.span(start, min(answer, start + S)) for start, answer, _ in batch]
             made = _made(run, prompts, bos, S, config.seq_len, ending.ids)
-            for (a, b, c), row in zip(some, made, strict=False):
-                prompt, expected = (part.val.windows(np.array([i]), j - i)[0] for i, j in ((a + 1, b), (b, c)))
-                yield Answer(text(prompt, of_answer=False), text(row), text(expected))
+            for (start, answer, stop), ids in zip(batch, made, strict=False):
+                prompt, expected = part.val.span(start + 1, answer), part.val.span(answer, stop)
+                yield Answer(tokenizer.decode(prompt), answer_of(ids), answer_of(expected))
 
 
-def _made(run: Run, prompts: list[np.ndarray], bos: np.ndarray, S: int, most: int, ends: frozenset[int]) -> np.ndarray:
+def _made(
+    run: Run, prompts: list[np.ndarray], bos: np.ndarray, S: int, max_tokens: int, ends: frozenset[int]
+) -> np.ndarray:
     """The tokens of the answers to at most ROWS prompts, int32 [ROWS, n]."""
     tokens_BS, positions_BS = np.zeros((2, ROWS, S), np.int32)
     for row, prompt in enumerate(prompts):
@@ -67,7 +69,7 @@ def _made(run: Run, prompts: list[np.ndarray], bos: np.ndarray, S: int, most: in
         run.params,
         np.tile(bos, (ROWS, 1)),
         jax.random.key(0),
-        max_new_tokens=most,
+        max_new_tokens=max_tokens,
         temperature=0,
         prompts=Prompts(jnp.asarray(tokens_BS), jnp.asarray(positions_BS)),
     ):

@@ -86,7 +86,7 @@ def sample_text(parts: Parts, params: Any, stop: Callable[[], bool]) -> str | No
     text = c.eval.sample_prompt
     start = start_of(c, encode_prompt(tokenizer, c.data, text, trains_on_answers(c.data)))
     how: dict[str, Any] = {"max_new_tokens": c.eval.sample_tokens, "temperature": 0.8, "top_p": 0.95}
-    how |= {"prompts": Prompts.repeated(start.read, 1)} | ({} if together else {"stop": stop})
+    how |= {"prompts": Prompts.repeated(start.prompt, 1)} | ({} if together else {"stop": stop})
     blocks = stream(*parts.placement.for_sampling(params), start.ids[None], jax.random.key(c.seed), **how)
     sample = Continuation(tokenizer, start.ids, make_ending(tokenizer, c.data))
     text += "\n" if makes_answers(c) else ""

@@ -52,9 +52,9 @@ def test_histograms(inspected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_one_document_is_singular_and_a_tiny_share_is_not_zero():
     found = inspect.Documents(np.array([3]), 1)
-    assert inspect_charts.document_chart(found, 16).title == "1 document"
+    assert inspect_charts.document_chart(found, "").title == "1 document"
     lengths = np.array([2] * 40_000 + [8])
-    chart = inspect_charts.document_chart(inspect.Documents(lengths, len(lengths)), 16)
+    chart = inspect_charts.document_chart(inspect.Documents(lengths, len(lengths)), "")
     assert [bar.text for bar in chart.bars] == ["100.00%", "0", "<0.01%"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxlm.config import Config, UserError
 from jaxlm.data import Corpus, Share, TrainOrder, eval_batches, num_eval_batches, prepare
-from jaxlm.data.inspect import View
+from jaxlm.data.inspect import View, pair_facts
 from jaxlm.data.order import make_order
 from jaxlm.data.pairs import PackedPairs, answers_of, lengths_of, pack_pairs
 from jaxlm.data.tokens import Tokens
@@ -128,8 +128,12 @@ def test_inspected_pairs_show_prompt_and_answer(tmp_path: Path):
                 tuple(corpus.tokenizer.decode(piece.ids[part][1 - i :]) for i, part in enumerate((~learned, learned)))
             )
     assert len(texts) > 4 and {(a, b.removesuffix("\0")) for a, b in texts} <= set(PAIRS)
-    empty, _ = View(corpus, config, "train").padding()
-    assert 0 < empty < 0.5
+    view = View(corpus, config, "train")
+    facts = pair_facts(view)
+    assert facts is not None and facts.longer_prompts == facts.longer_answers == 0
+    filled = [sum(piece.prompt_length for row in range(4) for piece in view.batch(n).pieces(row)) for n in range(5)]
+    want = 1 - sum(filled) / (5 * 4 * 24)
+    assert 0 < view.padding()[0] < 0.5 and facts.prompt_padding == pytest.approx(want, abs=0.1)
 
 
 def test_what_is_cut_off_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -22,7 +22,7 @@ def open_functions(data: DataConfig) -> Source:
     Equal docstrings are all in one split, so none of the validation set's is trained on.
 
     Raises:
-      UserError: this Python has no .py files of its standard library, or a key is none of a record's.
+      UserError: this Python has no .py files of its standard library, or a record has no such key.
     """
     files, skipped = python_files()
     form = Format("function", lambda part, _: [part], _functions, split_by="docstring")
