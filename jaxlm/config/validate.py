@@ -48,6 +48,7 @@ LEAST = {"model.scan_unroll": -1}  # 0 for all others
 LARGEST = {
     "model.num_layers": 10_000,
     "model.encoder_layers": 10_000,
+    "model.encoder_len": 2**20,
     "model.d_model": 2**20,
     "model.d_ff": 2**22,
     "model.vocab_multiple": 2**20,
@@ -198,13 +199,13 @@ def _check_encoder(c: Config, require: Require) -> None:
     require(d.packing == "document", "data.packing", "with model.encoder_layers, document: pairs are kept apart")
     require(not m.window, "model.window", "with model.encoder_layers, 0")
     require(m.rope_scaling != "longrope", "model.rope_scaling", "with model.encoder_layers, none, linear, llama3")
-    parts = [part for _, part in mixture(d)] if d.mixture else [d]
-    for part in parts:
+    allowed = "with model.encoder_layers, none; data.prompt_key and data.response_key name the pairs"
+    require(not d.messages_key, "data.messages_key", allowed)
+    pairs = [name for name, kind in SOURCES.items() if kind.records or (kind.files and kind.ids)]
+    allowed = f"with model.encoder_layers, which reads pairs: {', '.join(pairs)}"
+    for part in [part for _, part in mixture(d)] if d.mixture else [d]:
         kind = SOURCES[part.source]
-        pairs = [name for name, kind in SOURCES.items() if kind.records or (kind.files and kind.ids)]
-        require(
-            part.source in pairs, "data.source", f"with model.encoder_layers, which reads pairs: {', '.join(pairs)}"
-        )
+        require(part.source in pairs, "data.mixture" if d.mixture else "data.source", allowed)
         for key in ("prompt_key", "response_key") if kind.records else ():
             require(bool(getattr(part, key)), f"data.{key}", "a key, with model.encoder_layers, which reads pairs")
 
@@ -297,9 +298,10 @@ def _check_conversations(d: DataConfig, parts: list[DataConfig], require: Requir
     allowed = r"newlines instead of a backslash and an n; in a shell --config.data.chat_template=$'...\n'"
     require("\\n" not in d.chat_template or d.jinja, "data.chat_template", allowed)
     if not any(SOURCES[part.source].records for part in parts):
-        have_keys = " and ".join(name for name, kind in SOURCES.items() if kind.records)
+        have_keys = ", ".join(name for name, kind in SOURCES.items() if kind.records)
+        here = "this data.mixture" if d.mixture else f"data.source={d.source}"
         for key in ("response_key", "messages_key"):
-            require(not getattr(d, key), f"data.{key}", f"none with data.source={d.source}; {have_keys} have keys")
+            require(not getattr(d, key), f"data.{key}", f"none with {here}; {have_keys} have keys")
 
 
 def _check_source(d: DataConfig, require: Require) -> None:

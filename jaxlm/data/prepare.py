@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
+
 from jaxlm.config import SOURCES, Config, DataConfig, UserError, mixture
 from jaxlm.data.corpus import Corpus, MixtureSource, check_lengths, fingerprint
 from jaxlm.data.pairs import lengths_of, pack_pairs
@@ -144,7 +146,8 @@ def _check_pairs(data: DataConfig, config: Config, corpus: Corpus, progress: boo
             " allowed: data with data.prompt_key and data.response_key"
         )
     S, T = config.model.encoder_len, config.seq_len
-    prompts, answers = lengths_of(pack_pairs(corpus.train, S, T))
+    lengths = [lengths_of(pack_pairs(tokens, S, T)) for tokens in (corpus.train, corpus.val)]
+    prompts, answers = (np.concatenate(both) for both in zip(*lengths, strict=True))
     limits = (("prompts", prompts, "model.encoder_len", S), ("answers", answers, "seq_len", T))
     for what, lengths, key, limit in limits if progress else ():
         if long := int((lengths > limit).sum()):

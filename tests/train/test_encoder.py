@@ -102,7 +102,8 @@ def test_the_compiler_gives_a_device_its_part_of_the_memory():
         (["model.window=4"], "model.window"),
         (["data.source=stdlib", "data.prompt_key=", "data.response_key="], "data.source"),
         (["data.prompt_key="], "data.prompt_key"),
-        (["data.prompt_key=", "data.response_key=", "data.messages_key=m"], "data.prompt_key"),
+        (["data.messages_key=m"], "data.messages_key"),
+        (["data.mixture=1 functions; 1 stdlib"], "data.mixture"),
     ],
 )
 def test_what_an_encoder_cannot_do_is_refused(changes: list[str], named: str):
