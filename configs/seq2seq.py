@@ -12,7 +12,7 @@ def get_config() -> Config:
     c = base.get_config()
     c.steps = 600
     c.batch_size = 32
-    c.seq_len = 24  # tokens of the names in a row
+    c.seq_len = 48  # tokens of the names in a row: several short names fit beside their docstrings
     c.model.num_layers = 2
     c.model.encoder_layers = 2
     c.model.encoder_len = 192  # tokens of the docstrings in a row
