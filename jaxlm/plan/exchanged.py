@@ -19,6 +19,8 @@ from jaxlm.train.schedule_table import forward_phases
 FLOAT = 4  # bytes of a float32
 # {model.remat: how many of a layer's two gathers and two scatters the backward pass computes again}
 AGAIN = {"none": 0, "elementwise": 2, "dots": 3, "full": 3}
+# The same for the gather and the scatter of attention to an encoder: none is the last of its layer.
+AGAIN_CROSS = {"none": 0, "elementwise": 1, "dots": 2, "full": 2}
 
 
 def by_purpose(config: Config, own: OneDevice) -> dict[str, float]:
@@ -43,7 +45,7 @@ def in_replica(config: Config, own: OneDevice) -> dict[str, float]:
     tokens = rows * config.seq_len // p.context
     found = {}
     if p.tensor > 1:
-        found["tensor"] = _tensor(config, own, tokens)
+        found["tensor"] = _tensor(config, own, tokens) + _tensor_of_encoder(config, own, rows)
     if p.context > 1:
         found["context"] = _context(config, own, rows, tokens)
     if p.pipeline > 1:
@@ -85,6 +87,20 @@ def _tensor(config: Config, own: OneDevice, tokens: int) -> float:
     of_layers = layers_run(config) * (8 + 4 * chunks_again + AGAIN[remat])
     logits = SENT["all-reduce"](T) * tokens * 4 * FLOAT
     return array * (of_layers + _phases(config) * (2 + chunks_again) + 2 * m) + m * logits
+
+
+def _tensor_of_encoder(config: Config, own: OneDevice, rows: int) -> float:
+    """What an encoder adds: in each of its layers as much as in the decoder's, of its own tokens, with a scatter of
+    embeddings and a gather of states in each pass; in each layer of the decoder one gather and one scatter more.
+    """
+    c, T = config.model, config.parallel.tensor
+    if not c.encoder_layers:
+        return 0.0
+    _, remat = _again(config, own)
+    of_encoder = rows * c.encoder_len * (c.encoder_layers * (8 + AGAIN[remat]) + 4)
+    of_decoder = rows * config.seq_len * c.num_layers * (4 + AGAIN_CROSS[remat])
+    numbers = config.optim.accum_steps * (of_encoder + of_decoder) * c.d_model
+    return SENT["all-gather"](T) * numbers * _itemsize(config)
 
 
 def _context(config: Config, own: OneDevice, rows: int, tokens: int) -> float:

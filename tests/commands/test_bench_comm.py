@@ -25,6 +25,15 @@ SMALL = [
     "model.scan_unroll=1",
     "parallel.powersgd_rank=2",
 ]
+ENCODER = [
+    "model.encoder_layers=2",
+    "model.encoder_len=24",
+    "data.source=functions",
+    "data.prompt_key=docstring",
+    "data.response_key=name",
+    "data.packing=document",
+    "data.tokenizer=bytes",
+]
 
 
 def report(*overrides: str) -> dict[str, Any]:
@@ -79,6 +88,12 @@ def test_program_and_formula_agree(overrides: list[str], capsys: pytest.CaptureF
     "overrides, within",
     [
         (["parallel.devices=4", "parallel.tensor=2", "model.remat=full", "parallel.zero=1"], ["tensor", "copies"]),
+        ([*ENCODER, "parallel.devices=4", "parallel.tensor=2", "model.remat=full"], ["tensor", "copies"]),
+        (
+            [*ENCODER, "parallel.devices=4", "parallel.tensor=2", "model.remat=elementwise", "optim.accum_steps=2"],
+            ["tensor", "copies"],
+        ),
+        ([*ENCODER, "parallel.devices=4", "parallel.tensor=2", "model.remat=none"], ["tensor", "copies"]),
         (["parallel.devices=4", "parallel.context=4", "model.remat=elementwise", "parallel.zero=3"], ["context"]),
         (["parallel.devices=6", "parallel.pipeline=3", "optim.accum_steps=4"], ["pipeline", "copies"]),
         (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.model import Model, Params, attention_flops, flops_per_token, make_model, num_params
+from jaxlm.model import Model, Params, attention_flops, blocks, flops_per_token, make_model, network, num_params
 from jaxlm.model.cross_attention import Prompts
 from jaxlm.model.generate import BLOCK, generate
 from tests import reference
@@ -26,6 +26,7 @@ MODELS = {
     "learned": with_(**ENCODER, position="learned", activation="swiglu", num_kv_heads=2, norm="rmsnorm"),
     "recipe": with_(**ENCODER, norm="rmsnorm", activation="relu2", qk_norm=True, key_offset=True),
     "dropout": with_(**ENCODER, dropout=0.4),
+    "lora": with_(**ENCODER, dropout=0.1, lora_rank=2, lora_dropout=0.1, lora_targets=".*"),
     "others": with_(
         **ENCODER, post_norms=True, qkv_bias=True, head_dim=8, num_kv_heads=1, attention_softcap=2.0, rope_fraction=0.5
     ),
@@ -44,7 +45,7 @@ def logits_of(model: Model, params: Params, answers: Any, prompts: Prompts, posi
     return model.unembed(params, x_ND).reshape(*answers.shape, -1)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "dropout"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("dropout", "lora")])
 def test_logits_equal_those_of_numpy(name: str):
     c = MODELS[name]
     model, params = made(name)
@@ -148,25 +149,41 @@ def test_generated_tokens_are_the_most_probable_ones(name: str, begun: int):
     np.testing.assert_array_equal(got[0], text[0, begun:])
 
 
-def test_dropout_drops_in_the_encoder_and_between_it_and_the_decoder():
-    """Each sequence has its own masks, whatever else is in the batch; encoder and decoder have different ones."""
+def test_no_mask_of_dropout_is_used_twice(monkeypatch: pytest.MonkeyPatch):
+    """In encoder and decoder, behind each of their parts, and before each matrix of LoRA."""
+    model, params = made("lora")
+    used: list[tuple[bytes, int]] = []
+
+    def record(x: jax.Array, rate: float, keys_B: jax.Array, site: Any, *_: Any, **__: Any) -> jax.Array:
+        def note(keys: Any, site: Any) -> None:
+            used.append((np.asarray(keys).tobytes(), int(site)))
+
+        jax.debug.callback(note, jax.random.key_data(keys_B), jnp.asarray(site))
+        return x
+
+    monkeypatch.setattr(blocks, "dropout", record)
+    monkeypatch.setattr(network, "dropout", record)
+    prompts = Prompts(jnp.asarray(some_tokens(2, S)), None)
+    jax.jit(model.hidden)(params, some_tokens(2, MAX_LEN), jax.random.split(jax.random.key(0), 2), None, prompts)
+    jax.effects_barrier()
+    c = MODELS["lora"]
+    of_decoder = 1 + c.num_layers * (3 + 4 + 4 + 2)  # embeddings; attention, cross-attention, MLP; their matrices
+    assert len(used) == of_decoder + 1 + c.encoder_layers * (2 + 4 + 2)
+    assert len(set(used)) == len(used)
+
+
+def test_dropout_belongs_to_sequences():
+    """Each has its own masks, whatever else is in the batch."""
     model, params = made("dropout")
     answers, prompts = some_tokens(2, MAX_LEN), some_tokens(2, S, seed=2)
     keys, hidden_of = jax.random.split(jax.random.key(3), 2), jax.jit(model.hidden)
 
-    def hidden(params: Params, rows: slice, keys: jax.Array | None) -> np.ndarray:
-        read = Prompts(jnp.asarray(prompts[rows]), None)
-        return np.asarray(hidden_of(params, answers[rows], keys, None, read))
+    def hidden(rows: slice, keys: jax.Array | None) -> np.ndarray:
+        return np.asarray(hidden_of(params, answers[rows], keys, None, Prompts(jnp.asarray(prompts[rows]), None)))
 
-    both = hidden(params, slice(0, 2), keys).reshape(2, MAX_LEN, -1)
-    np.testing.assert_allclose(hidden(params, slice(1, 2), keys[1:]), both[1], rtol=1e-5, atol=1e-5)
-    assert np.abs(hidden(params, slice(0, 2), None).reshape(both.shape) - both).max() > 0.1
-    for silent in ("attention", "mlp", "cross"):  # the others alone still drop
-        others = {k: v for k, v in params["layers"].items() if k != silent}
-        zero = jax.tree.map(np.zeros_like, params["layers"][silent])
-        changed = params | {"layers": others | {silent: zero}}
-        a, b = (hidden(changed, slice(0, 1), keys[:1] if i else None) for i in range(2))
-        assert np.abs(a - b).max() > 0.1
+    both = hidden(slice(0, 2), keys).reshape(2, MAX_LEN, -1)
+    np.testing.assert_allclose(hidden(slice(1, 2), keys[1:]), both[1], rtol=1e-5, atol=1e-5)
+    assert np.abs(hidden(slice(0, 2), None).reshape(both.shape) - both).max() > 0.1
 
 
 def test_flops_count_the_encoder_for_its_own_tokens():
