@@ -1,6 +1,6 @@
 """An encoder and a decoder that name functions: from a docstring of Python's standard library to the function's name.
 
-The encoder reads the docstring in both directions; the decoder writes the name. Trains in three minutes on two CPU
+The encoder reads the docstring in both directions; the decoder writes the name. Trains in minutes on two CPU
 cores, without a download. docs/encoder_decoder.md says what it learns.
 """
 

@@ -1,8 +1,8 @@
 """Attention of the decoder to the encoder's states (Vaswani et al., Attention Is All You Need, section 3.2.3).
 
 A row of the encoder holds the prompts of the pairs whose answers are in the same row of the decoder, in the same order.
-Each token of an answer attends to all of its own prompt. Positions play no part in it: the encoder's
-states know theirs.
+Each token of an answer attends to all of its own prompt. Positions play no part in it: the encoder's states know
+theirs.
 
 Shapes: S time of the encoder; otherwise those of blocks.py.
 """
