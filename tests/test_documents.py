@@ -70,7 +70,7 @@ RUN: dict[str, str] = {
     "jaxlm evaluate --workdir runs/seq2seq --answers answers.jsonl": "",
     "jaxlm train --config seq2seq --workdir runs/translate --config.data.source=jsonl --config.data.path=pairs.jsonl "
     "--config.data.prompt_key=en --config.data.response_key=de --config.eval.sample_prompt='good morning'": (
-        f"{SIZES} {SHORT} {BYTES} --config.model.encoder_len=64"
+        f"{SIZES} {SHORT} {BYTES} --config.parallel.devices=2 --config.model.encoder_len=64"
     ),
     "jaxlm train --config configs/base.py --config.parallel.reduce=int8 --config.parallel.overlap=true": (
         f"{TEXTS} {SIZES} {DATA} {SHORT} --workdir runs/int8"

@@ -14,6 +14,7 @@ MODELING = Path(__file__).with_name("hub") / "modeling_jaxlm.py"  # imports torc
 # Keys that the weights' results do not depend on, apart from rounding.
 FREE = ("dtype", "param_dtype", "dropout", "remat", "attention", "matmul_precision", "scan_unroll", "residual_init")
 FREE = (*FREE, "vocab_multiple", "lora_rank", "lora_alpha", "lora_targets", "lora_dropout")  # LoRA is merged
+FREE = (*FREE, "encoder_layers", "encoder_len")  # only decoders are written
 
 
 def _write(c: ModelConfig) -> Hf:
