@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlm.model import Model, Params, attention_flops, blocks, flops_per_token, make_model, network, num_params
-from jaxlm.model.cross_attention import Prompts
+from jaxlm.model.context import WHOLE
+from jaxlm.model.cross_attention import Encoded, Prompts
 from jaxlm.model.generate import BLOCK, generate
+from jaxlm.model.tensor import ALONE
 from tests import reference
 from tests.decoders import MAX_LEN, VOCAB, drawn, some_tokens, with_
 
@@ -152,21 +154,26 @@ def test_generated_tokens_are_the_most_probable_ones(name: str, begun: int):
 def test_no_mask_of_dropout_is_used_twice(monkeypatch: pytest.MonkeyPatch):
     """In encoder and decoder, behind each of their parts, and before each matrix of LoRA."""
     model, params = made("lora")
-    used: list[tuple[bytes, int]] = []
+    c, used, keys = MODELS["lora"], list[tuple[bytes, int]](), list[jax.Array]()
 
     def record(x: jax.Array, rate: float, keys_B: jax.Array, site: Any, *_: Any, **__: Any) -> jax.Array:
-        def note(keys: Any, site: Any) -> None:
-            used.append((np.asarray(keys).tobytes(), int(site)))
-
-        jax.debug.callback(note, jax.random.key_data(keys_B), jnp.asarray(site))
+        if not any(isinstance(value, jax.core.Tracer) for value in (keys_B, site)):
+            used.append((np.asarray(jax.random.key_data(keys_B)).tobytes(), int(site)))
+            keys.append(keys_B)
         return x
 
     monkeypatch.setattr(blocks, "dropout", record)
     monkeypatch.setattr(network, "dropout", record)
     prompts = Prompts(jnp.asarray(some_tokens(2, S)), None)
-    jax.jit(model.hidden)(params, some_tokens(2, MAX_LEN), jax.random.split(jax.random.key(0), 2), None, prompts)
-    jax.effects_barrier()
-    c = MODELS["lora"]
+    model.hidden(params, some_tokens(2, MAX_LEN), jax.random.split(jax.random.key(0), 2), None, prompts)
+    assert len(used) == 2  # embeddings; the layers are in a scan, whose keys and sites are no numbers
+    x_ND = jnp.zeros((2 * S, c.d_model))
+    encoded = Encoded(x_ND, jnp.ones((2, S), jnp.int32), None)
+    for stack, own, keys_B in (("encoder", c.encoder, keys[0]), ("layers", c, keys[1])):
+        shared = blocks.LayerInputs(keys_B, None, None, None, None, None, encoded, (2, S), "xla", ALONE, WHOLE)
+        for i in range(own.num_layers):
+            layer = jax.tree.map(lambda x, i=i: x[i], params[stack])
+            blocks.Block(own, S, stack == "layers").apply({"params": layer}, x_ND, jnp.int32(i), None, shared)
     of_decoder = 1 + c.num_layers * (3 + 4 + 4 + 2)  # embeddings; attention, cross-attention, MLP; their matrices
     assert len(used) == of_decoder + 1 + c.encoder_layers * (2 + 4 + 2)
     assert len(set(used)) == len(used)
