@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 from jaxlm.model import Model, Params, attention_flops, blocks, flops_per_token, make_model, network, num_params
 from jaxlm.model.context import WHOLE
@@ -157,7 +158,7 @@ def test_no_mask_of_dropout_is_used_twice(monkeypatch: pytest.MonkeyPatch):
     c, used, keys = MODELS["lora"], list[tuple[bytes, int]](), list[jax.Array]()
 
     def record(x: jax.Array, rate: float, keys_B: jax.Array, site: Any, *_: Any, **__: Any) -> jax.Array:
-        if not any(isinstance(value, jax.core.Tracer) for value in (keys_B, site)):
+        if not any(isinstance(value, Tracer) for value in (keys_B, site)):
             used.append((np.asarray(jax.random.key_data(keys_B)).tobytes(), int(site)))
             keys.append(keys_B)
         return x
