@@ -134,6 +134,7 @@ def test_with_resume_never_a_new_run_starts(tmp_path: Path):
     assert lines(tmp_path / "run")[0]["step"] == 1
 
 
+@pytest.mark.ci
 def test_a_run_continues_with_other_devices_and_reductions(tmp_path: Path):
     """With 8, 3, 1, then 4 devices, ZeRO on and off, and other accumulation, the losses are those of an unchanged run.
     The changes are recorded.

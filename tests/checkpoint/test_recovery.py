@@ -51,6 +51,7 @@ def test_left_out_batches_are_missing_from_the_order(seed: int):
     assert order.consumed(60) == every.consumed(want[-1]) and order.consumed(0) == every.consumed(0)
 
 
+@pytest.mark.ci
 def test_the_only_kept_checkpoint_may_lie_within_the_bad_steps(poison: Any, copy: Path):
     """Batches that were skipped before it are used up already, so the return does not leave them out."""
     keys = {
@@ -126,6 +127,7 @@ def test_after_many_bad_steps_in_a_row_the_run_goes_back_and_leaves_their_batche
         run(plain, **keys)
 
 
+@pytest.mark.ci
 def test_a_learning_rate_of_a_million_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     keys = {"optim.lr": 1e6, "steps": 60, "checkpoint.every_steps": 2, "eval.every_steps": 0, "optim.max_returns": 2}
     assert exit_code(lambda: run(tmp_path / "run", **keys)) == 3

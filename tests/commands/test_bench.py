@@ -56,6 +56,7 @@ def test_a_grid_has_every_combination_and_the_last_key_changes_first():
     assert bench_sweep.arguments(found[3], "c", ["--x"]) == ["--config", "b", "--x", "--config.model.remat=full"]
 
 
+@pytest.mark.ci
 def test_a_sweep_measures_each_point_beside_its_plan_and_goes_on_after_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

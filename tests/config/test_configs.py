@@ -55,7 +55,10 @@ def flatten_of(path: Path) -> dict[str, object]:
     return flatten(load(path, some_path(path)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+LONG = ("lora_8b", "seq2seq")  # test_finetuning.py and test_documents.py train such models, too
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.ci] * (p.stem in LONG)) for p in FILES])
 def test_each_file_trains(path: Path, tmp_path: Path):
     full = flatten_of(path)
     small = dict(SMALL)

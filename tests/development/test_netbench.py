@@ -41,6 +41,7 @@ def namespaces() -> tuple[set[str], set[Path]]:
     return {line.split()[0] for line in listed.splitlines()}, set(Path("/etc/netns").glob("*"))
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2, to make network namespaces")
 def test_the_link_is_as_slow_as_asked_for():

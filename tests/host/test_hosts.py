@@ -106,6 +106,7 @@ def test_hosts_wait_for_a_slow_host_and_save_after_a_full_disk(tmp_path: Path):
         assert (found[name].shape, found[name].dtype) == (x.shape, x.dtype)
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_both_hosts_end_with_2_if_the_last_state_cannot_be_saved(tmp_path: Path):
     keys = ["steps=20", "checkpoint.every_steps=10", "eval.every_steps=0"]

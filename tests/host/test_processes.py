@@ -141,6 +141,7 @@ def test_sigterm_to_one_before_the_first_step_ends_both(asked: int, tmp_path: Pa
     assert seconds < 15 and not (tmp_path / "run/metrics.jsonl").exists()
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
     """The evaluation would take minutes. When the processes resume, they do it before the next step."""
@@ -167,6 +168,7 @@ def test_sigterm_to_one_cuts_an_evaluation_short_on_both(tmp_path: Path):
     assert [(m["step"], "loss" in m) for m in lines(workdir)] == [(1, True), (1, False), (2, True), (2, False)]
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_other_runs_start_from_the_weights_of_two_processes(two: tuple[Path, Any], tmp_path: Path):
     """Two processes start from the weights, and so does one with as many devices; `params` above uses other devices."""
@@ -196,7 +198,9 @@ LONG = ["steps=100000", "checkpoint.every_steps=100000", "eval.every_steps=0"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1, 0], ids=["another", "the-coordinator"])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(1, id="another", marks=pytest.mark.ci), pytest.param(0, id="the-coordinator")]
+)
 def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
     """The other host ends within 45 seconds with a last line that names the dead host, and the run can start again."""
     workdir = tmp_path / "run"
@@ -220,6 +224,7 @@ def test_a_host_that_dies_ends_the_others(victim: int, tmp_path: Path):
         assert [code for code, *_ in again] == [0], again
 
 
+@pytest.mark.ci
 @pytest.mark.slow
 def test_processes_return_to_the_same_checkpoint(
     two: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

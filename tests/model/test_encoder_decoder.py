@@ -85,8 +85,16 @@ def packed(parts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray
     return row, positions
 
 
-@pytest.mark.parametrize("prompt_lengths, answer_lengths", [((3, 4), (5, 2)), ((6, 4), (5, 7)), ((2, 1, 1), (9, 1, 2))])
-@pytest.mark.parametrize("name", ["plain", "vaswani", "learned", "recipe"])
+@pytest.mark.parametrize(
+    "name, prompt_lengths, answer_lengths",
+    [
+        ("plain", (3, 4), (5, 2)),
+        ("vaswani", (6, 4), (5, 7)),
+        ("learned", (2, 1, 1), (9, 1, 2)),
+        ("recipe", (3, 4), (5, 2)),
+        ("recipe", (2, 1, 1), (9, 1, 2)),
+    ],
+)
 def test_packed_pairs_are_as_if_alone(name: str, prompt_lengths: tuple[int, ...], answer_lengths: tuple[int, ...]):
     """Also where more padding follows the answers than the prompts; no NaN comes from it, nor from its gradient."""
     model, params = made(name)

@@ -113,6 +113,7 @@ def test_answers_to_other_prompts_are_written(finished: Path, tmp_path: Path, ca
     assert "allowed: a new file" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_a_stopped_run_ends_as_one_that_was_not_also_when_divided_otherwise(keys: dict[str, Any]):
     """Bit for bit on the same devices; with ZeRO-3 to float rounding."""
     more = {"steps": 4, "optim__warmup_steps": 1, "log__every_steps": 1, "checkpoint__every_steps": 2}

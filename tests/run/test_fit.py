@@ -25,6 +25,7 @@ def test_steps_that_fit(left: float, expected: int):
     assert fitting(1000, left, compiling=5.0, seconds=1.0) == pytest.approx(expected, abs=1)
 
 
+@pytest.mark.ci
 def test_a_run_in_a_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     workdir = tmp_path / "run"
     keys = {"optim.schedule": "linear", "optim.lr": 0.01, "eval.every_steps": 0, "checkpoint.every_steps": 0}

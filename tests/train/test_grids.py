@@ -60,7 +60,7 @@ def overrides_of(number: int, grid: tuple[int, int, int, int]) -> list[str]:
 
 
 IDS = ["x".join(map(str, grid)) for grid in GRIDS]
-FEW = [(1, 2, 2, 2), (1, 4, 1, 2), (2, 1, 2, 2)]  # that every run of the tests tries
+FEW = [(1, 2, 2, 2), (2, 1, 2, 2)]  # that every run of the tests tries
 
 
 @pytest.mark.grids

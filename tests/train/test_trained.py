@@ -69,10 +69,10 @@ def reference(config: Config, batches: list[train_step.Batch]) -> Result:
 @pytest.mark.parametrize(
     ("keys", "devices", "more"),
     [
-        (LORA, 8, []),
+        pytest.param(LORA, 8, [], marks=pytest.mark.ci),
         (LORA, 2, ["optim.accum_steps=4", "parallel.zero=1", "parallel.overlap=true"]),
         (LORA, 8, ["optim.accum_steps=2", "parallel.zero=3"]),
-        (FREEZE, 2, ["optim.accum_steps=2", "parallel.overlap=true"]),
+        pytest.param(FREEZE, 2, ["optim.accum_steps=2", "parallel.overlap=true"], marks=pytest.mark.ci),
         (FREEZE, 8, ["parallel.zero=1"]),
         (FREEZE, 2, ["parallel.zero=3"]),
         ([*ADAMW, "optim.freeze=layers"], 2, ["parallel.overlap=true"]),
