@@ -40,7 +40,7 @@ def load(workdir: Path, overrides: list[str]) -> Config:
         raise UserError("data.val_path is ''; allowed: a file or a folder")
     if config.data.val_path and "val_path" in asked:
         config.data.path = ""
-    elif "path" in asked:
+    elif "path" in asked and config.data.path:
         print(
             f"scores the held-out part of data.path={config.data.path}; --config.data.val_path scores all of it",
             file=sys.stderr,

@@ -15,6 +15,14 @@ from jaxlm.train.one_device import one_device
 from jaxlm.train.placement import Placement
 
 VOCAB = 300
+ENCODER = [
+    "model.encoder_layers=2",
+    "model.encoder_len=48",
+    "data.source=functions",
+    "data.prompt_key=docstring",
+    "data.response_key=name",
+    "data.packing=document",
+]
 
 
 def some_config(*parallel: str, **model: Any) -> Config:
@@ -34,6 +42,8 @@ def some_config(*parallel: str, **model: Any) -> Config:
         ("full", ["parallel.tensor=2"]),
         ("elementwise", ["parallel.context=2", "parallel.zero=3"]),
         ("full", ["parallel.pipeline=2", "optim.accum_steps=4"]),
+        pytest.param("elementwise", [*ENCODER, "parallel.zero=3"], marks=pytest.mark.ci),
+        pytest.param("full", [*ENCODER, "parallel.tensor=2"], marks=pytest.mark.ci),
     ],
 )
 def test_the_plan_equals_the_state_and_what_the_compiler_says(remat: str, parallel: list[str]):
