@@ -3,6 +3,7 @@ of output is one JSON object.
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -102,17 +103,21 @@ def main(argv: list[str]) -> int:
 
     run = open_run(workdir, read_step("--step", args.step))
     found = {"step": run.step, **score(run, config)}
-    if args.answers is not None:
-        found["exact_match"] = _write_answers(args.answers, run, config)
-    print(json.dumps(found))
+    try:
+        if args.answers is not None:
+            found["exact_match"] = _write_answers(args.answers, run, config)
+    finally:
+        print(json.dumps(found))
     return 0
 
 
 def _check_answers(path: Path, config: Config) -> None:
     if not config.model.encoder_layers:
         raise UserError("--answers: model.encoder_layers is 0; allowed: a run with an encoder, which answers prompts")
-    if path.exists() or not path.parent.is_dir():
-        raise UserError(f"--answers is {show(str(path))}; allowed: a new file in a folder that is there")
+    if os.path.lexists(path):
+        raise UserError(f"--answers is {show(str(path))}, which is there; allowed: a new file")
+    _write(path, "")  # tells before the evaluation whether it can be written
+    path.unlink()
 
 
 def _write_answers(path: Path, run: "Run", config: Config) -> float:
@@ -121,6 +126,14 @@ def _write_answers(path: Path, run: "Run", config: Config) -> float:
 
     found = list(answers(run, config))
     lines = "".join(json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in found)
-    write_whole(path, lines.encode("utf-8", "replace").decode())
+    _write(path, lines.encode("utf-8", "replace").decode())
     print(f"wrote {path}: {len(found):,} answers", file=sys.stderr)
     return sum(answer.answer == answer.expected for answer in found) / len(found)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"--answers is {show(str(path))}: {why}; allowed: a new file in a writable folder") from error

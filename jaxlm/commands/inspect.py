@@ -56,7 +56,7 @@ def row_text(batch: InspectedBatch, row: int, tokenizer: Tokenizer | None, plain
         out.append("\n" * _begun(out))
         ids, learned = piece.ids.tolist(), list(map(bool, piece.learned))
         size = counted(piece.length, "token")
-        size = f"{piece.prompt_length} + {size}" if piece.prompt_length else size
+        size = f"prompt of {piece.prompt_length}, answer of {size}" if piece.prompt_length else size
         if piece.opens is False:
             out.append(f"⟨continued · {size}⟩", MARK)
         for is_learned, group in itertools.groupby(range(len(ids)), learned.__getitem__):

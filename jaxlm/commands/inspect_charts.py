@@ -74,8 +74,10 @@ def limits_note(found: Documents, config: Config, pairs: PairFacts | None) -> st
     if pairs is None:
         return f"{(found.lengths > config.seq_len).mean():.1%} longer than seq_len = {config.seq_len}"
     return (
-        f"{pairs.longer_prompts:.1%} of prompts longer than model.encoder_len = {config.model.encoder_len},"
-        f" {pairs.longer_answers:.1%} of answers longer than seq_len = {config.seq_len}"
+        f"prompts: median {pairs.median_prompt:,}, longest {pairs.longest_prompt:,},"
+        f" {pairs.longer_prompts:.1%} longer than model.encoder_len = {config.model.encoder_len};"
+        f" answers: median {pairs.median_answer:,}, longest {pairs.longest_answer:,},"
+        f" {pairs.longer_answers:.1%} longer than seq_len = {config.seq_len}"
     )
 
 
@@ -97,10 +99,11 @@ def document_chart(found: Documents, limits: str) -> Chart:
 def padding_chart(share: float, rows: np.ndarray, of_prompts: float | None = None) -> Chart:
     labels = ["none", *(f"{a:.0%} to {b:.0%}" for a, b in itertools.pairwise(PADDING_EDGES))]
     bars = [Bar(label, part, _percent(part)) for label, part in zip(labels, rows.tolist(), strict=True)]
-    title = f"{_percent(share)} of all places are padding"
+    title, whose = f"{_percent(share)} of all places are padding", ""
     if of_prompts is not None:
         title = f"{_percent(share)} of the decoder's places are padding, {_percent(of_prompts)} of the encoder's"
-    return Chart(title, "rows by their share of padding", bars)
+        whose = "the decoder's "
+    return Chart(title, f"{whose}rows by their share of padding", bars)
 
 
 def mixture_chart(mixture: list[dict], step: int, steps: int) -> Chart:

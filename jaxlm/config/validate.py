@@ -195,7 +195,7 @@ def _check_model(m: ModelConfig, require: Require) -> None:
 def _check_encoder(c: Config, require: Require) -> None:
     """What other keys must be with an encoder."""
     m, d = c.model, c.data
-    require(m.encoder_len > 0, "model.encoder_len", "with model.encoder_layers, more than 0")
+    require(m.encoder_len > 1, "model.encoder_len", "with model.encoder_layers, at least 2: bos and a token")
     require(d.packing == "document", "data.packing", "with model.encoder_layers, document: pairs are kept apart")
     require(not m.window, "model.window", "with model.encoder_layers, 0")
     require(m.rope_scaling != "longrope", "model.rope_scaling", "with model.encoder_layers, none, linear, llama3")

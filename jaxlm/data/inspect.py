@@ -252,6 +252,10 @@ class PairFacts(NamedTuple):
     longer_prompts: float  # share of the prompts that lose their ends
     longer_answers: float
     prompt_padding: float  # share of padding in the encoder's rows
+    median_prompt: int  # tokens, with bos
+    longest_prompt: int
+    median_answer: int
+    longest_answer: int
 
 
 def pair_facts(view: View) -> PairFacts | None:
@@ -263,7 +267,15 @@ def pair_facts(view: View) -> PairFacts | None:
     prompts, answers = (np.concatenate(x) for x in zip(*(lengths_of(order.pairs) for order in orders), strict=True))
     places = S * sum(order.num_eval_rows for order in orders)
     filled = np.minimum(prompts, S).sum() / places
-    return PairFacts(float((prompts > S).mean()), float((answers > T).mean()), float(1 - filled))
+    return PairFacts(
+        longer_prompts=float((prompts > S).mean()),
+        longer_answers=float((answers > T).mean()),
+        prompt_padding=float(1 - filled),
+        median_prompt=int(np.median(prompts)),
+        longest_prompt=int(prompts.max()),
+        median_answer=int(np.median(answers)),
+        longest_answer=int(answers.max()),
+    )
 
 
 class Documents(NamedTuple):

@@ -143,7 +143,7 @@ def _check_pairs(data: DataConfig, config: Config, corpus: Corpus, progress: boo
     if corpus.train.masks is None or corpus.val.masks is None:
         raise UserError(
             f"model.encoder_layers is {config.model.encoder_layers}, but {named(data)} has no prompts and answers;"
-            " allowed: data with data.prompt_key and data.response_key"
+            " allowed: data with data.prompt_key and data.response_key, or a store that was prepared with them"
         )
     S, T = config.model.encoder_len, config.seq_len
     lengths = [lengths_of(pack_pairs(tokens, S, T)) for tokens in (corpus.train, corpus.val)]

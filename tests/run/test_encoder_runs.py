@@ -111,6 +111,11 @@ def test_answers_to_other_prompts_are_written(finished: Path, tmp_path: Path, ca
         assert capsys.readouterr().out == answer["answer"] + "\n"
     assert tool("evaluate", "--workdir", finished, "--answers", new) == 2
     assert "allowed: a new file" in capsys.readouterr().err
+    files = sorted(tmp_path.iterdir())
+    assert tool("evaluate", "--workdir", finished, "--answers", tmp_path / ("x" * 250)) == 2
+    said = capsys.readouterr()
+    assert "File name too long; allowed: a new file in a writable folder" in said.err and not said.out
+    assert sorted(tmp_path.iterdir()) == files
 
 
 @pytest.mark.ci
