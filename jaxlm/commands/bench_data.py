@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
 def measure_feeding(corpus: Corpus, config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Measures both packings, if the starts of documents are known."""
     orders = {}
-    for packing in ("concat", "document") if corpus.train.starts is not None else ("concat",):
+    both = corpus.train.starts is not None and not config.model.encoder_layers
+    for packing in ("concat", "document") if both else (config.data.packing,):
         data = dataclasses.replace(config.data, packing=packing)
         orders[packing] = TrainOrder(corpus, dataclasses.replace(config, data=data))
     measures: dict[str, Callable[[TrainOrder], float]] = {

@@ -12,6 +12,7 @@ from jaxlm.host import memory, runtime, signals
 
 # What the decoder of bench_torch.py can be: {key: values}
 TORCH = {
+    "model.encoder_layers": (0,),
     "model.activation": ("gelu", "swiglu"),
     "model.norm": ("layernorm", "rmsnorm"),
     "model.position": ("learned", "rope"),

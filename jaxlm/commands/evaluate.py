@@ -85,12 +85,13 @@ def main(argv: list[str]) -> int:
         return evaluate_tasks.run(args, workdir)
     trained = flatten(files.load_workdir(workdir))
     config = load(workdir, overrides)
-    free = ("data.", "parallel.", "batch_size", "loss.chunk", *["seq_len"] * (config.model.position == "rope"))
+    lengths = ("seq_len", "model.encoder_len") if config.model.position == "rope" else ()
+    free = ("data.", "parallel.", "batch_size", "loss.chunk", *lengths)
     for key, value in flatten(config).items():
         if value != trained[key] and not key.startswith(free):
             raise UserError(
                 f"{key} is {value!r}; allowed: {trained[key]!r}, as in the run; only data.*, parallel.*, batch_size,"
-                " loss.chunk and, with rope, seq_len can be set here"
+                " loss.chunk and, with rope, seq_len and model.encoder_len can be set here"
             )
     if args.answers is not None:
         args.answers = user_path("--answers", args.answers)

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--workdir {args.workdir}: the run has no tokenizer, so its tokens are not text")
     has_encoder = model.encoder_layers > 0
     own = for_chats(tokenizer, data) if args.chat or has_encoder else None
-    if args.chat and own is None:
+    if args.chat and own is None and not has_encoder:
         raise UserError(
             f"--chat: {args.workdir} was trained on texts, not on answers; allowed with data.messages_key or "
             "data.response_key, or a pretrained tokenizer that came with a template: --chat, otherwise --prompt alone"
@@ -199,7 +199,8 @@ def _check_memory(args: argparse.Namespace, run: Any, prompt_tokens: int, encode
     length = min(total, run.model.max_positions or total)
     cache = jax.eval_shape(lambda: run.model.init_cache(args.num_samples, length, encoded))
     logits = 4 * args.num_samples * min(prompt_tokens, CHUNK) * run.vocab_size
-    gigabytes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + logits) / 1e9
+    scores = 8 * args.num_samples * run.config.model.num_heads * encoded**2  # of the encoder, before and after softmax
+    gigabytes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + logits + scores) / 1e9
     if gigabytes > MEMORY:
         raise UserError(
             f"--num_samples is {args.num_samples} and --max_new_tokens {args.max_new_tokens}, after a prompt of"

@@ -48,8 +48,10 @@ def keys_of(config: Config) -> dict[str, Any]:
     """The keys of a run that determine what its weights compute, and from which token ids."""
     flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k.startswith("model.") and not re.fullmatch(FREE, k)}
-    if config.model.position == "learned":  # the table has a row for each position
+    if config.model.position == "learned":  # a table has a row for each position
         keys["seq_len"] = config.seq_len
+    else:
+        del keys["model.encoder_len"]
     return keys | {k: flat[k] for k in ("data.tokenizer", "data.tokenizer_path", "data.vocab_size")}
 
 

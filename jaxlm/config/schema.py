@@ -77,7 +77,7 @@ class ModelConfig:
     lora_alpha: float  # lora_rank: see there
     lora_targets: str  # lora_rank: regular expression of linear layers: query, key, value, out, up, gate, down
     lora_dropout: float  # lora_rank: dropout rate of what the two matrices read, in training only; in [0, 1)
-    residual_init: Literal["scaled", "zero"]  # last layers of attention and MLP: std / sqrt(2 num_layers), or zero
+    residual_init: Literal["scaled", "zero"]  # last layers of attention and MLP: std / sqrt(their number), or zero
     dtype: Dtype  # dtype of the computation
     param_dtype: Literal["float32", "bfloat16"]  # dtype of the master weights
     # Precision of float32 matrix products. `highest` is float32; `default` is JAX's default: float32 on CPU, TF32 on

@@ -15,6 +15,8 @@ from jaxlm.data import Corpus, Share, TrainOrder, eval_batches, num_eval_batches
 from jaxlm.data.inspect import View, pair_facts
 from jaxlm.data.order import make_order
 from jaxlm.data.pairs import PackedPairs, answers_of, lengths_of, pack_pairs
+from jaxlm.data.sources.functions import _functions
+from jaxlm.data.sources.records import RecordPart
 from jaxlm.data.tokens import Tokens
 from tests.corpora import make_config, write
 
@@ -181,3 +183,12 @@ def test_functions_of_the_standard_library_are_records(tmp_path: Path):
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert (ast.get_docstring(function) or "").split() == docstring.split()
     assert both["Test whether a path exists.  Returns False for broken symbolic links"].startswith("def exists(path)")
+
+
+def test_a_form_feed_does_not_begin_a_line_of_code(tmp_path: Path):
+    (tmp_path / "old.py").write_text('\x0c\nX = 1\n\x0cY = 2\n\ndef f(x):\n    """Says x."""\n    return x\n')
+    ((place, number, record),) = _functions(
+        RecordPart("old.py", tmp_path / "old.py", None, 0), make_config(tmp_path).data
+    )
+    assert (place, number()) == (5, 1)
+    assert record["code"] == 'def f(x):\n    """Says x."""\n    return x\n'

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from jaxlm import main
+from jaxlm.config import UserError
+from jaxlm.data.pairs import pack_pairs
+from jaxlm.data.tokens import Tokens
 from jaxlm.host.exit_codes import exit_code
+from jaxlm.run.answers import check_single
 from jaxlm.run.open_run import open_run
 from tests.exit_codes import tool
 from tests.runs import CONFIG, flags, lines
@@ -92,6 +96,22 @@ def test_an_evaluation_gives_the_score_of_the_run(finished: Path, capsys: pytest
     assert tool("evaluate", "--workdir", finished) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["eval_loss"] == pytest.approx(lines(finished)[-1]["eval_loss"], rel=1e-6)
+    # Longer rows hold more pairs, and each is scored as before.
+    assert tool("evaluate", "--workdir", finished, "--config.model.encoder_len=48", "--config.seq_len=48") == 0
+    longer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert longer["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
+    assert longer["eval_tokens"] == found["eval_tokens"]
+
+
+def test_conversations_of_several_answers_have_no_exact_match():
+    ids = np.array([0, 5, 6, 7, 0, 5, 6, 5, 6, 0, 5], np.int32)
+    learned = np.array([0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0], bool)
+    tokens = Tokens([ids], [learned], starts=lambda: np.array([0, 4, 9]), end=0)
+    message = "1 of 3 conversations of the validation set have more than one answer"
+    with pytest.raises(UserError, match=message):
+        check_single(tokens, pack_pairs(tokens, 8, 8))
+    tokens = Tokens([ids[:4]], [learned[:4]], starts=lambda: np.array([0]), end=0)
+    check_single(tokens, pack_pairs(tokens, 8, 8))
 
 
 def test_answers_to_other_prompts_are_written(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

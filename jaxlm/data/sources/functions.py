@@ -39,9 +39,9 @@ def _functions(part: RecordPart, data: DataConfig) -> Iterator[tuple[int, Callab
         except SyntaxError:  # a template of code
             return
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lines = text.splitlines(keepends=True)
+    lines = text.split("\n")  # not at form feeds, as ast counts lines
     for i, node in enumerate(sorted(functions, key=lambda node: node.lineno)):
         if docstring := ast.get_docstring(node):
-            code = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+            code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
             record = {"name": node.name, "docstring": docstring, "code": code, "file": part.name}
             yield node.lineno, (lambda number=i + 1: number), record
