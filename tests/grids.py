@@ -37,6 +37,9 @@ BASE = [
     "optim.weight_decay=0.1",
 ]
 
+# Data for models with an encoder.
+PAIRS = ["data.source=functions", "data.prompt_key=docstring", "data.response_key=name", "data.packing=document"]
+
 
 def make_config(*overrides: str) -> Config:
     return load(CONFIG, [f"--config.{o}" for o in (*BASE, *overrides)])

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_feeding(corpus: Corpus, config: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Measures both packings, if the starts of documents are known."""
+    """Measures both packings, if the starts of documents are known; pairs for an encoder have only one."""
     orders = {}
     both = corpus.train.starts is not None and not config.model.encoder_layers
     for packing in ("concat", "document") if both else (config.data.packing,):
@@ -92,7 +92,8 @@ def measure_feeding(corpus: Corpus, config: Config, rounds: int, steps: int) -> 
     for i in range(rounds):
         for packing, name in list(found)[:: 1 if i % 2 else -1]:
             found[packing, name].append(measures[name](orders[packing]))
-    result: dict[str, Any] = {"seq_len": config.seq_len, "batch_size": config.batch_size, "document": None}
+    result: dict[str, Any] = {"seq_len": config.seq_len, "batch_size": config.batch_size}
+    result |= {"concat": None, "document": None}
     for packing in orders:
         medians = {name: statistics.median(found[packing, name]) for name in measures}
         result[packing] = {"tf_tokens_per_second": None, "tf_seek_ms": None} | medians

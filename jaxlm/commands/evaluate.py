@@ -115,8 +115,6 @@ def main(argv: list[str]) -> int:
 def _check_answers(path: Path, config: Config) -> None:
     if not config.model.encoder_layers:
         raise UserError("--answers: model.encoder_layers is 0; allowed: a run with an encoder, which answers prompts")
-    if os.path.lexists(path):
-        raise UserError(f"--answers is {show(str(path))}, which is there; allowed: a new file")
     _write(path, "")  # tells before the evaluation whether it can be written
     path.unlink()
 
@@ -133,6 +131,8 @@ def _write_answers(path: Path, run: "Run", config: Config) -> float:
 
 
 def _write(path: Path, text: str) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"--answers is {show(str(path))}, which is there; allowed: a new file")
     try:
         write_whole(path, text)
     except OSError as error:

@@ -48,10 +48,8 @@ def keys_of(config: Config) -> dict[str, Any]:
     """The keys of a run that determine what its weights compute, and from which token ids."""
     flat = flatten(config)
     keys = {k: v for k, v in flat.items() if k.startswith("model.") and not re.fullmatch(FREE, k)}
-    if config.model.position == "learned":  # a table has a row for each position
+    if config.model.position == "learned":  # the table has a row for each position
         keys["seq_len"] = config.seq_len
-    else:
-        del keys["model.encoder_len"]
     return keys | {k: flat[k] for k in ("data.tokenizer", "data.tokenizer_path", "data.vocab_size")}
 
 
@@ -102,7 +100,10 @@ def check_asked(config: Config, brought: dict[str, Any], asked: set[str], run: C
       run: the configuration of the run in `workdir`, which trained the weights.
     """
     found = flatten(config)
-    for key in sorted(asked & brought.keys() - {"data.tokenizer_path"}):  # start_from.py compares the tokenizers' files
+    free = {"data.tokenizer_path"}  # start_from.py compares the tokenizers' files
+    if run.model.position != "learned":
+        free.add("model.encoder_len")
+    for key in sorted(asked & brought.keys() - free):
         if found[key] not in (brought[key], flatten(run)[key]):
             raise UserError(
                 f"{key} is {found[key]!r}; allowed: {brought[key]!r}, as in {workdir}, whose weights "

@@ -12,6 +12,7 @@ from jaxlm.commands import bench_comm
 from jaxlm.config.files import load
 from jaxlm.plan.collectives import _group_size, collectives
 from jaxlm.plan.program import parse
+from tests.grids import PAIRS
 
 CONFIG = Path(__file__).parents[2] / "configs/debug.py"
 # Sizes that no number of devices divides, and no Muon, which would also share its layers.
@@ -30,10 +31,7 @@ ENCODER = [
     "parallel.tensor=2",
     "model.encoder_layers=2",
     "model.encoder_len=24",
-    "data.source=functions",
-    "data.prompt_key=docstring",
-    "data.response_key=name",
-    "data.packing=document",
+    *PAIRS,
     "data.tokenizer=bytes",
 ]
 

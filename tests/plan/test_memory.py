@@ -13,15 +13,13 @@ from jaxlm.plan.compiled import compile_step
 from jaxlm.plan.memory import kept_bytes, least_bytes, plan_memory, refuse_over
 from jaxlm.train.one_device import one_device
 from jaxlm.train.placement import Placement
+from tests.grids import PAIRS
 
 VOCAB = 300
 ENCODER = [
     "model.encoder_layers=2",
     "model.encoder_len=48",
-    "data.source=functions",
-    "data.prompt_key=docstring",
-    "data.response_key=name",
-    "data.packing=document",
+    *PAIRS,
 ]
 
 

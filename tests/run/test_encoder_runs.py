@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxlm import main
-from jaxlm.config import UserError
+from jaxlm.config import Config, UserError
+from jaxlm.config.files import load
 from jaxlm.data.pairs import pack_pairs
 from jaxlm.data.tokens import Tokens
 from jaxlm.host.exit_codes import exit_code
@@ -101,6 +102,16 @@ def test_an_evaluation_gives_the_score_of_the_run(finished: Path, capsys: pytest
     longer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert longer["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
     assert longer["eval_tokens"] == found["eval_tokens"]
+
+
+def test_other_runs_may_read_longer_prompts(finished: Path, keys: dict[str, Any]):
+    def config(**more: Any) -> Config:
+        own = {k.replace(".", "__"): v for k, v in keys.items() if k not in ("folder", "model.encoder_len")}
+        return load(CONFIG, flags(**(own | {"checkpoint__resume": finished} | more)))
+
+    assert config().model.encoder_len == 32 and config(model__encoder_len=48).model.encoder_len == 48
+    with pytest.raises(UserError, match=r"model\.encoder_layers is 2; allowed: 1, as in"):
+        config(model__encoder_layers=2)
 
 
 def test_conversations_of_several_answers_have_no_exact_match():

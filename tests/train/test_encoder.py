@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.config import UserError
 from jaxlm.plan.compiled import compile_step
-from tests.grids import RTOL, VOCAB, T, assert_same, check_comes_back, gap, make_config, train
+from tests.grids import PAIRS, RTOL, VOCAB, T, assert_same, check_comes_back, gap, make_config, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -15,10 +15,7 @@ ENCODER = (
     "model.encoder_layers=3",
     "model.residual_init=scaled",  # the encoder has no gradient at first if the attention to it adds nothing
     f"model.encoder_len={S}",
-    "data.source=functions",
-    "data.prompt_key=docstring",
-    "data.response_key=name",
-    "data.packing=document",
+    *PAIRS,
     "data.tokenizer=bytes",
 )
 # One number of devices for all, because each compiles.
