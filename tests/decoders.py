@@ -59,7 +59,7 @@ def drawn(model: Model) -> Params:
         noise = 0.35 * rng.standard_normal(x.shape)
         return np.asarray(noise + (path[-1].key == "scale"), np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(draw, model.shapes())
 
 
 def some_tokens(*shape: int, seed: int = 1) -> np.ndarray:

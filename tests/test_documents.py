@@ -154,7 +154,7 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in which the commands run, with the files that the documents name."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("documents")
     os.chdir(folder)

@@ -6,7 +6,6 @@ Run `python -m pytest -m peers` with the `peers` extra installed.
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ F: Any = torch.nn.functional
 pytestmark = pytest.mark.peers
 
 VOCAB, SEQ, BATCH, LAYERS, D, HEADS = 29, 12, 4, 2, 16, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile() -> Iterator[None]:
-    """XLA without most of its optimizations: tiny models compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def config(kind: str) -> Config:
@@ -261,7 +252,7 @@ def same_start(kind: str) -> tuple[Config, Any, Any, Any]:
     def draw(path: Any, x: Any) -> np.ndarray:
         return np.asarray(0.3 * rng.standard_normal(x.shape) + (path[-1].key == "scale"), np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, model.shapes())
     peer = Llama() if kind == "llama" else GPT(bias=kind == "gpt")
     peer.take(params)
     assert jax.tree.structure(peer.give("data")) == jax.tree.structure(params)
@@ -342,7 +333,7 @@ def test_three_adamw_steps_on_two_devices(kind: str) -> None:
 def test_the_model_that_bench_times_beside_ours_has_as_many_parameters(kind: str):
     """Its script, as `jaxlm bench --torch` starts it, makes steps of a model with as many parameters."""
     c = config(kind)
-    parameters = num_params(jax.eval_shape(make_model(c.model, VOCAB, SEQ).init, jax.random.key(0)))
+    parameters = num_params(make_model(c.model, VOCAB, SEQ).shapes())
     peer = bench_peers.pytorch(sys.executable, c, VOCAB, parameters)
     assert peer.step(2) > 0 and peer.peak_bytes > 1e8
     peer.close()

@@ -59,7 +59,8 @@ def check(args: argparse.Namespace, overrides: list[str]) -> None:
 def run(args: argparse.Namespace, workdir: Path) -> int:
     """Prints a table of the scores and, as the last line, a JSON object. Returns the exit code."""
     read_step("--step", args.step)
-    files.load_workdir(workdir)  # raises UserError before seconds go into the tasks
+    config = files.load_workdir(workdir)  # raises UserError before seconds go into the tasks
+    files.check_decoder(str(workdir), config, "--tasks scores continuations, which decoders read as one text")
     lm_eval: Any = importlib.import_module("lm_eval")
     errors = importlib.import_module("datasets.exceptions").DatasetsError, importlib.import_module("yaml").YAMLError
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))

@@ -7,7 +7,7 @@ The last line on stdout is one JSON object.
 
 import json
 
-from jaxlm.config import cli
+from jaxlm.config import cli, files
 from jaxlm.config.paths import user_path
 from jaxlm.config.pretrained import read_step
 
@@ -31,15 +31,16 @@ def main(argv: list[str]) -> int:
         parser.error("--dtype: not allowed with --adapter, which is float32")
     dtype = args.dtype or "float32"
     step, workdir = read_step("--step", args.step), user_path("WORKDIR", args.workdir)
+    why = "transformers' architectures that are written here are decoders"
+    files.check_decoder(str(workdir), files.load_workdir(workdir), why)
 
     from jaxlm.data.tokenizers.hf import HfTokenizer
     from jaxlm.interop import own_model
     from jaxlm.interop.adapters import export_adapter
     from jaxlm.interop.exporting import export_model, nearest
-    from jaxlm.run.open_run import check_decoder, open_run
+    from jaxlm.run.open_run import open_run
 
     run, destination = open_run(workdir, step), user_path("DST", args.destination)
-    check_decoder(str(workdir), run.config, "transformers' architectures that are written here are decoders")
     if args.adapter:
         count = export_adapter(run, destination, args.base)
         print(f"{destination}: LoRA of {count} layers, step {run.step}")

@@ -68,7 +68,7 @@ def _show_model(config: Config, vocab_size: int) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no GPU is taken
     model = make_model(config.model, vocab_size, config.seq_len, "cpu")
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = model.shapes()
     flops = trained.flops_per_token(config, params)
     print_table(model_table(config, params))
     tokens = config.steps * config.batch_size * config.seq_len

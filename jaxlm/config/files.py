@@ -82,6 +82,17 @@ def load_workdir(workdir: str | Path, overrides: list[str] | None = None) -> Con
     return apply_overrides(config, overrides or [])
 
 
+def check_decoder(where: str, config: Config, why: str) -> None:
+    """Raises UserError if the model has an encoder.
+
+    Args:
+      where: names the run in the message.
+      why: only a decoder will do.
+    """
+    if config.model.encoder_layers:
+        raise UserError(f"{where}: model.encoder_layers is {config.model.encoder_layers}; allowed: 0, because {why}")
+
+
 def from_dict(tree: dict[str, Any], where: str = "config.json") -> Config:
     """Returns the checked configuration of a nested dict, the inverse of `dataclasses.asdict`.
 
@@ -229,7 +240,8 @@ def _importable(path: Path) -> Iterator[None]:
     The package `configs` is `jaxlm.configs`, plus the file's folder if that is named `configs`, too. sys.path starts
     with the parent of the file's folder.
     """
-    root, before = str(path.resolve().parents[1]), {k: m for k, m in sys.modules.items() if _is_configs(k)}
+    # Of copies, because another thread may import modules meanwhile.
+    root, before = str(path.resolve().parents[1]), {k: m for k, m in sys.modules.copy().items() if _is_configs(k)}
     for name in before:
         del sys.modules[name]
     own = [str(path.resolve().parent)] if path.resolve().parent.name == "configs" else []
@@ -241,7 +253,7 @@ def _importable(path: Path) -> Iterator[None]:
     finally:
         sys.path.remove(root)
         configs.__path__[:] = [str(configs.FOLDER)]
-        for name in [k for k in sys.modules if _is_configs(k)]:
+        for name in [k for k in sys.modules.copy() if _is_configs(k)]:
             del sys.modules[name]
         sys.modules.update(before)
 

@@ -87,10 +87,10 @@ class JaxLM(Base):
         from jaxlm.interop.continuing import Continuer
         from jaxlm.interop.scoring import Scorer
         from jaxlm.interop.shipped_texts import ShippedTexts
-        from jaxlm.run.open_run import check_decoder, open_run
+        from jaxlm.run.open_run import open_run
 
         self.run = run = open_run(path, read_step("step", None if step is None else str(step)))
-        check_decoder(str(path), run.config, "the harness scores continuations, which a decoder reads as one text")
+        files.check_decoder(str(path), run.config, "the harness scores continuations, which decoders read as one text")
         self.max_length, self.max_gen_toks = max_length or run.config.seq_len, max_gen_toks
         if self.max_length > (run.model.max_positions or self.max_length):
             raise UserError(

@@ -1,7 +1,7 @@
 """A Transformer as pure functions of its parameters, for one device. Shape names as in blocks.py."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ class Model(NamedTuple):
     """A decoder, with an encoder or without, as pure functions of its parameters."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
+    shapes: Callable[[], Params]  # those of `init`
     # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, prompts=None, on_layer=None) -> final states x_ND.
     # With positions, a row holds several documents; each begins at position 0 and attends only to itself and, if there
     # is an encoder, to its prompt. With `on_layer`, each layer uses on_layer(its slice of params[stack], stack), which
@@ -79,12 +80,17 @@ def make_model(
     def call(method: str, params: Params, *args: Any, on_layer: OnLayer | None = None) -> Any:
         return decoder(on_layer).apply({"params": params}, *args, method=method)
 
-    def init(key: jax.Array) -> Params:
-        tokens_BT = jnp.zeros((1, tensor.size), jnp.int32)
-        return decoder(tensor=tensor.alone(), context=WHOLE).init(key, tokens_BT)["params"]
+    def init(key: jax.Array, size: int = tensor.size) -> Params:
+        tokens_BT = jnp.zeros((1, size), jnp.int32)
+        return decoder(tensor=Tensor(size).alone(), context=WHOLE).init(key, tokens_BT)["params"]
+
+    @cache  # a trace takes 0.1 s
+    def shapes(size: int) -> Params:
+        return jax.eval_shape(partial(init, size=size), jax.random.key(0))
 
     def having(**changes: Any) -> Model:
-        return make_model(config, vocab_size, max_len, **(given | changes))
+        other = make_model(config, vocab_size, max_len, **(given | changes))
+        return other._replace(shapes=partial(shapes, other.tensor.size))
 
     def hidden(
         params: Params,
@@ -140,6 +146,7 @@ def make_model(
     first_read = config.rope_original + 1 if config.rope_scaling == "longrope" else 0
     return Model(
         init,
+        partial(shapes, tensor.size),
         hidden,
         hidden_and_squares,
         partial(call, "begin"),

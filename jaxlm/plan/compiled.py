@@ -69,7 +69,6 @@ class Compiled:
 
 def compile_step(config: Config, devices: list[Any], vocab_size: int) -> Compiled:
     """Compiles the step for the configuration's batch, split over the devices."""
-    import jax
 
     from jaxlm.model import make_model
     from jaxlm.train import step as train_step
@@ -89,7 +88,7 @@ def compile_step(config: Config, devices: list[Any], vocab_size: int) -> Compile
         in_place=found.alias_size_in_bytes,
         temporary=found.temp_size_in_bytes,
         state=state,
-        params=jax.eval_shape(model.init, jax.random.key(0)),
+        params=model.shapes(),
         count=n,
         platform=devices[0].platform,
     )

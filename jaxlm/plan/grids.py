@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxlm.config import Config, ParallelConfig, UserError, flatten
 from jaxlm.config.validate import validate
 from jaxlm.host.runtime import GPU_MEMORY
-from jaxlm.model import Model, Params, attention_flops, make_model, num_params
+from jaxlm.model import Params, attention_flops, make_model, num_params
 from jaxlm.model.remat import layer_loop
 from jaxlm.plan.compiled import can_compile_for_gpus
 from jaxlm.plan.devices import Device
@@ -31,7 +31,7 @@ from jaxlm.plan.exchanged import FLOAT, between_replicas, in_replica, layers_run
 from jaxlm.plan.samples import Sample, sample
 from jaxlm.plan.times import link_of
 from jaxlm.train import trained
-from jaxlm.train.one_device import OneDevice, one_device, shapes_of
+from jaxlm.train.one_device import OneDevice, one_device
 from jaxlm.train.schedule_table import forward_phases, make_table
 from jaxlm.train.step import init_whole
 
@@ -97,9 +97,8 @@ class Search:
         # on this platform keeps its value, so that it is no change.
         given = {layer_loop(config.model, "gpu" if device.chip else "cpu")[1]: config.model.remat}
         self.remats = list(({"elementwise": "elementwise", "full": "full"} | given).values())
-        self._shapes: dict[int, Params] = {}
         self._found: dict[tuple[int, ...], tuple[OneDevice, dict[str, float]]] = {}
-        whole = self.shapes(self.model)
+        whole = self.model.shapes()
         self.layer = num_params(whole["layers"]) / config.model.num_layers
         self.attention = attention_flops(config.model, config.seq_len) / trained.flops_per_token(config, whole)
         self.state = _bytes_per_parameter(config, whole)
@@ -128,12 +127,6 @@ class Search:
             best.setdefault((p.tensor, p.pipeline, p.context, p.zero), e)
         return list(best.values())
 
-    def shapes(self, model: Model) -> Params:
-        size = model.tensor.size
-        if size not in self._shapes:
-            self._shapes[size] = shapes_of(model)
-        return self._shapes[size]
-
     def fitting(self, context: int) -> list[Estimate]:
         """The estimates of all ways that fit, with this many devices in a context group."""
         limit = MARGIN * GPU_MEMORY * self.device.memory
@@ -157,7 +150,7 @@ class Search:
         p = way.parallel
         key = p.tensor, p.pipeline, p.context, p.zero, p.chunks * p.layers_of_chunk(way.model.num_layers), devices
         if key not in self._found:
-            own = one_device(way, self.model, devices, self.platform, self.shapes)
+            own = one_device(way, self.model, devices, self.platform)
             self._found[key] = own, between_replicas(_with_micro_batches(way, 1), own)
         return self._found[key]
 

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxlm import data
 from jaxlm.checkpoint import workdirs
 from jaxlm.checkpoint.metrics_file import validation_losses
@@ -66,24 +64,13 @@ def open_run(workdir: Path, step: Step) -> Run:
         params = checkpoints.restore_params(found)
     checkpoints.close()
     model = make_model(config.model, vocab_size, config.seq_len)
-    want, got = shapes(jax.eval_shape(model.init, jax.random.key(0))), shapes(params)
+    want, got = shapes(model.shapes()), shapes(params)
     if wrong := sorted(key for key in want.keys() | got.keys() if want.get(key) != got.get(key)):
         key = wrong[0]
         raise UserError(f"{path}: not of this checkpoint: {key} would be {want.get(key)} and is {got.get(key)}")
     folder = workdir / "tokenizer"
     tokenizer = data.load_tokenizer(folder) if folder.exists() else None
     return Run(workdir, config, found, model, vocab_size, params, tokenizer)
-
-
-def check_decoder(where: str, config: Config, why: str) -> None:
-    """Raises UserError if the model has an encoder.
-
-    Args:
-      where: names the run in the message.
-      why: only a decoder will do.
-    """
-    if config.model.encoder_layers:
-        raise UserError(f"{where}: model.encoder_layers is {config.model.encoder_layers}; allowed: 0, because {why}")
 
 
 def score(run: Run, config: Config) -> dict[str, Any]:

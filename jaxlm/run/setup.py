@@ -62,5 +62,5 @@ def set_up(config: Config, corpus: data.Corpus) -> Setup:
     """Raises UserError if the devices do not fit the configuration."""
     devices = runtime.choose_devices(config)
     model = make_model(config.model, corpus.vocab_size, config.seq_len, devices[0].platform)
-    trained.check(config, jax.eval_shape(model.init, jax.random.key(0)))
+    trained.check(config, model.shapes())
     return Setup(config, corpus, model, devices, Placement(config, model, devices))

@@ -21,7 +21,7 @@ from jaxlm.sync.cuts import Cut, cut_of
 from jaxlm.sync.grid import COPIES, DIRECTIONS, Grid
 from jaxlm.sync.packed import join, part_shape, split
 from jaxlm.sync.zero import batch_shape, is_stacked
-from jaxlm.train.one_device import of_stage, one_device, shapes_of
+from jaxlm.train.one_device import of_stage, one_device
 from jaxlm.train.optimizer import OF_WHOLE_MATRICES
 from jaxlm.train.step import TrainState, init_sync, init_whole, sharded_fields
 
@@ -243,9 +243,9 @@ def state_layouts(config: Config, model: Model, count: int) -> dict[str, Any]:
     def state(params: Params) -> TrainState:
         return jax.eval_shape(lambda params: init_whole(config, params), params)
 
-    whole, own = state(shapes_of(model)), state(device.params)
+    whole, own = state(model.shapes()), state(device.params)
     if config.optim.name in OF_WHOLE_MATRICES:
-        own = own._replace(opt_state=state(of_stage(config.parallel, shapes_of(model))).opt_state)
+        own = own._replace(opt_state=state(of_stage(config.parallel, model.shapes())).opt_state)
     zero = (config.parallel.zero > 0) * ("opt_state",) + (config.parallel.zero > 2) * ("params", "ema")
     there = [f for f in sharded_fields(config) if getattr(whole, f) is not None]
     return {
@@ -255,7 +255,7 @@ def state_layouts(config: Config, model: Model, count: int) -> dict[str, Any]:
 
 def step_shapes(config: Config, model: Model, count: int) -> TrainState:
     """The shapes of a state as the step of `count` devices takes it."""
-    whole = jax.eval_shape(lambda params: init_whole(config, params), shapes_of(model))
+    whole = jax.eval_shape(lambda params: init_whole(config, params), model.shapes())
     fields = {}
     for field, tree in state_layouts(config, model, count).items():
         fields[field] = jax.tree.map(

@@ -1,6 +1,5 @@
 """What one device of the grid holds and computes."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,18 +36,11 @@ class OneDevice(NamedTuple):
         return batch | added
 
 
-def shapes_of(model: Model) -> Params:
-    """The shapes of a model's parameters."""
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def one_device(
-    config: Config, model: Model, count: int, platform: str = "", shapes: Callable[[Model], Params] = shapes_of
-) -> OneDevice:
+def one_device(config: Config, model: Model, count: int, platform: str = "") -> OneDevice:
     """Args: model: the whole model; count: devices; platform: that the step is compiled for, "" = JAX's default."""
     grid = make_grid(config.parallel, AXIS, count, platform)
     part = model.having(platform=platform, tensor=tensor_group(grid), context=context_group(grid))
-    stage, own = (of_stage(config.parallel, shapes(m)) for m in (model, part))
+    stage, own = (of_stage(config.parallel, m.shapes()) for m in (model, part))
     cuts = Cuts(grid.group("tensor"), grid.group("pipeline"), stage, own) if grid.splits_model else None
     return OneDevice(grid, part, own, cuts, make_sync(config.parallel, grid.copies, own, cuts))
 

@@ -20,7 +20,7 @@ from jaxlm.sync import zero
 from jaxlm.sync.grid import DIRECTIONS
 from jaxlm.train import trained
 from jaxlm.train.layout import is_layout, state_layouts
-from jaxlm.train.one_device import AXIS, one_device, shapes_of
+from jaxlm.train.one_device import AXIS, one_device
 from jaxlm.train.step import Device, TrainState, init_params, init_sync, init_whole, spread, state_axes
 
 
@@ -38,7 +38,7 @@ class Placement:
         self.replicated = NamedSharding(self.here, PartitionSpec())
 
         # Shapes of the whole state, without that of the reduction, and the fields that devices have in parts.
-        self.whole = jax.eval_shape(lambda params: init_whole(config, params), shapes_of(model))
+        self.whole = jax.eval_shape(lambda params: init_whole(config, params), model.shapes())
         grid = one_device(config, model, len(devices)).grid
         self._grid = Mesh(np.array(devices).reshape(grid.sizes), DIRECTIONS)
         self._layouts = state_layouts(config, model, len(devices))

@@ -22,7 +22,7 @@ def test_the_rows_add_up(tied: bool, position: str, rank: int):
     if tied:
         keys |= {"model.head_dim": "8", "model.window": "9", "model.global_every": "2"}
     config = load(CONFIG, [f"--config.{key}={value}" for key, value in keys.items()])
-    params = jax.eval_shape(make_model(config.model, 99, config.seq_len).init, jax.random.key(0))
+    params = make_model(config.model, 99, config.seq_len).shapes()
     rows = model_table(config, params).rows
     assert len(rows) == len(jax.tree.leaves(params)) + 1  # attention's own products
     assert sum(int(row[2].replace(",", "") or 0) for row in rows) == num_params(params)

@@ -36,7 +36,7 @@ def flags(**keys: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Returns a folder with two texts and `pre`, a run on animals.txt that keeps the checkpoint of each step."""
     folder = tmp_path_factory.mktemp("pretrained")
     (folder / "animals.txt").write_text(ANIMALS)

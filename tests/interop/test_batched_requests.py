@@ -21,7 +21,6 @@ MODELS = {
 }
 CONTEXT = 32
 LENGTHS = (1, 8, 9, 21)
-pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -114,7 +114,7 @@ def test_documents_in_one_row_do_not_affect_each_other(position: Any) -> None:
                             scan_unroll=1, residual_init="scaled", attention="xla")  # fmt: skip
     model = make_model(c, V, T)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     params = jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)
     tokens, direction_TD = rng.integers(0, V, T).astype(np.int32), rng.standard_normal((T, 16)).astype(np.float32)
     documents = np.split(np.arange(T), np.cumsum(lengths)[:-1])

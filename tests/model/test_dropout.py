@@ -6,13 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxlm.model import layers, make_model
 from jaxlm.model.tensor import ALONE
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, some_tokens, with_
-
-pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def test_dropout_of_ones_keeps_the_mean() -> None:
@@ -51,7 +48,7 @@ def test_the_embedding_and_each_branch_have_different_masks() -> None:
     """If one branch or the embedding adds a large constant, the signs of the final states show its mask."""
     c, n = with_(num_layers=2, d_model=512, d_ff=8, dropout=0.5, use_bias=True, position="sinusoidal"), 4
     model = make_model(c, VOCAB, MAX_LEN)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(model.init, jax.random.key(0)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), model.shapes())
     zeros["final_norm"]["scale"] += 1
     masks, hidden = [], jax.jit(model.hidden)
     for layer, (part, name) in itertools.product(range(2), (("attention", "out"), ("mlp", "down"))):

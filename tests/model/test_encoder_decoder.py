@@ -17,8 +17,6 @@ from jaxlm.model.tensor import ALONE
 from tests import reference
 from tests.decoders import MAX_LEN, VOCAB, drawn, some_tokens, with_
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 S = 10  # tokens of the encoder's rows
 ENCODER: dict[str, Any] = {"encoder_layers": 3, "encoder_len": S}
 RTOL, ATOL = 2e-4, 2e-4  # float32, beside float64, for logits of order 1
@@ -203,7 +201,7 @@ def test_dropout_belongs_to_sequences():
 def test_flops_count_the_encoder_for_its_own_tokens():
     c = with_(**ENCODER, position="learned")
     model, T = make_model(c, VOCAB, MAX_LEN), 5
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = model.shapes()
     D, F, L, E = c.d_model, c.d_ff, c.num_layers, c.encoder_layers
     assert num_params(params["encoder"]) == E * (4 * D * D + 2 * D * F + 2 * D)
     of_answer = L * (6 * D * D + 2 * D * F + 3 * D) + D + VOCAB * D

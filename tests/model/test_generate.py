@@ -1,7 +1,6 @@
 """Sampling gives the same tokens with and without a cache, and the filters keep the right tokens."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -17,19 +16,11 @@ VOCAB, MAX_LEN, NEW = 17, 24, 18
 TINY = with_(num_kv_heads=2, d_ff=24, activation="swiglu", norm="rmsnorm", dropout=0.5, attention="auto")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile() -> Iterator[None]:
-    """Turns off most of XLA's optimizations, so that tiny models compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def with_params(max_len: int = MAX_LEN, **changes: Any) -> tuple[Model, Params]:
     """Returns a model, and weights that are large enough for varied texts."""
     model = make_model(dataclasses.replace(TINY, **changes), VOCAB, max_len)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     return model, jax.tree.map(lambda x: np.asarray(0.8 * rng.standard_normal(x.shape), np.float32), shapes)
 
 

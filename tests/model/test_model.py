@@ -19,8 +19,6 @@ from jaxlm.model.remat import WIDE, layer_loop
 from tests import reference
 from tests.decoders import MAX_LEN, TINY, VOCAB, drawn, logits_of, some_tokens, with_
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def mean_loss(model: Model, params: Params, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
     logits_BTV = logits_of(model)(params, tokens_BT[:, :-1])

@@ -32,7 +32,7 @@ def reversed_words() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> dict[str, Any]:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The keys of runs that reverse words, which nobody can without reading them."""
     folder = tmp_path_factory.mktemp("encoder")
     (folder / "words.jsonl").write_text("".join(json.dumps({"a": a, "b": b}) + "\n" for a, b in reversed_words()))

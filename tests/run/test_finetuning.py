@@ -38,7 +38,7 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> Iterator[Path]:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the data and both trained runs of the document."""
     before, folder = Path.cwd(), tmp_path_factory.mktemp("recipe")
     os.chdir(folder)

@@ -14,8 +14,6 @@ from jaxlm.config.files import load
 from jaxlm.run import finished
 from tests.runs import CONFIG, ROOT, flags, lines, text_keys
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def closing(shown: str) -> str:
     """Returns the output after the last evaluation began, without times of day."""

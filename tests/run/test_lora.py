@@ -19,7 +19,7 @@ LORA = {"model__lora_rank": 2, "optim__lr": 0.05, "checkpoint__every_steps": 2, 
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory, fast_compile: None) -> dict:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The keys of a run on a short text, whose base model is in the folder `base`."""
     folder = tmp_path_factory.mktemp("lora")
     keys = text_keys(folder) | {"folder": folder}

@@ -8,8 +8,6 @@ from jaxlm.config import UserError
 from jaxlm.plan.compiled import compile_step
 from tests.grids import PAIRS, RTOL, VOCAB, T, assert_same, check_comes_back, gap, make_config, train
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 S = 12
 ENCODER = (
     "model.encoder_layers=3",

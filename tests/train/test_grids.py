@@ -11,8 +11,6 @@ import pytest
 from jaxlm.plan.compiled import compile_step
 from tests.grids import RTOL, assert_same, check_comes_back, make_config, train
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 GRIDS: list[Any] = [g for g in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(g) == 8]
 BASE = [
     "steps=100",

@@ -11,8 +11,6 @@ from jaxlm.sync.cuts import cut_of
 from jaxlm.sync.grid import DIRECTIONS, Grid
 from jaxlm.train.layout import Layout
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LAYERS = (jax.tree_util.DictKey("layers"), jax.tree_util.DictKey("kernel"))
 TABLE = (jax.tree_util.DictKey("embed"), jax.tree_util.DictKey("embedding"))
 # sizes of the grid, path, shape, shape without ZeRO, ZeRO, chunks of a stage

@@ -18,8 +18,6 @@ from tests.runs import CONFIG, flags, lines, numbers, run
 STEPS = 12
 KEYS = {"steps": STEPS, "eval.every_steps": 0, "checkpoint.every_steps": 7, "log.every_steps": 5}
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 @pytest.mark.parametrize("every", [1, 4, 50])
 def test_mean_of_finite_losses(every: int):

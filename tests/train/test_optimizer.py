@@ -296,7 +296,7 @@ def test_sharing_changes_no_number(devices: int, size: int, members: tuple[tuple
 def real_params() -> Any:
     sizes = {"d_model": 8, "num_heads": 2, "num_kv_heads": 1, "d_ff": 12}
     c = with_(**sizes, activation="swiglu", position="learned", use_bias=True, qk_norm=True)
-    shapes = jax.eval_shape(make_model(c, 11, 5).init, jax.random.key(0))
+    shapes = make_model(c, 11, 5).shapes()
     return draw(0, jax.tree.map(lambda x: x.shape, shapes))
 
 

@@ -20,8 +20,6 @@ from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.placement import Placement
 from tests.grids import RTOL, STEPS, VOCAB, Result, T, assert_same, batch, check_comes_back, gap, make_config, train
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SHARDED = {1: ["opt_state"], 2: ["opt_state"], 3: ["opt_state", "params", "ema"]}
 
 

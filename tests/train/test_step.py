@@ -37,8 +37,6 @@ from tests.stepping import (
     start,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 @pytest.mark.parametrize(
     "rows, devices, accum",

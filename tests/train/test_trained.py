@@ -28,8 +28,6 @@ from tests.stepping import (
     whole_state,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LORA = [*ADAMW, "model.lora_rank=3", "model.lora_alpha=5", "model.lora_targets=query|value|down"]
 FREEZE = [*ADAMW, "optim.freeze=embed|norm|mlp/up"]
 
@@ -146,9 +144,9 @@ def test_dropout_drops_only_what_lora_reads() -> None:
 
 def test_flops_leave_out_gradients_of_frozen_weights() -> None:
     config = make_config(*LORA)
-    params = jax.eval_shape(make(config).init, jax.random.key(0))
+    params = make(config).shapes()
     own, plain = trained.part(config, params), make_config(*ADAMW)
-    base = jax.eval_shape(make(plain).init, jax.random.key(0))
+    base = make(plain).shapes()
     tables = num_params(base["embed"]) * (not config.model.tie_embeddings)
     whole = trained.flops_per_token(plain, base)
     want = whole - 2 * (num_params(base) - tables) + 6 * num_params(own)
@@ -159,7 +157,7 @@ def test_flops_leave_out_gradients_of_frozen_weights() -> None:
 def test_a_pattern_that_freezes_none_or_all_is_refused(pattern: str, found: str) -> None:
     config = make_config(f"optim.freeze={pattern}")
     with pytest.raises(UserError, match=f"optim.freeze is '{pattern}', which matches {found}"):
-        trained.check(config, jax.eval_shape(make(config).init, jax.random.key(0)))
+        trained.check(config, make(config).shapes())
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from jaxlm.plan.compiled import compile_step
 from jaxlm.train.placement import Placement
 from tests.grids import RTOL, VOCAB, gap, held_bytes, make_config, train
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits_gathered_matrices_compute_the_same(dtype: str):
