@@ -46,7 +46,12 @@ def complete(file: Config, overrides: list[str], workdir: Path | None) -> Config
     run, brought = _weights_of(weights.workdir, config.checkpoint.resume)
     asked = {key_of(argument) for argument in overrides if argument.startswith("--")}
     check_asked(config, brought, asked, run, weights.workdir)
-    before, config = flatten(config), validate(with_overrides(updated(file, brought), overrides))
+    before = flatten(config)
+    try:
+        config = validate(with_overrides(updated(file, brought), overrides))
+    except UserError as error:
+        message = f"{error}; the model's keys are those of {weights.workdir}, whose weights checkpoint.resume takes"
+        raise UserError(message) from error
     replaced = {
         k: v for k, v in flatten(config).items() if k in brought and v != before[k] and not k.startswith("data.")
     }

@@ -102,6 +102,12 @@ def test_a_key_that_contradicts_the_weights_is_refused(
     assert not (tmp_path / "new").exists()
 
 
+def test_keys_that_do_not_fit_the_model_of_the_weights_name_its_run(folder: Path):
+    message = f"model.num_heads is 4; .* parallel.tensor = 8; the model's keys are those of {folder / 'pre'}, whose"
+    with pytest.raises(UserError, match=message):
+        config_of(folder, parallel__devices=8, parallel__tensor=8)
+
+
 def test_keys_that_do_not_change_the_models_function_may_differ(folder: Path):
     free = {"model.dtype": "bfloat16", "model.dropout": 0.1, "model.remat": "full", "model.attention": "xla",
             "model.scan_unroll": 2, "model.matmul_precision": "highest", "model.param_dtype": "bfloat16",

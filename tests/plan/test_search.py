@@ -44,7 +44,6 @@ def found(searching: Search) -> list[Estimate]:
     return searching.best()
 
 
-@pytest.mark.ci
 def test_every_way_is_allowed_and_fits(found: list[Estimate]):
     assert len({str(e.changes(make_config())) for e in found}) == len(found) > 10
     for e in found:
@@ -60,7 +59,6 @@ def test_every_way_is_allowed_and_fits(found: list[Estimate]):
     assert (best.tensor, best.pipeline, best.context) == (1, 1, 1), "a small model is fastest with data alone"
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     "grid", [{"zero": 0}, {"zero": 3}, {"tensor": 2, "zero": 1}, {"pipeline": 2}], ids=lambda g: "-".join(g)
 )
@@ -78,7 +76,6 @@ def test_estimates_are_near_the_compiled_step(found: list[Estimate], grid: dict[
         assert e.memory[name] == pytest.approx(getattr(plan.memory, name), rel=0.02), name
 
 
-@pytest.mark.ci
 def test_with_less_memory_devices_share_the_state(found: list[Estimate], searching: Search):
     whole = next(e for e in found if not e.config.parallel.zero and not e.config.parallel.splits_model)
     state = sum(whole.memory[name] for name in ("parameters", "optimizer", "gradients"))
@@ -90,7 +87,6 @@ def test_with_less_memory_devices_share_the_state(found: list[Estimate], searchi
     assert searching.best() == []
 
 
-@pytest.mark.ci
 def test_samples_give_the_time_of_more_layers_and_sequences():
     config = make_config("model.remat=full")
     found = sample(config, SMALL, VOCAB, "full", context=False)
