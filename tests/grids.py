@@ -146,7 +146,7 @@ def assert_same(got: Result, want: Result) -> None:
     np.testing.assert_allclose(got.metrics[:, 1], want.metrics[:, 1], rtol=RTOL)
     assert gap(got.params, want.params) < 2 * RTOL
     assert gap(got.ema, want.ema) < 2 * RTOL
-    assert gap(got.opt_state, want.opt_state) < 2 * RTOL
+    assert gap(got.opt_state, want.opt_state) < 4 * RTOL  # second moments have twice the error of a gradient
 
 
 def check_comes_back(result: Result) -> None:
