@@ -38,7 +38,7 @@ train: $(RUN_STAMP)
 	@$(BIN)/python -m jaxlm.main --config $(CONFIG) $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@JAXLM_TEST_COMPILER=fast $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: lint
 	@$(BIN)/python -m pytest -q -m "not slow and not peers" tests/test_rooms.py tests/config tests/model tests/sync \
