@@ -245,7 +245,7 @@ def _importable(path: Path) -> Iterator[None]:
     The package `configs` is `jaxlm.configs`, plus the file's folder if that is named `configs`, too. sys.path starts
     with the parent of the file's folder.
     """
-    # Of copies, because another thread may import modules meanwhile.
+    # Copies, because another thread may be importing modules.
     root, before = str(path.resolve().parents[1]), {k: m for k, m in sys.modules.copy().items() if _is_configs(k)}
     for name in before:
         del sys.modules[name]

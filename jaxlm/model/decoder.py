@@ -19,7 +19,7 @@ class Model(NamedTuple):
     """A decoder, with an encoder or without, as pure functions of its parameters."""
 
     init: Callable[[jax.Array], Params]  # (key) -> params
-    shapes: Callable[[], Params]  # those of `init`
+    shapes: Callable[[], Params]  # () -> shapes and dtypes of the parameters
     # (params, tokens_BT, dropout_keys_B=None, positions_BT=None, prompts=None, on_layer=None) -> final states x_ND.
     # With positions, a row holds several documents; each begins at position 0 and attends only to itself and, if there
     # is an encoder, to its prompt. With `on_layer`, each layer uses on_layer(its slice of params[stack], stack), which
